@@ -1,0 +1,39 @@
+"""Training on population risk: AdamW whose update is gated by leave-one-out evidence."""
+
+from typing import TYPE_CHECKING, Any
+
+from hf_poprisk.arguments import PopRiskTrainingArguments
+from hf_poprisk.optimizer import PopRiskAdamW
+from hf_poprisk.trainer import PopRiskMixin, PopRiskTrainer
+
+if TYPE_CHECKING:
+    from hf_poprisk.trl import (
+        PopRiskDPOConfig,
+        PopRiskDPOTrainer,
+        PopRiskRewardConfig,
+        PopRiskRewardTrainer,
+        PopRiskSFTConfig,
+        PopRiskSFTTrainer,
+    )
+
+__all__ = [
+    "PopRiskAdamW",
+    "PopRiskDPOConfig",
+    "PopRiskDPOTrainer",
+    "PopRiskMixin",
+    "PopRiskRewardConfig",
+    "PopRiskRewardTrainer",
+    "PopRiskSFTConfig",
+    "PopRiskSFTTrainer",
+    "PopRiskTrainer",
+    "PopRiskTrainingArguments",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # TRL is an optional dependency and slow to import: only the names that need it pay for it.
+    if name in __all__:
+        from hf_poprisk import trl
+
+        return getattr(trl, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,225 @@
+"""The flags: ``--optim poprisk_adamw``, the ``poprisk_`` fields, and what they refuse."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
+from transformers.utils.generic import strtobool
+
+from hf_poprisk.optimizer import check_gate_options
+
+OPTIM = "poprisk_adamw"
+_PREFIX = "poprisk_"
+
+
+@dataclass
+class PopRiskArgumentsMixin:
+    """Fields and checks shared by every config class; stands before the stock class in the bases."""
+
+    # Redeclared as a string: the stock field is an Enum, which a command line could not extend.
+    optim: str = field(
+        default=OPTIM,
+        metadata={"help": f"The optimizer to use: {OPTIM}, or any that transformers knows (no gate then)."},
+    )
+    # One example per backward is what the gate needs; 1 × 8 is the stock batch of 8 × 1.
+    per_device_train_batch_size: int = field(
+        default=1, metadata={"help": "Examples per backward and device; the exact gate needs 1."}
+    )
+    gradient_accumulation_steps: int = field(
+        default=8, metadata={"help": "Backwards per optimizer step: times the processes, the gate's b."}
+    )
+    poprisk_gate: str = field(
+        default="hard",
+        metadata={"help": "hard: write a parameter only if G² > Q. soft: shrink the write. none: AdamW."},
+    )
+    poprisk_estimator: str = field(
+        default="example",
+        metadata={
+            "help": "The leave-one-out unit. example: exact. group: a micro-batch, coarser. ema: the "
+            "authors' streaming form, which needs no per-example gradients."
+        },
+    )
+    poprisk_reduction: str = field(
+        default="element",
+        metadata={"help": "element: one decision per scalar parameter. tensor: one per tensor."},
+    )
+    poprisk_exclude: list[str] | None = field(
+        default=None,
+        metadata={"help": "Regular expressions: parameters whose name matches one stay ungated."},
+    )
+    poprisk_warmup_steps: int = field(
+        default=0, metadata={"help": "Ungated optimizer steps at the start of training."}
+    )
+    poprisk_gate_weight_decay: bool = field(
+        default=False, metadata={"help": "Gate the decoupled weight decay as well."}
+    )
+    poprisk_ema_alpha: float | None = field(
+        default=None,
+        metadata={
+            "help": "Threshold of the ema estimator; default (1-beta1)/(1+beta1). 1 is as published and "
+            "closes almost everything."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        name = str(getattr(self.optim, "value", self.optim))
+        known = [member.value for member in OptimizerNames]
+        if name not in (OPTIM, *known):
+            raise ValueError(f"{name} is not a valid OptimizerNames, please select one of {[OPTIM, *known]}")
+        self._read_optim_args(name)
+        # The stock class turns `optim` into its Enum, which does not hold our name.
+        self.optim = "adamw_torch" if name == OPTIM else name
+        super().__post_init__()  # type: ignore[misc]
+        if name == OPTIM:
+            self.optim = OPTIM
+        self._check_options()
+
+    def _read_optim_args(self, name: str) -> None:
+        """Let ``--optim_args "gate=soft,reduction=tensor"`` set the fields of the same names."""
+        text = self.optim_args  # type: ignore[attr-defined]
+        if name != OPTIM or not text:
+            return
+        fields_ = {n.removeprefix(_PREFIX): n for n in self.__dataclass_fields__ if n.startswith(_PREFIX)}
+        for item in text.split(","):
+            key, separator, value = (part.strip() for part in item.partition("="))
+            if key not in fields_ or not separator or not value:
+                raise ValueError(
+                    f"optim_args has {item.strip()!r}; with optim={OPTIM} it is a comma-separated list of "
+                    f"key=value with the keys {', '.join(fields_)}."
+                )
+            parsed = _parse(key, value)
+            current, default = getattr(self, fields_[key]), self.__dataclass_fields__[fields_[key]].default
+            if current not in (default, parsed):
+                raise ValueError(
+                    f"optim_args sets {key}={value} and {fields_[key]} is {current!r}: set one of them only."
+                )
+            setattr(self, fields_[key], parsed)
+
+    def _check_options(self) -> None:
+        options = self.gate_options()
+        check_gate_options(**options, prefix=_PREFIX)
+        if isinstance(self.poprisk_exclude, str):
+            self.poprisk_exclude = [self.poprisk_exclude]
+        if self.poprisk_exclude is not None and not all(isinstance(p, str) for p in self.poprisk_exclude):
+            raise ValueError(f"poprisk_exclude must be a list of strings; got {self.poprisk_exclude!r}.")
+        if self.optim != OPTIM:
+            for name, spec in self.__dataclass_fields__.items():
+                if name.startswith(_PREFIX) and getattr(self, name) != spec.default:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)!r} has no effect with optim="
+                        f"{getattr(self.optim, 'value', self.optim)}: remove it or set optim={OPTIM}."
+                    )
+
+    def gate_options(self) -> dict[str, Any]:
+        """The keyword arguments of ``PopRiskAdamW`` that the fields set, the exclusions aside."""
+        return {
+            "gate": self.poprisk_gate,
+            "estimator": self.poprisk_estimator,
+            "reduction": self.poprisk_reduction,
+            "warmup_steps": self.poprisk_warmup_steps,
+            "gate_weight_decay": self.poprisk_gate_weight_decay,
+            "ema_alpha": self.poprisk_ema_alpha,
+        }
+
+    def set_optimizer(self, name: str | OptimizerNames = OPTIM, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, and it takes our name too."""
+        ours = name == OPTIM
+        super().set_optimizer("adamw_torch" if ours else name, *args, **kwargs)  # type: ignore[misc]
+        if ours:
+            self.optim = OPTIM
+            self._read_optim_args(OPTIM)
+        self._check_options()
+        return self
+
+    @property
+    def units_per_step(self) -> int:
+        """Backwards per optimizer step over all ranks: the gate's b, a short last step aside."""
+        return self.gradient_accumulation_steps * self.world_size  # type: ignore[attr-defined]
+
+    def check_training(self) -> None:
+        """Refuse what the gate cannot serve, by name, before a model or a data set is touched.
+
+        Raises:
+            ValueError: one sentence that names the setting and the way out.
+        """
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if launched != self.world_size:  # type: ignore[attr-defined]
+            raise ValueError(
+                f"launched as {launched} processes that do not see each other: add --use_cpu true if they "
+                "are meant to train together on CPU."
+            )
+        if self.optim != OPTIM or self.poprisk_gate == "none":
+            return
+        self._check_sharding()
+        if self.poprisk_estimator != "ema":
+            self._check_examples()
+
+    def _check_sharding(self) -> None:
+        args: Any = self
+        for name, on, way_out in (
+            ("fsdp", bool(args.fsdp), "train with DDP"),
+            ("deepspeed", bool(args.deepspeed), "train with DDP"),
+            ("parallelism_config", args.parallelism_config is not None, "train with DDP"),
+            ("auto_find_batch_size", args.auto_find_batch_size, "set the batch size yourself"),
+            (
+                "nn.DataParallel",
+                args.n_gpu > 1,
+                "start one process per GPU with accelerate launch, or set CUDA_VISIBLE_DEVICES",
+            ),
+        ):
+            if on:
+                raise ValueError(
+                    f"{name} is not supported by optim={OPTIM}: {way_out}, or set {_PREFIX}gate=none."
+                )
+
+    def _check_examples(self) -> None:
+        """What per-example gradients need of the batch layout."""
+        args: Any = self
+        size, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+        if self.poprisk_estimator == "example" and size != 1:
+            raise ValueError(
+                f"per_device_train_batch_size={size} adds up {size} examples in one backward, which hides "
+                f"the single ones: set per_device_train_batch_size=1 and gradient_accumulation_steps="
+                f"{size * accumulation} for the same step, or {_PREFIX}estimator=group to gate on "
+                "micro-batches."
+            )
+        if self.units_per_step < 2:
+            raise ValueError(
+                f"a step of one {self.poprisk_estimator} leaves nothing to hold out: set "
+                "gradient_accumulation_steps to 2 or more."
+            )
+        if args.ddp_static_graph and accumulation > 1:
+            raise ValueError(
+                "ddp_static_graph=True fails in PyTorch when the first backward is not synchronised: "
+                "set ddp_static_graph=False."
+            )
+        if args.world_size > 1 and not args.average_tokens_across_devices:
+            raise ValueError(
+                "average_tokens_across_devices=False makes an example's weight depend on its rank: set "
+                "average_tokens_across_devices=True."
+            )
+
+
+def _parse(key: str, value: str) -> Any:
+    """An ``optim_args`` string in the type of its field; the field's own check names a bad one."""
+    try:
+        if key == "exclude":
+            return [value]  # one expression; alternatives are written a|b
+        if key == "gate_weight_decay":
+            return bool(strtobool(value))
+        if key == "warmup_steps":
+            return int(value)
+        if key == "ema_alpha":
+            return float(value)
+    except ValueError:
+        pass
+    return value
+
+
+@dataclass
+class PopRiskTrainingArguments(PopRiskArgumentsMixin, TrainingArguments):
+    """``transformers.TrainingArguments`` with the gate's fields; for ``PopRiskTrainer``."""

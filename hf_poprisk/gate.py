@@ -1,0 +1,149 @@
+"""The rule, as pure functions of two sums.
+
+One optimizer step sees ``b`` examples. For a scalar parameter let ``h_i`` be example i's contribution
+to the accumulated gradient, ``G = Σ h_i`` and ``Q = Σ h_i²``. Treating each example as held out from
+the other ``b − 1``, a step along this parameter is expected to help an unseen example if and only if
+
+    mu² > sigma² / (b − 1)        (sigma² is the 1/b variance)        ⇔        G² > Q.
+
+Source: E. Litman and G. Guo, "A Theory of Generalization in Deep Learning", arXiv:2605.01172.
+"""
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+GATES = ("hard", "soft", "none")
+REDUCTIONS = ("element", "tensor")
+
+
+def margin(grad_sum: Tensor, sq_sum: Tensor) -> Tensor:
+    """Leave-one-out evidence ``G² − Q = Σ_{i≠j} h_i h_j``; positive where the gate opens.
+
+    Its expectation over independent examples is ``b (b − 1)`` times the squared population gradient.
+
+    Args:
+        grad_sum: ``G = Σ h_i``, any shape, floating point.
+        sq_sum: ``Q = Σ h_i²``, same shape.
+
+    Returns:
+        Same shape and dtype as ``grad_sum``.
+    """
+    return grad_sum * grad_sum - sq_sum
+
+
+def openness(
+    grad_sum: Tensor,
+    sq_sum: Tensor,
+    num_examples: int,
+    gate: str = "hard",
+    reduction: str = "element",
+) -> Tensor:
+    """How far each parameter may move: ``q`` in [0, 1], the factor on the optimizer's write.
+
+    * ``hard``: 1 where ``G² > Q``, else 0.
+    * ``soft``: ``D / (D + V)`` with ``D = (b/(b−1))·(G² − Q)₊`` (mu² − sigma²/(b−1) in G's units) and
+      ``V = (bQ − G²)/(b − 1)``, the estimated variance of G. Where the gate is open ``D + V = G²``,
+      so this is the positive-part shrinkage ``(1 − V/G²)₊``.
+    * ``none``: 1 everywhere.
+
+    Args:
+        grad_sum: ``G``, any shape, float32 or float64 (a bfloat16 square would decide ties wrongly).
+        sq_sum: ``Q``, same shape and dtype.
+        num_examples: ``b``, at least 2: with one example ``G² = Q`` and there is no evidence.
+        gate: one of ``GATES``.
+        reduction: ``element`` decides for each scalar; ``tensor`` compares the sums of G² and Q over
+            the whole tensor and opens or closes it as one.
+
+    Returns:
+        Same shape and dtype as ``grad_sum``.
+
+    Raises:
+        ValueError: an unknown ``gate`` or ``reduction``, or fewer than two examples.
+    """
+    if gate not in GATES:
+        raise ValueError(f"gate must be one of {GATES}, got {gate!r}.")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}.")
+    if gate == "none":
+        return torch.ones_like(grad_sum)
+    if num_examples < 2:
+        raise ValueError(f"the gate needs at least 2 examples per step, got {num_examples}.")
+    energy, evidence = grad_sum * grad_sum, margin(grad_sum, sq_sum)
+    if reduction == "tensor":
+        energy, evidence = (x.sum().expand_as(grad_sum) for x in (energy, evidence))
+    if gate == "hard":
+        return (evidence > 0).to(grad_sum.dtype)
+    shrunk = (num_examples / (num_examples - 1)) * evidence / energy
+    # 0/0 where no example touched the parameter: nothing to write, and no evidence for it either.
+    # G² ≥ Q / b, so values above 1 can only be rounding.
+    return shrunk.nan_to_num_(nan=0.0).clamp_(0.0, 1.0)
+
+
+def streaming_openness(signal: Tensor, noise: Tensor, alpha: float, gate: str) -> Tensor:
+    """The authors' streaming rule, which needs no per-example gradients (their Algorithm 1).
+
+    Args:
+        signal: bias-corrected squared first moment ``m̂²``, any shape.
+        noise: bias-corrected running mean ``ŝ`` of ``(G − m_prev)²``, same shape.
+        alpha: the threshold, and the strength of the shrinkage. 1 is as published; as m̂ averages the
+            noise of G down by (1−β₁)/(1+β₁) and ŝ does not, that value restores the scale.
+        gate: ``hard``: ``1{m̂² > α ŝ}``; ``soft``: ``(m̂² − αŝ)₊ / ((m̂² − αŝ)₊ + αŝ)``.
+
+    Returns:
+        ``q`` in [0, 1], shape and dtype of ``signal``.
+    """
+    evidence = signal - alpha * noise
+    if gate == "hard":
+        return (evidence > 0).to(signal.dtype)
+    return (evidence / signal).nan_to_num_(nan=0.0).clamp_(0.0, 1.0)
+
+
+@lru_cache(maxsize=4096)
+def null_openness(num_examples: int, gate: str, numel: int = 1) -> float:
+    """Mean openness when the population gradient is zero and the ``h_i`` are independent Gaussians.
+
+    Pure noise opens the gate by chance: with ``t`` Student's statistic of the b contributions,
+    ``G² > Q`` is ``|t| > 1`` and the soft value is ``(1 − 1/t²)₊``; b = 2 gives 0.5, large b 0.317.
+
+    Args:
+        num_examples: ``b ≥ 2``.
+        gate: ``hard`` or ``soft``.
+        numel: independent coordinates that share one decision: 1 for ``reduction="element"``, the
+            tensor's size for ``"tensor"``, where the statistic is F with ``(n, n (b − 1))`` degrees of
+            freedom. Correlated coordinates lie between the two.
+    """
+    from scipy import integrate, stats  # scipy.stats is slow to import and only logging needs it
+
+    ratio = stats.f(numel, numel * (num_examples - 1))  # signal over noise, G²/V
+    open_share = float(ratio.sf(1.0))
+    if gate == "hard":
+        return open_share
+    # Split where the density ends for all purposes: adaptive quadrature would miss a peak at 1 that
+    # is narrow (large n), and the tail that is heavy (n = 1, small b) lies beyond the split.
+    split = 1.0 + 12.0 * math.sqrt(2.0 * num_examples / (numel * (num_examples - 1)))
+    pieces = [
+        integrate.quad(lambda r: ratio.pdf(r) / r, low, high)[0]
+        for low, high in ((1.0, split), (split, math.inf))
+    ]
+    return open_share - sum(pieces)
+
+
+def streaming_null_openness(alpha: float, beta1: float, gate: str) -> float:
+    """Stationary mean of ``streaming_openness`` on white Gaussian gradients with zero mean.
+
+    There m̂² has the variance ``a = (1−β₁)/(1+β₁)`` of a gradient, and ŝ the mean ``1 + a``, so the
+    rule is ``z² > c`` with ``c = α (1 + a) / a`` for a standard normal z.
+    """
+    from scipy import special
+
+    a = (1.0 - beta1) / (1.0 + beta1)
+    c = alpha * (1.0 + a) / a
+    tail = 2.0 * float(special.ndtr(-math.sqrt(c)))
+    if gate == "hard":
+        return tail
+    density = math.exp(-c / 2.0) / math.sqrt(2.0 * math.pi)
+    inverse_square = 2.0 * density / math.sqrt(c) - tail  # E[z⁻²; z² > c], by parts
+    return tail - c * inverse_square

@@ -1,0 +1,174 @@
+"""Where Q comes from: one backward per example, summed over a window and over the ranks.
+
+A tensor hook on a leaf parameter sees the gradient of *this* backward, before it is accumulated into
+``.grad`` and before DDP reduces it. That is the example's contribution ``h_i``, exactly, for every
+architecture; ``G`` needs no buffer, because it is what ``.grad`` holds when the window closes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# Elements per all-reduce: large enough to fill the link, small against the model.
+_BUCKET_NUMEL = 1 << 24
+
+
+class ExampleWindow:
+    """Accumulates ``Q = Σ h_i²`` over the backwards of one optimizer step.
+
+    Q is float32 (float64 for float64 parameters) whatever the parameter's dtype: in float16 the
+    squares of ordinary gradients underflow, in bfloat16 the sum stagnates. It is zero at every step
+    boundary, so it is not part of any checkpoint.
+
+    Args:
+        params: the gated parameters; plain dense tensors.
+        names: parameter → name, only for messages.
+    """
+
+    def __init__(self, params: Iterable[Tensor], names: Mapping[Tensor, str] | None = None) -> None:
+        self._params = list(params)
+        self.names: Mapping[Tensor, str] = names or {}
+        self._sq_sums: dict[Tensor, Tensor] = {}  # parameter → buffer, kept from step to step
+        self._written: set[Tensor] = set()  # parameters whose buffer belongs to this window
+        self._fired: set[Tensor] = set()  # parameters seen by the backward in progress
+        self._stamp: tuple[object, ...] | None = None
+        self.num_examples = 0  # on this rank
+
+    @contextmanager
+    def example(self) -> Iterator[None]:
+        """Capture the one backward inside this block as one example's contribution.
+
+        Raises:
+            RuntimeError: the gradients changed since the last example (clipped, unscaled, or touched
+                by a backward outside the block), none was produced, or a parameter's gradient came in
+                several parts, whose squares do not add up to the square of their sum.
+        """
+        if all(p.grad is None for p in self._params):
+            self.reset()  # the accumulated gradient is gone, so is what was collected beside it
+        elif self.num_examples:
+            self._check_untouched()
+        elif torch.nn.utils.get_total_norm([p.grad for p in self._params if p.grad is not None]):
+            raise RuntimeError(
+                "the first example of a step found gradients that are not zero: call "
+                "optimizer.zero_grad() after optimizer.step()."
+            )
+        self._fired.clear()
+        handles = [p.register_hook(partial(self._add, p)) for p in self._params if p.requires_grad]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.num_examples += 1
+        self._stamp = self._grad_stamp()
+
+    def _add(self, param: Tensor, grad: Tensor) -> None:
+        """Leaf hook: ``Q += h²``. The first example writes, so no buffer is ever zeroed."""
+        if param in self._fired:
+            raise RuntimeError(
+                f"the gradient of {self.describe(param)} arrived in several parts within one backward, "
+                "so the square of the example's gradient cannot be formed: use non-reentrant "
+                "checkpointing (gradient_checkpointing_kwargs={'use_reentrant': False}) and one "
+                "backward per example."
+            )
+        if grad.is_sparse:
+            raise RuntimeError(
+                f"{self.describe(param)} has sparse gradients, which the gate does not support: "
+                "build its embedding with sparse=False."
+            )
+        self._fired.add(param)
+        sq_sum = self._sq_sums.get(param)
+        if sq_sum is None or sq_sum.device != grad.device:
+            dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
+            sq_sum = self._sq_sums[param] = torch.empty_like(grad, dtype=dtype)
+        if param in self._written:
+            sq_sum.addcmul_(grad, grad)
+        else:
+            # copy before squaring: bfloat16 · bfloat16 would round before the cast
+            torch.square(sq_sum.copy_(grad), out=sq_sum)
+            self._written.add(param)
+
+    @torch.no_grad()
+    def reduce(self) -> tuple[int, dict[Tensor, Tensor]]:
+        """End the window: ``b`` and Q over all ranks, in the units of the reduced ``.grad``.
+
+        DDP averages gradients over W ranks, so ``Q ← (Σ_ranks Q) / W²``. Every rank must call it.
+
+        Returns:
+            The number of examples over all ranks, and for every parameter with a gradient its Q (a
+            buffer that the next window overwrites).
+
+        Raises:
+            RuntimeError: gradients without any captured example, or changed since the last one.
+        """
+        with_grad = [p for p in self._params if p.grad is not None]
+        if with_grad and not self.num_examples:
+            raise RuntimeError(
+                "the gate is on but saw no example: run each example's backward inside "
+                "`with optimizer.example():`, or train with PopRiskTrainer or one of its siblings."
+            )
+        self._check_untouched()
+        for p in with_grad:
+            if p not in self._written:  # reached on another rank only
+                dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+                self._sq_sums[p] = torch.zeros_like(p.grad, dtype=dtype)
+        sq_sums = {p: self._sq_sums[p] for p in with_grad}
+        num_examples = self.num_examples
+        if dist.is_available() and dist.is_initialized() and (world := dist.get_world_size()) > 1:
+            _all_reduce(list(sq_sums.values()), scale=1.0 / world**2)
+            count = torch.tensor(num_examples, device=with_grad[0].device if with_grad else None)
+            dist.all_reduce(count)
+            num_examples = int(count)
+            if world & (world - 1):
+                # Dividing by such a world size rounds G, and an element that one example touched has
+                # G² = Q exactly before it: rounding alone must not open it.
+                for p, sq_sum in sq_sums.items():
+                    slack = 2.0 * torch.finfo(p.grad.dtype).eps + 8.0 * torch.finfo(sq_sum.dtype).eps
+                    sq_sum.mul_(1.0 + slack)
+        return num_examples, sq_sums
+
+    def reset(self) -> None:
+        """Forget the window; the buffers stay for the next one."""
+        self._written.clear()
+        self._stamp = None
+        self.num_examples = 0
+
+    def _grad_stamp(self) -> tuple[object, ...]:
+        return tuple(None if p.grad is None else (p.grad.data_ptr(), p.grad._version) for p in self._params)
+
+    def _check_untouched(self) -> None:
+        if self._stamp is not None and self._stamp != self._grad_stamp():
+            raise RuntimeError(
+                "gradients changed between an example's backward and the decision of the gate: call "
+                "optimizer.close_window() before clipping or unscaling them, and run every backward "
+                "inside `with optimizer.example():`."
+            )
+
+    def describe(self, param: Tensor) -> str:
+        return self.names.get(param, f"a parameter of shape {tuple(param.shape)}")
+
+
+def _all_reduce(tensors: Sequence[Tensor], scale: float) -> None:
+    """Sum each tensor over the ranks and multiply it by ``scale``, in place, in flat buckets."""
+    start = 0
+    while start < len(tensors):
+        stop, numel, kind = start, 0, (tensors[start].dtype, tensors[start].device)
+        while stop < len(tensors) and (numel == 0 or numel + tensors[stop].numel() <= _BUCKET_NUMEL):
+            if (tensors[stop].dtype, tensors[stop].device) != kind:
+                break
+            numel += tensors[stop].numel()
+            stop += 1
+        bucket = torch.cat([t.reshape(-1) for t in tensors[start:stop]])
+        dist.all_reduce(bucket)
+        bucket.mul_(scale)
+        for tensor, reduced in zip(
+            tensors[start:stop], bucket.split([t.numel() for t in tensors[start:stop]]), strict=True
+        ):
+            tensor.copy_(reduced.view_as(tensor))
+        start = stop

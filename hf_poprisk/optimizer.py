@@ -1,0 +1,440 @@
+"""PopRiskAdamW: AdamW whose write the gate multiplies."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
+
+from hf_poprisk.gate import (
+    GATES,
+    REDUCTIONS,
+    null_openness,
+    openness,
+    streaming_null_openness,
+    streaming_openness,
+)
+from hf_poprisk.moments import ExampleWindow
+from hf_poprisk.statistics import GateStatistics
+
+logger = logging.getLogger(__name__)
+
+ESTIMATORS = ("example", "group", "ema")
+EMA_DECAY = 0.99  # ρ of the streaming noise estimate, as published
+_UNDERFLOW = 1e-30  # below this ΣG² says nothing: the squares of such gradients underflow in float32
+_OPTIONS = ("gate", "estimator", "reduction", "warmup_steps", "gate_weight_decay", "ema_alpha")
+
+
+class PopRiskAdamW(torch.optim.AdamW):
+    """AdamW that writes a parameter only where the batch's signal beats its leave-one-out noise.
+
+    The moments m, v see the ordinary gradient on every step; the gate multiplies the write only,
+    ``w ← w − lr·q·m̂/(√v̂ + ε)``, with q from ``hf_poprisk.gate``. State and parameter groups are those
+    of ``torch.optim.AdamW`` (``estimator="ema"`` adds one buffer), so checkpoints go both ways, and
+    ``gate="none"`` *is* ``torch.optim.AdamW``. Source: arXiv:2605.01172.
+
+    In a loop of your own, one block per example, then the gate, then clipping, then the step::
+
+        for example in batch:
+            with optimizer.example():
+                (loss(example) / len(batch)).backward()
+        optimizer.close_window()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    Under ``torch.distributed`` the gradients must be averaged over the default process group, as DDP
+    does, by the time the window closes.
+
+    Args:
+        params: parameters or groups, as for ``torch.optim.AdamW``.
+        lr, betas, eps, weight_decay: as for ``torch.optim.AdamW``.
+        gate: ``hard`` (q is 0 or 1), ``soft`` (shrinkage in [0, 1]) or ``none`` (AdamW).
+        estimator: ``example``: every block is one example, exact. ``group``: every block is a
+            micro-batch, a valid test with fewer and coarser units. ``ema``: the authors' streaming form;
+            needs no blocks.
+        reduction: ``element``, or ``tensor`` to open and close each tensor as one.
+        ungated: parameters that the gate leaves alone (see ``matching``).
+        warmup_steps: ungated steps at the start.
+        gate_weight_decay: multiply the decoupled decay by q as well.
+        ema_alpha: threshold of ``ema``; default ``(1−β₁)/(1+β₁)``. 1 is as published and closes almost
+            everything.
+        amsgrad: not supported; present so that it is refused by name.
+
+    Raises:
+        ValueError: a bad value, an option that would have no effect, or no parameter left to gate.
+        NotImplementedError: sharded parameters (DTensor).
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        gate: str = "hard",
+        estimator: str = "example",
+        reduction: str = "element",
+        ungated: Iterable[Tensor] = (),
+        warmup_steps: int = 0,
+        gate_weight_decay: bool = False,
+        ema_alpha: float | None = None,
+    ) -> None:
+        check_gate_options(gate, estimator, reduction, warmup_steps, gate_weight_decay, ema_alpha)
+        if amsgrad:
+            raise ValueError("amsgrad=True is not supported by PopRiskAdamW: leave it off.")
+        self.gate = gate
+        self.estimator = estimator
+        self.reduction = reduction
+        self.warmup_steps = warmup_steps
+        self.gate_weight_decay = gate_weight_decay
+        self.ema_alpha = ema_alpha
+        self.statistics = GateStatistics()
+        self._ungated = set(ungated)
+        self._names: dict[Tensor, str] = {}
+        self._window: ExampleWindow | None = None
+        self._openness: dict[Tensor, Tensor] | None = None  # q of the closed window
+        self._skip_step = False
+        self._said_single = False
+        super().__init__(params, lr, betas, eps, weight_decay)
+        known = set(self._all_parameters())
+        if not self._ungated <= known:
+            raise ValueError("`ungated` names parameters that this optimizer does not hold.")
+        if gate != "none" and not known - self._ungated:
+            raise ValueError("every parameter is ungated: use gate='none' if that is what you want.")
+
+    @property
+    def needs_examples(self) -> bool:
+        """Whether backwards must run inside ``example()``."""
+        return self.gate != "none" and self.estimator != "ema"
+
+    @property
+    def gated_parameters(self) -> list[Tensor]:
+        """The trainable parameters under the gate, in group order; empty when it is off."""
+        if self.gate == "none":
+            return []
+        return [p for p in self._all_parameters() if p.requires_grad and p not in self._ungated]
+
+    def name_parameters(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """Let error messages say which parameter they are about."""
+        self._names = {p: name for name, p in named_parameters}
+        self._window = None
+
+    def example(self) -> AbstractContextManager[None]:
+        """Block around the backward of one example (of one micro-batch with ``estimator="group"``).
+
+        Raises:
+            RuntimeError: see ``ExampleWindow.example``; or the window was closed and not stepped.
+        """
+        return self._captured() if self.needs_examples else nullcontext()
+
+    @contextmanager
+    def _captured(self) -> Iterator[None]:
+        window = self._open_window()
+        if self._openness is not None or self._skip_step:
+            if any(p.grad is not None for p in self.gated_parameters):
+                raise RuntimeError(
+                    "an example after close_window(): call optimizer.step() and "
+                    "optimizer.zero_grad() before the next example."
+                )
+            self._end_window()  # the step was skipped, by a loss scaler for instance
+        with window.example():
+            yield
+
+    @torch.no_grad()
+    def close_window(self) -> None:
+        """Decide the gate: after the gradients are reduced over ranks, before they are clipped.
+
+        Every rank must call it once per step. ``step`` calls it if you did not and nothing touched the
+        gradients since the last example.
+
+        Raises:
+            RuntimeError: see ``ExampleWindow.reduce``; or a gradient whose parts were never seen.
+        """
+        if not self.needs_examples:
+            return
+        window = self._open_window()
+        num_examples, sq_sums = window.reduce()
+        if num_examples < 2:
+            self._openness = {}
+            self._skip_step = not self._finite(p.grad for p in self._all_parameters())
+            if not self._said_single and sq_sums:
+                logger.warning(
+                    "a step with a single example cannot be gated and was taken as plain AdamW; this "
+                    "is said once."
+                )
+                self._said_single = True
+            return
+        sums, unseen, null = [], [], 0.0
+        for p, sq_sum in sq_sums.items():
+            grad = p.grad.to(sq_sum.dtype)
+            energy, noise, live = grad.square().sum(), sq_sum.sum(), torch.count_nonzero(sq_sum)
+            q = openness(grad, sq_sum, num_examples, self.gate, self.reduction)
+            opened = q.sum() if self.reduction == "element" else q.reshape(-1)[0] * live
+            sums.append(torch.stack([x.float() for x in (opened, live, energy, noise)]))
+            unseen.append((noise == 0) & (energy > _UNDERFLOW))
+            numel = 1 if self.reduction == "element" else p.numel()
+            null += p.numel() * null_openness(num_examples, self.gate, numel)
+            sq_sum.copy_(q)  # q moves into Q's buffer: no memory beyond Q
+        self._openness = sq_sums
+        if not sums:
+            return
+        device = sums[0].device
+        total = torch.stack([s.to(device) for s in sums]).sum(0)
+        missed = torch.stack([u.to(device) for u in unseen]).any()
+        # the only wait for the device in a step
+        finite, any_missed = torch.stack([torch.isfinite(total).all(), missed]).tolist()
+        if any_missed:
+            names = [window.describe(p) for p, u in zip(sq_sums, unseen, strict=True) if bool(u)]
+            raise RuntimeError(
+                f"no example's gradient was seen for {', '.join(names[:3])}, which has one after the "
+                "window: sharded parameters are not supported, and every backward must run inside "
+                "`with optimizer.example():`."
+            )
+        if finite and self._ungated:
+            finite = self._finite(p.grad for p in self._ungated)
+        self._skip_step = not finite
+        if finite:
+            weight = sum(p.numel() for p in sq_sums)
+            self.statistics.add(total, null / weight, num_examples)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Take one gated step.
+
+        A step whose gradient is not finite is left out: moments, decay and weights stay as they are,
+        because one NaN in a moment would close the gate for good.
+
+        Raises:
+            RuntimeError: see ``close_window``.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.needs_examples and self._openness is None and not self._skip_step:
+            self.close_window()
+        if self.gate != "none" and self.estimator == "ema":
+            self._skip_step = not self._finite(p.grad for p in self._all_parameters())
+        if self._skip_step:
+            logger.warning("a gradient is not finite: this optimizer step was left out.")
+            self.statistics.skip()
+        else:
+            self._update()
+        self._end_window()
+        return loss
+
+    def _update(self) -> None:
+        streamed: list[Tensor] = []
+        for group in self.param_groups:
+            _check_group(group)
+            params: list[Tensor] = []
+            grads: list[Tensor] = []
+            exp_avgs: list[Tensor] = []
+            exp_avg_sqs: list[Tensor] = []
+            steps: list[Tensor] = []
+            if self._init_group(group, params, grads, exp_avgs, exp_avg_sqs, [], steps):
+                raise NotImplementedError("complex parameters are not supported by PopRiskAdamW.")
+            plain: tuple[list[Tensor], ...] = ([], [], [], [], [])
+            for row in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
+                if self._is_gated(row[0], row[4]):
+                    self._gated_update(group, *row, streamed)
+                else:
+                    for column, value in zip(plain, row, strict=True):
+                        column.append(value)
+            if plain[0]:
+                adamw(
+                    *plain[:4],
+                    [],
+                    plain[4],
+                    foreach=group["foreach"],
+                    fused=group["fused"],
+                    amsgrad=False,
+                    beta1=group["betas"][0],
+                    beta2=group["betas"][1],
+                    lr=group["lr"],
+                    weight_decay=group["weight_decay"],
+                    eps=group["eps"],
+                    maximize=False,
+                )
+        if streamed:
+            beta1 = self.param_groups[0]["betas"][0]
+            null = streaming_null_openness(self._alpha(beta1), beta1, self.gate)
+            self.statistics.add(torch.stack(streamed).sum(0), null, None)
+
+    def _is_gated(self, param: Tensor, step: Tensor) -> bool:
+        if self.gate == "none" or param in self._ungated:
+            return False
+        if self.estimator == "ema":
+            return True  # the noise estimate must run through the warm-up
+        return step.item() >= self.warmup_steps and param in (self._openness or {})
+
+    def _gated_update(
+        self,
+        group: dict[str, Any],
+        param: Tensor,
+        grad: Tensor,
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        step: Tensor,
+        streamed: list[Tensor],
+    ) -> None:
+        """Update one gated parameter in place; the streaming form appends its statistics, [4]."""
+        beta1, beta2 = group["betas"]
+        lr, decay = float(group["lr"]), float(group["weight_decay"])
+        step += 1
+        t = step.item()
+        correction1, correction2 = 1 - beta1**t, 1 - beta2**t
+        if self.estimator == "ema":
+            noise = self._track_noise(param, grad - exp_avg)
+        exp_avg.lerp_(grad, 1 - beta1)
+        exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        if self.estimator == "ema":
+            signal = (exp_avg / correction1).square_()
+            q = streaming_openness(signal, noise, self._alpha(beta1), self.gate)
+            live = torch.count_nonzero(noise)
+            streamed.append(torch.stack([x.float() for x in (q.sum(), live, live * 0, live * 0)]))
+            if t <= self.warmup_steps:
+                q.fill_(1.0)
+        else:
+            q = self._openness[param].to(param.dtype)  # type: ignore[index]
+        if decay:
+            param.mul_(1 - lr * decay * q if self.gate_weight_decay else 1 - lr * decay)
+        denom = exp_avg_sq.sqrt().div_(correction2**0.5).add_(group["eps"])
+        param.addcmul_(exp_avg / denom, q, value=-lr / correction1)
+
+    def _track_noise(self, param: Tensor, surprise: Tensor) -> Tensor:
+        """``s ← ρ s + (1−ρ)(G − m_prev)²``; returns it bias-corrected."""
+        state = self.state[param]
+        if "noise" not in state:  # counts its own steps: AdamW's moments may be older
+            state["noise"], state["noise_steps"] = torch.zeros_like(param), 0
+        state["noise_steps"] += 1
+        state["noise"].lerp_(surprise.square_(), 1 - EMA_DECAY)
+        return state["noise"] / (1 - EMA_DECAY ** state["noise_steps"])
+
+    def _alpha(self, beta1: float) -> float:
+        return (1 - beta1) / (1 + beta1) if self.ema_alpha is None else self.ema_alpha
+
+    def _all_parameters(self) -> Iterator[Tensor]:
+        return (p for group in self.param_groups for p in group["params"])
+
+    @staticmethod
+    def _finite(grads: Iterable[Tensor | None]) -> bool:
+        norm = torch.nn.utils.get_total_norm([g for g in grads if g is not None])
+        return bool(norm.isfinite())
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch; the window's examples are forgotten with their gradients."""
+        super().zero_grad(set_to_none)
+        self._end_window()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As in torch, with the gate's options: copies and pickles are gated as well."""
+        options = {name: getattr(self, name) for name in _OPTIONS}
+        fresh = {"statistics": GateStatistics(), "_window": None, "_openness": None}
+        kept = {name: getattr(self, name) for name in ("_ungated", "_names", "_said_single")}
+        return {**super().__getstate__(), **options, **kept, **fresh, "_skip_step": False}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+        """As in torch; also takes a ``torch.optim.AdamW`` state, whatever kernel wrote it."""
+        here = {"foreach": None, "fused": None, "capturable": False}
+        groups = [{**group, **here} for group in state_dict["param_groups"]]
+        super().load_state_dict({**state_dict, "param_groups": groups})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        for p in self.param_groups[-1]["params"]:
+            if self.gate != "none" and isinstance(p, DTensor):
+                raise NotImplementedError(
+                    "the gate cannot serve sharded parameters (FSDP2, tensor parallelism): train "
+                    "with DDP, or set gate='none'."
+                )
+        self._window = None
+
+    def _open_window(self) -> ExampleWindow:
+        if self._window is None:
+            self._window = ExampleWindow(self.gated_parameters, self._names)
+        return self._window
+
+    def _end_window(self) -> None:
+        self._openness, self._skip_step = None, False
+        if self._window is not None:
+            self._window.reset()
+
+
+def matching(named_parameters: Iterable[tuple[str, Tensor]], patterns: Sequence[str]) -> list[Tensor]:
+    """The trainable parameters whose name matches one of the regular expressions (``re.search``).
+
+    Raises:
+        ValueError: a pattern that is not a regular expression, or that matches no trainable parameter.
+    """
+    named = [(name, p) for name, p in named_parameters if p.requires_grad]
+    found: dict[Tensor, None] = {}
+    for pattern in patterns:
+        try:
+            hits = [p for name, p in named if re.search(pattern, name)]
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is not a regular expression: {error}.") from error
+        if not hits:
+            raise ValueError(f"the pattern {pattern!r} matches no trainable parameter.")
+        found.update(dict.fromkeys(hits))
+    return list(found)
+
+
+def check_gate_options(
+    gate: str,
+    estimator: str,
+    reduction: str,
+    warmup_steps: int,
+    gate_weight_decay: bool,
+    ema_alpha: float | None,
+    prefix: str = "",
+) -> None:
+    """Refuse bad values and options that would have no effect.
+
+    Args:
+        prefix: how the caller's users spell the names, for the messages.
+
+    Raises:
+        ValueError: one sentence that names the option and the way out.
+    """
+    for name, value, choices in (
+        ("gate", gate, GATES),
+        ("estimator", estimator, ESTIMATORS),
+        ("reduction", reduction, REDUCTIONS),
+    ):
+        if value not in choices:
+            raise ValueError(f"{prefix}{name} must be one of {', '.join(choices)}; got {value!r}.")
+    if not isinstance(warmup_steps, int) or isinstance(warmup_steps, bool) or warmup_steps < 0:
+        raise ValueError(f"{prefix}warmup_steps must be an integer ≥ 0; got {warmup_steps!r}.")
+    if not isinstance(gate_weight_decay, bool):
+        raise ValueError(f"{prefix}gate_weight_decay must be true or false; got {gate_weight_decay!r}.")
+    if estimator == "ema" and reduction == "tensor":
+        raise ValueError(
+            f"{prefix}reduction='tensor' needs per-example sums: use {prefix}estimator='example' or "
+            f"{prefix}reduction='element'."
+        )
+    if ema_alpha is not None:
+        if isinstance(ema_alpha, bool) or not isinstance(ema_alpha, int | float) or not ema_alpha > 0:
+            raise ValueError(f"{prefix}ema_alpha must be a number > 0; got {ema_alpha!r}.")
+        if estimator != "ema":
+            raise ValueError(
+                f"{prefix}ema_alpha has no effect with {prefix}estimator={estimator!r}: remove it or "
+                f"set {prefix}estimator='ema'."
+            )
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    for option in ("amsgrad", "maximize", "differentiable"):
+        if group.get(option):
+            raise ValueError(f"{option}=True is not supported by PopRiskAdamW: leave it off.")

@@ -1,0 +1,96 @@
+"""The textbook: per-example gradients by a loop, the mean, the variance, the rule as it is written.
+
+Slow and obvious on purpose. Nothing in the package calls it; the tests compare everything with it.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def per_example_gradients(
+    params: Mapping[str, nn.Parameter],
+    loss_fn: Callable[[Any], Tensor],
+    examples: Iterable[Any],
+) -> list[dict[str, Tensor]]:
+    """One backward for each example, nothing accumulated.
+
+    Args:
+        params: name → parameter.
+        loss_fn: example → scalar loss, already scaled as it enters the accumulated loss.
+        examples: the b examples of one optimizer step.
+
+    Returns:
+        For each example a dict name → ``h_i``, the parameter's shape and dtype (zeros where the
+        example does not reach the parameter).
+    """
+    gradients = []
+    for example in examples:
+        grads = torch.autograd.grad(
+            loss_fn(example), list(params.values()), allow_unused=True, materialize_grads=True
+        )
+        gradients.append(dict(zip(params, grads, strict=True)))
+    return gradients
+
+
+def grad_and_square_sums(gradients: Sequence[Mapping[str, Tensor]], name: str) -> tuple[Tensor, Tensor]:
+    """``G = Σ h_i`` and ``Q = Σ h_i²`` of one parameter, accumulated in float64."""
+    stacked = torch.stack([h[name].double() for h in gradients])  # [b, *shape]
+    return stacked.sum(0), stacked.square().sum(0)
+
+
+def openness(stacked: Tensor, gate: str = "hard", reduction: str = "element") -> Tensor:
+    """The rule with mu and sigma², before any algebra (arXiv:2605.01172; equation in ``gate``).
+
+    Args:
+        stacked: [b, *shape], the per-example gradients.
+        gate: ``hard``, ``soft`` or ``none``.
+        reduction: ``element`` or ``tensor``.
+
+    Returns:
+        ``q``, [*shape], float64.
+    """
+    h = stacked.double()
+    b = h.shape[0]
+    mu = h.mean(0)
+    sigma2 = (h - mu).square().mean(0)
+    signal, noise = mu.square(), sigma2 / (b - 1)
+    if reduction == "tensor":
+        signal, noise = signal.sum().expand_as(mu), noise.sum().expand_as(mu)
+    if gate == "none":
+        return torch.ones_like(mu)
+    if gate == "hard":
+        return (signal > noise).double()
+    excess = (signal - noise).clamp(min=0)
+    total = excess + noise
+    return torch.where(total > 0, excess / torch.where(total > 0, total, 1.0), 0.0)
+
+
+def adamw_step(
+    weight: Tensor,
+    grad: Tensor,
+    q: Tensor | float,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: int,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    gate_weight_decay: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One gated AdamW step, written as the equations are: ``w ← w − lr·q·m̂/(√v̂ + ε)``.
+
+    Returns:
+        The new weight, first and second moment; the inputs are left alone.
+    """
+    beta1, beta2 = betas
+    exp_avg = beta1 * exp_avg + (1 - beta1) * grad
+    exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * grad**2
+    m_hat = exp_avg / (1 - beta1**step)
+    v_hat = exp_avg_sq / (1 - beta2**step)
+    weight = weight * (1 - lr * weight_decay * (q if gate_weight_decay else 1.0))
+    return weight - lr * q * m_hat / (v_hat.sqrt() + eps), exp_avg, exp_avg_sq

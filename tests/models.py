@@ -1,0 +1,113 @@
+"""Tiny models and data, built on the spot; imported by the tests and by the processes they launch."""
+
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+WORDS = (
+    "the gate opens where the batch agrees and stays closed where it does not because noise has no "
+    "sign that holds from one example to the next while a signal keeps pointing the same way"
+).split()
+
+
+def text(index: int, length: int) -> str:
+    """A deterministic sentence; different indices share words, in another order."""
+    return " ".join(WORDS[(7 * index + 3 * k + k * k) % len(WORDS)] for k in range(length))
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        [text(i, 30) for i in range(20)],
+        trainers.BpeTrainer(
+            vocab_size=330,
+            special_tokens=["<|pad|>", "<|end|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>")
+    fast.model_max_length = 128
+    return fast
+
+
+def tiny_model(kind: str = "llama", tied: bool = False, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Two layers, hidden size 16; dropout off, so that every run of an example is the same."""
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer()
+    ids = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+        "tie_word_embeddings": tied,
+    }
+    if kind == "gpt2":
+        config = GPT2Config(
+            n_embd=16, n_layer=2, n_head=2, n_positions=128, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0, **ids
+        )
+    else:
+        config = {"llama": LlamaConfig, "qwen2": Qwen2Config}[kind](
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+            initializer_range=0.2,
+            **ids,
+        )
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype)
+
+
+def save_tiny_model(folder: Path, kind: str, tied: bool = False) -> Path:
+    """Write model and tokenizer, as DPO reloads its reference from disk."""
+    tiny_model(kind, tied).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def preferences(count: int, start: int = 0) -> Dataset:
+    rows = range(start, start + count)
+    return Dataset.from_dict(
+        {
+            "prompt": [text(i, 3 + i % 4) for i in rows],
+            "chosen": [" " + text(i + 5, 2 + i % 5) for i in rows],
+            "rejected": [" " + text(3 * i + 1, 3 + i % 3) for i in rows],
+        }
+    )
+
+
+def sequences(count: int) -> Dataset:
+    return Dataset.from_dict({"text": [text(i, 4 + 3 * (i % 4)) for i in range(count)]})
+
+
+def token_examples(count: int, pad_to: int = 24) -> list[dict[str, torch.Tensor]]:
+    """Single-row padded causal-LM inputs, [1, pad_to] each; padding is masked and ignored in the loss."""
+    tokenizer = tiny_tokenizer()
+    examples = []
+    for i in range(count):
+        row = tokenizer(
+            text(i, 4 + 2 * (i % 4)),
+            return_tensors="pt",
+            padding="max_length",
+            max_length=pad_to,
+            truncation=True,
+        )
+        labels = row["input_ids"].masked_fill(row["attention_mask"] == 0, -100)
+        examples.append(
+            {"input_ids": row["input_ids"], "attention_mask": row["attention_mask"], "labels": labels}
+        )
+    return examples
