@@ -1,0 +1,185 @@
+"""What the recipes share: parsing, loading from the Hub or from disk, checks, results."""
+
+import json
+import os
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+from trl import TrlParser
+
+
+def parse(dataclass_types: Iterable[Any], argv: list[str] | None = None) -> tuple[Any, ...]:
+    """Dataclasses from ``--config RECIPE.yaml`` and the command line, which wins.
+
+    The second dataclass holds the training arguments. A bad key or value ends the program with exit
+    code 2 and one sentence, before anything is loaded.
+    """
+    parser = TrlParser(dataclass_types, usage="%(prog)s --config RECIPE.yaml [--key value ...]")
+    try:
+        parsed = parser.parse_args_and_config(argv)
+        parsed[1].check_training()
+    except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    return parsed
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a recipe; a wrong path, setting or data set ends in one sentence, Ctrl-C in another."""
+    try:
+        main()
+    except RecipeError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted: nothing was published; finished checkpoints are kept.", file=sys.stderr)
+        sys.exit(130)
+
+
+class RecipeError(ValueError):
+    """Something the user can put right, said in one sentence."""
+
+
+def load_splits(name: str | None, config: str | None, streaming: bool) -> DatasetDict:
+    """A data set by its Hub name, or a folder: of data files, or written by ``save_to_disk``."""
+    if name is None:
+        raise RecipeError("dataset_name is missing: a name on the Hub or a folder.")
+    if streaming:
+        raise RecipeError("dataset_streaming=true is not supported by the recipes: set it to false.")
+    require_path(name, "dataset_name")
+    if Path(name, "dataset_dict.json").is_file():
+        return load_from_disk(name)
+    return load_dataset(name, config)
+
+
+def require_path(name: str | None, option: str) -> None:
+    """Refuse a path that is not there, which the Hub client would take for a repository name."""
+    if not name:
+        raise RecipeError(f"{option} is missing: a name on the Hub or a folder.")
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or name.startswith("outputs/")
+    if looks_local and not Path(name).expanduser().is_dir():
+        hint = "; `python scripts/prepare_tiny.py` makes it" if "outputs/tiny/" in name else ""
+        raise RecipeError(f"{option}={name} is not a folder{hint}.")
+
+
+def split(dataset: DatasetDict, name: str, option: str) -> Dataset:
+    if name not in dataset:
+        raise RecipeError(f"{option}={name} is not a split of the data set: it has {', '.join(dataset)}.")
+    return dataset[name]
+
+
+def check_completions(dataset: Dataset, name: str) -> None:
+    """Refuse empty completions: such a pair teaches the length of nothing.
+
+    Raises:
+        RecipeError: names the split, the first row and the column.
+    """
+    missing = {"chosen", "rejected"} - set(dataset.column_names)
+    if missing:
+        raise RecipeError(f"the {name} split has no column {' and '.join(sorted(missing))}.")
+    for column in ("chosen", "rejected"):
+        for row, value in enumerate(dataset[column]):
+            text = value if isinstance(value, str) or value is None else value[-1]["content"] if value else ""
+            if not (text or "").strip():
+                raise RecipeError(
+                    f"row {row} of the {name} split has an empty {column!r}: drop or repair it."
+                )
+
+
+def flip_preferences(dataset: Dataset, fraction: float, seed: int) -> Dataset:
+    """Swap chosen and rejected in exactly ``round(fraction · n)`` rows, drawn by ``seed``.
+
+    Returns:
+        The data set with a bool column ``is_flipped``. One that is there already is kept when nothing
+        more is to be flipped.
+    """
+    import numpy as np
+
+    if not 0.0 <= fraction <= 1.0:
+        raise RecipeError(f"flip_fraction must be between 0 and 1; got {fraction}.")
+    if "is_flipped" in dataset.column_names:
+        if fraction:
+            raise RecipeError("the training split has an is_flipped column already: set flip_fraction=0.")
+        return dataset
+    count = round(fraction * len(dataset))
+    flipped = np.zeros(len(dataset), dtype=bool)
+    flipped[np.random.default_rng(seed).permutation(len(dataset))[:count]] = True
+
+    def swap(row: dict[str, Any], index: int) -> dict[str, Any]:
+        if not flipped[index]:
+            return {"is_flipped": False}
+        swapped = {"chosen": row["rejected"], "rejected": row["chosen"], "is_flipped": True}
+        if "score_chosen" in row and "score_rejected" in row:
+            swapped |= {"score_chosen": row["score_rejected"], "score_rejected": row["score_chosen"]}
+        return swapped
+
+    return dataset.map(swap, with_indices=True, desc=f"Flipping {count} of {len(dataset)} labels")
+
+
+def checkpoint_to_resume(args: TrainingArguments) -> str | None:
+    """``resume_from_checkpoint`` as a folder; ``last`` is the newest one in ``output_dir``."""
+    wanted = args.resume_from_checkpoint
+    if wanted is None or wanted.lower() in ("false", "none"):
+        return None
+    if wanted.lower() in ("last", "true"):
+        last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+        if last is None:
+            raise RecipeError(f"resume_from_checkpoint={wanted}, but {args.output_dir} holds no checkpoint.")
+        return last
+    if not Path(wanted).is_dir():
+        raise RecipeError(f"resume_from_checkpoint={wanted} is not a folder.")
+    return wanted
+
+
+class StepTimer(TrainerCallback):
+    """Seconds per optimizer step, evaluation and saving left out."""
+
+    def __init__(self) -> None:
+        self._durations: list[float] = []
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._start = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._durations.append(time.perf_counter() - self._start)
+
+    @property
+    def median(self) -> float:
+        """The median step in seconds; NaN before the first one."""
+        return statistics.median(self._durations) if self._durations else float("nan")
+
+
+def gate_summary(log_history: list[dict[str, float]]) -> dict[str, float]:
+    """Mean of every ``poprisk/`` entry over the logs of a run."""
+    names = sorted({key for entry in log_history for key in entry if key.startswith("poprisk/")})
+    return {
+        name.removeprefix("poprisk/"): statistics.fmean(e[name] for e in log_history if name in e)
+        for name in names
+    }
+
+
+def settings(*groups: Any) -> dict[str, Any]:
+    """The arguments of a run as plain values, tokens left out."""
+    merged: dict[str, Any] = {}
+    for group in groups:
+        values = group.to_dict() if hasattr(group, "to_dict") else vars(group)
+        merged |= {k: v for k, v in values.items() if not re.search(r"token$", k)}
+    return json.loads(json.dumps(merged, default=str))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write beside the target and rename, so that a reader never sees half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    temporary.replace(path)
