@@ -38,7 +38,7 @@ def rows(count: int) -> list[dict[str, torch.Tensor]]:
 def plain_trainer(tmp_path: Path, count: int = 8, **options: Any) -> PopRiskTrainer:
     options = {"gradient_accumulation_steps": 4, "max_steps": 2, **QUIET, **options}
     args = PopRiskTrainingArguments(str(tmp_path), **options)
-    return PopRiskTrainer(tiny_model(), args=args, train_dataset=rows(count))
+    return PopRiskTrainer(tiny_model(), args=args, train_dataset=rows(count), eval_dataset=rows(2))
 
 
 def trl_trainer(kind: str, model: str, tmp_path: Path, count: int = 8, **options: Any) -> Any:
@@ -223,9 +223,10 @@ def test_a_last_window_of_one_example_is_ungated_and_said_once(
 def test_logs_are_averages_over_the_interval_and_not_in_evaluations(tmp_path: Path) -> None:
     runs = {}
     for interval in (1, 4):
-        trainer = plain_trainer(tmp_path, count=16, max_steps=4, logging_steps=interval, eval_strategy="no")
-        trainer.train()
-        trainer.evaluate(rows(2))
+        trainer = plain_trainer(
+            tmp_path, count=16, max_steps=4, logging_steps=interval, eval_strategy="steps", eval_steps=1
+        )
+        trainer.train()  # evaluates inside the interval, where nothing may be taken away
         runs[interval] = trainer.state.log_history
     fine = [entry["poprisk/fraction_open"] for entry in runs[1] if "loss" in entry]
     coarse = [entry for entry in runs[4] if "loss" in entry]
@@ -238,7 +239,8 @@ def test_logs_are_averages_over_the_interval_and_not_in_evaluations(tmp_path: Pa
         "poprisk/examples",
         "poprisk/margin",
     }
-    assert not any("poprisk" in key for entry in runs[1] for key in entry if "eval_loss" in entry)
+    evaluations = [entry for entry in runs[4] if "eval_loss" in entry]
+    assert len(evaluations) == 4 and not any("poprisk" in key for entry in evaluations for key in entry)
 
 
 def test_report_to_receives_the_numbers(tmp_path: Path) -> None:

@@ -1,0 +1,107 @@
+"""A table and a plot from the output folders of ``recipes/dpo.py``."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+PANELS = (
+    ("held-out accuracy", "eval_test_rewards/accuracies"),
+    ("share of flipped pairs fitted", "eval_flipped_rewards/accuracies"),
+    ("held-out reward margin", "eval_test_rewards/margins"),
+    ("fraction open (dotted: pure noise)", "poprisk/fraction_open"),
+)
+
+
+def load(folder: Path) -> tuple[dict[str, Any], list[dict[str, float]]]:
+    """The results of a run and its log history.
+
+    Raises:
+        SystemExit: a folder without a finished run.
+    """
+    try:
+        content = json.loads((folder / "results.json").read_text())
+        history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        return content["results"], history
+    except (OSError, ValueError, KeyError) as error:
+        sys.exit(f"compare.py: error: {folder} holds no finished run ({error}).")
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def table(runs: dict[str, dict[str, Any]]) -> Table:
+    """One row per run; a dash where a run has no such number."""
+    columns = (
+        "run",
+        "held-out accuracy",
+        "reward margin",
+        "KL per token",
+        "flipped fitted",
+        "open / noise level",
+        "s per step",
+    )
+    out = Table(*columns, title="DPO on noisy preferences")
+    for name, r in runs.items():
+        gate = r["gate"]
+        opened = (
+            f"{gate['fraction_open']:.3f} / {gate['fraction_open_null']:.3f}"
+            if "fraction_open" in gate
+            else "–"
+        )
+        out.add_row(
+            name,
+            number(r["test_accuracy"]),
+            number(r["test_margin"], 2),
+            number(r["test_kl_per_token"]),
+            number(r["flipped_fitted"]),
+            opened,
+            number(r["seconds_per_step"], 2),
+        )
+    return out
+
+
+def plot(histories: dict[str, list[dict[str, float]]], path: Path) -> None:
+    """The curves of ``PANELS`` over optimizer steps, one line per run, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    for axis, (title, key) in zip(axes.flat, PANELS, strict=True):
+        for color, (name, history) in enumerate(histories.items()):
+            points = [(entry["step"], entry[key]) for entry in history if key in entry]
+            if not points:
+                continue
+            axis.plot(*zip(*points, strict=True), label=name, color=f"C{color}", marker=".", markersize=4)
+            null = [(e["step"], e[f"{key}_null"]) for e in history if f"{key}_null" in e]
+            if null:
+                axis.plot(*zip(*null, strict=True), color=f"C{color}", linestyle=":")
+        axis.set(title=title, xlabel="optimizer step")
+        axis.grid(alpha=0.3)
+    axes.flat[0].legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, help="output folders; their names label the rows")
+    parser.add_argument("--plot", type=Path, help="write the curves to this PNG")
+    args = parser.parse_args()
+    loaded = {folder.name: load(folder) for folder in args.runs}
+    Console(width=110).print(table({name: results for name, (results, _) in loaded.items()}))
+    if args.plot:
+        plot({name: history for name, (_, history) in loaded.items()}, args.plot)
+        print(f"curves: {args.plot}")
+
+
+if __name__ == "__main__":
+    main()
