@@ -1,0 +1,56 @@
+"""README's loops, run as they are printed."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from models import tiny_model, token_examples
+from torch.utils.data import DataLoader
+
+from hf_poprisk import PopRiskAdamW
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def block(name: str) -> str:
+    found = re.search(rf"<!-- test: {name} -->\n```python\n(.*?)```", README.read_text(), re.S)
+    assert found, f"README has no block {name}"
+    return found.group(1)
+
+
+def weights(model: torch.nn.Module) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def run(name: str, **names: Any) -> dict[str, Any]:
+    exec(block(name), names)
+    return names
+
+
+def test_both_loops_run_and_agree() -> None:
+    """The same sixteen examples in two steps, through README's plain loop and its accelerate loop."""
+    examples = token_examples(16)
+    plain, prepared, before = tiny_model(), tiny_model(), weights(tiny_model())
+    after = run("plain", model=plain, batches=[examples[:8], examples[8:]])
+    rows = [{k: v[0] for k, v in example.items()} for example in examples]
+    names = run("accelerate", model=prepared, loader=DataLoader(rows, batch_size=1), use_cpu=True)
+    for optimizer in (after["optimizer"], names["gated"]):
+        assert isinstance(optimizer, PopRiskAdamW)
+        logs = optimizer.statistics.pop("examples")
+        assert logs["poprisk/examples"] == 8 and 0.05 < logs["poprisk/fraction_open"] < 0.95
+    for w, p, q in zip(before, weights(plain), weights(prepared), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    assert any((p != w).any() for w, p in zip(before, weights(plain), strict=True))
+
+
+def test_every_file_readme_names_is_there() -> None:
+    root = README.parent
+    for path in re.findall(r"`((?:recipes|scripts|hf_poprisk)/[\w./-]+)`", README.read_text()):
+        assert (root / path).exists(), path
+    for kind, arms in (
+        ("tiny", ("dpo", "dpo-lora", "classification", "causal-lm")),
+        ("qwen2.5-0.5b", ("dpo", "dpo-lora")),
+    ):
+        for arm in arms:
+            assert (root / "recipes" / kind / arm / "poprisk.yaml").is_file()
