@@ -104,8 +104,11 @@ class PopRiskArgumentsMixin:
         check_gate_options(**options, prefix=_PREFIX)
         if isinstance(self.poprisk_exclude, str):
             self.poprisk_exclude = [self.poprisk_exclude]
-        if self.poprisk_exclude is not None and not all(isinstance(p, str) for p in self.poprisk_exclude):
-            raise ValueError(f"poprisk_exclude must be a list of strings; got {self.poprisk_exclude!r}.")
+        exclude = self.poprisk_exclude
+        if exclude is not None and not (
+            isinstance(exclude, list) and all(isinstance(p, str) for p in exclude)
+        ):
+            raise ValueError(f"poprisk_exclude must be a list of strings; got {exclude!r}.")
         if self.optim != OPTIM:
             for name, spec in self.__dataclass_fields__.items():
                 if name.startswith(_PREFIX) and getattr(self, name) != spec.default:

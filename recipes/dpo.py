@@ -10,7 +10,6 @@ Writes the model, ``trainer_state.json`` (the curves) and ``results.json`` (the 
 import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from common import (
@@ -59,45 +58,49 @@ def evaluation_sets(train: Dataset, splits: dict[str, Dataset]) -> dict[str, Dat
 
 
 @torch.no_grad()
-def kl_to_reference(trainer: PopRiskDPOTrainer, reference: torch.nn.Module | None, data: Dataset) -> float:
-    """Mean over the tokens of the chosen completions of KL(policy ‖ reference), in nats per token.
+def score(trainer: PopRiskDPOTrainer, reference: torch.nn.Module | None, name: str) -> dict[str, float]:
+    """Preference accuracy, reward margin and KL to the reference on one of the evaluation sets.
 
-    Exact over the vocabulary, on held-out pairs that the trainer has tokenized.
+    Per pair, from the logits of both models: the trainer's own metrics are means over batches.
 
     Args:
         reference: the model before training; None takes the policy with its adapter disabled.
+        name: a key of ``trainer.eval_dataset``.
+
+    Returns:
+        ``accuracy`` (share of margins > 0), ``margin`` (mean, nats times beta), and ``kl_per_token``: the
+        mean over the tokens of the chosen completions of KL(policy ‖ reference), exact over the
+        vocabulary, in nats.
     """
-    accelerator = trainer.accelerator
+    accelerator, data = trainer.accelerator, trainer.eval_dataset[name]
     policy = accelerator.unwrap_model(trainer.model).eval()
-    total = torch.zeros(2, dtype=torch.float64, device="cpu")  # sum of KL, tokens
-    rows = range(accelerator.process_index, len(data), accelerator.num_processes)
-    for row in tqdm(rows, desc="KL to the reference", disable=not accelerator.is_main_process):
-        prompt, chosen = data[row]["prompt_ids"], data[row]["chosen_ids"]
-        ids = torch.tensor([(prompt + chosen)[: trainer.args.max_length]], device=accelerator.device)
+    mine = list(range(accelerator.process_index, len(data), accelerator.num_processes))
+    size = trainer.args.per_device_eval_batch_size
+    total = torch.zeros(5, dtype=torch.float64)  # correct, margin, pairs, KL, tokens
+    for start in tqdm(
+        range(0, len(mine), size), desc=f"Scoring {name}", disable=not accelerator.is_main_process
+    ):
+        pairs = [data[row] for row in mine[start : start + size]]
+        batch = {key: value.to(accelerator.device) for key, value in trainer.data_collator(pairs).items()}
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
         with accelerator.autocast():
-            after = policy(input_ids=ids).logits[0, len(prompt) - 1 : -1]  # [tokens, vocabulary]
+            after = policy(**inputs).logits  # [2N, T, vocabulary], chosen rows first
             with policy.disable_adapter() if reference is None else contextlib.nullcontext():
-                before = (reference or policy)(input_ids=ids).logits[0, len(prompt) - 1 : -1]
-        after, before = after.float().log_softmax(-1), before.float().log_softmax(-1)
-        total += torch.tensor([(after.exp() * (after - before)).sum().item(), after.shape[0]])
-    summed = accelerator.reduce(total.float().to(accelerator.device))
-    return (summed[0] / summed[1]).item()
-
-
-def results(
-    trainer: PopRiskDPOTrainer, metrics: dict[str, float], kl: float, timer: StepTimer
-) -> dict[str, Any]:
-    """The numbers of the comparison table; None where a run has no such number."""
-    return {
-        "test_accuracy": metrics["eval_test_rewards/accuracies"],
-        "test_margin": metrics["eval_test_rewards/margins"],
-        "test_kl_per_token": kl,
-        "flipped_fitted": metrics.get("eval_flipped_rewards/accuracies"),
-        "validation_accuracy": metrics.get("eval_validation_rewards/accuracies"),
-        "seconds_per_step": timer.median,
-        "steps": trainer.state.global_step,
-        "gate": gate_summary(trainer.state.log_history),
-    }
+                before = (reference or policy)(**inputs).logits
+        rewards = []
+        for row in range(len(after)):  # row by row: a float32 copy of all logits may not fit
+            kept = batch["completion_mask"][row, 1:].bool()
+            labels = batch["input_ids"][row, 1:][kept]
+            new = after[row, :-1][kept].float().log_softmax(-1)  # [tokens, vocabulary]
+            old = before[row, :-1][kept].float().log_softmax(-1)
+            rewards.append(trainer.beta * (new - old).gather(-1, labels[:, None]).sum().item())
+            if row < len(pairs):
+                total[3] += (new.exp() * (new - old)).sum().item()
+                total[4] += len(labels)
+        for chosen, rejected in zip(rewards[: len(pairs)], rewards[len(pairs) :], strict=True):
+            total[:3] += torch.tensor([chosen > rejected, chosen - rejected, 1], dtype=torch.float64)
+    correct, margin, count, kl, tokens = accelerator.reduce(total.float().to(accelerator.device)).tolist()
+    return {"accuracy": correct / count, "margin": margin / count, "kl_per_token": kl / tokens}
 
 
 def main() -> None:
@@ -132,19 +135,21 @@ def main() -> None:
     )
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
-    metrics = trainer.evaluate()
     trainer.save_state()
 
     reference = trainer.ref_model
     if reference is None and not model_args.use_peft:  # precomputed log-probabilities: nothing was kept
         reference = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, **init_kwargs)
         reference = reference.to(trainer.accelerator.device).eval()
-    kl = kl_to_reference(trainer, reference, trainer.eval_dataset["test"])
+    scores = {name: score(trainer, reference, name) for name in trainer.eval_dataset}
     if trainer.is_world_process_zero():
-        content = {
-            "results": results(trainer, metrics, kl, timer),
-            "settings": settings(script_args, model_args, args),
+        results = {
+            "scores": scores,
+            "gate": gate_summary(trainer.state.log_history),
+            "seconds_per_step": timer.median,
+            "steps": trainer.state.global_step,
         }
+        content = {"results": results, "settings": settings(script_args, model_args, args)}
         write_json(Path(args.output_dir, "results.json"), content)
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)

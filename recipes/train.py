@@ -84,7 +84,7 @@ def flip_classes(data: Dataset, num_labels: int, fraction: float, seed: int) -> 
     labels = np.array(data["labels"])
     chosen = rng.permutation(len(labels))[: round(fraction * len(labels))]
     labels[chosen] = (labels[chosen] + rng.integers(1, num_labels, len(chosen))) % num_labels
-    return data.remove_columns("labels").add_column("labels", labels)
+    return data.map(lambda _, row: {"labels": int(labels[row])}, with_indices=True, desc="Flipping labels")
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:

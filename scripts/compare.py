@@ -9,11 +9,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+# title, key in the log, and the key that tells whose evaluation an entry is
 PANELS = (
-    ("held-out accuracy", "eval_test_rewards/accuracies"),
-    ("share of flipped pairs fitted", "eval_flipped_rewards/accuracies"),
-    ("held-out reward margin", "eval_test_rewards/margins"),
-    ("fraction open (dotted: pure noise)", "poprisk/fraction_open"),
+    ("held-out accuracy", "eval_rewards/accuracies", "eval_test_loss"),
+    ("share of flipped pairs fitted", "eval_rewards/accuracies", "eval_flipped_loss"),
+    ("held-out reward margin", "eval_rewards/margins", "eval_test_loss"),
+    ("fraction open (dotted: pure noise)", "poprisk/fraction_open", "loss"),
 )
 
 
@@ -48,7 +49,7 @@ def table(runs: dict[str, dict[str, Any]]) -> Table:
     )
     out = Table(*columns, title="DPO on noisy preferences")
     for name, r in runs.items():
-        gate = r["gate"]
+        gate, test, flipped = r["gate"], r["scores"]["test"], r["scores"].get("flipped", {})
         opened = (
             f"{gate['fraction_open']:.3f} / {gate['fraction_open_null']:.3f}"
             if "fraction_open" in gate
@@ -56,10 +57,10 @@ def table(runs: dict[str, dict[str, Any]]) -> Table:
         )
         out.add_row(
             name,
-            number(r["test_accuracy"]),
-            number(r["test_margin"], 2),
-            number(r["test_kl_per_token"]),
-            number(r["flipped_fitted"]),
+            number(test["accuracy"]),
+            number(test["margin"], 2),
+            number(test["kl_per_token"]),
+            number(flipped.get("accuracy")),
             opened,
             number(r["seconds_per_step"], 2),
         )
@@ -74,9 +75,9 @@ def plot(histories: dict[str, list[dict[str, float]]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(2, 2, figsize=(10, 7), layout="constrained")
-    for axis, (title, key) in zip(axes.flat, PANELS, strict=True):
+    for axis, (title, key, whose) in zip(axes.flat, PANELS, strict=True):
         for color, (name, history) in enumerate(histories.items()):
-            points = [(entry["step"], entry[key]) for entry in history if key in entry]
+            points = [(entry["step"], entry[key]) for entry in history if key in entry and whose in entry]
             if not points:
                 continue
             axis.plot(*zip(*points, strict=True), label=name, color=f"C{color}", marker=".", markersize=4)

@@ -39,7 +39,7 @@ def test_both_loops_run_and_agree() -> None:
         assert isinstance(optimizer, PopRiskAdamW)
         logs = optimizer.statistics.pop("examples")
         assert logs["poprisk/examples"] == 8 and 0.05 < logs["poprisk/fraction_open"] < 0.95
-    for w, p, q in zip(before, weights(plain), weights(prepared), strict=True):
+    for p, q in zip(weights(plain), weights(prepared), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
     assert any((p != w).any() for w, p in zip(before, weights(plain), strict=True))
 

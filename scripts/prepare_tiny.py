@@ -1,0 +1,406 @@
+"""Make the embedded model and its data from text that ships with Python; nothing is downloaded.
+
+Docstrings of the standard library train a tokenizer and a small Llama-like model. The language reference
+(``pydoc_data.topics``), which the model has not seen, gives passages; a preference pair is the beginning of
+a passage with its true continuation (chosen) and a sample of the model (rejected).
+
+    OUTPUT_DIR/model         tokenizer and model, for from_pretrained
+    OUTPUT_DIR/preferences   {train,validation,test}.parquet: prompt, chosen, rejected, topic; clean labels
+    OUTPUT_DIR/detection     the same texts as text, label (1: real, 0: sampled)
+    OUTPUT_DIR/text          the passages as text
+    OUTPUT_DIR/metadata.json what made it; a second run with the same settings reuses the folder
+
+Splits are by topic, and a paragraph that several topics repeat belongs to the smallest of them, so no text
+is in two splits.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import logging
+import math
+import os
+import platform
+import random
+import shutil
+import sys
+import sysconfig
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # torch and transformers are imported where they are used: the cache check is instant
+    from torch import Tensor
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+logger = logging.getLogger("prepare_tiny")
+
+FORMAT = 1  # of the folder; raise it when the same settings would make something else
+PROMPT_WORDS, COMPLETION_WORDS = 14, 12
+BATCH, CONTEXT = 32, 64  # sequences and tokens per pretraining step
+SPLITS = ("train", "validation", "test")
+SKIPPED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "site-packages", "__pycache__", "turtledemo"}
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '' }}{% endif %}"
+)
+
+
+def paragraphs(text: str) -> Iterator[str]:
+    """Prose paragraphs with their white space folded; code, tables and headings left out."""
+    for block in text.replace("\r", "").split("\n\n"):
+        lines = [line.strip() for line in block.splitlines() if line.strip()]
+        if not lines or lines[-1][:3] in ("***", "===", "---", "^^^", '"""', "~~~"):
+            continue
+        if any(mark in block for mark in (">>>", "::=", "+--", "==>", "    |")):
+            continue
+        words = " ".join(lines).split()
+        letters = sum(ch.isalpha() for word in words for ch in word)
+        if len(words) >= 5 and letters > 3.2 * len(words):
+            yield " ".join(words)
+
+
+def docstrings() -> list[str]:
+    """Paragraphs of every docstring in the standard library's Python files, in file order."""
+    root, seen = Path(sysconfig.get_path("stdlib")), {}
+    for path in sorted(root.rglob("*.py")):
+        if SKIPPED_FOLDERS & set(path.relative_to(root).parts):
+            continue
+        try:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError):
+            continue  # files kept for older grammars
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                seen.update(dict.fromkeys(paragraphs(ast.get_docstring(node) or "")))
+    return list(seen)
+
+
+def topics() -> dict[str, list[str]]:
+    """Topic → its paragraphs; one that several topics repeat goes to the smallest of them."""
+    from pydoc_data.topics import topics as raw
+
+    owner: dict[str, str] = {}
+    cleaned = {name: list(paragraphs(text)) for name, text in sorted(raw.items())}
+    for name in sorted(cleaned, key=lambda n: (sum(map(len, cleaned[n])), n)):
+        for paragraph in cleaned[name]:
+            owner.setdefault(paragraph, name)
+    kept: dict[str, list[str]] = {}
+    for paragraph, name in owner.items():
+        kept.setdefault(name, []).append(paragraph)
+    return kept
+
+
+def passages(paragraphs_: list[str]) -> list[tuple[str, str]]:
+    """(prompt, continuation) from consecutive windows of a topic; the continuation starts with its space."""
+    words = " ".join(paragraphs_).split()
+    size, found = PROMPT_WORDS + COMPLETION_WORDS, []
+    for start in range(0, len(words) - size + 1, size):
+        cut = start + PROMPT_WORDS
+        found.append((" ".join(words[start:cut]), " " + " ".join(words[cut : start + size])))
+    return found
+
+
+def split_topics(found: dict[str, list[str]], wanted: dict[str, int], seed: int) -> dict[str, list[str]]:
+    """Split → topics: test and validation take shuffled topics until they have enough, train the rest."""
+    names = sorted(found)
+    random.Random(seed).shuffle(names)
+    assigned: dict[str, list[str]] = {split: [] for split in SPLITS}
+    # more passages than pairs: some samples of the model are too short to use
+    missing = {split: 1.2 * wanted[split] for split in ("test", "validation")}
+    for name in names:
+        split = next((s for s in missing if missing[s] > 0), "train")
+        assigned[split].append(name)
+        if split in missing:
+            missing[split] -= len(passages(found[name]))
+    return assigned
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=["<|pad|>", "<|end|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<|pad|>", eos_token="<|end|>")
+    tokenizer.model_max_length = 256
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """1.1 M parameters in float32."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=None,
+        )
+    )
+
+
+def token_stream(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> Tensor:
+    """All texts, each ended by the end token, as one row of ids, [tokens] int64."""
+    import torch
+
+    ids = tokenizer([text + tokenizer.eos_token for text in texts])["input_ids"]
+    return torch.tensor([token for row in ids for token in row])
+
+
+def pretrain(model: LlamaForCausalLM, stream: Tensor, steps: int, seed: int) -> None:
+    """AdamW with warm-up and a cosine, on random windows of the stream."""
+    import torch
+    from tqdm import tqdm
+
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    warmup = max(1, steps // 20)
+
+    def rate(step: int) -> float:
+        cosine = 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup)))
+        return min(1.0, (step + 1) / warmup) * (0.05 + 0.95 * cosine)
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    model.train()
+    progress = tqdm(range(steps), desc="Pretraining", unit="step")
+    for step in progress:
+        starts = torch.randint(len(stream) - CONTEXT, (BATCH, 1), generator=generator)
+        ids = stream[starts + torch.arange(CONTEXT)]
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 20 == 0:
+            progress.set_postfix(loss=f"{loss.item():.2f}")
+
+
+def bits_per_character(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str]
+) -> float:
+    """Cross-entropy of the texts under the model in bits, over their characters."""
+    import torch
+
+    stream = token_stream(texts, tokenizer)
+    rows = stream[: len(stream) // CONTEXT * CONTEXT].view(-1, CONTEXT)
+    model.eval()
+    with torch.no_grad():
+        nats = sum(model(input_ids=r, labels=r).loss.item() * len(r) for r in rows.split(BATCH)) / len(rows)
+    return nats / math.log(2) * len(stream) / sum(map(len, texts))
+
+
+def sample(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str], label: str
+) -> list[str | None]:
+    """For each prompt a continuation at temperature 1, cut to its words; None where it is too short."""
+    import torch
+    from tqdm import tqdm
+
+    tokenizer.padding_side = "left"
+    model.eval()
+    sampled: list[str | None] = []
+    for start in tqdm(range(0, len(prompts), 64), desc=f"Sampling for {label}", unit="batch"):
+        batch = tokenizer(prompts[start : start + 64], return_tensors="pt", padding=True)
+        with torch.no_grad():
+            out = model.generate(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                min_new_tokens=40,  # the end token would come before the last word too often
+                max_new_tokens=40,
+            )
+        for row in out[:, batch["input_ids"].shape[1] :]:
+            text = tokenizer.decode(row, skip_special_tokens=True)
+            words = text.split()[:COMPLETION_WORDS]
+            # a sample that goes on in the middle of the prompt's last word is not a continuation
+            usable = text.startswith(" ") and len(words) == COMPLETION_WORDS
+            sampled.append(" " + " ".join(words) if usable else None)
+    tokenizer.padding_side = "right"
+    return sampled
+
+
+def make_pairs(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    found: dict[str, list[str]],
+    assigned: dict[str, list[str]],
+    wanted: dict[str, int],
+    seed: int,
+) -> dict[str, list[dict[str, str]]]:
+    """Split → rows of prompt, chosen, rejected, topic; at most as many as wanted.
+
+    Raises:
+        SystemExit: a split is left with fewer than two pairs.
+    """
+    made: dict[str, list[dict[str, str]]] = {}
+    for split in SPLITS:
+        pool = [
+            (topic, prompt, chosen) for topic in assigned[split] for prompt, chosen in passages(found[topic])
+        ]
+        random.Random(seed).shuffle(pool)
+        pool = pool[: math.ceil(1.25 * wanted[split])]
+        sampled = sample(model, tokenizer, [prompt for _, prompt, _ in pool], split)
+        rows = [
+            {"prompt": prompt, "chosen": chosen, "rejected": rejected, "topic": topic}
+            for (topic, prompt, chosen), rejected in zip(pool, sampled, strict=True)
+            if rejected is not None and rejected != chosen
+        ]
+        made[split] = rows[: wanted[split]]
+        if len(made[split]) < 2:
+            sys.exit(f"prepare_tiny.py: error: only {len(made[split])} pairs for the {split} split.")
+        if len(made[split]) < wanted[split]:
+            logger.warning("%s: %d pairs of the %d wanted", split, len(made[split]), wanted[split])
+    return made
+
+
+def write_data(folder: Path, pairs: dict[str, list[dict[str, str]]]) -> None:
+    from datasets import Dataset
+
+    for split, rows in pairs.items():
+        detection = [
+            {"text": row["prompt"] + row[side], "label": int(side == "chosen")}
+            for row in rows
+            for side in ("chosen", "rejected")
+        ]
+        text = [{"text": row["prompt"] + row["chosen"]} for row in rows]
+        for name, content in (("preferences", rows), ("detection", detection), ("text", text)):
+            (folder / name).mkdir(exist_ok=True)
+            Dataset.from_list(content).to_parquet(folder / name / f"{split}.parquet")
+
+
+def build(folder: Path, args: Namespace, docs: list[str], found: dict[str, list[str]]) -> dict[str, Any]:
+    """Everything but metadata.json; returns what it should say of the outcome."""
+    import torch
+    from datasets import disable_progress_bars
+    from transformers import set_seed
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # the stream is longer than the context, on purpose
+    disable_progress_bars()
+    torch.set_num_threads(1)  # matrices this small gain nothing from a second one
+    set_seed(args.seed)
+    wanted = dict(
+        zip(SPLITS, (args.num_train_pairs, args.num_eval_pairs, 2 * args.num_eval_pairs), strict=True)
+    )
+    logger.info("tokenizer: %d paragraphs of docstrings", len(docs))
+    tokenizer = train_tokenizer(docs, args.vocab_size)
+    model = new_model(tokenizer)
+    logger.info("model: %s parameters", f"{model.num_parameters():,}")
+    pretrain(model, token_stream(docs, tokenizer), args.steps, args.seed)
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    reference_text = [paragraph for name in sorted(found) for paragraph in found[name]]
+    bits = bits_per_character(model, tokenizer, reference_text)
+    logger.info("%.2f bits per character on the language reference, which it has not seen", bits)
+    assigned = split_topics(found, wanted, args.seed)
+    pairs = make_pairs(model, tokenizer, found, assigned, wanted, args.seed)
+    write_data(folder, pairs)
+    return {
+        "bits_per_character": bits,
+        "parameters": model.num_parameters(),
+        "topics": {split: len(names) for split, names in assigned.items()},
+        "pairs": {split: len(rows) for split, rows in pairs.items()},
+        "libraries": {name: version(name) for name in ("torch", "transformers", "tokenizers", "datasets")},
+    }
+
+
+def install(temporary: Path, target: Path) -> None:
+    """Put the finished folder in place; an older one goes only when the new one is there."""
+    if not target.exists():
+        temporary.replace(target)
+        return
+    old = target.with_name(f".{target.name}-old-{os.getpid()}")
+    target.replace(old)
+    temporary.replace(target)
+    shutil.rmtree(old)
+
+
+def parse(argv: list[str] | None) -> Namespace:
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/tiny"))
+    parser.add_argument("--steps", type=int, default=400, help="pretraining steps of 32 × 64 tokens")
+    parser.add_argument("--vocab_size", type=int, default=2048, help="of the tokenizer, at least 300")
+    parser.add_argument("--num_train_pairs", type=int, default=512)
+    parser.add_argument(
+        "--num_eval_pairs", type=int, default=200, help="validation pairs; twice as many test"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    for name, least in (
+        ("steps", 1),
+        ("vocab_size", 300),
+        ("num_train_pairs", 2),
+        ("num_eval_pairs", 2),
+        ("seed", 0),
+    ):
+        if getattr(args, name) < least:
+            parser.error(f"--{name} must be at least {least}; got {getattr(args, name)}.")
+    if args.output_dir.exists() and not (args.output_dir / "metadata.json").is_file():
+        parser.error(f"--output_dir {args.output_dir} exists and was not made by this script.")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for chatty in ("httpx", "datasets"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    args = parse(argv)
+    docs, found = docstrings(), topics()
+    source = hashlib.sha256(json.dumps([docs, found], sort_keys=True).encode()).hexdigest()
+    made_from = {
+        "format": FORMAT,
+        "source_sha256": source,
+        "settings": {name: value for name, value in vars(args).items() if name != "output_dir"},
+    }
+    target: Path = args.output_dir
+    if target.exists():
+        metadata = json.loads((target / "metadata.json").read_text())
+        if all(metadata.get(key) == value for key, value in made_from.items()):
+            logger.info("%s is up to date", target)
+            return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}-new-{os.getpid()}")
+    temporary.mkdir()
+    try:
+        outcome = build(temporary, args, docs, found)
+        metadata = {**made_from, **outcome, "python": platform.python_version()}
+        (temporary / "metadata.json").write_text(json.dumps(metadata, indent=2, sort_keys=True) + "\n")
+        install(temporary, target)
+        logger.info("%s: %s", target, ", ".join(f"{n} {s} pairs" for s, n in outcome["pairs"].items()))
+    except KeyboardInterrupt:
+        logger.error("interrupted: nothing was changed.")
+        sys.exit(130)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

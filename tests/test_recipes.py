@@ -1,0 +1,327 @@
+"""The recipes end to end, their YAML, and what a user sees of a mistake."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from datasets import Dataset, DatasetDict
+from models import preferences, save_tiny_model, text
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "recipes"), str(ROOT / "scripts")]
+
+import common  # noqa: E402
+import compare  # noqa: E402
+import dpo  # noqa: E402
+import train  # noqa: E402
+
+PAIRS = sorted(path.parent for path in ROOT.glob("recipes/*/*/adamw.yaml"))
+ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, preferences and labelled texts in the layout that prepare_tiny.py writes."""
+    folder = tmp_path_factory.mktemp("tiny")
+    save_tiny_model(folder / "model", "llama", tied=True)
+    rows = {"train": preferences(24), "validation": preferences(4, 100), "test": preferences(6, 200)}
+    labelled = {
+        split: Dataset.from_dict(
+            {"text": [text(i, 8) for i in range(12)], "label": [i % 2 for i in range(12)]}
+        )
+        for split in rows
+    }
+    for name, splits in (("preferences", rows), ("detection", labelled), ("text", labelled)):
+        for split, data in splits.items():
+            (folder / name).mkdir(exist_ok=True)
+            data.to_parquet(folder / name / f"{split}.parquet")
+    return folder
+
+
+def recipe(script: Any, monkeypatch: pytest.MonkeyPatch, *argv: str | Path) -> None:
+    """Run a recipe in this process, as its command line would."""
+    monkeypatch.setattr(sys, "argv", ["recipe.py", *map(str, argv)])
+    common.run(script.main)
+
+
+def dpo_argv(tiny: Path, out: Path, arm: str = "poprisk", task: str = "dpo") -> list[str | Path]:
+    return [
+        *("--config", ROOT / f"recipes/tiny/{task}/{arm}.yaml"),
+        *("--model_name_or_path", tiny / "model", "--dataset_name", tiny / "preferences"),
+        *("--output_dir", out, "--gradient_accumulation_steps", "4", "--max_steps", "3"),
+        *("--logging_steps", "1", "--eval_steps", "3", "--save_strategy", "no"),
+    ]
+
+
+@pytest.mark.parametrize("folder", PAIRS, ids=lambda p: "/".join(p.parts[-2:]))
+def test_the_arms_differ_in_the_optimizer_only(folder: Path) -> None:
+    adamw, poprisk = (yaml.safe_load((folder / f"{arm}.yaml").read_text()) for arm in ("adamw", "poprisk"))
+    assert adamw.pop("optim") == "adamw_torch" and poprisk.pop("optim") == "poprisk_adamw"
+    assert adamw.pop("output_dir") != poprisk.pop("output_dir")  # or the arms would overwrite each other
+    assert adamw == {key: value for key, value in poprisk.items() if not key.startswith("poprisk_")}
+
+
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("recipes/*/*/*.yaml")), ids=lambda p: "/".join(p.parts[-3:])
+)
+def test_every_recipe_parses_and_may_start(path: Path) -> None:
+    script = dpo if "dpo" in path.parts[-2] else train
+    kinds = (
+        (dpo.DPOScriptArguments, dpo.PopRiskDPOConfig, dpo.ModelConfig)
+        if script is dpo
+        else (train.TrainScriptArguments, train.PopRiskTrainingArguments, train.ModelConfig)
+    )
+    cpu = ["--use_cpu", "true"] if "qwen" in str(path) else []
+    _, args, _ = common.parse(kinds, ["--config", str(path), *cpu])
+    assert args.optim == ("poprisk_adamw" if path.stem == "poprisk" else "adamw_torch")
+    assert args.units_per_step >= 16
+
+
+@pytest.mark.parametrize("name", ["cpu", "cpu2", "gpu", "ddp"])
+def test_launch_configs_are_what_accelerate_reads(name: str) -> None:
+    from accelerate.commands.config.config_args import ClusterConfig
+
+    config = ClusterConfig.from_yaml_file(ROOT / f"recipes/accelerate/{name}.yaml")
+    assert config.num_processes == {"cpu": 1, "cpu2": 2, "gpu": 1, "ddp": 8}[name]
+    assert config.use_cpu == name.startswith("cpu")
+
+
+@pytest.mark.parametrize("task", ["dpo", "dpo-lora"])
+def test_dpo_from_yaml_to_results(
+    task: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for arm in ("adamw", "poprisk"):
+        recipe(dpo, monkeypatch, *dpo_argv(tiny, tmp_path / arm, arm, task))
+    loaded = {arm: json.loads((tmp_path / arm / "results.json").read_text()) for arm in ("adamw", "poprisk")}
+    for content in loaded.values():
+        results = content["results"]
+        assert results["steps"] == 3 and results["seconds_per_step"] > 0
+        assert set(results["scores"]) == {"test", "validation", "flipped"}
+        # exact, so positive as soon as anything moved
+        assert all(scores["kl_per_token"] > 0 for scores in results["scores"].values())
+    assert loaded["adamw"]["results"]["gate"] == {}
+    gate = loaded["poprisk"]["results"]["gate"]
+    assert gate["examples"] == 4 and gate["fraction_open_null"] == pytest.approx(0.391, abs=1e-3)
+    assert loaded["poprisk"]["settings"]["optim"] == "poprisk_adamw"
+    # the scores are not TRL's, and agree with its own: one batch each here, evaluated after the last step
+    history = json.loads((tmp_path / "poprisk" / "trainer_state.json").read_text())["log_history"]
+    for name, scores in loaded["poprisk"]["results"]["scores"].items():
+        theirs = next(entry for entry in history if f"eval_{name}_loss" in entry)
+        assert theirs["step"] == 3
+        assert scores["margin"] == pytest.approx(theirs["eval_rewards/margins"], abs=1e-5)
+        assert scores["accuracy"] == pytest.approx(theirs["eval_rewards/accuracies"], abs=1e-5)
+    weights = "adapter_model.safetensors" if task == "dpo-lora" else "model.safetensors"
+    assert (tmp_path / "poprisk" / weights).is_file()
+    compare.plot({arm: compare.load(tmp_path / arm)[1] for arm in loaded}, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_the_table_shows_the_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = {
+        "scores": {"test": {"accuracy": 0.751, "margin": 1.25, "kl_per_token": 0.1}},
+        "seconds_per_step": 0.5,
+        "gate": {"fraction_open": 0.4, "fraction_open_null": 0.333},
+    }
+    (tmp_path / "soft").mkdir()
+    (tmp_path / "soft" / "results.json").write_text(json.dumps({"results": run}))
+    (tmp_path / "soft" / "trainer_state.json").write_text('{"log_history": []}')
+    monkeypatch.setattr(sys, "argv", ["compare.py", str(tmp_path / "soft")])
+    compare.main()
+    row = next(line for line in capsys.readouterr().out.splitlines() if "soft" in line)
+    for cell in ("0.751", "1.25", "0.100", "–", "0.400 / 0.333", "0.50"):
+        assert cell in row
+    monkeypatch.setattr(sys, "argv", ["compare.py", str(tmp_path / "nothing")])
+    with pytest.raises(SystemExit, match="holds no finished run"):
+        compare.main()
+
+
+@pytest.mark.parametrize("task", ["classification", "causal-lm"])
+def test_train_from_yaml_to_results(
+    task: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tiny / ("detection" if task == "classification" else "text")
+    recipe(
+        train,
+        monkeypatch,
+        *("--config", ROOT / f"recipes/tiny/{task}/poprisk.yaml"),
+        *("--model_name_or_path", tiny / "model", "--dataset_name", data, "--output_dir", tmp_path),
+        *("--gradient_accumulation_steps", "4", "--max_steps", "2", "--logging_steps", "1"),
+    )
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert results["test_loss"] > 0 and results["gate"]["examples"] == 4
+    assert (results["test_accuracy"] is not None) == (task == "classification")
+
+
+def test_an_interrupted_run_is_taken_up_again(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saving = ["--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "5"]
+    recipe(dpo, monkeypatch, *dpo_argv(tiny, tmp_path), *saving)
+    first = json.loads((tmp_path / "results.json").read_text())["results"]
+    for step in (2, 3):
+        shutil.rmtree(tmp_path / f"checkpoint-{step}")
+    (tmp_path / "results.json").unlink()
+    recipe(dpo, monkeypatch, *dpo_argv(tiny, tmp_path), *saving, "--resume_from_checkpoint", "last")
+    again = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert again["steps"] == first["steps"] == 3
+    assert again["scores"]["test"] == pytest.approx(first["scores"]["test"], rel=1e-6)
+
+
+def test_flips_are_exact_seeded_and_marked() -> None:
+    clean = preferences(50)
+    flipped = common.flip_preferences(clean, 0.3, seed=1)
+    assert sum(flipped["is_flipped"]) == 15
+    for before, after in zip(clean, flipped, strict=True):
+        swapped = (before["rejected"], before["chosen"])
+        assert (after["chosen"], after["rejected"]) == (
+            swapped if after["is_flipped"] else (before["chosen"], before["rejected"])
+        )
+    assert flipped["is_flipped"] == common.flip_preferences(clean, 0.3, seed=1)["is_flipped"]
+    assert flipped["is_flipped"] != common.flip_preferences(clean, 0.3, seed=2)["is_flipped"]
+    assert common.flip_preferences(flipped, 0.0, seed=5)["is_flipped"] == flipped["is_flipped"]
+    with pytest.raises(common.RecipeError, match="is_flipped column already"):
+        common.flip_preferences(flipped, 0.1, seed=0)
+    labels = train.flip_classes(Dataset.from_dict({"labels": [0, 1, 2] * 20}), 3, 0.25, seed=0)["labels"]
+    assert sum(a != b for a, b in zip(labels, [0, 1, 2] * 20, strict=True)) == 15
+
+
+MISTAKES = [
+    (["--poprisk_gaet", "soft"], "--poprisk_gaet"),
+    (["--poprisk_gate", "firm"], "poprisk_gate must be one of hard, soft, none"),
+    (["--optim", "poprisk_adam"], "poprisk_adam is not a valid OptimizerNames"),
+    (["--gradient_accumulation_steps", "1"], "leaves nothing to hold out"),
+    (["--per_device_train_batch_size", "4"], "gradient_accumulation_steps=64"),
+    (["--learning_rate", "fast"], "invalid float value: 'fast'"),
+    (["--optim_args", "gate=soft,"], "optim_args has ''"),
+    (["--packing", "true"], "--packing"),
+]
+
+
+@pytest.mark.parametrize(("extra", "sentence"), MISTAKES)
+def test_a_mistake_on_the_command_line_is_one_sentence(
+    extra: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        recipe(dpo, monkeypatch, "--config", ROOT / "recipes/tiny/dpo/poprisk.yaml", *extra)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and sentence in error
+    assert "Traceback" not in error and len(error.splitlines()) < 4
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("poprisk_warmup_steps: 1.5", "poprisk_warmup_steps must be an integer"),
+        ("poprisk_gate: firm", "poprisk_gate must be one of"),
+        ("poprisk_gaet: soft", "poprisk_gaet"),
+        ("num_train_epochs: three", "invalid float value: 'three'"),
+        ("poprisk_exclude: 3", "poprisk_exclude must be a list of strings"),
+        ("learning_rate: [1", "expected ',' or ']'"),
+    ],
+)
+def test_a_mistake_in_yaml_is_one_sentence(
+    line: str,
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "bad.yaml").write_text(f"use_cpu: true\nbf16: false\noutput_dir: {tmp_path}\n{line}\n")
+    with pytest.raises(SystemExit) as stopped:
+        recipe(dpo, monkeypatch, "--config", tmp_path / "bad.yaml")
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and sentence in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"--model_name_or_path": "outputs/nowhere/model"}, "outputs/nowhere/model is not a folder"),
+        ({"--model_name_or_path": "outputs/tiny/modle"}, "prepare_tiny.py` makes it"),
+        ({"--dataset_name": "./nowhere"}, "dataset_name=./nowhere is not a folder"),
+        ({"--dataset_test_split": "held"}, "it has train, validation, test"),
+        ({"--flip_fraction": "1.5"}, "flip_fraction must be between 0 and 1"),
+        ({"--resume_from_checkpoint": "last"}, "holds no checkpoint"),
+        ({"--resume_from_checkpoint": "nowhere"}, "is not a folder"),
+        ({"--dataset_streaming": "true"}, "dataset_streaming=true is not supported"),
+    ],
+)
+def test_a_wrong_place_is_one_sentence(
+    changes: dict[str, str], sentence: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit, match=re.escape(sentence)):
+        recipe(
+            dpo, monkeypatch, *dpo_argv(tiny, tmp_path / "new"), *(x for kv in changes.items() for x in kv)
+        )
+    assert not (tmp_path / "new" / "results.json").exists()
+
+
+@pytest.mark.parametrize("conversational", [False, True])
+def test_an_empty_completion_is_named_by_row(
+    conversational: bool, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = preferences(8).to_list()
+    rows[5]["rejected"] = "  "
+    if conversational:
+        rows = [{k: [{"role": "assistant", "content": v}] for k, v in row.items()} for row in rows]
+    good = Dataset.from_list(rows[:5])
+    DatasetDict(train=Dataset.from_list(rows), validation=good, test=good).save_to_disk(tmp_path / "data")
+    argv = [*dpo_argv(tiny, tmp_path / "out"), "--dataset_name", tmp_path / "data"]
+    with pytest.raises(SystemExit, match="row 5 of the training split has an empty 'rejected'"):
+        recipe(dpo, monkeypatch, *argv)
+
+
+def test_the_embedded_model_and_a_launched_recipe(tmp_path: Path) -> None:
+    """scripts/prepare_tiny.py at its smallest, twice; then two launched processes train on what it made."""
+    out = tmp_path / "tiny"
+    small = [
+        *(sys.executable, ROOT / "scripts/prepare_tiny.py", "--output_dir", out, "--steps", "12"),
+        *("--num_train_pairs", "16", "--num_eval_pairs", "4"),
+    ]
+
+    def prepare(*extra: str) -> str:
+        done = subprocess.run([*small, *extra], env=ENV, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stderr
+
+    prepare()
+    metadata = json.loads((out / "metadata.json").read_text())
+    files = {path: path.read_bytes() for path in out.rglob("*.parquet")}
+    assert len(files) == 9 and metadata["pairs"]["train"] == 16
+    assert "up to date" in prepare()
+    rows = {s: Dataset.from_parquet(str(out / f"preferences/{s}.parquet")) for s in metadata["pairs"]}
+    topics = [set(data["topic"]) for data in rows.values()]
+    assert not topics[0] & topics[1] and not topics[1] & topics[2] and not topics[0] & topics[2]
+    texts = [{row["prompt"] for row in data} for data in rows.values()]
+    assert not texts[0] & texts[2] and all(row["chosen"].strip() for data in rows.values() for row in data)
+    prepare("--seed", "1")  # another build replaces it …
+    assert any(path.read_bytes() != content for path, content in files.items())
+    prepare()  # … and the first comes back, byte for byte
+    assert all(path.read_bytes() == content for path, content in files.items())
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+    run = tmp_path / "run"
+    launched = subprocess.run(
+        [
+            *(sys.executable, "-m", "accelerate.commands.launch"),
+            *("--config_file", ROOT / "recipes/accelerate/cpu2.yaml", "--main_process_port", "0"),
+            *(ROOT / "recipes/dpo.py", *dpo_argv(out, run)),
+        ],
+        env=ENV,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    assert "8 examples per step (2 process(es) × 4 backwards)" in launched.stderr
+    assert json.loads((run / "results.json").read_text())["results"]["gate"]["examples"] == 8
