@@ -111,7 +111,7 @@ def split_topics(found: dict[str, list[str]], wanted: dict[str, int], seed: int)
     random.Random(seed).shuffle(names)
     assigned: dict[str, list[str]] = {split: [] for split in SPLITS}
     # more passages than pairs: some samples of the model are too short to use
-    missing = {split: 1.2 * wanted[split] for split in ("test", "validation")}
+    missing = {split: 1.35 * wanted[split] for split in ("test", "validation")}
     for name in names:
         split = next((s for s in missing if missing[s] > 0), "train")
         assigned[split].append(name)
@@ -265,7 +265,7 @@ def make_pairs(
             (topic, prompt, chosen) for topic in assigned[split] for prompt, chosen in passages(found[topic])
         ]
         random.Random(seed).shuffle(pool)
-        pool = pool[: math.ceil(1.25 * wanted[split])]
+        pool = pool[: math.ceil(1.3 * wanted[split])]
         sampled = sample(model, tokenizer, [prompt for _, prompt, _ in pool], split)
         rows = [
             {"prompt": prompt, "chosen": chosen, "rejected": rejected, "topic": topic}
