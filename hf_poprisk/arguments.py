@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 from transformers.utils.generic import strtobool
 
-from hf_poprisk.optimizer import check_gate_options
+from hf_poprisk.optimizer import check_gate_options, check_patterns
 
 OPTIM = "poprisk_adamw"
 _PREFIX = "poprisk_"
@@ -70,7 +70,8 @@ class PopRiskArgumentsMixin:
         known = [member.value for member in OptimizerNames]
         if name not in (OPTIM, *known):
             raise ValueError(f"{name} is not a valid OptimizerNames, please select one of {[OPTIM, *known]}")
-        self._read_optim_args(name)
+        if name == OPTIM:
+            self._read_optim_args()
         # The stock class turns `optim` into its Enum, which does not hold our name.
         self.optim = "adamw_torch" if name == OPTIM else name
         super().__post_init__()  # type: ignore[misc]
@@ -78,44 +79,49 @@ class PopRiskArgumentsMixin:
             self.optim = OPTIM
         self._check_options()
 
-    def _read_optim_args(self, name: str) -> None:
-        """Let ``--optim_args "gate=soft,reduction=tensor"`` set the fields of the same names."""
-        text = self.optim_args  # type: ignore[attr-defined]
-        if name != OPTIM or not text:
-            return
+    def _read_optim_args(self, override: bool = False) -> None:
+        """Let ``--optim_args "gate=soft,reduction=tensor"`` set the fields of the same names.
+
+        The fields carry the values from here on, so the text is dropped: a copy of the arguments that
+        changes a field would otherwise find it contradicted.
+        """
+        text, self.optim_args = self.optim_args, None  # type: ignore[has-type]
         fields_ = {n.removeprefix(_PREFIX): n for n in self.__dataclass_fields__ if n.startswith(_PREFIX)}
-        for item in text.split(","):
+        seen = set()
+        for item in text.split(",") if text else ():
             key, separator, value = (part.strip() for part in item.partition("="))
-            if key not in fields_ or not separator or not value:
+            if key not in fields_ or not separator or not value or key in seen:
                 raise ValueError(
                     f"optim_args has {item.strip()!r}; with optim={OPTIM} it is a comma-separated list of "
-                    f"key=value with the keys {', '.join(fields_)}."
+                    f"key=value, each key once, with the keys {', '.join(fields_)}."
                 )
+            seen.add(key)
             parsed = _parse(key, value)
             current, default = getattr(self, fields_[key]), self.__dataclass_fields__[fields_[key]].default
-            if current not in (default, parsed):
+            if not override and current not in (default, parsed):
                 raise ValueError(
                     f"optim_args sets {key}={value} and {fields_[key]} is {current!r}: set one of them only."
                 )
             setattr(self, fields_[key], parsed)
 
     def _check_options(self) -> None:
-        options = self.gate_options()
-        check_gate_options(**options, prefix=_PREFIX)
+        check_gate_options(**self.gate_options(), prefix=_PREFIX)
         if isinstance(self.poprisk_exclude, str):
             self.poprisk_exclude = [self.poprisk_exclude]
-        exclude = self.poprisk_exclude
+        exclude = self.poprisk_exclude = self.poprisk_exclude or None
         if exclude is not None and not (
             isinstance(exclude, list) and all(isinstance(p, str) for p in exclude)
         ):
             raise ValueError(f"poprisk_exclude must be a list of strings; got {exclude!r}.")
-        if self.optim != OPTIM:
-            for name, spec in self.__dataclass_fields__.items():
-                if name.startswith(_PREFIX) and getattr(self, name) != spec.default:
-                    raise ValueError(
-                        f"{name}={getattr(self, name)!r} has no effect with optim="
-                        f"{getattr(self.optim, 'value', self.optim)}: remove it or set optim={OPTIM}."
-                    )
+        check_patterns(exclude or ())
+        if self.optim == OPTIM:
+            return
+        for name, spec in self.__dataclass_fields__.items():
+            if name.startswith(_PREFIX) and getattr(self, name) != spec.default:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} has no effect with optim="
+                    f"{getattr(self.optim, 'value', self.optim)}: remove it or set optim={OPTIM}."
+                )
 
     def gate_options(self) -> dict[str, Any]:
         """The keyword arguments of ``PopRiskAdamW`` that the fields set, the exclusions aside."""
@@ -134,7 +140,7 @@ class PopRiskArgumentsMixin:
         super().set_optimizer("adamw_torch" if ours else name, *args, **kwargs)  # type: ignore[misc]
         if ours:
             self.optim = OPTIM
-            self._read_optim_args(OPTIM)
+            self._read_optim_args(override=True)
         self._check_options()
         return self
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -378,17 +379,24 @@ def matching(named_parameters: Iterable[tuple[str, Tensor]], patterns: Sequence[
     Raises:
         ValueError: a pattern that is not a regular expression, or that matches no trainable parameter.
     """
+    check_patterns(patterns)
     named = [(name, p) for name, p in named_parameters if p.requires_grad]
     found: dict[Tensor, None] = {}
     for pattern in patterns:
-        try:
-            hits = [p for name, p in named if re.search(pattern, name)]
-        except re.error as error:
-            raise ValueError(f"{pattern!r} is not a regular expression: {error}.") from error
+        hits = [p for name, p in named if re.search(pattern, name)]
         if not hits:
             raise ValueError(f"the pattern {pattern!r} matches no trainable parameter.")
         found.update(dict.fromkeys(hits))
     return list(found)
+
+
+def check_patterns(patterns: Sequence[str]) -> None:
+    """Raise ``ValueError`` for the first pattern that is not a regular expression."""
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is not a regular expression: {error}.") from error
 
 
 def check_gate_options(
@@ -425,7 +433,8 @@ def check_gate_options(
             f"{prefix}reduction='element'."
         )
     if ema_alpha is not None:
-        if isinstance(ema_alpha, bool) or not isinstance(ema_alpha, int | float) or not ema_alpha > 0:
+        number = isinstance(ema_alpha, int | float) and not isinstance(ema_alpha, bool)
+        if not number or not 0 < ema_alpha < math.inf:
             raise ValueError(f"{prefix}ema_alpha must be a number > 0; got {ema_alpha!r}.")
         if estimator != "ema":
             raise ValueError(

@@ -70,6 +70,7 @@ class PopRiskMixin:
             )
         if optimizer is not None:
             named = dict((self.model if model is None else model).named_parameters())
+            _check_agreement(optimizer, named, self.args)
             optimizer.name_parameters(named.items())
             if self.is_world_process_zero():
                 # A warning, because the default verbosity hides anything less and a run must say it.
@@ -133,6 +134,26 @@ class PopRiskMixin:
         while hasattr(optimizer, "optimizer"):  # accelerate's wrapper
             optimizer = optimizer.optimizer
         return optimizer if isinstance(optimizer, PopRiskAdamW) else None
+
+
+def _check_agreement(optimizer: PopRiskAdamW, named: dict[str, torch.Tensor], args: Any) -> None:
+    """Refuse a hand-made PopRiskAdamW that is not what the arguments say: the checks rely on them."""
+    if args.optim != OPTIM:
+        name = getattr(args.optim, "value", args.optim)
+        raise ValueError(f"a PopRiskAdamW was handed to the trainer, but optim={name}: set optim={OPTIM}.")
+    for name, value in args.gate_options().items():
+        if getattr(optimizer, name) != value:
+            raise ValueError(
+                f"the PopRiskAdamW handed to the trainer has {name}={getattr(optimizer, name)!r}, but "
+                f"poprisk_{name}={value!r}: give both the same value."
+            )
+    excluded = set(matching(named.items(), args.poprisk_exclude or ()))
+    wanted = {p for p in named.values() if p.requires_grad} - excluded
+    if optimizer.gate != "none" and set(optimizer.gated_parameters) != wanted:
+        raise ValueError(
+            "the PopRiskAdamW handed to the trainer gates other parameters than poprisk_exclude leaves: "
+            "give both the same ones."
+        )
 
 
 def _summary(optimizer: PopRiskAdamW, named: dict[str, torch.Tensor], args: Any) -> str:

@@ -21,10 +21,11 @@ class PopRiskDPOConfig(PopRiskArgumentsMixin, DPOConfig):
     def _check_examples(self) -> None:
         super()._check_examples()
         coupled = [name for name in self.loss_type if name in _COUPLED_LOSSES]
-        if coupled:
+        if coupled and self.poprisk_estimator == "example":
             raise ValueError(
                 f"loss_type={coupled[0]} compares the pairs of a batch with each other, so a pair has no "
-                "gradient of its own: use another loss_type, such as sigmoid, or set poprisk_gate=none."
+                "gradient of its own: use another loss_type, such as sigmoid, or "
+                "poprisk_estimator=group."
             )
 
 
@@ -34,10 +35,10 @@ class PopRiskSFTConfig(PopRiskArgumentsMixin, SFTConfig):
 
     def _check_examples(self) -> None:
         super()._check_examples()
-        if self.packing:
+        if self.packing and self.poprisk_estimator == "example":
             raise ValueError(
                 "packing=True puts several examples into one row, which hides the single ones: set "
-                "packing=False, or set poprisk_gate=none."
+                "packing=False, or poprisk_estimator=group to gate on packed rows."
             )
 
 

@@ -1,0 +1,569 @@
+"""What the gate cannot serve is refused by name, before anything is loaded; nothing is silently ungated."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate.parallelism_config import ParallelismConfig
+from models import preferences, sequences
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import Trainer, TrainingArguments
+from trl import DPOConfig, RewardConfig, SFTConfig
+
+from hf_poprisk import (
+    PopRiskAdamW,
+    PopRiskDPOConfig,
+    PopRiskDPOTrainer,
+    PopRiskRewardConfig,
+    PopRiskRewardTrainer,
+    PopRiskSFTConfig,
+    PopRiskSFTTrainer,
+    PopRiskTrainer,
+    PopRiskTrainingArguments,
+)
+
+CONFIGS = {
+    PopRiskTrainer: PopRiskTrainingArguments,
+    PopRiskDPOTrainer: PopRiskDPOConfig,
+    PopRiskSFTTrainer: PopRiskSFTConfig,
+    PopRiskRewardTrainer: PopRiskRewardConfig,
+}
+TRL_TRAINERS = (PopRiskDPOTrainer, PopRiskSFTTrainer, PopRiskRewardTrainer)
+DATA = {
+    PopRiskDPOTrainer: preferences(4),
+    PopRiskSFTTrainer: sequences(4),
+    PopRiskRewardTrainer: preferences(4),
+}
+
+# `poprisk_` fields other than the defaults are refused with another optimizer
+STOCK = {"optim": "adamw_torch", "poprisk_estimator": "example"}
+
+Make = Callable[..., Any]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """A config that runs anywhere, of the named class."""
+
+    def build(config_class: type[Any] = PopRiskTrainingArguments, **kwargs: Any) -> Any:
+        common = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "report_to": "none"}
+        return config_class(**{**common, "save_strategy": "no", "max_steps": 2, "logging_steps": 1, **kwargs})
+
+    return build
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, config_class: type[Any], **properties: Any) -> None:
+    """Replace properties of a config class that only other hardware would set.
+
+    After the config is built: accelerate would take WORLD_SIZE for a launch and wait for the others.
+    """
+    for name, value in properties.items():
+        monkeypatch.setattr(config_class, name, property(lambda _, value=value: value))
+    if "world_size" in properties:
+        monkeypatch.setenv("WORLD_SIZE", str(properties["world_size"]))
+
+
+# Settings. One row each; every row is read by check_training and by the constructors of the trainers.
+
+
+class Setting(NamedTuple):
+    """A configuration that the gate refuses."""
+
+    message: str  # regular expression
+    fields: dict[str, Any] = {}
+    attributes: dict[str, Any] = {}  # set afterwards: their library is not installed here
+    properties: dict[str, Any] = {}
+    sharding: bool = False  # refused for the streaming estimator as well
+    only: type[Any] | None = None  # trainer class
+
+
+def no_support(name: str, way_out: str) -> str:
+    return rf"^{name} is not supported by optim=poprisk_adamw: {way_out}, or set poprisk_gate=none\.$"
+
+
+def hidden_examples(size: int, accumulation: int) -> str:
+    return (
+        rf"^per_device_train_batch_size={size} adds up {size} examples .* set per_device_train_batch_size=1 "
+        rf"and gradient_accumulation_steps={size * accumulation} for the same step, or "
+        r"poprisk_estimator=group"
+    )
+
+
+SETTINGS = {
+    "batch_of_4": Setting(
+        hidden_examples(4, 2), {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    ),
+    "batch_of_3": Setting(
+        hidden_examples(3, 5), {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 5}
+    ),
+    "one_example": Setting(
+        "^a step of one example leaves nothing to hold out: set gradient_accumulation_steps to 2 or more",
+        {"gradient_accumulation_steps": 1},
+    ),
+    "one_group": Setting(
+        "^a step of one group leaves nothing to hold out: set gradient_accumulation_steps to 2 or more",
+        {
+            "gradient_accumulation_steps": 1,
+            "per_device_train_batch_size": 4,
+            "poprisk_estimator": "group",
+        },
+    ),
+    "auto_find_batch_size": Setting(
+        no_support("auto_find_batch_size", "set the batch size yourself"),
+        {"auto_find_batch_size": True},
+        sharding=True,
+    ),
+    "fsdp": Setting(no_support("fsdp", "train with DDP"), {"fsdp": "full_shard"}, sharding=True),
+    "deepspeed": Setting(
+        no_support("deepspeed", "train with DDP"),
+        attributes={"deepspeed": {"zero_optimization": {"stage": 2}}},
+        sharding=True,
+    ),
+    "parallelism_config": Setting(
+        no_support("parallelism_config", "train with DDP"),
+        {"parallelism_config": ParallelismConfig()},
+        sharding=True,
+    ),
+    "data_parallel": Setting(
+        no_support(r"nn\.DataParallel", ".*accelerate launch, or set CUDA_VISIBLE_DEVICES"),
+        properties={"n_gpu": 2},
+        sharding=True,
+    ),
+    "static_graph": Setting(
+        "^ddp_static_graph=True fails in PyTorch .* set ddp_static_graph=False", {"ddp_static_graph": True}
+    ),
+    "tokens_per_rank": Setting(
+        "^average_tokens_across_devices=False makes .* set average_tokens_across_devices=True",
+        {"average_tokens_across_devices": False},
+        properties={"world_size": 2},
+    ),
+    **{
+        f"dpo_{loss}": Setting(
+            rf"^loss_type={loss} compares the pairs .* such as sigmoid, or poprisk_estimator=group",
+            {"loss_type": loss},
+            only=PopRiskDPOTrainer,
+        )
+        for loss in ("aot", "aot_unpaired")
+    },
+    "dpo_mixed_losses": Setting(
+        "^loss_type=aot compares", {"loss_type": ["sigmoid", "aot"]}, only=PopRiskDPOTrainer
+    ),
+    "sft_packing": Setting(
+        "^packing=True puts several examples into one row, .* set packing=False, or poprisk_estimator=group",
+        {"packing": True},
+        only=PopRiskSFTTrainer,
+    ),
+}
+CASES = [
+    pytest.param(setting, trainer, id=f"{trainer.__name__}-{name}")
+    for name, setting in SETTINGS.items()
+    for trainer in CONFIGS
+    if setting.only in (None, trainer)
+]
+
+
+@pytest.fixture
+def refused(make: Make, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Build the config of a setting; changed fields come on top."""
+
+    def build(setting: Setting, trainer: type[Any], **changes: Any) -> Any:
+        # transformers sets it when it reads `fsdp`; here only so that it is put back
+        monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")
+        args = make(CONFIGS[trainer], **{**setting.fields, **changes})
+        for name, value in setting.attributes.items():
+            setattr(args, name, value)
+        pretend(monkeypatch, CONFIGS[trainer], **setting.properties)
+        return args
+
+    return build
+
+
+@pytest.mark.parametrize(("setting", "trainer"), CASES)
+def test_check_training_refuses(refused: Any, setting: Setting, trainer: type[Any]) -> None:
+    with pytest.raises(ValueError, match=setting.message):
+        refused(setting, trainer).check_training()
+
+
+@pytest.mark.parametrize(("setting", "trainer"), CASES)
+def test_trainers_refuse_before_they_load_a_model(
+    refused: Any, setting: Setting, trainer: type[Any], tmp_path: Path
+) -> None:
+    args = refused(setting, trainer)
+    with pytest.raises(ValueError, match=setting.message):
+        if trainer is PopRiskTrainer:
+            trainer(args=args, model_init=_must_not_be_called, train_dataset=[{}])
+        else:
+            trainer(str(tmp_path / "absent"), args=args, train_dataset=DATA[trainer])
+
+
+@pytest.mark.parametrize("changes", [{"poprisk_gate": "none"}, STOCK], ids=["none", "stock"])
+@pytest.mark.parametrize(("setting", "trainer"), CASES)
+def test_without_the_gate_nothing_is_refused(
+    refused: Any, setting: Setting, trainer: type[Any], changes: dict[str, Any]
+) -> None:
+    assert refused(setting, trainer, **changes).check_training() is None
+
+
+@pytest.mark.parametrize(("setting", "trainer"), CASES)
+def test_the_streaming_estimator_needs_no_examples_but_whole_parameters(
+    refused: Any, setting: Setting, trainer: type[Any]
+) -> None:
+    args = refused(setting, trainer, poprisk_estimator="ema")
+    if setting.sharding:
+        with pytest.raises(ValueError, match=setting.message):
+            args.check_training()
+    else:
+        args.check_training()
+
+
+@pytest.mark.parametrize("trainer", TRL_TRAINERS)
+def test_a_good_config_gets_as_far_as_loading_the_model(
+    make: Make, trainer: type[Any], tmp_path: Path
+) -> None:
+    # The counterpart of the refusals above: they come first, not instead.
+    with pytest.raises(OSError, match="absent"):
+        trainer(str(tmp_path / "absent"), args=make(CONFIGS[trainer]), train_dataset=DATA[trainer])
+
+
+def _must_not_be_called() -> nn.Module:
+    raise AssertionError("the model was built before the settings were checked")
+
+
+@pytest.mark.parametrize("config_class", CONFIGS.values())
+def test_settings_near_the_refused_ones_pass(
+    make: Make, config_class: type[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(config_class, gradient_accumulation_steps=2).check_training()
+    make(config_class, average_tokens_across_devices=False).check_training()  # one process
+    group = {"per_device_train_batch_size": 4, "poprisk_estimator": "group"}
+    make(config_class, **group, gradient_accumulation_steps=2).check_training()
+    # Two processes make two examples, and without accumulation a static graph works.
+    args = make(config_class, gradient_accumulation_steps=1, ddp_static_graph=True)
+    pretend(monkeypatch, config_class, world_size=2)
+    args.check_training()
+    assert args.units_per_step == 2
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"poprisk_gate": "none"}, {"optim": "adamw_torch"}], ids=["gate", "none", "stock"]
+)
+@pytest.mark.parametrize("trainer", CONFIGS)
+def test_processes_that_do_not_see_each_other_are_refused(
+    make: Make, trainer: type[Any], changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    args = make(CONFIGS[trainer], **changes)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    sentence = "^launched as 2 processes that do not see each other: add --use_cpu true"
+    with pytest.raises(ValueError, match=sentence):
+        args.check_training()
+    with pytest.raises(ValueError, match=sentence):
+        if trainer is PopRiskTrainer:
+            trainer(args=args, model_init=_must_not_be_called, train_dataset=[{}])
+        else:
+            trainer(str(tmp_path / "absent"), args=args, train_dataset=DATA[trainer])
+
+
+@pytest.mark.parametrize(
+    ("trainer", "wrong"),
+    [
+        (PopRiskTrainer, TrainingArguments),
+        (PopRiskDPOTrainer, DPOConfig),
+        (PopRiskSFTTrainer, SFTConfig),
+        (PopRiskRewardTrainer, RewardConfig),
+        # gated, and for another trainer
+        (PopRiskDPOTrainer, PopRiskTrainingArguments),
+        (PopRiskSFTTrainer, PopRiskDPOConfig),
+    ],
+)
+def test_a_config_of_another_class_is_refused(
+    make: Make, trainer: type[Any], wrong: type[Any], tmp_path: Path
+) -> None:
+    args, name = make(wrong), CONFIGS[trainer].__name__
+    message = f"^{trainer.__name__} takes a {name}, got {wrong.__name__}: the stock class has no gate"
+    with pytest.raises(TypeError, match=message):
+        trainer(str(tmp_path / "absent"), args=args, train_dataset=DATA.get(trainer))
+    # By position: DPO has the reference model where the others have `args`.
+    before = (None,) if trainer is PopRiskDPOTrainer else ()
+    with pytest.raises(TypeError, match=message):
+        trainer(str(tmp_path / "absent"), *before, args, train_dataset=DATA.get(trainer))
+
+
+# A model and data small enough to train in a test
+
+
+class Regression(nn.Module):
+    """Squared error of two linear layers, or of one used twice; optionally checkpointed, with a table."""
+
+    def __init__(
+        self, shared: bool = False, reentrant: bool | None = None, sparse: bool | None = None
+    ) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.second = self.first if shared else nn.Linear(4, 4)
+        self.table = None if sparse is None else nn.Embedding(3, 4, sparse=sparse)
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """x, labels: [batch, 4]."""
+        x = x.requires_grad_()  # reentrant checkpointing needs an input with a gradient
+        for layer in (self.first, self.second):
+            x = layer(x) if self.reentrant is None else checkpoint(layer, x, use_reentrant=self.reentrant)
+        if self.table is not None:
+            x = x + self.table(torch.zeros(len(x), dtype=torch.long))
+        return {"loss": (x - labels).square().mean(), "logits": x}
+
+
+def rows(count: int) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [{name: torch.randn(4, generator=generator) for name in ("x", "labels")} for _ in range(count)]
+
+
+def logged(trainer: Any) -> set[str]:
+    return {name for entry in trainer.state.log_history for name in entry if name.startswith("poprisk/")}
+
+
+def trained(trainer: Any, before: dict[str, Tensor]) -> bool:
+    return any(not torch.equal(p, before[name]) for name, p in trainer.model.state_dict().items())
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.clone() for name, p in model.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"poprisk_estimator": "group"}, {"fraction_open", "fraction_open_null", "groups", "margin"}),
+        ({"poprisk_estimator": "ema"}, {"fraction_open", "fraction_open_null"}),
+        ({"poprisk_gate": "none"}, set()),
+    ],
+    ids=["group", "ema", "none"],
+)
+def test_batches_of_four_train_where_no_single_example_is_claimed(
+    make: Make, changes: dict[str, Any], expected: set[str]
+) -> None:
+    args = make(per_device_train_batch_size=4, gradient_accumulation_steps=3, **changes)
+    trainer = PopRiskTrainer(Regression(), args, train_dataset=rows(24))
+    before = snapshot(trainer.model)
+    trainer.train()
+    assert trained(trainer, before)
+    assert logged(trainer) == {f"poprisk/{name}" for name in expected}
+    groups = [entry["poprisk/groups"] for entry in trainer.state.log_history if "poprisk/groups" in entry]
+    assert groups == ([3.0, 3.0] if "groups" in expected else [])
+
+
+def test_a_trainer_that_only_evaluates_is_not_refused(make: Make) -> None:
+    trainer = PopRiskTrainer(Regression(), make(per_device_train_batch_size=4), eval_dataset=rows(4))
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
+def test_a_trainer_without_a_config_gets_ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)  # the default output_dir is relative
+    trainer = PopRiskTrainer(Regression(), train_dataset=rows(4))
+    assert type(trainer.args) is PopRiskTrainingArguments
+    assert type(trainer.create_optimizer()) is PopRiskAdamW
+
+
+def test_train_checks_again_what_changed_after_construction(make: Make) -> None:
+    trainer = PopRiskTrainer(Regression(), make(), train_dataset=rows(16))
+    trainer.args.per_device_train_batch_size = 4
+    with pytest.raises(ValueError, match=hidden_examples(4, 8)):
+        trainer.train()
+    assert trainer.optimizer is None  # nothing was set up
+
+
+# What only the built trainer knows
+
+
+@pytest.mark.parametrize(
+    ("attribute", "name"), [("is_fsdp_enabled", "FSDP"), ("is_deepspeed_enabled", "DeepSpeed")]
+)
+def test_sharding_switched_on_by_the_launcher_is_refused(
+    make: Make, attribute: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trainer, "train", lambda *_: "trained")
+    trainer = PopRiskTrainer(Regression(), make(), train_dataset=rows(16))
+    setattr(trainer, attribute, True)
+    with pytest.raises(ValueError, match=f"^{name} is not supported by optim=poprisk_adamw: launch with DDP"):
+        trainer.train()
+    trainer.args.poprisk_gate = "none"
+    assert trainer.train() == "trained"
+
+
+@pytest.mark.parametrize(
+    ("count", "fields", "allowed"),
+    [
+        (3, {}, False),
+        (5, {}, False),
+        (15, {}, False),
+        (4, {}, True),
+        (16, {}, True),
+        (17, {}, True),  # the copy that fills the second step's gap has its original in the first
+        (3, {"dataloader_drop_last": True}, True),
+        (3, {"poprisk_gate": "none"}, True),
+        (3, {"optim": "adamw_torch"}, True),
+        (6, {"poprisk_estimator": "group", "per_device_train_batch_size": 2}, False),
+        (8, {"poprisk_estimator": "group", "per_device_train_batch_size": 2}, True),
+    ],
+)
+def test_examples_that_do_not_divide_over_the_processes(
+    make: Make, count: int, fields: dict[str, Any], allowed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trainer, "train", lambda *_: "trained")
+    trainer = PopRiskTrainer(Regression(), make(**fields), train_dataset=rows(count))
+    pretend(monkeypatch, PopRiskTrainingArguments, world_size=2)
+    if allowed:
+        assert trainer.train() == "trained"
+    else:
+        sentence = f"^{count} training examples do not divide over 2 processes, .*dataloader_drop_last=True"
+        with pytest.raises(ValueError, match=sentence):
+            trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("fields", "unit"),
+    [({}, "examples"), ({"poprisk_estimator": "group", "per_device_train_batch_size": 2}, "groups")],
+    ids=["example", "group"],
+)
+def test_a_single_process_takes_any_number_of_examples(make: Make, fields: dict[str, Any], unit: str) -> None:
+    trainer = PopRiskTrainer(Regression(), make(**fields), train_dataset=rows(3))
+    trainer.train()
+    assert f"poprisk/{unit}" in logged(trainer)
+
+
+# Optimizers
+
+
+def test_another_optimizer_handed_to_the_trainer_is_refused(make: Make) -> None:
+    model = Regression()
+    before = snapshot(model)
+    sentence = "the optimizer handed to the trainer is AdamW: .*set optim=adamw_torch for a run without"
+    adamw = torch.optim.AdamW(model.parameters())
+    by_instance = PopRiskTrainer(model, make(), train_dataset=rows(16), optimizers=(adamw, None))
+    by_class = PopRiskTrainer(
+        model, make(), train_dataset=rows(16), optimizer_cls_and_kwargs=(torch.optim.AdamW, {"lr": 1e-3})
+    )
+    for trainer in (by_instance, by_class):
+        with pytest.raises(ValueError, match=sentence):
+            trainer.train()
+        assert not trained(trainer, before)
+
+
+def test_a_poprisk_optimizer_handed_to_the_trainer_is_gated(make: Make) -> None:
+    model = Regression()
+    optimizer = PopRiskAdamW(model.parameters())
+    trainer = PopRiskTrainer(model, make(), train_dataset=rows(16), optimizers=(optimizer, None))
+    trainer.train()
+    assert "poprisk/fraction_open" in logged(trainer)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        (["first", "lm_head"], "^the pattern 'lm_head' matches no trainable parameter"),
+        (["frozen"], "^the pattern 'frozen' matches no trainable parameter"),
+        ([""], "^every parameter is ungated: use gate='none'"),
+        (["first", "second"], "^every parameter is ungated: use gate='none'"),
+    ],
+)
+def test_exclusions_that_cannot_be_meant_are_refused(make: Make, patterns: list[str], message: str) -> None:
+    model = Regression()
+    model.frozen = nn.Parameter(torch.zeros(2), requires_grad=False)
+    trainer = PopRiskTrainer(model, make(poprisk_exclude=patterns), train_dataset=rows(16))
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+
+
+def test_an_exclusion_that_matches_leaves_exactly_those_parameters_ungated(make: Make) -> None:
+    model = Regression()
+    trainer = PopRiskTrainer(model, make(poprisk_exclude=["first", r"\.bias$"]), train_dataset=rows(16))
+    gated = trainer.create_optimizer().gated_parameters
+    assert [id(p) for p in gated] == [id(model.second.weight)]
+
+
+# Gradients that the hooks cannot read
+
+
+@pytest.mark.parametrize(
+    ("shared", "reentrant", "allowed"),
+    [(True, True, False), (True, False, True), (False, True, True), (True, None, True)],
+)
+def test_a_gradient_that_comes_in_parts_is_refused(
+    make: Make, shared: bool, reentrant: bool | None, allowed: bool
+) -> None:
+    # Reentrant checkpointing runs one backward per segment, so a shared layer's hook fires in each.
+    trainer = PopRiskTrainer(Regression(shared, reentrant), make(), train_dataset=rows(16))
+    if allowed:
+        trainer.train()
+        assert "poprisk/fraction_open" in logged(trainer)
+    else:
+        sentence = r"^the gradient of first\.\w+ arrived in several parts .*'use_reentrant': False"
+        with pytest.raises(RuntimeError, match=sentence):
+            trainer.train()
+
+
+def test_sparse_gradients_are_refused(make: Make) -> None:
+    trainer = PopRiskTrainer(Regression(sparse=True), make(), train_dataset=rows(16))
+    with pytest.raises(RuntimeError, match=r"^table\.weight has sparse gradients, .* sparse=False"):
+        trainer.train()
+    trainer = PopRiskTrainer(Regression(sparse=False), make(), train_dataset=rows(16))
+    trainer.train()
+    assert "poprisk/fraction_open" in logged(trainer)
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    assert not dist.is_initialized()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_sharded_parameters_are_refused(process_group: None) -> None:
+    mesh = init_device_mesh("cpu", (1,))
+    sharded = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)]))
+    plain = nn.Parameter(torch.ones(4))
+    for estimator in ("example", "group", "ema"):
+        with pytest.raises(NotImplementedError, match=r"sharded parameters \(FSDP2, .* set gate='none'"):
+            PopRiskAdamW([plain, sharded], estimator=estimator)
+    optimizer = PopRiskAdamW([plain])
+    with pytest.raises(NotImplementedError, match="sharded parameters"):
+        optimizer.add_param_group({"params": [sharded]})
+
+    ungated = PopRiskAdamW([sharded], gate="none", lr=0.5, weight_decay=0.0)
+    sharded.sum().backward()
+    ungated.step()
+    assert torch.allclose(sharded.full_tensor(), torch.full((4,), 0.5))
+
+
+def test_an_exclusion_that_is_no_regular_expression_is_refused_at_once(make: Make) -> None:
+    with pytest.raises(ValueError, match=r"^'first\(' is not a regular expression: .* subpattern"):
+        make(poprisk_exclude=["first("])
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "message"),
+    [
+        ({"optim": "adamw_torch"}, {}, "handed to the trainer, but optim=adamw_torch"),
+        ({"poprisk_gate": "soft"}, {}, "has gate='hard', but poprisk_gate='soft'"),
+        ({"poprisk_estimator": "ema"}, {}, "has estimator='example', but poprisk_estimator='ema'"),
+        ({}, {"estimator": "group"}, "has estimator='group', but poprisk_estimator='example'"),
+        ({"poprisk_warmup_steps": 3}, {}, "has warmup_steps=0, but poprisk_warmup_steps=3"),
+        ({"poprisk_exclude": ["first"]}, {}, "gates other parameters than poprisk_exclude"),
+        ({"poprisk_exclude": ["nothing"]}, {}, "matches no trainable parameter"),
+    ],
+)
+def test_an_optimizer_that_is_not_what_the_arguments_say_is_refused(
+    make: Make, config: dict[str, Any], options: dict[str, Any], message: str
+) -> None:
+    model = Regression()
+    optimizer = PopRiskAdamW(model.parameters(), **options)
+    trainer = PopRiskTrainer(model, make(**config), train_dataset=rows(16), optimizers=(optimizer, None))
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
