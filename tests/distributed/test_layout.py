@@ -1,0 +1,126 @@
+"""The same examples, laid out over one process or two: the same G, Q, gate and weights."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from hf_poprisk import moments
+from hf_poprisk.gate import openness
+
+ROOT = Path(__file__).parents[2]
+B, STEPS = 16, 3
+KINDS = ("Trainer", "DPO", "SFT", "Reward", "DPO-LoRA")
+
+
+@pytest.fixture(scope="module")
+def saved(llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
+    """World size → what the launched worker saw."""
+    folder = tmp_path_factory.mktemp("layout")
+    found = {}
+    for world, config in ((1, "cpu"), (2, "cpu2")):
+        out = folder / f"{world}.pt"
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "accelerate.commands.launch"),
+                *("--config_file", ROOT / f"recipes/accelerate/{config}.yaml", "--main_process_port", "0"),
+                *(Path(__file__).with_name("worker.py"), out, llama_dir),
+            ],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        found[world] = torch.load(out, weights_only=False)
+        assert found[world]["world"] == world  # a launcher may start one process and say nothing
+    return found
+
+
+def first_difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest difference over the tensor's largest value."""
+    return ((a - b).abs().max() / a.abs().max().clamp_min(1e-30)).item()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sums_and_gate_do_not_depend_on_the_layout(kind: str, saved: dict[int, Any]) -> None:
+    one, two = (saved[world]["kinds"][kind]["windows"] for world in (1, 2))
+    assert [b for b, _ in one] == [b for b, _ in two] == [B] * STEPS
+    compared = opened = 0
+    # the first window: later ones start from weights that differ by rounding
+    for name, (grad, sq_sum) in one[0][1].items():
+        other_grad, other_sq = two[0][1][name]
+        assert first_difference(grad, other_grad) < 1e-5, name
+        assert first_difference(sq_sum, other_sq) < 1e-5, name
+        q, other_q = openness(grad, sq_sum, B), openness(other_grad, other_sq, B)
+        far = (grad.square() - sq_sum).abs() > 1e-5 * sq_sum
+        assert torch.equal(q[far], other_q[far]), name
+        compared += int(far.sum())
+        opened += int(q.sum())
+    assert compared > 1000 and 0.05 < opened / compared < 0.95
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_after_three_steps_agree(kind: str, saved: dict[int, Any]) -> None:
+    one, two = (saved[world]["kinds"][kind] for world in (1, 2))
+    moved = total = 0
+    for name, weight in one["weights"].items():
+        # a gate that flips at a tie moves a weight by one learning rate; nothing may move more
+        difference = (weight - two["weights"][name]).abs()
+        assert difference.max() < 3.5e-3, name
+        moved += int((difference > 1e-5).sum())
+        total += weight.numel()
+    assert moved <= 1e-3 * total
+    for a, b in zip(one["logs"][:STEPS], two["logs"][:STEPS], strict=True):
+        assert a["poprisk/examples"] == b["poprisk/examples"] == B
+        assert a["poprisk/fraction_open"] == pytest.approx(b["poprisk/fraction_open"], abs=1e-3)
+        assert a["poprisk/margin"] == pytest.approx(b["poprisk/margin"], abs=1e-3)
+
+
+def test_the_comparison_would_see_a_forgotten_average(saved: dict[int, Any]) -> None:
+    """Without the division by W², or without the sum over ranks, the gate would differ."""
+    windows = saved[2]["kinds"]["DPO"]["windows"]
+    wrong = right = 0
+    for grad, sq_sum in windows[0][1].values():
+        q = openness(grad, sq_sum, B)
+        right += int((openness(grad, sq_sum, B) != q).sum())
+        wrong += int((openness(grad, 4 * sq_sum, B) != q).sum())
+    assert right == 0 and wrong > 1000
+
+
+def test_a_branch_that_one_rank_uses_follows_the_textbook(saved: dict[int, Any]) -> None:
+    assert saved[2]["unused"] == {False: 0.0, True: 0.0}
+
+
+def test_a_nan_on_one_rank_is_a_step_left_out_on_all(saved: dict[int, Any]) -> None:
+    assert saved[2]["nan"] == {"kept": True, "went_on": True, "ranks_agree": True, "steps": [2]}
+
+
+class ThreeRanks:
+    """Stands for ``torch.distributed`` on rank 0 of three, the others having seen other parameters."""
+
+    is_available = is_initialized = staticmethod(lambda: True)
+    get_world_size = staticmethod(lambda: 3)
+    all_reduce = staticmethod(lambda tensor: None)  # the others add zeros
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_on_three_ranks_opens_no_tie(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DDP divides by three, which rounds: an element that one example touched must stay closed."""
+    p = nn.Parameter(torch.zeros(20_000, dtype=dtype))
+    window = moments.ExampleWindow([p])
+    h = torch.randn(20_000).to(dtype)
+    with window.example():
+        (p * h).sum().backward()
+        p.grad = h / 3
+    exact = (h.float().square() / 9).contiguous()
+    monkeypatch.setattr(moments, "dist", ThreeRanks)
+    _, sq_sums = window.reduce()
+    assert openness(p.grad.float(), exact, 3).sum() > 1000  # what the slack is for
+    assert openness(p.grad.float(), sq_sums[p], 3).sum() == 0

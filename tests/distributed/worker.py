@@ -1,0 +1,172 @@
+"""What every launched process runs: all trainers over the same examples, and DDP's corner cases.
+
+    accelerate launch … worker.py OUT.pt MODEL_DIR
+
+Rank 0 saves what it saw. Not a test module: ``test_layout.py`` launches it and compares.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import conftest  # noqa: F401
+import torch
+import torch.distributed as dist
+from models import preferences, sequences, tiny_model, token_examples
+from peft import LoraConfig
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import hf_poprisk
+from hf_poprisk import PopRiskAdamW, reference
+from hf_poprisk.moments import ExampleWindow
+
+B, STEPS = 16, 3
+KINDS = ("Trainer", "DPO", "SFT", "Reward", "DPO-LoRA")
+
+
+def build(kind: str, model_dir: str, world: int) -> Any:
+    """A trainer whose step t sees examples 16 t … 16 t + 15 in any layout."""
+    options: dict[str, Any] = {
+        "gradient_accumulation_steps": B // world,
+        "max_steps": STEPS,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "train_sampling_strategy": "sequential",
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+    }
+    if kind == "Trainer":
+        rows = [{k: v[0] for k, v in example.items()} for example in token_examples(B * STEPS)]
+        args = hf_poprisk.PopRiskTrainingArguments("unused", **options)
+        return hf_poprisk.PopRiskTrainer(tiny_model(), args=args, train_dataset=rows)
+    name = kind.split("-")[0]
+    args = getattr(hf_poprisk, f"PopRisk{name}Config")("unused", bf16=False, **options)
+    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights="gaussian")
+    return getattr(hf_poprisk, f"PopRisk{name}Trainer")(
+        model_dir,
+        args=args,
+        train_dataset=sequences(B * STEPS) if kind == "SFT" else preferences(B * STEPS),
+        peft_config=lora if kind == "DPO-LoRA" else None,
+    )
+
+
+def run(kind: str, model_dir: str, world: int) -> dict[str, Any]:
+    """b, G and Q of every window as the gate reads them, and the weights at the end."""
+    windows: list[Any] = []
+    original = ExampleWindow.reduce
+
+    def reduce(window: ExampleWindow) -> Any:
+        b, sq_sums = original(window)
+        windows.append((b, {window.names[p]: (p.grad.clone(), q.clone()) for p, q in sq_sums.items()}))
+        return b, sq_sums
+
+    trainer = build(kind, model_dir, world)
+    ExampleWindow.reduce = reduce
+    try:
+        trainer.train()
+    finally:
+        ExampleWindow.reduce = original
+    weights = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    return {"windows": windows, "weights": weights, "logs": trainer.state.log_history}
+
+
+class Branches(nn.Module):
+    """``right`` is used by the examples that ask for it only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.left, self.right = nn.Linear(4, 3).double(), nn.Linear(4, 3).double()
+
+    def forward(self, x: torch.Tensor, use_right: bool) -> torch.Tensor:
+        out = self.left(x)
+        return (out + self.right(x) if use_right else out).square().mean()
+
+
+def unused_on_one_rank(bucket_view: bool) -> float:
+    """Largest difference from the textbook when only rank 1 uses a branch, over two windows.
+
+    In the second window rank 0 has used the branch before, so a stale Q would show.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model = Branches()
+    ddp = DistributedDataParallel(model, find_unused_parameters=True, gradient_as_bucket_view=bucket_view)
+    optimizer = PopRiskAdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    params, worst = dict(model.named_parameters()), 0.0
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        inputs = torch.randn(2 * world, 1, 4, dtype=torch.float64, generator=generator)
+        # example i runs on rank i // 2; in the first step everybody uses the branch
+        uses = [step == 0 or i // 2 == 1 for i in range(2 * world)]
+        gradients = reference.per_example_gradients(
+            params, lambda i, x=inputs, u=uses: model(x[i], u[i]) / (2 * world), range(2 * world)
+        )
+        before = {name: p.detach().clone() for name, p in params.items()}
+        for micro in range(2):
+            i = 2 * rank + micro
+            with optimizer.example():
+                if micro == 0:
+                    with ddp.no_sync():
+                        (ddp(inputs[i], uses[i]) / 2).backward()
+                else:
+                    (ddp(inputs[i], uses[i]) / 2).backward()
+        optimizer.close_window()
+        for name, p in params.items():
+            q = reference.openness(torch.stack([h[name] for h in gradients]))
+            worst = max(worst, (optimizer._openness[p] - q).abs().max().item())
+        optimizer.step()
+        optimizer.zero_grad()
+        assert any((p != before[name]).any() for name, p in params.items())
+    return worst
+
+
+def nan_on_one_rank() -> dict[str, Any]:
+    """A NaN on rank 0 only: every rank must leave the same step out."""
+    rank = dist.get_rank()
+    model = Branches()
+    ddp = DistributedDataParallel(model)
+    optimizer = PopRiskAdamW(model.parameters(), lr=1e-2)
+    seen = []
+    for step in range(3):
+        for micro in range(2):
+            x = torch.randn(1, 4, dtype=torch.float64) * (
+                float("nan") if step == 1 and micro == 0 and rank == 0 else 1.0
+            )
+            with optimizer.example():
+                ddp(x, True).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append(torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
+    ranks = [torch.empty_like(seen[-1]) for _ in range(dist.get_world_size())]
+    dist.all_gather(ranks, seen[-1])
+    return {
+        "kept": torch.equal(seen[0], seen[1]),
+        "went_on": not torch.equal(seen[1], seen[2]) and bool(seen[2].isfinite().all()),
+        "ranks_agree": all(torch.equal(ranks[0], other) for other in ranks),
+        "steps": sorted({int(state["step"]) for state in optimizer.state.values()}),
+    }
+
+
+def main() -> None:
+    out, model_dir = sys.argv[1:]
+    # the first config starts the process group; without it there is no world to ask for
+    world = hf_poprisk.PopRiskTrainingArguments("unused", use_cpu=True).world_size
+    saved: dict[str, Any] = {"world": world, "kinds": {k: run(k, model_dir, world) for k in KINDS}}
+    if world > 1:
+        saved["unused"] = {view: unused_on_one_rank(view) for view in (False, True)}
+        saved["nan"] = nan_on_one_rank()
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        torch.save(saved, out)
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
