@@ -2,7 +2,8 @@
 
 Docstrings of the standard library train a tokenizer and a small Llama-like model. The language reference
 (``pydoc_data.topics``), which the model has not seen, gives passages; a preference pair is the beginning of
-a passage with its true continuation (chosen) and a sample of the model (rejected).
+a passage with its true continuation (chosen) and a sample of the model (rejected). Docstrings that share
+eight consecutive words with the reference are left out.
 
     OUTPUT_DIR/model         tokenizer and model, for from_pretrained
     OUTPUT_DIR/preferences   {train,validation,test}.parquet: prompt, chosen, rejected, topic; clean labels
@@ -39,7 +40,6 @@ if TYPE_CHECKING:  # torch and transformers are imported where they are used: th
 
 logger = logging.getLogger("prepare_tiny")
 
-FORMAT = 1  # of the folder; raise it when the same settings would make something else
 PROMPT_WORDS, COMPLETION_WORDS = 14, 12
 BATCH, CONTEXT = 32, 64  # sequences and tokens per pretraining step
 SPLITS = ("train", "validation", "test")
@@ -64,9 +64,16 @@ def paragraphs(text: str) -> Iterator[str]:
             yield " ".join(words)
 
 
-def docstrings() -> list[str]:
-    """Paragraphs of every docstring in the standard library's Python files, in file order."""
+def phrases(text: str, size: int = 8) -> set[tuple[str, ...]]:
+    """Every run of ``size`` consecutive words."""
+    words = text.split()
+    return {tuple(words[i : i + size]) for i in range(len(words) - size + 1)}
+
+
+def docstrings(unseen: dict[str, list[str]]) -> list[str]:
+    """Paragraphs of the standard library's docstrings in file order; none that has a phrase of ``unseen``."""
     root, seen = Path(sysconfig.get_path("stdlib")), {}
+    reserved = {phrase for texts in unseen.values() for text in texts for phrase in phrases(text)}
     for path in sorted(root.rglob("*.py")):
         if SKIPPED_FOLDERS & set(path.relative_to(root).parts):
             continue
@@ -77,7 +84,7 @@ def docstrings() -> list[str]:
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 seen.update(dict.fromkeys(paragraphs(ast.get_docstring(node) or "")))
-    return list(seen)
+    return [paragraph for paragraph in seen if reserved.isdisjoint(phrases(paragraph))]
 
 
 def topics() -> dict[str, list[str]]:
@@ -110,8 +117,8 @@ def split_topics(found: dict[str, list[str]], wanted: dict[str, int], seed: int)
     names = sorted(found)
     random.Random(seed).shuffle(names)
     assigned: dict[str, list[str]] = {split: [] for split in SPLITS}
-    # more passages than pairs: some samples of the model are too short to use
-    missing = {split: 1.35 * wanted[split] for split in ("test", "validation")}
+    # more passages than pairs: for some no sample of the model is usable
+    missing = {split: 1.1 * wanted[split] for split in ("test", "validation")}
     for name in names:
         split = next((s for s in missing if missing[s] > 0), "train")
         assigned[split].append(name)
@@ -216,7 +223,7 @@ def bits_per_character(
 def sample(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str], label: str
 ) -> list[str | None]:
-    """For each prompt a continuation at temperature 1, cut to its words; None where it is too short."""
+    """For each prompt a continuation at temperature 1, cut to its words; None where it cannot be used."""
     import torch
     from tqdm import tqdm
 
@@ -239,9 +246,10 @@ def sample(
         for row in out[:, batch["input_ids"].shape[1] :]:
             text = tokenizer.decode(row, skip_special_tokens=True)
             words = text.split()[:COMPLETION_WORDS]
-            # a sample that goes on in the middle of the prompt's last word is not a continuation
-            usable = text.startswith(" ") and len(words) == COMPLETION_WORDS
-            sampled.append(" " + " ".join(words) if usable else None)
+            continuation = " " + " ".join(words)
+            # one that goes on in the middle of the prompt's last word, stops early or breaks a character
+            unusable = text[:1] != " " or len(words) < COMPLETION_WORDS or "\ufffd" in continuation
+            sampled.append(None if unusable else continuation)
     tokenizer.padding_side = "right"
     return sampled
 
@@ -254,7 +262,7 @@ def make_pairs(
     wanted: dict[str, int],
     seed: int,
 ) -> dict[str, list[dict[str, str]]]:
-    """Split → rows of prompt, chosen, rejected, topic; at most as many as wanted.
+    """Split → rows of prompt, chosen, rejected, topic; as many as wanted, where the text has as many.
 
     Raises:
         SystemExit: a split is left with fewer than two pairs.
@@ -265,14 +273,24 @@ def make_pairs(
             (topic, prompt, chosen) for topic in assigned[split] for prompt, chosen in passages(found[topic])
         ]
         random.Random(seed).shuffle(pool)
-        pool = pool[: math.ceil(1.3 * wanted[split])]
-        sampled = sample(model, tokenizer, [prompt for _, prompt, _ in pool], split)
+        rejected: dict[int, str] = {}  # passage → the first sample of it that can be used
+        queue = list(range(len(pool)))
+        for _ in range(20):  # rounds; passages without a usable sample come again, at the end
+            missing = wanted[split] - len(rejected)
+            batch, queue = queue[:missing], queue[missing:]
+            if not batch:
+                break
+            texts = sample(model, tokenizer, [pool[i][1] for i in batch], split)
+            for i, text in zip(batch, texts, strict=True):
+                if text is None or text == pool[i][2]:
+                    queue.append(i)
+                else:
+                    rejected[i] = text
         rows = [
-            {"prompt": prompt, "chosen": chosen, "rejected": rejected, "topic": topic}
-            for (topic, prompt, chosen), rejected in zip(pool, sampled, strict=True)
-            if rejected is not None and rejected != chosen
+            {"prompt": pool[i][1], "chosen": pool[i][2], "rejected": rejected[i], "topic": pool[i][0]}
+            for i in sorted(rejected)
         ]
-        made[split] = rows[: wanted[split]]
+        made[split] = rows
         if len(made[split]) < 2:
             sys.exit(f"prepare_tiny.py: error: only {len(made[split])} pairs for the {split} split.")
         if len(made[split]) < wanted[split]:
@@ -328,7 +346,6 @@ def build(folder: Path, args: Namespace, docs: list[str], found: dict[str, list[
         "parameters": model.num_parameters(),
         "topics": {split: len(names) for split, names in assigned.items()},
         "pairs": {split: len(rows) for split, rows in pairs.items()},
-        "libraries": {name: version(name) for name in ("torch", "transformers", "tokenizers", "datasets")},
     }
 
 
@@ -341,6 +358,23 @@ def install(temporary: Path, target: Path) -> None:
     target.replace(old)
     temporary.replace(target)
     shutil.rmtree(old)
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """Path inside the folder → bytes, for every file but metadata.json."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "metadata.json"]
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
+def is_current(target: Path, made_from: dict[str, Any]) -> bool:
+    """Whether the folder was made by this script, on this text, with these settings, and is whole."""
+    try:
+        metadata = json.loads((target / "metadata.json").read_text())
+    except ValueError:
+        logger.warning("%s/metadata.json is damaged; making the folder again", target)
+        return False
+    expected = {**made_from, "files": sizes(target)}
+    return isinstance(metadata, dict) and all(metadata.get(key) == value for key, value in expected.items())
 
 
 def parse(argv: list[str] | None) -> Namespace:
@@ -373,25 +407,32 @@ def main(argv: list[str] | None = None) -> None:
     for chatty in ("httpx", "datasets"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     args = parse(argv)
-    docs, found = docstrings(), topics()
-    source = hashlib.sha256(json.dumps([docs, found], sort_keys=True).encode()).hexdigest()
+    found = topics()
+    docs = docstrings(found)
     made_from = {
-        "format": FORMAT,
-        "source_sha256": source,
+        "script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+        "text_sha256": hashlib.sha256(json.dumps([docs, found], sort_keys=True).encode()).hexdigest(),
         "settings": {name: value for name, value in vars(args).items() if name != "output_dir"},
+        "libraries": {name: version(name) for name in ("torch", "transformers", "tokenizers", "datasets")},
     }
     target: Path = args.output_dir
-    if target.exists():
-        metadata = json.loads((target / "metadata.json").read_text())
-        if all(metadata.get(key) == value for key, value in made_from.items()):
-            logger.info("%s is up to date", target)
-            return
-    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists() and is_current(target, made_from):
+        logger.info("%s is up to date", target)
+        return
     temporary = target.with_name(f".{target.name}-new-{os.getpid()}")
-    temporary.mkdir()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+    except OSError as error:
+        sys.exit(f"prepare_tiny.py: error: cannot write beside --output_dir {target}: {error.strerror}.")
     try:
         outcome = build(temporary, args, docs, found)
-        metadata = {**made_from, **outcome, "python": platform.python_version()}
+        metadata = {
+            **made_from,
+            **outcome,
+            "files": sizes(temporary),
+            "python": platform.python_version(),
+        }
         (temporary / "metadata.json").write_text(json.dumps(metadata, indent=2, sort_keys=True) + "\n")
         install(temporary, target)
         logger.info("%s: %s", target, ", ".join(f"{n} {s} pairs" for s, n in outcome["pairs"].items()))

@@ -20,6 +20,7 @@ sys.path[:0] = [str(ROOT / "recipes"), str(ROOT / "scripts")]
 import common  # noqa: E402
 import compare  # noqa: E402
 import dpo  # noqa: E402
+import prepare_tiny  # noqa: E402
 import train  # noqa: E402
 
 PAIRS = sorted(path.parent for path in ROOT.glob("recipes/*/*/adamw.yaml"))
@@ -296,17 +297,21 @@ def test_the_embedded_model_and_a_launched_recipe(tmp_path: Path) -> None:
     prepare()
     metadata = json.loads((out / "metadata.json").read_text())
     files = {path: path.read_bytes() for path in out.rglob("*.parquet")}
-    assert len(files) == 9 and metadata["pairs"]["train"] == 16
+    assert len(files) == 9 and metadata["pairs"] == {"train": 16, "validation": 4, "test": 8}
     assert "up to date" in prepare()
     rows = {s: Dataset.from_parquet(str(out / f"preferences/{s}.parquet")) for s in metadata["pairs"]}
     topics = [set(data["topic"]) for data in rows.values()]
     assert not topics[0] & topics[1] and not topics[1] & topics[2] and not topics[0] & topics[2]
     texts = [{row["prompt"] for row in data} for data in rows.values()]
     assert not texts[0] & texts[2] and all(row["chosen"].strip() for data in rows.values() for row in data)
-    prepare("--seed", "1")  # another build replaces it …
-    assert any(path.read_bytes() != content for path, content in files.items())
-    prepare()  # … and the first comes back, byte for byte
+    (out / "metadata.json").write_text("{")  # damage is seen, and the same comes back, byte for byte
+    assert "is damaged" in prepare()
+    assert json.loads((out / "metadata.json").read_text()) == metadata
     assert all(path.read_bytes() == content for path, content in files.items())
+    (out / "preferences" / "test.parquet").unlink()
+    assert not prepare_tiny.is_current(out, metadata)
+    prepare("--seed", "1")  # another build replaces it
+    assert any(path.read_bytes() != content for path, content in files.items())
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
     run = tmp_path / "run"
