@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from trl import TrlParser
 
@@ -176,6 +176,16 @@ def settings(*groups: Any) -> dict[str, Any]:
         values = group.to_dict() if hasattr(group, "to_dict") else vars(group)
         merged |= {k: v for k, v in values.items() if not re.search(r"token$", k)}
     return json.loads(json.dumps(merged, default=str))
+
+
+def finish(trainer: Trainer) -> None:
+    """Leave the process group, all together.
+
+    Without the barrier a rank may exit in the instant after its last collective. The thread that then joins
+    gloo's worker holds the interpreter's lock, which the worker wants to free that collective's tensor.
+    """
+    trainer.accelerator.wait_for_everyone()
+    trainer.end()
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -16,6 +16,7 @@ from common import (
     StepTimer,
     check_completions,
     checkpoint_to_resume,
+    finish,
     flip_preferences,
     gate_summary,
     load_splits,
@@ -153,7 +154,7 @@ def main() -> None:
         write_json(Path(args.output_dir, "results.json"), content)
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    trainer.end()
+    finish(trainer)
 
 
 if __name__ == "__main__":

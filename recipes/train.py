@@ -15,6 +15,7 @@ from common import (
     RecipeError,
     StepTimer,
     checkpoint_to_resume,
+    finish,
     gate_summary,
     load_splits,
     parse,
@@ -153,7 +154,7 @@ def main() -> None:
         write_json(Path(args.output_dir, "results.json"), content)
     if args.push_to_hub:
         trainer.push_to_hub()
-    trainer.end()
+    finish(trainer)
 
 
 if __name__ == "__main__":

@@ -82,6 +82,17 @@ def test_sums_equal_the_loop(
     assert seen > 100
 
 
+def test_a_compiled_model_gives_the_same_sums() -> None:
+    model = tiny_model("llama", True, torch.float64)
+    examples = token_examples(B)
+    eager = {name: (p_grad.clone(), sq.clone()) for name, p_grad, sq in captured(model, examples)}
+    model.zero_grad()
+    model.compile(backend="aot_eager")  # the backward is traced; no code generator needed
+    for name, grad, sq_sum in captured(model, examples):
+        for got, expected in zip((grad, sq_sum), eager[name], strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12 * expected.abs().max().item())
+
+
 def test_squaring_the_uses_of_a_tied_weight_apart_would_be_seen() -> None:
     """The comparison above can fail: embedding and head squared separately are far off."""
     model = tiny_model("llama", tied=True, dtype=torch.float64)
