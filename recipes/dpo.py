@@ -42,7 +42,7 @@ class DPOScriptArguments(ScriptArguments):
     """Where the preferences come from, and how many of them to spoil."""
 
     dataset_validation_split: str | None = field(
-        default=None, metadata={"help": "A second held-out split to evaluate, for choosing settings."}
+        default=None, metadata={"help": "A second held-out split, for choosing settings; '' for none."}
     )
     flip_fraction: float = field(
         default=0.0, metadata={"help": "Share of training pairs whose chosen and rejected are swapped."}

@@ -23,7 +23,7 @@ train() { # name, recipe, further options
     echo "==> $name: accelerate launch recipes/dpo.py --config $recipe $*"
     rm -rf "$runs/$name" # an interrupted run starts over
     accelerate launch --quiet --config_file recipes/accelerate/cpu.yaml recipes/dpo.py --config "$recipe" \
-        --output_dir "$runs/$name" --save_strategy no --dataset_validation_split none "$@"
+        --output_dir "$runs/$name" --save_strategy no --dataset_validation_split "" "$@"
 }
 train adamw recipes/tiny/dpo/adamw.yaml
 train hard recipes/tiny/dpo/poprisk.yaml
