@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 # title, key in the log, and the key that tells whose evaluation an entry is
 PANELS = (
@@ -39,7 +39,7 @@ def number(value: float | None, digits: int = 3) -> str:
 def table(runs: dict[str, dict[str, Any]]) -> Table:
     """One row per run; a dash where a run has no such number."""
     columns = (
-        "run",
+        Column("run", overflow="fold"),
         "held-out accuracy",
         "reward margin",
         "KL per token",
