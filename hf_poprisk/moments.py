@@ -7,13 +7,15 @@ architecture; ``G`` needs no buffer, because it is what ``.grad`` holds when the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from hf_poprisk.batched import BatchedGradients, Capture, Uncovered
 
 # Elements per all-reduce: large enough to fill the link, small against the model.
 _BUCKET_NUMEL = 1 << 24
@@ -38,6 +40,7 @@ class ExampleWindow:
         self._written: set[Tensor] = set()  # parameters whose buffer belongs to this window
         self._fired: set[Tensor] = set()  # parameters seen by the backward in progress
         self._stamp: tuple[object, ...] | None = None
+        self._verified = False  # the batched way, once per run
         self.num_examples = 0  # on this rank
 
     @contextmanager
@@ -49,6 +52,42 @@ class ExampleWindow:
                 by a backward outside the block), none was produced, or a parameter's gradient came in
                 several parts, whose squares do not add up to the square of their sum.
         """
+        with self._backward(self._add):
+            yield
+        self.num_examples += 1
+
+    @contextmanager
+    def batch(self, layers: BatchedGradients, num_examples: int, num_rows: int) -> Iterator[Capture]:
+        """Capture the one forward and backward inside this block as those of several examples.
+
+        Args:
+            layers: of the model; its ``uncovered`` must be empty.
+            num_examples: N, the examples of the batch.
+            num_rows: its rows; row j belongs to example j mod N.
+
+        Raises:
+            RuntimeError: as ``example``; or a gradient that is not made of what was captured.
+        """
+        capture = Capture(num_examples, num_rows, self._params, self._buffer, verify=not self._verified)
+
+        def finish(param: Tensor, grad: Tensor) -> None:
+            self._check_part(param, grad)
+            try:
+                capture.finish(param, grad)
+            except Uncovered as error:
+                raise RuntimeError(
+                    f"the examples' gradients of {self.describe(param)} cannot be told apart: {error}; set "
+                    "per_device_train_batch_size=1 and accumulate."
+                ) from error
+
+        with layers.capture(capture), self._backward(finish):
+            yield capture
+        self._verified = True
+        self.num_examples += num_examples
+
+    @contextmanager
+    def _backward(self, hook: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
+        """Call ``hook(param, grad)`` for each parameter when this backward is through with it."""
         if all(p.grad is None for p in self._params):
             self.reset()  # the accumulated gradient is gone, so is what was collected beside it
         elif self.num_examples:
@@ -59,17 +98,15 @@ class ExampleWindow:
                 "optimizer.zero_grad() after optimizer.step()."
             )
         self._fired.clear()
-        handles = [p.register_hook(partial(self._add, p)) for p in self._params if p.requires_grad]
+        handles = [p.register_hook(partial(hook, p)) for p in self._params if p.requires_grad]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
-        self.num_examples += 1
         self._stamp = self._grad_stamp()
 
-    def _add(self, param: Tensor, grad: Tensor) -> None:
-        """Leaf hook: ``Q += h²``. The first example writes, so no buffer is ever zeroed."""
+    def _check_part(self, param: Tensor, grad: Tensor) -> None:
         if param in self._fired:
             raise RuntimeError(
                 f"the gradient of {self.describe(param)} arrived in several parts within one backward, "
@@ -83,16 +120,26 @@ class ExampleWindow:
                 "build its embedding with sparse=False."
             )
         self._fired.add(param)
-        sq_sum = self._sq_sums.get(param)
-        if sq_sum is None or sq_sum.device != grad.device:
-            dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
-            sq_sum = self._sq_sums[param] = torch.empty_like(grad, dtype=dtype)
-        if param in self._written:
-            sq_sum.addcmul_(grad, grad)
-        else:
+
+    def _add(self, param: Tensor, grad: Tensor) -> None:
+        """Leaf hook: ``Q += h²``. The first example writes, so no buffer is ever zeroed."""
+        self._check_part(param, grad)
+        sq_sum, fresh = self._buffer(param)
+        if fresh:
             # copy before squaring: bfloat16 · bfloat16 would round before the cast
             torch.square(sq_sum.copy_(grad), out=sq_sum)
-            self._written.add(param)
+        else:
+            sq_sum.addcmul_(grad, grad)
+
+    def _buffer(self, param: Tensor) -> tuple[Tensor, bool]:
+        """The parameter's Q, and whether its content is of an older window."""
+        sq_sum = self._sq_sums.get(param)
+        if sq_sum is None or sq_sum.device != param.device:
+            dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
+            sq_sum = self._sq_sums[param] = torch.empty_like(param, dtype=dtype, requires_grad=False)
+        fresh = param not in self._written
+        self._written.add(param)
+        return sq_sum, fresh
 
     @torch.no_grad()
     def reduce(self) -> tuple[int, dict[Tensor, Tensor]]:

@@ -6,7 +6,7 @@ import logging
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
+from hf_poprisk.batched import BatchedGradients, Capture
 from hf_poprisk.gate import (
     GATES,
     REDUCTIONS,
@@ -137,10 +138,27 @@ class PopRiskAdamW(torch.optim.AdamW):
         Raises:
             RuntimeError: see ``ExampleWindow.example``; or the window was closed and not stepped.
         """
-        return self._captured() if self.needs_examples else nullcontext()
+        if not self.needs_examples:
+            return nullcontext()
+        return self._free_window().example()
 
-    @contextmanager
-    def _captured(self) -> Iterator[None]:
+    def batch(
+        self, layers: BatchedGradients, num_examples: int, num_rows: int
+    ) -> AbstractContextManager[Capture]:
+        """Block around the forward and the backward of several examples; the sums are those of ``example``.
+
+        Args:
+            layers: ``BatchedGradients(model, optimizer.gated_parameters)`` with nothing uncovered.
+            num_examples: N, the examples of the batch.
+            num_rows: its rows, the first axis of the model's inputs; row j belongs to example j mod N.
+
+        Raises:
+            RuntimeError: see ``ExampleWindow.batch``.
+        """
+        return self._free_window().batch(layers, num_examples, num_rows)
+
+    def _free_window(self) -> ExampleWindow:
+        """The window, not closed."""
         window = self._open_window()
         if self._openness is not None or self._skip_step:
             if any(p.grad is not None for p in self.gated_parameters):
@@ -149,8 +167,7 @@ class PopRiskAdamW(torch.optim.AdamW):
                     "optimizer.zero_grad() before the next example."
                 )
             self._end_window()  # the step was skipped, by a loss scaler for instance
-        with window.example():
-            yield
+        return window
 
     @torch.no_grad()
     def close_window(self) -> None:

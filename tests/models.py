@@ -8,10 +8,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
+    MistralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
 )
 
 WORDS = (
@@ -43,7 +48,9 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def tiny_model(kind: str = "llama", tied: bool = False, dtype: torch.dtype = torch.float32) -> nn.Module:
+def tiny_model(
+    kind: str = "llama", tied: bool = False, dtype: torch.dtype = torch.float32, attention: str = "eager"
+) -> nn.Module:
     """Two layers, hidden size 16; dropout off, so that every run of an example is the same."""
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer()
@@ -54,22 +61,35 @@ def tiny_model(kind: str = "llama", tied: bool = False, dtype: torch.dtype = tor
         "bos_token_id": None,
         "tie_word_embeddings": tied,
     }
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.2,
+    }
     if kind == "gpt2":
         config = GPT2Config(
             n_embd=16, n_layer=2, n_head=2, n_positions=128, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0, **ids
         )
-    else:
-        config = {"llama": LlamaConfig, "qwen2": Qwen2Config}[kind](
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=128,
-            initializer_range=0.2,
-            **ids,
+    elif kind == "bert":
+        del ids["tie_word_embeddings"]
+        config = BertConfig(
+            **sizes, **ids, num_labels=3, hidden_dropout_prob=0, attention_probs_dropout_prob=0
         )
-    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype)
+        model = AutoModelForSequenceClassification.from_config(config, attn_implementation="eager")
+        return model.to(dtype)
+    else:
+        configs = {
+            "llama": LlamaConfig,
+            "qwen2": Qwen2Config,
+            "qwen3": Qwen3Config,
+            "mistral": MistralConfig,
+            "gemma3": Gemma3TextConfig,
+        }
+        config = configs[kind](**sizes, num_key_value_heads=2, head_dim=4, **ids)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).to(dtype)
 
 
 def save_tiny_model(folder: Path, kind: str, tied: bool = False) -> Path:

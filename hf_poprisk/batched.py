@@ -1,0 +1,632 @@
+"""Where Q comes from when several examples share a backward: per-example weight gradients, layer by layer.
+
+A layer's weight gradient is ``G = Σ_i D_iᵀ A_i`` over the examples of the micro-batch, with A the layer's
+input and D the gradient of its output. Computing it one example at a time costs the same arithmetic, and
+every term is the example's ``h_i``, to be squared into Q while it is in the cache. Nothing of the size
+[examples, out, in] exists for a large layer.
+
+While a ``capture`` lasts, the layers that own a gated parameter run through the autograd functions below.
+Small parameters (norms, biases, adapter factors) keep their ``h_i`` until the backward is through with
+them, because they may be used more than once; so does an embedding that is tied to the head.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from transformers.pytorch_utils import Conv1D
+
+# Elements of G, Q and h_i that are worked on together: three of these fit a core's cache.
+_BLOCK = 1 << 16
+# Up to this many elements, the gradients of all examples are kept side by side.
+_SMALL = 1 << 19
+_DORA = "peft.tuners.lora.dora.DoraLinearLayer"  # by name: PEFT need not be installed
+
+
+class Uncovered(RuntimeError):
+    """A gated parameter is used in a way whose per-example gradients this module cannot form."""
+
+
+class BatchedGradients:
+    """Forms the per-example gradients of the gated parameters of a model.
+
+    Args:
+        model: the model, not wrapped by DDP; may be a PEFT model.
+        params: its gated parameters.
+
+    Attributes:
+        uncovered: name → why, for the gated parameters that no supported layer owns. Not to be used with
+            ``capture`` unless empty.
+    """
+
+    def __init__(self, model: nn.Module, params: Iterable[Tensor]) -> None:
+        self._params = {p for p in params if p.requires_grad}
+        self._runs: list[tuple[nn.Module, Callable[..., Any]]] = []
+        owned: set[Tensor] = set()
+        for module in model.modules():
+            own = {n: p for n, p in module.named_parameters(recurse=False) if p in self._params}
+            run = _layer(module, own) if own else None
+            if run is not None:
+                owned.update(own.values())
+                self._runs.append((module, run))
+        self.uncovered = {
+            name: f"a parameter of {type(model.get_submodule(name.rpartition('.')[0])).__name__}"
+            for name, p in model.named_parameters()
+            if p in self._params - owned
+        }
+
+    @contextmanager
+    def capture(self, capture: Capture) -> Iterator[None]:
+        """Run the layers through ``capture`` inside this block, which holds the forward and the backward."""
+        for module, run in self._runs:
+            module.forward = partial(run, module, capture)
+        try:
+            yield
+        finally:
+            for module, _ in self._runs:
+                del module.forward
+
+
+class Capture:
+    """The per-example gradients of one backward.
+
+    Args:
+        num_examples: N.
+        num_rows: rows of the batch, a multiple of N; row j belongs to example j mod N, which is how TRL
+            lays out preference pairs.
+        params: the gated parameters.
+        square_buffer: parameter → its Q, and whether nothing has been written to it in this window.
+        verify: compare what was captured with what autograd accumulated (first micro-batch of a run).
+    """
+
+    def __init__(
+        self,
+        num_examples: int,
+        num_rows: int,
+        params: Iterable[Tensor],
+        square_buffer: Callable[[Tensor], tuple[Tensor, bool]],
+        verify: bool,
+    ) -> None:
+        if num_rows % num_examples:
+            raise Uncovered(f"{num_rows} rows do not divide over {num_examples} examples")
+        self.num_examples = num_examples
+        self.num_rows = num_rows
+        self.misfits: dict[Tensor, str] = {}  # parameters seen with a shape that hides the rows
+        self._params = set(params)
+        self._square_buffer = square_buffer
+        self._uses: Counter[Tensor] = Counter()  # in the forward, recomputation aside
+        self._kept: dict[Tensor, Tensor] = {}  # small parameter → Σ over uses of h, [N, *shape]
+        self._inputs: dict[Tensor, list[tuple[Tensor, Tensor]]] = defaultdict(list)  # of repeated layers
+        self._tokens: dict[Tensor, _Tokens] = {}  # embedding weight → its rows' gradients
+        self._seen: set[Tensor] = set()  # in the backward
+        self._paused = False
+        self._returned: dict[Tensor, list[Tensor]] | None = defaultdict(list) if verify else None
+        self._scratch: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+    # -- forward ----------------------------------------------------------------------------------------
+
+    def gates(self, param: Tensor) -> bool:
+        return param in self._params
+
+    def wants(self, param: Tensor | None) -> bool:
+        """Whether this use of the parameter is to be captured."""
+        return param in self._params and torch.is_grad_enabled() and not self._paused
+
+    def used(self, param: Tensor) -> None:
+        """Count a use in the forward; the recomputation of a checkpoint happens inside the backward."""
+        if torch._C._current_graph_task_id() == -1:
+            self._uses[param] += 1
+
+    def fits(self, x: Tensor, params: Iterable[Tensor | None], dims: int = 2) -> bool:
+        """Whether the rows of the batch are the first axis of ``x``; if not, remember whom it concerns."""
+        if x.dim() >= dims and x.shape[0] == self.num_rows:
+            return True
+        for p in params:
+            if self.wants(p):
+                self.misfits[p] = f"its input is {list(x.shape)} and the batch has {self.num_rows} rows"
+        return False
+
+    def per_row(self, param: Tensor, dims: int) -> Tensor:
+        """An elementwise parameter as [rows, 1, …, *shape] with ``dims`` axes, one copy per row."""
+        self.used(param)
+        return _PerRow.apply(param, self, dims)
+
+    def per_example(self, param: Tensor) -> list[Tensor]:
+        """The parameter once per example: for an operation that is run example by example."""
+        self.used(param)
+        return [_PerExample.apply(param, self, i) for i in range(self.num_examples)]
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave what runs in this block to autograd."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
+    # -- backward ---------------------------------------------------------------------------------------
+
+    def dense(self, param: Tensor, a: Tensor, d: Tensor) -> Tensor:
+        """``Σ_i D_iᵀ A_i`` for one use of a weight; squares the terms when it is the only use.
+
+        Args:
+            param: [out, in].
+            a: [rows, tokens, in].
+            d: [rows, tokens, out].
+
+        Returns:
+            [out, in], float32 (float64 for float64).
+        """
+        self._seen.add(param)
+        tokens = self._tokens.get(param)
+        dense_uses = self._uses[param] - (tokens.uses if tokens else 0)
+        if self.num_examples * param.numel() <= _SMALL and tokens is None:
+            return self._returning(param, self._keep(param, _outer(a, d, self.num_examples)))
+        if dense_uses > 1:
+            self._inputs[param].append((a, d))
+            return self._returning(param, _flat(d).T @ _flat(a))
+        grad = torch.empty_like(param, dtype=_sum_dtype(param.dtype))
+        self._sum_and_square(param, [(a, d)], grad, tokens)
+        return self._returning(param, grad)
+
+    def elementwise(self, param: Tensor, h: Tensor) -> Tensor:
+        """h: [rows, *shape]. Returns the sum over rows."""
+        self._seen.add(param)
+        h = h.reshape(-1, self.num_examples, *param.shape).sum(0, dtype=_sum_dtype(h.dtype))
+        return self._returning(param, self._keep(param, h))
+
+    def embedding(self, param: Tensor, ids: Tensor, d: Tensor, padding: int | None) -> Tensor:
+        """ids: [rows, …], d: [rows, …, width]."""
+        self._seen.add(param)
+        tokens = self._tokens[param]
+        h = tokens.add(ids, d, padding)
+        grad = torch.zeros_like(param, dtype=h.dtype).index_add_(0, tokens.ids, h)
+        return self._returning(param, grad)
+
+    def whole(self, param: Tensor, example: int, h: Tensor) -> None:
+        """One example's complete gradient of the operation that was run example by example."""
+        self._seen.add(param)
+        tokens = self._tokens.get(param)
+        if self._returned is not None:
+            self._returned[param].append(h.clone())
+        if self.num_examples * param.numel() <= _SMALL and tokens is None:
+            wide = h.to(_sum_dtype(h.dtype))
+            kept = self._kept.get(param)
+            if kept is None:
+                kept = self._kept[param] = wide.new_zeros(self.num_examples, *param.shape)
+            kept[example] += wide
+            return
+        if self._uses[param] - (tokens.uses if tokens else 0) > 1:
+            raise Uncovered("a large weight is used both by a fused head and elsewhere")
+        target, fresh = self._square_buffer(param)
+        rows = self._rows_per_block(param)
+        for start in range(0, param.shape[0], rows):
+            block = h[start : start + rows].to(target.dtype, copy=True)
+            if tokens is not None:
+                tokens.take(example, start, block)
+            _square_into(target[start : start + rows], block, fresh)
+
+    def finish(self, param: Tensor, grad: Tensor) -> None:
+        """The leaf hook: every use of ``param`` has been through its backward.
+
+        Raises:
+            Uncovered: the gradient is not made of what was captured.
+        """
+        if param not in self._seen:
+            raise Uncovered("it was used outside the layers whose gradients are captured")
+        if self._returned is not None:
+            parts = self._returned.pop(param, [])
+            gap = (grad - sum(parts)).abs().max()
+            if not parts or gap > 1e-2 * grad.abs().max():
+                raise Uncovered("a part of its gradient did not come through the captured layers")
+        if param in self._kept:
+            target, fresh = self._square_buffer(param)
+            squares = self._kept.pop(param).square_().sum(0)
+            target.copy_(squares) if fresh else target.add_(squares)
+        elif self._inputs.get(param):
+            self._sum_and_square(param, self._inputs.pop(param), None, self._tokens.get(param))
+        if param in self._tokens:
+            target, fresh = self._square_buffer(param)
+            if fresh:
+                target.zero_()
+            tokens = self._tokens.pop(param)
+            target.index_add_(0, tokens.ids, tokens.grads.square_())
+
+    def _returning(self, param: Tensor, grad: Tensor) -> Tensor:
+        grad = grad.to(param.dtype)
+        if self._returned is not None:
+            self._returned[param].append(grad.clone())
+        return grad
+
+    def _keep(self, param: Tensor, h: Tensor) -> Tensor:
+        """Add [N, *shape] to the examples' gradients of a small parameter; returns their sum."""
+        total = h.sum(0)
+        self._kept[param] = self._kept[param].add_(h) if param in self._kept else h
+        return total
+
+    def _rows_per_block(self, param: Tensor) -> int:
+        if param.device.type != "cpu":  # launches cost more than the cache saves
+            return param.shape[0]
+        return max(1, _BLOCK // (param.numel() // param.shape[0]))
+
+    def _sum_and_square(
+        self,
+        param: Tensor,
+        uses: list[tuple[Tensor, Tensor]],
+        grad: Tensor | None,
+        tokens: _Tokens | None,
+    ) -> None:
+        """``grad = Σ_i h_i`` (if given) and ``Q += Σ_i h_i²``, h_i summed over the uses."""
+        target, fresh = self._square_buffer(param)
+        if tokens is None and len(uses) == 1 and uses[0][0].shape[:2] == (self.num_examples, 1):
+            a, d = (x[:, 0] for x in uses[0])
+            if grad is not None:
+                grad.copy_(d.T @ a)
+            wide_a, wide_d = (x.to(target.dtype).square() for x in (a, d))
+            target.copy_(wide_d.T @ wide_a) if fresh else target.addmm_(wide_d.T, wide_a)
+            return
+        examples = [
+            [(_flat(a[i :: self.num_examples]), _flat(d[i :: self.num_examples])) for a, d in uses]
+            for i in range(self.num_examples)
+        ]
+        rows = self._rows_per_block(param)
+        for start in range(0, param.shape[0], rows):
+            stop = min(start + rows, param.shape[0])
+            total = None if grad is None else grad[start:stop]
+            squares = target[start:stop]
+            h = self._scratch_like(squares, target.dtype)
+            for i, parts in enumerate(examples):
+                # the first example of the micro-batch needs no scratch: it is the sum so far
+                into = total if i == 0 and total is not None and tokens is None else h
+                self._product(parts, start, stop, into)
+                if total is not None and into is not total:
+                    total.copy_(into) if i == 0 else total.add_(into)
+                if tokens is not None:
+                    tokens.take(i, start, into)
+                _square_into(squares, into, fresh and i == 0)
+
+    def _product(self, parts: list[tuple[Tensor, Tensor]], start: int, stop: int, out: Tensor) -> None:
+        """``out = Σ_parts D[:, start:stop]ᵀ A``, rounded to the inputs' dtype as autograd would."""
+        same = parts[0][0].dtype == out.dtype
+        h = out if same else self._scratch_like(out, parts[0][0].dtype)
+        for k, (a, d) in enumerate(parts):
+            block = d[:, start:stop].T
+            torch.mm(block, a, out=h) if k == 0 else h.addmm_(block, a)
+        if not same:
+            out.copy_(h)
+
+    def _scratch_like(self, like: Tensor, dtype: torch.dtype) -> Tensor:
+        key = (dtype, like.device)
+        buffer = self._scratch.get(key)
+        if buffer is None or buffer.numel() < like.numel():
+            buffer = self._scratch[key] = torch.empty(like.numel(), dtype=dtype, device=like.device)
+        return buffer[: like.numel()].view(like.shape)
+
+
+class _Tokens:
+    """The rows of an embedding's gradient that the examples touch, one row per example and token.
+
+    Attributes:
+        ids: token of each row, [rows of it] int64, sorted within an example.
+        grads: their gradients, [rows of it, width].
+    """
+
+    def __init__(self, vocabulary: int, width: int, num_examples: int) -> None:
+        self.uses = 0
+        self._vocabulary, self._width, self._num_examples = vocabulary, width, num_examples
+        self._keys: Tensor | None = None  # example · vocabulary + token, sorted
+
+    def see(self, ids: Tensor) -> None:
+        """Forward: ids [rows, …]."""
+        keys = self._key(ids).unique()
+        self._keys = keys if self._keys is None else torch.cat([self._keys, keys]).unique()
+        self.ids = self._keys % self._vocabulary
+        self._per_example: list[list[int]] | None = None
+        self.grads: Tensor | None = None
+
+    def _key(self, ids: Tensor) -> Tensor:
+        example = torch.arange(ids.shape[0], device=ids.device) % self._num_examples
+        return (ids.reshape(ids.shape[0], -1) + self._vocabulary * example[:, None]).reshape(-1)
+
+    def _rows(self, dtype: torch.dtype) -> Tensor:
+        if self.grads is None:
+            self.grads = torch.zeros(
+                len(self.ids), self._width, dtype=_sum_dtype(dtype), device=self.ids.device
+            )
+        return self.grads
+
+    def add(self, ids: Tensor, d: Tensor, padding: int | None) -> Tensor:
+        """Add the gradients of one lookup; returns the rows of this lookup alone."""
+        d = d.reshape(-1, self._width).to(_sum_dtype(d.dtype))
+        if padding is not None:
+            d = d.masked_fill((ids.reshape(-1) == padding)[:, None], 0)
+        h = torch.zeros_like(self._rows(d.dtype))
+        h.index_add_(0, torch.searchsorted(self._keys, self._key(ids)), d)
+        self._rows(d.dtype).add_(h)
+        return h
+
+    def take(self, example: int, start: int, block: Tensor) -> None:
+        """Move the example's rows out of ``block``, rows ``start`` … of its gradient: they are not final."""
+        if self._per_example is None:
+            edges = torch.arange(self._num_examples + 1, device=self.ids.device) * self._vocabulary
+            self._edges = torch.searchsorted(self._keys, edges).tolist()
+            ids = self.ids.tolist()
+            self._per_example = [ids[lo:hi] for lo, hi in zip(self._edges[:-1], self._edges[1:], strict=True)]
+        mine, offset = self._per_example[example], self._edges[example]
+        lo, hi = bisect_left(mine, start), bisect_left(mine, start + block.shape[0])
+        if lo < hi:
+            where = self.ids[offset + lo : offset + hi] - start
+            self._rows(block.dtype)[offset + lo : offset + hi].add_(block[where])
+            block[where] = 0
+
+
+class _Linear(Function):
+    """``F.linear`` with a gated weight, [out, in] or (Conv1D) [in, out]; x is [rows, …, in]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, capture: Capture, transposed: bool
+    ) -> Tensor:
+        y = F.linear(x, weight.T if transposed else weight, bias)
+        ctx.weight, ctx.bias, ctx.capture, ctx.transposed = weight, bias, capture, transposed
+        ctx.input_dtype = x.dtype
+        ctx.save_for_backward(x.to(y.dtype))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> tuple[Any, ...]:
+        (x,) = ctx.saved_tensors
+        grad_x = grad_bias = None
+        with torch.autocast(d.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                weight = ctx.weight.to(d.dtype)
+                grad_x = (d @ (weight.T if ctx.transposed else weight)).to(ctx.input_dtype)
+            x = x.reshape(x.shape[0], -1, x.shape[-1])
+            d = d.reshape(d.shape[0], -1, d.shape[-1])
+            grad_weight = ctx.capture.dense(ctx.weight, *((d, x) if ctx.transposed else (x, d)))
+            if ctx.needs_input_grad[2]:
+                h = d.sum(1)
+                gated = ctx.capture.gates(ctx.bias)
+                grad_bias = ctx.capture.elementwise(ctx.bias, h) if gated else h.sum(0).to(ctx.bias.dtype)
+        return grad_x, grad_weight, grad_bias, None, None
+
+
+class _Embedding(Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, ids: Tensor, padding: int | None, capture: Capture) -> Tensor:
+        ctx.weight, ctx.padding, ctx.capture = weight, padding, capture
+        ctx.save_for_backward(ids)
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> tuple[Any, ...]:
+        (ids,) = ctx.saved_tensors
+        return ctx.capture.embedding(ctx.weight, ids, d, ctx.padding), None, None, None
+
+
+class _PerRow(Function):
+    @staticmethod
+    def forward(ctx: Any, param: Tensor, capture: Capture, dims: int) -> Tensor:
+        ctx.param, ctx.capture = param, capture
+        ones = (1,) * (dims - 1 - param.dim())
+        return param.view(1, *ones, *param.shape).expand(capture.num_rows, *ones, *param.shape)
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> tuple[Any, ...]:
+        h = d.reshape(ctx.capture.num_rows, *ctx.param.shape)
+        return ctx.capture.elementwise(ctx.param, h), None, None
+
+
+class _PerExample(Function):
+    @staticmethod
+    def forward(ctx: Any, param: Tensor, capture: Capture, example: int) -> Tensor:
+        ctx.param, ctx.capture, ctx.example = param, capture, example
+        return param.view_as(param)
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> tuple[Any, ...]:
+        ctx.capture.whole(ctx.param, ctx.example, d)
+        return d, None, None
+
+
+def _layer(module: nn.Module, own: Mapping[str, Tensor]) -> Callable[..., Any] | None:
+    """How to run a module that owns gated parameters; None where there is no way."""
+    if "forward" in vars(module):
+        return None  # somebody else has replaced it
+    forward = type(module).forward
+    if forward in (nn.Linear.forward, Conv1D.forward):
+        return _run_linear
+    if isinstance(module, nn.Embedding):
+        plain = module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
+        return _run_embedding if plain and set(own) == {"weight"} else None
+    if forward is nn.LayerNorm.forward or forward is nn.RMSNorm.forward:
+        return _run_norm if len(module.normalized_shape) == 1 else None
+    if f"{type(module).__module__}.{type(module).__qualname__}" == _DORA:
+        return _run_dora
+    return _run_elementwise if _is_elementwise(module, own) else None
+
+
+def _run_linear(module: Any, capture: Capture, x: Tensor) -> Tensor:
+    weight, bias = module.weight, module.bias
+    if not (capture.wants(weight) or capture.wants(bias)) or not capture.fits(x, (weight, bias)):
+        return type(module).forward(module, x)
+    transposed = isinstance(module, Conv1D)
+    if not capture.wants(weight):  # frozen or ungated: only the bias goes row by row
+        y = F.linear(x, weight.T if transposed else weight)
+        return y + capture.per_row(bias, y.dim()).to(y.dtype)
+    for p in (weight, bias):
+        if capture.wants(p):
+            capture.used(p)
+    return _Linear.apply(x, weight, bias, capture, transposed)
+
+
+def _run_embedding(module: Any, capture: Capture, *args: Any, **kwargs: Any) -> Any:
+    if not capture.wants(module.weight):
+        return type(module).forward(module, *args, **kwargs)
+    with _EmbeddingMode(module.weight, capture):  # subclasses scale or mask around the lookup
+        return type(module).forward(module, *args, **kwargs)
+
+
+class _EmbeddingMode(TorchFunctionMode):
+    """Sends the lookups in one weight through ``_Embedding``."""
+
+    def __init__(self, weight: Tensor, capture: Capture) -> None:
+        super().__init__()
+        self._weight, self._capture = weight, capture
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.embedding or args[1] is not self._weight:
+            return func(*args, **kwargs)
+        ids, capture, weight = args[0], self._capture, self._weight
+        if ids.dim() >= 2 and ids.shape[0] == 1 and capture.num_rows > 1:
+            ids = ids.expand(capture.num_rows, *ids.shape[1:])  # positions, the same for every row
+        if not capture.fits(ids, (weight,), dims=1):
+            return func(*args, **kwargs)
+        capture.used(weight)
+        if torch._C._current_graph_task_id() == -1:
+            tokens = capture._tokens.setdefault(
+                weight, _Tokens(weight.shape[0], weight.shape[1], capture.num_examples)
+            )
+            tokens.uses += 1
+            tokens.see(ids)
+        padding = args[2] if len(args) > 2 else kwargs.get("padding_idx")
+        return _Embedding.apply(weight, ids, padding, capture)
+
+
+def _run_norm(module: Any, capture: Capture, x: Tensor) -> Tensor:
+    """LayerNorm and torch's RMSNorm take no weight with a row axis: normalise first, then scale."""
+    params = (module.weight, getattr(module, "bias", None))
+    if not any(capture.wants(p) for p in params) or not capture.fits(x, params):
+        return type(module).forward(module, x)
+    if isinstance(module, nn.LayerNorm):
+        y = F.layer_norm(x, module.normalized_shape, None, None, module.eps)
+    else:
+        y = F.rms_norm(x, module.normalized_shape, None, module.eps)
+    weight, bias = (capture.per_row(p, x.dim()) if capture.wants(p) else p for p in params)
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
+
+
+def _run_elementwise(module: nn.Module, capture: Capture, *args: Any, **kwargs: Any) -> Any:
+    """Any module whose parameters only scale or shift the last axis: give it one copy per row."""
+    own = {n: p for n, p in module.named_parameters(recurse=False) if capture.wants(p)}
+    x = args[0] if args else next(iter(kwargs.values()))
+    if not own or not capture.fits(x, own.values()):
+        return type(module).forward(module, *args, **kwargs)
+    try:
+        for name, p in own.items():
+            module._parameters[name] = capture.per_row(p, x.dim())  # type: ignore[assignment]
+        return type(module).forward(module, *args, **kwargs)
+    finally:
+        module._parameters.update(own)  # type: ignore[arg-type]
+
+
+def _run_dora(module: Any, capture: Capture, x: Tensor, **kwargs: Any) -> Tensor:
+    """PEFT's DoRA layer gives ``m·f − base`` with the magnitude m: take f at m = 1, then scale by row."""
+    magnitude = module.weight
+    if not capture.wants(magnitude) or not capture.fits(x, (magnitude,)):
+        return type(module).forward(module, x, **kwargs)
+    base = kwargs["base_layer"]
+    if kwargs.get("base_result") is None:  # so it is when x went through dropout
+        kwargs["base_result"] = base(x)
+
+    def lora_weight(**adapters: Any) -> Tensor:
+        with capture.paused():  # PEFT runs an identity matrix through the factors, for a norm it detaches
+            return type(module).get_lora_weight(module, **adapters)
+
+    module.get_lora_weight = lora_weight
+    module._parameters["weight"] = torch.ones_like(magnitude, requires_grad=False)
+    try:
+        at_one = type(module).forward(module, x, **kwargs)
+    finally:
+        module._parameters["weight"] = magnitude
+        del module.get_lora_weight
+    base_result = kwargs["base_result"]
+    if base.bias is not None:
+        base_result = base_result - base.bias
+    return (at_one + base_result) * capture.per_row(magnitude, x.dim()) - base_result
+
+
+def _is_elementwise(module: nn.Module, own: Mapping[str, Tensor]) -> bool:
+    """Try it: with a copy per row, does the module compute the same and give each row its gradient?"""
+    if next(module.children(), None) is not None or any(p.dim() != 1 for p in own.values()):
+        return False
+    first = next(iter(own.values()))
+    if first.device.type == "meta" or len({p.shape for p in own.values()}) > 1:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((2, 3), (2, 3, 2)):
+        x = torch.randn(*shape, first.numel(), generator=generator).to(first.device, first.dtype)
+        try:
+            expected_y, expected = _probe(module, own, x, rowwise=False)
+            y, h = _probe(module, own, x, rowwise=True)
+        except (RuntimeError, TypeError, ValueError, AttributeError):
+            return False
+        pairs = [(y, expected_y), *zip(h, expected, strict=True)]
+        if not all(torch.allclose(a.float(), b.float(), rtol=3e-2, atol=3e-2) for a, b in pairs):
+            return False
+    return True
+
+
+def _probe(
+    module: nn.Module, own: Mapping[str, Tensor], x: Tensor, rowwise: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """Output, and per parameter the gradients of the two rows, [2, width]: at once, or row by row."""
+    saved = dict(module._parameters)
+    weight = torch.linspace(0.5, 1.5, x.numel(), device=x.device, dtype=x.dtype).view_as(x)
+    try:
+        if rowwise:
+            ones = (1,) * (x.dim() - 2)
+            copies = {
+                n: p.detach().expand(2, *ones, -1).contiguous().requires_grad_() for n, p in own.items()
+            }
+            module._parameters.update(copies)  # type: ignore[arg-type]
+            with torch.enable_grad():
+                y = type(module).forward(module, x)
+                grads = torch.autograd.grad((y * weight).sum(), list(copies.values()))
+            return y.detach(), [g.reshape(2, -1) for g in grads]
+        outputs, rows = [], []
+        for row in range(2):
+            copies = {n: p.detach().clone().requires_grad_() for n, p in own.items()}
+            module._parameters.update(copies)  # type: ignore[arg-type]
+            with torch.enable_grad():
+                y = type(module).forward(module, x[row : row + 1])
+                rows.append(torch.autograd.grad((y * weight[row : row + 1]).sum(), list(copies.values())))
+            outputs.append(y.detach())
+        return torch.cat(outputs), [torch.stack(g) for g in zip(*rows, strict=True)]
+    finally:
+        module._parameters.clear()
+        module._parameters.update(saved)
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _outer(a: Tensor, d: Tensor, num_examples: int) -> Tensor:
+    """Every example's ``D_iᵀ A_i`` at once, [N, out, in], in the dtype of sums."""
+    a, d = (
+        x.reshape(-1, num_examples, *x.shape[1:]).transpose(0, 1).reshape(num_examples, -1, x.shape[-1])
+        for x in (a, d)
+    )
+    return torch.bmm(d.transpose(1, 2), a).to(_sum_dtype(a.dtype))
+
+
+def _square_into(target: Tensor, h: Tensor, fresh: bool) -> None:
+    torch.square(h, out=target) if fresh else target.addcmul_(h, h)
+
+
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
