@@ -534,7 +534,7 @@ def _run_elementwise(module: nn.Module, capture: Capture, *args: Any, **kwargs: 
 
 
 def _run_dora(module: Any, capture: Capture, x: Tensor, **kwargs: Any) -> Tensor:
-    """PEFT's DoRA layer gives ``m·f − base`` with the magnitude m: take f at m = 1, then scale by row."""
+    """PEFT's DoRA layer gives ``m·f − base`` with the magnitude m: take it without a gradient in m, then scale by row."""
     magnitude = module.weight
     if not capture.wants(magnitude) or not capture.fits(x, (magnitude,)):
         return type(module).forward(module, x, **kwargs)
@@ -547,16 +547,17 @@ def _run_dora(module: Any, capture: Capture, x: Tensor, **kwargs: Any) -> Tensor
             return type(module).get_lora_weight(module, **adapters)
 
     module.get_lora_weight = lora_weight
-    module._parameters["weight"] = torch.ones_like(magnitude, requires_grad=False)
+    fixed = magnitude.detach().masked_fill(magnitude == 0, 1.0)
+    module._parameters["weight"] = fixed  # type: ignore[assignment]
     try:
-        at_one = type(module).forward(module, x, **kwargs)
+        y = type(module).forward(module, x, **kwargs)
     finally:
         module._parameters["weight"] = magnitude
         del module.get_lora_weight
     base_result = kwargs["base_result"]
     if base.bias is not None:
         base_result = base_result - base.bias
-    return (at_one + base_result) * capture.per_row(magnitude, x.dim()) - base_result
+    return (y + base_result) * (capture.per_row(magnitude, x.dim()) / fixed) - base_result
 
 
 def _is_elementwise(module: nn.Module, own: Mapping[str, Tensor]) -> bool:
