@@ -25,13 +25,6 @@ class PopRiskArgumentsMixin:
         default=OPTIM,
         metadata={"help": f"The optimizer to use: {OPTIM}, or any that transformers knows (no gate then)."},
     )
-    # One example per backward is what the gate needs; 1 × 8 is the stock batch of 8 × 1.
-    per_device_train_batch_size: int = field(
-        default=1, metadata={"help": "Examples per backward and device; the exact gate needs 1."}
-    )
-    gradient_accumulation_steps: int = field(
-        default=8, metadata={"help": "Backwards per optimizer step: times the processes, the gate's b."}
-    )
     poprisk_gate: str = field(
         default="hard",
         metadata={"help": "hard: write a parameter only if G² > Q. soft: shrink the write. none: AdamW."},
@@ -146,8 +139,10 @@ class PopRiskArgumentsMixin:
 
     @property
     def units_per_step(self) -> int:
-        """Backwards per optimizer step over all ranks: the gate's b, a short last step aside."""
-        return self.gradient_accumulation_steps * self.world_size  # type: ignore[attr-defined]
+        """Examples (or groups) per optimizer step over all ranks: the gate's b, a short last step aside."""
+        args: Any = self
+        backwards = args.gradient_accumulation_steps * args.world_size
+        return backwards * (1 if self.poprisk_estimator == "group" else args.per_device_train_batch_size)
 
     def check_training(self) -> None:
         """Refuse what the gate cannot serve, by name, before a model or a data set is touched.
@@ -188,18 +183,11 @@ class PopRiskArgumentsMixin:
     def _check_examples(self) -> None:
         """What per-example gradients need of the batch layout."""
         args: Any = self
-        size, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
-        if self.poprisk_estimator == "example" and size != 1:
-            raise ValueError(
-                f"per_device_train_batch_size={size} adds up {size} examples in one backward, which hides "
-                f"the single ones: set per_device_train_batch_size=1 and gradient_accumulation_steps="
-                f"{size * accumulation} for the same step, or {_PREFIX}estimator=group to gate on "
-                "micro-batches."
-            )
+        accumulation = args.gradient_accumulation_steps
         if self.units_per_step < 2:
             raise ValueError(
-                f"a step of one {self.poprisk_estimator} leaves nothing to hold out: set "
-                "gradient_accumulation_steps to 2 or more."
+                f"a step of one {self.poprisk_estimator} leaves nothing to hold out: raise "
+                "gradient_accumulation_steps or, for examples, per_device_train_batch_size."
             )
         if args.ddp_static_graph and accumulation > 1:
             raise ValueError(

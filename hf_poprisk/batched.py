@@ -141,10 +141,15 @@ class Capture:
         self.used(param)
         return _PerRow.apply(param, self, dims)
 
-    def per_example(self, param: Tensor) -> list[Tensor]:
-        """The parameter once per example: for an operation that is run example by example."""
-        self.used(param)
-        return [_PerExample.apply(param, self, i) for i in range(self.num_examples)]
+    def for_example(self, param: Tensor, example: int) -> Tensor:
+        """The parameter, for an operation that is run example by example, in their order.
+
+        Take it right before the example's operations: autograd then squares one example's gradient
+        before it forms the next one's.
+        """
+        if example == 0:
+            self.used(param)
+        return _PerExample.apply(param, self, example)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -534,7 +539,7 @@ def _run_elementwise(module: nn.Module, capture: Capture, *args: Any, **kwargs: 
 
 
 def _run_dora(module: Any, capture: Capture, x: Tensor, **kwargs: Any) -> Tensor:
-    """PEFT's DoRA layer gives ``m·f − base`` with the magnitude m: take it without a gradient in m, then scale by row."""
+    """PEFT's DoRA layer gives ``m·f − base``: run it with the magnitude m fixed, then scale by row."""
     magnitude = module.weight
     if not capture.wants(magnitude) or not capture.fits(x, (magnitude,)):
         return type(module).forward(module, x, **kwargs)

@@ -1,10 +1,13 @@
-"""PopRiskMixin: a stock trainer whose every micro-step is one leave-one-out unit."""
+"""PopRiskMixin: a stock trainer that shows its optimizer every example of a step."""
 
 from __future__ import annotations
 
 import inspect
 import logging
 from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +15,7 @@ from torch import nn
 from transformers import Trainer
 
 from hf_poprisk.arguments import OPTIM, PopRiskTrainingArguments
+from hf_poprisk.batched import BatchedGradients, Capture
 from hf_poprisk.optimizer import PopRiskAdamW, matching
 
 logger = logging.getLogger(__name__)
@@ -30,6 +34,11 @@ class PopRiskMixin:
     """
 
     _config_class: type[Any] = PopRiskTrainingArguments
+    _rows_per_example = 1  # rows i, i + N, … of a micro-batch of N examples are one of them
+    _layers: BatchedGradients | None = None  # of the model, where a micro-batch is taken in one backward
+    _capture: Capture | None = None  # of the micro-batch in progress
+    _loss_divisor = 1  # of an example that is taken out of its micro-batch
+    _fit_checked = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # Bound by name, because DPO has `ref_model` where the others have `args`.
@@ -75,6 +84,7 @@ class PopRiskMixin:
             if self.is_world_process_zero():
                 # A warning, because the default verbosity hides anything less and a run must say it.
                 logger.warning(_summary(optimizer, named, self.args))
+            self._prepare_layers(optimizer)
         return self.optimizer
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -90,18 +100,11 @@ class PopRiskMixin:
                 raise ValueError(
                     f"{name} is not supported by optim={OPTIM}: launch with DDP, or set poprisk_gate=none."
                 )
-        world, per_step = (
-            self.args.world_size,
-            self.args.units_per_step * self.args.per_device_train_batch_size,
-        )
+        world, micro_batch = self.args.world_size, self.args.per_device_train_batch_size
+        per_step = self.args.gradient_accumulation_steps * world * micro_batch
         size = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else per_step
         drop_last = self.args.dataloader_drop_last
-        if (
-            world > 1
-            and size < per_step
-            and size % (world * self.args.per_device_train_batch_size)
-            and not drop_last
-        ):
+        if world > 1 and size < per_step and size % (world * micro_batch) and not drop_last:
             raise ValueError(
                 f"{size} training examples do not divide over {world} processes, and the copies that fill "
                 "the gap would stand beside their originals in one step, where the gate takes them for "
@@ -109,18 +112,124 @@ class PopRiskMixin:
             )
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """One micro-step is one example; the last of a window decides the gate.
+        """Show the optimizer the examples of this micro-step; the last one of a window decides the gate.
 
         Here the gradients are reduced over the ranks, and neither unscaled nor clipped.
         """
         optimizer = self._poprisk_optimizer()
         if optimizer is None:
             return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
-        with optimizer.example():
-            loss = super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        step = partial(super().training_step, num_items_in_batch=num_items_in_batch)  # type: ignore[misc]
+        size = self.args.per_device_train_batch_size
+        if not optimizer.needs_examples or self.args.poprisk_estimator == "group" or size == 1:
+            with optimizer.example():
+                loss = step(model, inputs)
+        else:
+            loss = self._several_examples(optimizer, step, model, inputs)
         if self.accelerator.sync_gradients:
             optimizer.close_window()
         return loss
+
+    def _several_examples(
+        self, optimizer: PopRiskAdamW, step: Callable[..., torch.Tensor], model: nn.Module, inputs: Any
+    ) -> torch.Tensor:
+        """All in one backward where the layers allow it, one after the other elsewhere: the same G and Q."""
+        rows = self._num_rows(inputs)
+        if rows % self._rows_per_example:
+            raise ValueError(f"{rows} rows are not examples of {self._rows_per_example} rows each.")
+        count = rows // self._rows_per_example
+        if self._layers is not None:
+            try:
+                with (
+                    optimizer.batch(self._layers, count, rows) as self._capture,
+                    self._row_operations(self._capture),
+                ):
+                    return step(model, inputs)
+            except _Misfit as misfit:  # before the backward of the first micro-batch
+                self._say_one_by_one(str(misfit))
+                self._layers = None
+            finally:
+                self._capture = None
+        losses = []
+        for i in range(count):
+            # without the last one's synchronisation, the gradients would be averaged over and over
+            last = i == count - 1
+            with nullcontext() if last else self.accelerator.no_sync(model):
+                self._loss_divisor = count
+                try:
+                    with optimizer.example():
+                        losses.append(step(model, take_example(inputs, i, count, rows)))
+                finally:
+                    self._loss_divisor = 1
+        return torch.stack(losses).sum()
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """As the trainer's own. An example taken from its micro-batch keeps the weight it has there."""
+        result = super().compute_loss(  # type: ignore[misc]
+            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+        )
+        if self._capture is not None:
+            self._check_fit(self._capture)
+        if self._loss_divisor == 1 or self._sums_over_items(num_items_in_batch):
+            return result
+        return result / self._loss_divisor
+
+    def _sums_over_items(self, num_items_in_batch: Any) -> bool:
+        """Whether the loss is a sum over a given number of items, not a mean over the micro-batch."""
+        if self.loss_is_scaled_for_ga is not None:
+            return self.loss_is_scaled_for_ga
+        accepts = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        return accepts or self.compute_loss_func is not None
+
+    def _row_operations(self, capture: Capture) -> AbstractContextManager[Any]:
+        """For trainers with operations of their own on a parameter."""
+        return nullcontext()
+
+    def _check_fit(self, capture: Capture) -> None:
+        """After the forward: were the rows of the batch visible to every layer, on every rank?"""
+        misfits = [f"{self._name(p)} ({why})" for p, why in capture.misfits.items()]
+        if not self._fit_checked:
+            self._fit_checked = True
+            seen = torch.tensor(float(bool(misfits)), device=self.accelerator.device)
+            if self.accelerator.reduce(seen).item():
+                raise _Misfit(", ".join(misfits[:3]) or "a layer on another rank")
+        elif misfits:
+            raise RuntimeError(
+                f"the rows of the batch are not visible to {', '.join(misfits[:3])}: set "
+                "per_device_train_batch_size=1 and raise gradient_accumulation_steps."
+            )
+
+    def _num_rows(self, inputs: Mapping[str, Any]) -> int:
+        name = getattr(self.accelerator.unwrap_model(self.model), "main_input_name", "input_ids")
+        tensors = [inputs.get(name), *inputs.values()]
+        return next(x.shape[0] for x in tensors if isinstance(x, torch.Tensor) and x.dim() > 0)
+
+    def _name(self, param: torch.Tensor) -> str:
+        return next((name for name, p in self.model.named_parameters() if p is param), "a parameter")
+
+    def _prepare_layers(self, optimizer: PopRiskAdamW) -> None:
+        """Decide how micro-batches of several examples are taken, and say so."""
+        args, self._layers, self._fit_checked = self.args, None, False
+        if not optimizer.needs_examples or args.poprisk_estimator == "group":
+            return
+        if args.per_device_train_batch_size == 1:
+            return
+        for option in ("torch_compile", "use_liger_kernel"):
+            if getattr(args, option, False):
+                return self._say_one_by_one(f"{option}=True")
+        layers = BatchedGradients(self.accelerator.unwrap_model(self.model), optimizer.gated_parameters)
+        if layers.uncovered:
+            some = [f"{name} ({why})" for name, why in list(layers.uncovered.items())[:3]]
+            more = f" and {len(layers.uncovered) - 3} more" if len(layers.uncovered) > 3 else ""
+            return self._say_one_by_one(", ".join(some) + more)
+        self._layers = layers
+
+    def _say_one_by_one(self, reason: str) -> None:
+        logger.warning(
+            f"population-risk gate: the examples of a micro-batch are taken one by one, because of {reason}."
+        )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         optimizer = self._poprisk_optimizer()
@@ -134,6 +243,33 @@ class PopRiskMixin:
         while hasattr(optimizer, "optimizer"):  # accelerate's wrapper
             optimizer = optimizer.optimizer
         return optimizer if isinstance(optimizer, PopRiskAdamW) else None
+
+
+class _Misfit(Exception):
+    """The rows of the batch are not visible to a layer; nothing has been backpropagated yet."""
+
+
+def take_example(inputs: Mapping[str, Any], index: int, count: int, rows: int) -> dict[str, Any]:
+    """Example ``index`` of a collated micro-batch of ``count`` examples: its rows of everything.
+
+    Raises:
+        ValueError: a tensor whose first axis is neither the rows nor the examples.
+    """
+    taken: dict[str, Any] = {}
+    for name, value in inputs.items():
+        sized = isinstance(value, torch.Tensor) and value.dim() > 0 or isinstance(value, list | tuple)
+        if not sized:
+            taken[name] = value
+        elif len(value) == rows:
+            taken[name] = value[index::count]
+        elif len(value) == count:
+            taken[name] = value[index : index + 1]
+        else:
+            raise ValueError(
+                f"inputs[{name!r}] has {len(value)} entries for {count} examples, which hides them: set "
+                "per_device_train_batch_size=1 and raise gradient_accumulation_steps."
+            )
+    return taken
 
 
 def _check_agreement(optimizer: PopRiskAdamW, named: dict[str, torch.Tensor], args: Any) -> None:
@@ -168,7 +304,8 @@ def _summary(optimizer: PopRiskAdamW, named: dict[str, torch.Tensor], args: Any)
         if optimizer.estimator == "ema"
         else (
             f", {args.units_per_step} {'groups' if optimizer.estimator == 'group' else 'examples'} per step "
-            f"({args.world_size} process(es) × {args.gradient_accumulation_steps} backwards)"
+            f"({args.world_size} process(es) × {args.gradient_accumulation_steps} backwards"
+            f"{'' if args.per_device_train_batch_size == 1 else f' × {args.per_device_train_batch_size}'})"
         )
     )
     return (

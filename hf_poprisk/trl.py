@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
+import torch
+from torch import Tensor
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from trl.trainer import utils as trl_utils
 
 from hf_poprisk.arguments import PopRiskArgumentsMixin
+from hf_poprisk.batched import Capture
 from hf_poprisk.trainer import PopRiskMixin
 
 _TAG = "poprisk"
@@ -27,6 +35,7 @@ class PopRiskDPOConfig(PopRiskArgumentsMixin, DPOConfig):
                 "gradient of its own: use another loss_type, such as sigmoid, or "
                 "poprisk_estimator=group."
             )
+        _check_padding_free(self)
 
 
 @dataclass
@@ -40,6 +49,7 @@ class PopRiskSFTConfig(PopRiskArgumentsMixin, SFTConfig):
                 "packing=True puts several examples into one row, which hides the single ones: set "
                 "packing=False, or poprisk_estimator=group to gate on packed rows."
             )
+        _check_padding_free(self)
 
 
 @dataclass
@@ -47,14 +57,63 @@ class PopRiskRewardConfig(PopRiskArgumentsMixin, RewardConfig):
     """``trl.RewardConfig`` with the gate's fields; one example is one preference pair."""
 
 
-class PopRiskDPOTrainer(PopRiskMixin, DPOTrainer):
+def _check_padding_free(args: Any) -> None:
+    if args.padding_free and args.poprisk_estimator == "example" and args.per_device_train_batch_size > 1:
+        raise ValueError(
+            "padding_free=True joins the examples of a micro-batch into one row, which hides the single "
+            "ones: set padding_free=False or per_device_train_batch_size=1."
+        )
+
+
+class _FusedHeadMixin(PopRiskMixin):
+    """Runs TRL's fused language-model head example by example, so that its weight can be gated.
+
+    The head multiplies all tokens of a micro-batch at once, and none of its rows says whose it is.
+    """
+
+    @contextmanager
+    def _row_operations(self, capture: Capture) -> Iterator[None]:
+        stock, seen = trl_utils._ChunkedLogProbFunction, {}
+
+        def see(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+            seen.update({name: kwargs.get(name) for name in ("labels", "shift_labels")})
+
+        def apply(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *rest: Any) -> Any:
+            if not (capture.wants(weight) or capture.wants(bias)):
+                return stock.apply(hidden, weight, bias, labels, *rest)
+            if trl_utils._use_triton(hidden.device):  # only the labelled tokens are there
+                shifted = seen["labels"][:, 1:] if seen["shift_labels"] is None else seen["shift_labels"]
+                lengths = (shifted != -100).sum(1).tolist()
+            else:
+                lengths = [len(hidden) // capture.num_rows] * capture.num_rows
+            rows = list(zip(hidden.split(lengths), labels.split(lengths), strict=True))
+            outputs: list[Any] = [None] * capture.num_rows
+            for i in range(capture.num_examples):
+                mine = [capture.for_example(p, i) if capture.wants(p) else p for p in (weight, bias)]
+                for row in range(i, capture.num_rows, capture.num_examples):
+                    row_hidden, row_labels = rows[row]
+                    outputs[row] = stock.apply(row_hidden, *mine, row_labels, *rest)
+            columns = zip(*outputs, strict=True)
+            return tuple(None if column[0] is None else torch.cat(column) for column in columns)
+
+        hook = self.accelerator.unwrap_model(self.model).register_forward_pre_hook(see, with_kwargs=True)
+        trl_utils._ChunkedLogProbFunction = SimpleNamespace(apply=apply)
+        try:
+            yield
+        finally:
+            trl_utils._ChunkedLogProbFunction = stock
+            hook.remove()
+
+
+class PopRiskDPOTrainer(_FusedHeadMixin, DPOTrainer):
     """``trl.DPOTrainer`` with the gate."""
 
+    _rows_per_example = 2  # chosen rows first, then rejected ones
     _config_class = PopRiskDPOConfig
     _tag_names = [*DPOTrainer._tag_names, _TAG]
 
 
-class PopRiskSFTTrainer(PopRiskMixin, SFTTrainer):
+class PopRiskSFTTrainer(_FusedHeadMixin, SFTTrainer):
     """``trl.SFTTrainer`` with the gate."""
 
     _config_class = PopRiskSFTConfig
@@ -64,5 +123,6 @@ class PopRiskSFTTrainer(PopRiskMixin, SFTTrainer):
 class PopRiskRewardTrainer(PopRiskMixin, RewardTrainer):
     """``trl.RewardTrainer`` with the gate."""
 
+    _rows_per_example = 2  # chosen rows first, then rejected ones
     _config_class = PopRiskRewardConfig
     _tag_names = [*RewardTrainer._tag_names, _TAG]

@@ -89,12 +89,12 @@ def changed_fields(args: Any) -> dict[str, Any]:
 # What the fields mean
 
 
-def test_the_gate_is_on_by_default_and_sees_eight_single_examples(config_class: type[Any], make: Any) -> None:
+def test_the_gate_is_on_by_default_and_sees_eight_examples(config_class: type[Any], make: Any) -> None:
     args = make()
     assert args.optim == "poprisk_adamw"
     assert type(args.optim) is str  # not an Enum member that only lives in this process
     assert changed_fields(args) == {}
-    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (1, 8)
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (8, 1)  # the stock ones
     assert args.units_per_step == 8
     # The mixin's fields come after the stock ones: output_dir stays the first positional argument.
     assert dataclasses.fields(config_class)[0].name == "output_dir"

@@ -200,7 +200,7 @@ MISTAKES = [
     (["--poprisk_gate", "firm"], "poprisk_gate must be one of hard, soft, none"),
     (["--optim", "poprisk_adam"], "poprisk_adam is not a valid OptimizerNames"),
     (["--gradient_accumulation_steps", "1"], "leaves nothing to hold out"),
-    (["--per_device_train_batch_size", "4"], "gradient_accumulation_steps=64"),
+    (["--per_device_train_batch_size", "4", "--padding_free", "true"], "padding_free=True joins"),
     (["--learning_rate", "fast"], "invalid float value: 'fast'"),
     (["--optim_args", "gate=soft,"], "optim_args has ''"),
     (["--packing", "true"], "--packing"),

@@ -27,6 +27,7 @@ QUIET: dict[str, Any] = {
     "disable_tqdm": True,
     "learning_rate": 1e-3,
     "train_sampling_strategy": "sequential",
+    "per_device_train_batch_size": 1,
     "lr_scheduler_type": "constant",
 }
 
@@ -313,9 +314,9 @@ def test_gate_none_trains_as_adamw_does(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("estimator", ["ema", "group"])
 def test_the_other_estimators_take_larger_micro_batches(estimator: str, tmp_path: Path) -> None:
-    trainer = plain_trainer(
-        tmp_path, poprisk_estimator=estimator, per_device_train_batch_size=2, gradient_accumulation_steps=2
-    )
+    options = {**QUIET, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    args = PopRiskTrainingArguments(str(tmp_path), max_steps=2, poprisk_estimator=estimator, **options)
+    trainer = PopRiskTrainer(tiny_model(), args=args, train_dataset=rows(8))
     trainer.train()
     entry = trainer.state.log_history[0]
     assert 0 < entry["poprisk/fraction_open"] <= 1 and "poprisk/examples" not in entry

@@ -1,4 +1,4 @@
-"""The same examples, laid out over one process or two: the same G, Q, gate and weights."""
+"""The same examples over any layout, processes × accumulation × micro-batch: the same G, Q, gate, weights."""
 
 import os
 import subprocess
@@ -16,6 +16,7 @@ from hf_poprisk.gate import openness
 ROOT = Path(__file__).parents[2]
 B, STEPS = 16, 3
 KINDS = ("Trainer", "DPO", "SFT", "Reward", "DPO-LoRA")
+LAYOUTS = [(1, 4), (1, 16), (2, 1), (2, 4)]  # processes, examples per backward; compared with (1, 1)
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +49,14 @@ def first_difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).abs().max() / a.abs().max().clamp_min(1e-30)).item()
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_sums_and_gate_do_not_depend_on_the_layout(kind: str, saved: dict[int, Any]) -> None:
-    one, two = (saved[world]["kinds"][kind]["windows"] for world in (1, 2))
+def test_sums_and_gate_do_not_depend_on_the_layout(
+    kind: str, layout: tuple[int, int], saved: dict[int, Any]
+) -> None:
+    world, micro_batch = layout
+    one = saved[1]["kinds"][kind, 1]["windows"]
+    two = saved[world]["kinds"][kind, micro_batch]["windows"]
     assert [b for b, _ in one] == [b for b, _ in two] == [B] * STEPS
     compared = opened = 0
     # the first window: later ones start from weights that differ by rounding
@@ -66,9 +72,11 @@ def test_sums_and_gate_do_not_depend_on_the_layout(kind: str, saved: dict[int, A
     assert compared > 1000 and 0.05 < opened / compared < 0.95
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_weights_after_three_steps_agree(kind: str, saved: dict[int, Any]) -> None:
-    one, two = (saved[world]["kinds"][kind] for world in (1, 2))
+def test_weights_after_three_steps_agree(kind: str, layout: tuple[int, int], saved: dict[int, Any]) -> None:
+    world, micro_batch = layout
+    one, two = saved[1]["kinds"][kind, 1], saved[world]["kinds"][kind, micro_batch]
     moved = total = 0
     for name, weight in one["weights"].items():
         # a gate that flips at a tie moves a weight by one learning rate; nothing may move more
@@ -85,7 +93,7 @@ def test_weights_after_three_steps_agree(kind: str, saved: dict[int, Any]) -> No
 
 def test_the_comparison_would_see_a_forgotten_average(saved: dict[int, Any]) -> None:
     """Without the division by W², or without the sum over ranks, the gate would differ."""
-    windows = saved[2]["kinds"]["DPO"]["windows"]
+    windows = saved[2]["kinds"]["DPO", 1]["windows"]
     wrong = right = 0
     for grad, sq_sum in windows[0][1].values():
         q = openness(grad, sq_sum, B)

@@ -25,12 +25,14 @@ from hf_poprisk.moments import ExampleWindow
 
 B, STEPS = 16, 3
 KINDS = ("Trainer", "DPO", "SFT", "Reward", "DPO-LoRA")
+MICRO_BATCHES = {1: (1, 4, 16), 2: (1, 4)}
 
 
-def build(kind: str, model_dir: str, world: int) -> Any:
+def build(kind: str, model_dir: str, world: int, micro_batch: int) -> Any:
     """A trainer whose step t sees examples 16 t … 16 t + 15 in any layout."""
     options: dict[str, Any] = {
-        "gradient_accumulation_steps": B // world,
+        "per_device_train_batch_size": micro_batch,
+        "gradient_accumulation_steps": B // (world * micro_batch),
         "max_steps": STEPS,
         "learning_rate": 1e-3,
         "lr_scheduler_type": "constant",
@@ -56,7 +58,7 @@ def build(kind: str, model_dir: str, world: int) -> Any:
     )
 
 
-def run(kind: str, model_dir: str, world: int) -> dict[str, Any]:
+def run(kind: str, model_dir: str, world: int, micro_batch: int) -> dict[str, Any]:
     """b, G and Q of every window as the gate reads them, and the weights at the end."""
     windows: list[Any] = []
     original = ExampleWindow.reduce
@@ -66,7 +68,7 @@ def run(kind: str, model_dir: str, world: int) -> dict[str, Any]:
         windows.append((b, {window.names[p]: (p.grad.clone(), q.clone()) for p, q in sq_sums.items()}))
         return b, sq_sums
 
-    trainer = build(kind, model_dir, world)
+    trainer = build(kind, model_dir, world, micro_batch)
     ExampleWindow.reduce = reduce
     try:
         trainer.train()
@@ -157,7 +159,8 @@ def main() -> None:
     out, model_dir = sys.argv[1:]
     # the first config starts the process group; without it there is no world to ask for
     world = hf_poprisk.PopRiskTrainingArguments("unused", use_cpu=True).world_size
-    saved: dict[str, Any] = {"world": world, "kinds": {k: run(k, model_dir, world) for k in KINDS}}
+    saved: dict[str, Any] = {"world": world}
+    saved["kinds"] = {(k, m): run(k, model_dir, world, m) for k in KINDS for m in MICRO_BATCHES[world]}
     if world > 1:
         saved["unused"] = {view: unused_on_one_rank(view) for view in (False, True)}
         saved["nan"] = nan_on_one_rank()
