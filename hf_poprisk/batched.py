@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 # Elements of G, Q and h_i that are worked on together: three of these fit a core's cache.
 _BLOCK = 1 << 16
 # Up to this many elements, the gradients of all examples are kept side by side.
-_SMALL = 1 << 19
+_SMALL = 1 << 17
 _DORA = "peft.tuners.lora.dora.DoraLinearLayer"  # by name: PEFT need not be installed
 
 
@@ -220,7 +220,10 @@ class Capture:
             block = h[start : start + rows].to(target.dtype, copy=True)
             if tokens is not None:
                 tokens.take(example, start, block)
-            _square_into(target[start : start + rows], block, fresh)
+            if fresh:
+                torch.mul(block, block, out=target[start : start + rows])
+            else:
+                target[start : start + rows].addcmul_(block, block)
 
     def finish(self, param: Tensor, grad: Tensor) -> None:
         """The leaf hook: every use of ``param`` has been through its backward.
@@ -281,35 +284,34 @@ class Capture:
             wide_a, wide_d = (x.to(target.dtype).square() for x in (a, d))
             target.copy_(wide_d.T @ wide_a) if fresh else target.addmm_(wide_d.T, wide_a)
             return
-        examples = [
-            [(_flat(a[i :: self.num_examples]), _flat(d[i :: self.num_examples])) for a, d in uses]
-            for i in range(self.num_examples)
-        ]
-        rows = self._rows_per_block(param)
+        n, rows = self.num_examples, self._rows_per_block(param)
+        # per example and use: D_iᵀ [out, tokens] and A_i [tokens, in]
+        factors = [[(_flat(d[i::n]).T, _flat(a[i::n])) for a, d in uses] for i in range(n)]
+        low = None if factors[0][0][0].dtype == target.dtype else factors[0][0][0].dtype
         for start in range(0, param.shape[0], rows):
             stop = min(start + rows, param.shape[0])
-            total = None if grad is None else grad[start:stop]
             squares = target[start:stop]
+            total = None if grad is None else grad[start:stop]
             h = self._scratch_like(squares, target.dtype)
-            for i, parts in enumerate(examples):
-                # the first example of the micro-batch needs no scratch: it is the sum so far
-                into = total if i == 0 and total is not None and tokens is None else h
-                self._product(parts, start, stop, into)
-                if total is not None and into is not total:
+            rounded = h if low is None else self._scratch_like(squares, low)
+            for i, parts in enumerate(factors):
+                # the first example needs no scratch: it is the sum so far
+                first = i == 0 and total is not None and tokens is None
+                into = total if first else h
+                product = into if low is None else rounded  # in the inputs' dtype, as autograd rounds it
+                for k, (dt, a) in enumerate(parts):
+                    block = dt if rows >= param.shape[0] else dt[start:stop]
+                    torch.mm(block, a, out=product) if k == 0 else product.addmm_(block, a)
+                if low is not None:
+                    into.copy_(product)
+                if total is not None and not first:
                     total.copy_(into) if i == 0 else total.add_(into)
                 if tokens is not None:
                     tokens.take(i, start, into)
-                _square_into(squares, into, fresh and i == 0)
-
-    def _product(self, parts: list[tuple[Tensor, Tensor]], start: int, stop: int, out: Tensor) -> None:
-        """``out = Σ_parts D[:, start:stop]ᵀ A``, rounded to the inputs' dtype as autograd would."""
-        same = parts[0][0].dtype == out.dtype
-        h = out if same else self._scratch_like(out, parts[0][0].dtype)
-        for k, (a, d) in enumerate(parts):
-            block = d[:, start:stop].T
-            torch.mm(block, a, out=h) if k == 0 else h.addmm_(block, a)
-        if not same:
-            out.copy_(h)
+                if i == 0 and fresh:
+                    torch.mul(into, into, out=squares)
+                else:
+                    squares.addcmul_(into, into)
 
     def _scratch_like(self, like: Tensor, dtype: torch.dtype) -> Tensor:
         key = (dtype, like.device)
@@ -628,10 +630,6 @@ def _outer(a: Tensor, d: Tensor, num_examples: int) -> Tensor:
         for x in (a, d)
     )
     return torch.bmm(d.transpose(1, 2), a).to(_sum_dtype(a.dtype))
-
-
-def _square_into(target: Tensor, h: Tensor, fresh: bool) -> None:
-    torch.square(h, out=target) if fresh else target.addcmul_(h, h)
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -71,7 +71,10 @@ def openness(
         return torch.ones_like(grad_sum)
     if num_examples < 2:
         raise ValueError(f"the gate needs at least 2 examples per step, got {num_examples}.")
-    energy, evidence = grad_sum * grad_sum, margin(grad_sum, sq_sum)
+    energy = grad_sum * grad_sum
+    if gate == "hard" and reduction == "element":
+        return torch.gt(energy, sq_sum, out=energy)  # several times faster than by way of bool
+    evidence = margin(grad_sum, sq_sum)
     if reduction == "tensor":
         energy, evidence = (x.sum().expand_as(grad_sum) for x in (energy, evidence))
     if gate == "hard":

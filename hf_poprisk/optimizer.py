@@ -31,7 +31,10 @@ logger = logging.getLogger(__name__)
 ESTIMATORS = ("example", "group", "ema")
 EMA_DECAY = 0.99  # ρ of the streaming noise estimate, as published
 _UNDERFLOW = 1e-30  # below this ΣG² says nothing: the squares of such gradients underflow in float32
+_PIECE = 1 << 16  # elements that are worked on together: they stay in a core's cache
 _OPTIONS = ("gate", "estimator", "reduction", "warmup_steps", "gate_weight_decay", "ema_alpha")
+
+_Row = tuple[Tensor, ...]  # param, grad, exp_avg, exp_avg_sq, step
 
 
 class PopRiskAdamW(torch.optim.AdamW):
@@ -195,15 +198,12 @@ class PopRiskAdamW(torch.optim.AdamW):
             return
         sums, unseen, null = [], [], 0.0
         for p, sq_sum in sq_sums.items():
-            grad = p.grad.to(sq_sum.dtype)
-            energy, noise, live = grad.square().sum(), sq_sum.sum(), torch.count_nonzero(sq_sum)
-            q = openness(grad, sq_sum, num_examples, self.gate, self.reduction)
-            opened = q.sum() if self.reduction == "element" else q.reshape(-1)[0] * live
-            sums.append(torch.stack([x.float() for x in (opened, live, energy, noise)]))
+            of_tensor = self._decide(p.grad, sq_sum, num_examples)
+            _, _, energy, noise = of_tensor
+            sums.append(of_tensor)
             unseen.append((noise == 0) & (energy > _UNDERFLOW))
             numel = 1 if self.reduction == "element" else p.numel()
             null += p.numel() * null_openness(num_examples, self.gate, numel)
-            sq_sum.copy_(q)  # q moves into Q's buffer: no memory beyond Q
         self._openness = sq_sums
         if not sums:
             return
@@ -225,6 +225,22 @@ class PopRiskAdamW(torch.optim.AdamW):
         if finite:
             weight = sum(p.numel() for p in sq_sums)
             self.statistics.add(total, null / weight, num_examples)
+
+    def _decide(self, grad: Tensor, sq_sum: Tensor, num_examples: int) -> Tensor:
+        """Write q over Q, which needs no memory beyond Q; returns the sums of ``GateStatistics.add``."""
+        pieces = [(grad, sq_sum)]
+        whole = self.reduction == "tensor" or not (grad.is_contiguous() and sq_sum.is_contiguous())
+        if grad.device.type == "cpu" and not whole:  # every pass over a piece but the first is in the cache
+            pieces = list(zip(*(x.view(-1).split(_PIECE) for x in (grad, sq_sum)), strict=True))
+        sums = []
+        for g, s in pieces:
+            g = g.to(s.dtype)
+            live, noise = torch.gt(s, 0, out=torch.empty_like(s)).sum(), s.sum()
+            energy = torch.dot(g.reshape(-1), g.reshape(-1))
+            s.copy_(openness(g, s, num_examples, self.gate, self.reduction))
+            opened = s.sum() if self.reduction == "element" else s.reshape(-1)[0] * live
+            sums += [opened, live, energy, noise]
+        return torch.stack(sums).view(-1, 4).sum(0).float()
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -263,28 +279,14 @@ class PopRiskAdamW(torch.optim.AdamW):
             steps: list[Tensor] = []
             if self._init_group(group, params, grads, exp_avgs, exp_avg_sqs, [], steps):
                 raise NotImplementedError("complex parameters are not supported by PopRiskAdamW.")
-            plain: tuple[list[Tensor], ...] = ([], [], [], [], [])
-            for row in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
-                if self._is_gated(row[0], row[4]):
-                    self._gated_update(group, *row, streamed)
-                else:
-                    for column, value in zip(plain, row, strict=True):
-                        column.append(value)
-            if plain[0]:
-                adamw(
-                    *plain[:4],
-                    [],
-                    plain[4],
-                    foreach=group["foreach"],
-                    fused=group["fused"],
-                    amsgrad=False,
-                    beta1=group["betas"][0],
-                    beta2=group["betas"][1],
-                    lr=group["lr"],
-                    weight_decay=group["weight_decay"],
-                    eps=group["eps"],
-                    maximize=False,
-                )
+            rows = list(zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True))
+            gated = [row for row in rows if self._is_gated(row[0], row[4])]
+            _adamw(group, [row for row in rows if row[0] not in {r[0] for r in gated}])
+            if self.estimator == "ema":
+                for row in gated:
+                    self._streamed_update(group, *row, streamed)
+                continue
+            self._gated_update(group, gated)
         if streamed:
             beta1 = self.param_groups[0]["betas"][0]
             null = streaming_null_openness(self._alpha(beta1), beta1, self.gate)
@@ -297,7 +299,24 @@ class PopRiskAdamW(torch.optim.AdamW):
             return True  # the noise estimate must run through the warm-up
         return step.item() >= self.warmup_steps and param in (self._openness or {})
 
-    def _gated_update(
+    def _gated_update(self, group: dict[str, Any], rows: list[_Row]) -> None:
+        """AdamW's own update, then back towards where the weights would be without its write."""
+        if not rows:
+            return
+        decay = 0.0 if self.gate_weight_decay else float(group["lr"]) * float(group["weight_decay"])
+        if rows[0][0].device.type == "cpu" and not group["foreach"]:
+            group = {**group, "fused": True}  # torch would take its slow loop unless asked
+        openness_ = [self._openness[param] for param, *_ in rows]  # type: ignore[index]
+        for chunk in _chunks(rows, openness_):
+            unwritten = [param * (1 - decay) for (param, *_), _ in chunk]
+            _adamw(group, [row for row, _ in chunk])
+            for ((param, *_), q), start in zip(chunk, unwritten, strict=True):
+                # q = 0 gives start and q = 1 param, bit for bit
+                torch.lerp(start, param, q.to(param.dtype), out=param)
+        for *_, step in rows:
+            step += 1
+
+    def _streamed_update(
         self,
         group: dict[str, Any],
         param: Tensor,
@@ -307,25 +326,21 @@ class PopRiskAdamW(torch.optim.AdamW):
         step: Tensor,
         streamed: list[Tensor],
     ) -> None:
-        """Update one gated parameter in place; the streaming form appends its statistics, [4]."""
+        """Update one parameter of the streaming form in place; appends its statistics, [4]."""
         beta1, beta2 = group["betas"]
         lr, decay = float(group["lr"]), float(group["weight_decay"])
         step += 1
         t = step.item()
         correction1, correction2 = 1 - beta1**t, 1 - beta2**t
-        if self.estimator == "ema":
-            noise = self._track_noise(param, grad - exp_avg)
+        noise = self._track_noise(param, grad - exp_avg)
         exp_avg.lerp_(grad, 1 - beta1)
         exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        if self.estimator == "ema":
-            signal = (exp_avg / correction1).square_()
-            q = streaming_openness(signal, noise, self._alpha(beta1), self.gate)
-            live = torch.count_nonzero(noise)
-            streamed.append(torch.stack([x.float() for x in (q.sum(), live, live * 0, live * 0)]))
-            if t <= self.warmup_steps:
-                q.fill_(1.0)
-        else:
-            q = self._openness[param].to(param.dtype)  # type: ignore[index]
+        signal = (exp_avg / correction1).square_()
+        q = streaming_openness(signal, noise, self._alpha(beta1), self.gate)
+        live = torch.count_nonzero(noise)
+        streamed.append(torch.stack([x.float() for x in (q.sum(), live, live * 0, live * 0)]))
+        if t <= self.warmup_steps:
+            q.fill_(1.0)
         if decay:
             param.mul_(1 - lr * decay * q if self.gate_weight_decay else 1 - lr * decay)
         denom = exp_avg_sq.sqrt().div_(correction2**0.5).add_(group["eps"])
@@ -388,6 +403,51 @@ class PopRiskAdamW(torch.optim.AdamW):
         self._openness, self._skip_step = None, False
         if self._window is not None:
             self._window.reset()
+
+
+def _adamw(group: dict[str, Any], rows: list[_Row]) -> None:
+    """``torch.optim.AdamW`` on (param, grad, exp_avg, exp_avg_sq, step) rows, in place."""
+    if not rows:
+        return
+    params, grads, exp_avgs, exp_avg_sqs, steps = (list(column) for column in zip(*rows, strict=True))
+    adamw(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        steps,
+        foreach=group["foreach"],
+        fused=group["fused"],
+        amsgrad=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )
+
+
+def _chunks(rows: list[_Row], openness_: list[Tensor]) -> Iterator[list[tuple[_Row, Tensor]]]:
+    """Rows and their q, cut into pieces of ``_PIECE`` elements where that is possible; the steps are copies.
+
+    What is touched twice is in the cache the second time, and the copies of the weights are small.
+    """
+    chunk: list[tuple[_Row, Tensor]] = []
+    size = 0
+    for row, q in zip(rows, openness_, strict=True):
+        *tensors, step = row
+        pieces = [(*tensors, q)]
+        if row[0].device.type == "cpu" and all(x.is_contiguous() for x in (*tensors, q)):
+            pieces = list(zip(*(x.view(-1).split(_PIECE) for x in (*tensors, q)), strict=True))
+        for *piece, piece_q in pieces:
+            if chunk and size + piece_q.numel() > _PIECE:
+                yield chunk
+                chunk, size = [], 0
+            chunk.append(((*piece, step.clone()), piece_q))
+            size += piece_q.numel()
+    yield chunk
 
 
 def matching(named_parameters: Iterable[tuple[str, Tensor]], patterns: Sequence[str]) -> list[Tensor]:

@@ -77,13 +77,13 @@ def test_without_a_gate_it_is_adamw_to_the_bit(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "rtol"), [(torch.float32, 1e-6), (torch.float64, 1e-13), (torch.bfloat16, 2**-7)]
+    ("dtype", "rtol"), [(torch.float32, 1e-6), (torch.float64, 1e-13), (torch.bfloat16, 0.0)]
 )
 def test_an_open_gate_is_adamw(dtype: torch.dtype, rtol: float) -> None:
     """The gated update itself, not the stock kernel: all examples agree, so everything is open."""
     mine, theirs = parameters(dtype), parameters(dtype)
     ours = PopRiskAdamW(groups(mine), gate="hard")
-    stock = torch.optim.AdamW(groups(theirs))
+    stock = torch.optim.AdamW(groups(theirs), fused=True)  # bit for bit the kernel inside the gated update
     for step in range(50):
         set_gradients(theirs, step)
         same = [[p.grad / 4 for p in theirs]] * 4
