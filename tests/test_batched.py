@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_poprisk import reference
+from hf_poprisk import PopRiskAdamW, batched, reference
 from hf_poprisk.batched import BatchedGradients
 from hf_poprisk.moments import ExampleWindow
 
@@ -120,3 +120,195 @@ def test_sums_equal_the_loop(
     got = captured(model, [(inputs, N)], pairs, N)
     exact = dtype == torch.float64 and kind != "gemma3"  # whose norms run in float32 whatever the model is in
     assert_same(got, expected, 1e-12 if exact else 1e-5)
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the way of large layers, in blocks of a few rows, at the size of the tests."""
+    monkeypatch.setattr(batched, "_SMALL", 0)
+    monkeypatch.setattr(batched, "_BLOCK", 100)
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_large_layers_equal_the_loop(kind: str, tied: bool, pairs: bool, large: None) -> None:
+    model = tiny_model(kind, tied, torch.float64)
+    inputs = batch(2 * N if pairs else N)
+    got = captured(model, [(inputs, N)], pairs, N)
+    assert_same(got, textbook(model, inputs, N, pairs), 1e-12 if kind != "gemma3" else 1e-5)
+
+
+@pytest.mark.parametrize("adapter", ["rslora", "modules_to_save"])
+def test_other_adapters_equal_the_loop(adapter: str) -> None:
+    model = adapted(tiny_model("llama", dtype=torch.float64), adapter)
+    inputs = batch(N)
+    got = captured(model, [(inputs, N)], False, N)
+    assert any("lm_head" in name for name in got) == (adapter == "modules_to_save")
+    assert_same(got, textbook(model, inputs, N, False), 1e-12)
+
+
+def test_a_window_of_several_batches_and_single_examples(large: None) -> None:
+    model = tiny_model("llama", True, torch.float64)
+    inputs = batch(7)
+    expected = textbook(model, inputs, 7, False)
+    part = lambda rows: {k: v[rows] for k, v in inputs.items()}  # noqa: E731
+    params = trainable(model)
+    layers, window = BatchedGradients(model, params.values()), ExampleWindow(params.values())
+    with window.example():
+        (example_losses(model, part([0]), False).sum() / 7).backward()
+    for rows in ([1, 2, 3], [4, 5], [6]):
+        with window.batch(layers, len(rows), len(rows)):
+            (example_losses(model, part(rows), False).sum() / 7).backward()
+    b, sq_sums = window.reduce()
+    assert b == 7
+    assert_same({name: (p.grad, sq_sums[p]) for name, p in params.items()}, expected, 1e-12)
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+class Uses(nn.Module):
+    """A linear layer used twice, its weight once more from outside, a table without a row axis."""
+
+    def __init__(self, outside: bool = False, flat: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.last = nn.Linear(6, 6), nn.Linear(6, 1)
+        self.outside, self.flat = outside, flat
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.layer(self.layer(x).tanh())
+        if self.outside:
+            h = h + x @ self.layer.weight
+        if self.flat:
+            return self.last(h.reshape(-1, 6)).reshape(len(x), -1).sum(1)
+        return self.last(h).sum((1, 2))
+
+
+@pytest.mark.parametrize("width_of_small", [0, 1 << 17])
+def test_a_layer_used_twice(width_of_small: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batched, "_SMALL", width_of_small)
+    model, x = Uses().double(), torch.randn(N, 3, 6, dtype=torch.float64)
+    params = trainable(model)
+    gradients = reference.per_example_gradients(params, lambda row: model(row[None]).sum().square(), x)
+    layers, window = BatchedGradients(model, params.values()), ExampleWindow(params.values())
+    with window.batch(layers, N, N):
+        model(x).square().sum().backward()
+    _, sq_sums = window.reduce()
+    for name, p in params.items():
+        torch.testing.assert_close(sq_sums[p], reference.grad_and_square_sums(gradients, name)[1])
+
+
+@pytest.mark.parametrize("trap", ["tied", "twice"])
+def test_squares_of_single_uses_would_be_seen(
+    trap: str, large: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The comparisons above fail when the uses of a weight are squared one by one."""
+    if trap == "tied":
+        monkeypatch.setattr(batched._Tokens, "take", lambda *_: None)
+    else:
+        counted = batched.Capture.used
+        monkeypatch.setattr(
+            batched.Capture, "used", lambda self, p: counted(self, p) if not self._uses[p] else None
+        )
+        monkeypatch.setattr(batched.Capture, "finish", lambda *_: None)
+    if trap == "tied":
+        model = tiny_model("llama", True, torch.float64)
+        inputs = batch(N)
+        got, expected = captured(model, [(inputs, N)], False, N), textbook(model, inputs, N, False)
+        name = "model.embed_tokens.weight"
+    else:
+        model, x = Uses().double(), torch.randn(N, 3, 6, dtype=torch.float64)
+        params, name = trainable(model), "layer.weight"
+        gradients = reference.per_example_gradients(params, lambda row: model(row[None]).sum(), x)
+        expected = {name: reference.grad_and_square_sums(gradients, name)}
+        window = ExampleWindow(params.values())
+        with window.batch(BatchedGradients(model, params.values()), N, N):
+            model(x).sum().backward()
+        got = {name: (model.layer.weight.grad, window._sq_sums[model.layer.weight])}
+    torch.testing.assert_close(got[name][0], expected[name][0])
+    assert (got[name][1] - expected[name][1]).norm() > 0.05 * expected[name][1].norm()
+
+
+def test_positions_that_all_rows_share_get_a_gradient_per_row() -> None:
+    """GPT-2 looks its positions up once for the whole batch, [1, T]."""
+    model = tiny_model("gpt2", dtype=torch.float64)
+    inputs = batch(N)
+    expected = textbook(model, inputs, N, False)["transformer.wpe.weight"]
+    got = captured(model, [(inputs, N)], False, N)["transformer.wpe.weight"]
+    torch.testing.assert_close(got[1], expected[1])
+    assert (expected[0].square() / N - expected[1]).norm() > 0.05 * expected[1].norm()  # the trap's value
+
+
+def test_a_use_outside_the_layers_is_an_error_that_names_it() -> None:
+    model, x = Uses(outside=True), torch.randn(N, 3, 6)
+    params = trainable(model)
+    window = ExampleWindow(params.values(), {p: name for name, p in params.items()})
+    with (
+        pytest.raises(RuntimeError, match="layer.weight cannot be told apart: a part of its gradient"),
+        window.batch(BatchedGradients(model, params.values()), N, N),
+    ):
+        model(x).sum().backward()
+
+
+def test_rows_that_a_layer_cannot_see_are_reported() -> None:
+    model, x = Uses(flat=True), torch.randn(N, 3, 6)
+    params = trainable(model)
+    window = ExampleWindow(params.values())
+    with window.batch(BatchedGradients(model, params.values()), N, N) as capture:
+        model(x)
+        assert capture.misfits.keys() == {model.last.weight, model.last.bias}
+        capture.misfits.clear()
+        model(x[:, :1])  # one token per row: nothing is hidden
+        assert not capture.misfits
+
+
+class Scale(nn.Module):
+    """Looks like a norm; its parameter multiplies the rows, or a function of all of them."""
+
+    def __init__(self, couples: bool) -> None:
+        super().__init__()
+        self.weight, self.couples = nn.Parameter(torch.ones(6)), couples
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (self.weight.sum() if self.couples else self.weight.float().to(x.dtype))
+
+
+def test_what_is_covered_is_found_out_by_trying() -> None:
+    model = nn.Sequential(Scale(False), Scale(True), nn.Conv1d(6, 6, 1), nn.Linear(6, 6), nn.BatchNorm1d(6))
+    layers = BatchedGradients(model, model.parameters())
+    assert set(layers.uncovered) == {"1.weight", "2.weight", "2.bias", "4.weight", "4.bias"}
+    assert layers.uncovered["1.weight"] == "a parameter of Scale"
+    assert not BatchedGradients(model, [*model[0].parameters(), *model[3].parameters()]).uncovered
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_under_bfloat16_autocast_the_gate_is_that_of_single_examples(kind: str) -> None:
+    model, inputs = tiny_model(kind), batch(2 * N)
+    flipped = total = 0
+    openness = []
+    for n in (1, 2 * N):
+        optimizer = PopRiskAdamW(model.parameters())
+        layers = BatchedGradients(model, optimizer.gated_parameters)
+        for start in range(0, 2 * N, n):
+            rows = {k: v[start : start + n] for k, v in inputs.items()}
+            with optimizer.batch(layers, n, n) if n > 1 else optimizer.example():
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = example_losses(model, rows, False).sum() / (2 * N)
+                loss.backward()
+        optimizer.close_window()
+        openness.append({name: optimizer._openness[p].clone() for name, p in model.named_parameters()})
+        optimizer.zero_grad()
+    for name, q in openness[0].items():
+        flipped += int((q != openness[1][name]).sum())
+        total += q.numel()
+    assert flipped <= 1e-3 * total
+    assert sum(int(q.sum()) for q in openness[0].values()) / total > 0.05
+
+
+def test_reentrant_checkpointing_gives_the_same_sums() -> None:
+    model, inputs = tiny_model("llama", True, torch.float64), batch(N)
+    expected = textbook(model, inputs, N, False)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    model.train()
+    assert_same(captured(model, [(inputs, N)], False, N), expected, 1e-12)

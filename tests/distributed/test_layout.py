@@ -15,7 +15,7 @@ from hf_poprisk.gate import openness
 
 ROOT = Path(__file__).parents[2]
 B, STEPS = 16, 3
-KINDS = ("Trainer", "DPO", "SFT", "Reward", "DPO-LoRA")
+KINDS = ("Trainer", "DPO", "SFT", "Reward", "DPO-LoRA", "DPO-one-by-one")
 LAYOUTS = [(1, 4), (1, 16), (2, 1), (2, 4)]  # processes, examples per backward; compared with (1, 1)
 
 

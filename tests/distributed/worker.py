@@ -24,7 +24,7 @@ from hf_poprisk import PopRiskAdamW, reference
 from hf_poprisk.moments import ExampleWindow
 
 B, STEPS = 16, 3
-KINDS = ("Trainer", "DPO", "SFT", "Reward", "DPO-LoRA")
+KINDS = ("Trainer", "DPO", "SFT", "Reward", "DPO-LoRA", "DPO-one-by-one")
 MICRO_BATCHES = {1: (1, 4, 16), 2: (1, 4)}
 
 
@@ -69,6 +69,8 @@ def run(kind: str, model_dir: str, world: int, micro_batch: int) -> dict[str, An
         return b, sq_sums
 
     trainer = build(kind, model_dir, world, micro_batch)
+    if kind.endswith("one-by-one"):
+        trainer._prepare_layers = lambda optimizer: trainer._say_one_by_one("the test that wants it")
     ExampleWindow.reduce = reduce
     try:
         trainer.train()

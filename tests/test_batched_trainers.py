@@ -1,0 +1,180 @@
+"""Micro-batches of several examples in the trainers: how they are taken, and that it makes no difference."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import preferences, save_tiny_model, sequences
+from test_trainer import QUIET, Record
+from torch import Tensor, nn
+from transformers import Trainer
+
+import hf_poprisk
+from hf_poprisk import PopRiskTrainer, PopRiskTrainingArguments
+from hf_poprisk.trainer import take_example
+from hf_poprisk.trl import trl_utils
+
+ONE_BY_ONE = "are taken one by one, because of"
+
+
+class Classifier(nn.Module):
+    """Mean loss over the rows; ``hidden`` flattens rows and tokens, ``conv`` has a layer we do not know."""
+
+    def __init__(self, hidden: bool = False, conv: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(6, 5), nn.Linear(5, 3)
+        self.conv = nn.Conv1d(6, 6, 1) if conv else None
+        self.hidden = hidden
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """x: [rows, 4, 6], labels: [rows]."""
+        if self.conv is not None:
+            x = self.conv(x.transpose(1, 2)).transpose(1, 2)
+        h = self.first(x.reshape(-1, 6)).view(len(x), 4, 5) if self.hidden else self.first(x)
+        logits = self.last(h.tanh()).mean(1)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def rows(count: int) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(0)
+    return [{"x": torch.randn(4, 6, generator=generator), "labels": i % 3} for i in range(count)]
+
+
+def windows(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int, **options: Any
+) -> list[Any]:
+    """b, G and Q of two steps of eight examples."""
+    with monkeypatch.context() as patch:
+        record = Record(patch)
+        steps = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": 8 // batch}
+        args = PopRiskTrainingArguments(str(tmp_path), max_steps=2, **{**QUIET, **steps, **options})
+        PopRiskTrainer(model, args=args, train_dataset=rows(16)).train()
+    return record.windows
+
+
+def assert_same_windows(got: list[Any], expected: list[Any]) -> None:
+    assert [b for b, _ in got] == [b for b, _ in expected] == [8, 8]
+    for name, pair in expected[0][1].items():
+        for ours, theirs in zip(got[0][1][name], pair, strict=True):
+            assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max(), name
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({}, None),
+        ({"conv": True}, "conv.weight (a parameter of Conv1d), conv.bias (a parameter of Conv1d)"),
+        ({"hidden": True}, "first.weight (its input is [16, 6] and the batch has 4 rows)"),
+    ],
+    ids=["layers", "unknown-layer", "hidden-rows"],
+)
+def test_the_way_is_chosen_and_makes_no_difference(
+    options: dict[str, bool],
+    reason: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    backwards: list[int] = []
+    expected = windows(Classifier(**options), tmp_path, monkeypatch, 1)
+    model = Classifier(**options)
+    model.last.bias.register_post_accumulate_grad_hook(lambda p: backwards.append(1))
+    with caplog.at_level(logging.WARNING):
+        got = windows(model, tmp_path, monkeypatch, 4)
+    assert_same_windows(got, expected)
+    said = [record.message for record in caplog.records if ONE_BY_ONE in record.message]
+    assert len(backwards) == (4 if reason is None else 16)
+    assert len(said) == (reason is not None)
+    assert reason is None or reason in said[0]
+
+
+def test_rows_hidden_later_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Classifier()
+    model.register_forward_hook(lambda *_: setattr(model, "hidden", True))  # after the first forward
+    with pytest.raises(RuntimeError, match="rows of the batch are not visible to first.weight .*set per_dev"):
+        windows(model, tmp_path, monkeypatch, 4)
+
+
+@pytest.mark.parametrize("option", ["torch_compile", "use_liger_kernel"])
+def test_rewritten_models_go_one_by_one(
+    option: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    args = PopRiskTrainingArguments(str(tmp_path), **{**QUIET, "per_device_train_batch_size": 4})
+    setattr(args, option, True)  # after the checks that want a compiler or a package
+    trainer = PopRiskTrainer(Classifier(), args=args, train_dataset=rows(16))
+    with caplog.at_level(logging.WARNING):
+        trainer.create_optimizer()
+    assert trainer._layers is None and f"{ONE_BY_ONE} {option}=True" in caplog.text
+    args.ddp_static_graph, trainer.optimizer = True, None  # several backwards per synchronisation
+    with pytest.raises(ValueError, match="ddp_static_graph=True fails .* set ddp_static_graph=False"):
+        trainer.create_optimizer()
+
+
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", ["DPO", "SFT"])
+def test_trl_fused_head(
+    kind: str, tied: bool, compact: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weight gets every example's gradient, whether it sees all positions or (GPU) labelled ones only."""
+    monkeypatch.setattr(trl_utils, "_use_triton", lambda device: compact)
+    save_tiny_model(tmp_path / "model", "llama", tied)
+    found = []
+    for size in (1, 4):
+        with monkeypatch.context() as patch:
+            record = Record(patch)
+            steps = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size}
+            args = getattr(hf_poprisk, f"PopRisk{kind}Config")(
+                str(tmp_path), bf16=False, max_steps=1, **{**QUIET, **steps}
+            )
+            data = sequences(8) if kind == "SFT" else preferences(8)
+            trainer = getattr(hf_poprisk, f"PopRisk{kind}Trainer")(
+                str(tmp_path / "model"), args=args, train_dataset=data
+            )
+            stock = trl_utils._ChunkedLogProbFunction
+            trainer.train()
+            assert trl_utils._ChunkedLogProbFunction is stock
+            assert (trainer._layers is not None) == (size > 1)
+            found.append(record.windows)
+    (b, one), (other_b, several) = found[0][0], found[1][0]
+    assert b == other_b == 8
+    head = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    assert one[head][1].count_nonzero() > 100
+    for name, pair in one.items():
+        for ours, theirs in zip(several[name], pair, strict=True):
+            assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max(), name
+
+
+def test_an_example_is_taken_with_all_its_rows() -> None:
+    inputs = {"x": torch.arange(8).view(4, 2), "y": torch.arange(2), "z": ["a", "b", "c", "d"], "n": 3}
+    taken = take_example(inputs, 1, count=2, rows=4)
+    assert taken["x"].tolist() == [[2, 3], [6, 7]] and taken["y"].tolist() == [1]
+    assert taken["z"] == ["b", "d"] and taken["n"] == 3
+    with pytest.raises(ValueError, match=r"inputs\['y'\] has 3 entries for 2 examples"):
+        take_example({"y": torch.arange(3)}, 0, count=2, rows=4)
+
+
+def test_evaluation_and_stock_optimizers_see_nothing_of_it(tmp_path: Path) -> None:
+    args = PopRiskTrainingArguments(
+        str(tmp_path),
+        max_steps=2,
+        **{**QUIET, "per_device_train_batch_size": 8},
+        eval_strategy="steps",
+        eval_steps=1,
+    )
+    trainer = PopRiskTrainer(Classifier(), args=args, train_dataset=rows(16), eval_dataset=rows(5))
+    stock_args = PopRiskTrainingArguments(
+        str(tmp_path), max_steps=2, optim="adamw_torch", **{**QUIET, "per_device_train_batch_size": 8}
+    )
+    stock = PopRiskTrainer(Classifier(), args=stock_args, train_dataset=rows(16))
+    plain = Trainer(Classifier(), args=stock_args, train_dataset=rows(16))
+    for t in (trainer, stock, plain):
+        t.train()
+    losses = [e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e]
+    assert len(losses) == 2 and losses[0] != losses[1] and trainer._layers is not None
+    assert stock._layers is None
+    for p, w in zip(stock.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(p, w)
