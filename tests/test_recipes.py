@@ -56,7 +56,8 @@ def dpo_argv(tiny: Path, out: Path, arm: str = "poprisk", task: str = "dpo") -> 
     return [
         *("--config", ROOT / f"recipes/tiny/{task}/{arm}.yaml"),
         *("--model_name_or_path", tiny / "model", "--dataset_name", tiny / "preferences"),
-        *("--output_dir", out, "--gradient_accumulation_steps", "4", "--max_steps", "3"),
+        *("--output_dir", out, "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "4"),
+        *("--max_steps", "3"),
         *("--logging_steps", "1", "--eval_steps", "3", "--save_strategy", "no"),
     ]
 
@@ -155,7 +156,8 @@ def test_train_from_yaml_to_results(
         monkeypatch,
         *("--config", ROOT / f"recipes/tiny/{task}/poprisk.yaml"),
         *("--model_name_or_path", tiny / "model", "--dataset_name", data, "--output_dir", tmp_path),
-        *("--gradient_accumulation_steps", "4", "--max_steps", "2", "--logging_steps", "1"),
+        *("--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"),
+        *("--max_steps", "2", "--logging_steps", "1"),
     )
     results = json.loads((tmp_path / "results.json").read_text())["results"]
     assert results["test_loss"] > 0 and results["gate"]["examples"] == 4
@@ -199,7 +201,10 @@ MISTAKES = [
     (["--poprisk_gaet", "soft"], "--poprisk_gaet"),
     (["--poprisk_gate", "firm"], "poprisk_gate must be one of hard, soft, none"),
     (["--optim", "poprisk_adam"], "poprisk_adam is not a valid OptimizerNames"),
-    (["--gradient_accumulation_steps", "1"], "leaves nothing to hold out"),
+    (
+        ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1"],
+        "leaves nothing to hold out",
+    ),
     (["--per_device_train_batch_size", "4", "--padding_free", "true"], "padding_free=True joins"),
     (["--learning_rate", "fast"], "invalid float value: 'fast'"),
     (["--optim_args", "gate=soft,"], "optim_args has ''"),
