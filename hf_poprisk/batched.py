@@ -26,6 +26,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
+from hf_poprisk import kernels
+
 # Elements of G, Q and h_i that are worked on together: three of these fit a core's cache.
 _BLOCK = 1 << 16
 # Up to this many elements, the gradients of all examples are kept side by side.
@@ -284,12 +286,41 @@ class Capture:
             wide_a, wide_d = (x.to(target.dtype).square() for x in (a, d))
             target.copy_(wide_d.T @ wide_a) if fresh else target.addmm_(wide_d.T, wide_a)
             return
-        n, rows = self.num_examples, self._rows_per_block(param)
+        if tokens is None and len(uses) == 1 and grad is not None and grad.dtype == torch.float32:
+            a, d = uses[0]
+            if kernels.usable(a, d, grad, target) and self._fused_is_faster(a, d, grad):
+                return kernels.weight_gradient(d, a, self.num_examples, grad, target, fresh)
+        self._one_by_one(uses, grad, target, fresh, tokens)
+
+    def _fused_is_faster(self, a: Tensor, d: Tensor, grad: Tensor) -> bool:
+        (rows, length, width), out = a.shape, d.shape[-1]
+        # lengths differ from batch to batch: one measurement for all up to a power of two
+        key = (a.device, a.dtype, self.num_examples, rows, length.bit_length(), width, out)
+
+        def ways() -> tuple[Callable[[], None], Callable[[], None]]:
+            spare = torch.empty_like(grad), torch.empty_like(grad)
+            return (
+                partial(kernels.weight_gradient, d, a, self.num_examples, *spare, True),
+                partial(self._one_by_one, [(a, d)], *spare, True, None),
+            )
+
+        return kernels.faster(key, ways)
+
+    def _one_by_one(
+        self,
+        uses: list[tuple[Tensor, Tensor]],
+        grad: Tensor | None,
+        target: Tensor,
+        fresh: bool,
+        tokens: _Tokens | None,
+    ) -> None:
+        """``_sum_and_square`` with one matrix product per example, block of rows and use."""
+        n, rows = self.num_examples, self._rows_per_block(target)
         # per example and use: D_iᵀ [out, tokens] and A_i [tokens, in]
         factors = [[(_flat(d[i::n]).T, _flat(a[i::n])) for a, d in uses] for i in range(n)]
         low = None if factors[0][0][0].dtype == target.dtype else factors[0][0][0].dtype
-        for start in range(0, param.shape[0], rows):
-            stop = min(start + rows, param.shape[0])
+        for start in range(0, target.shape[0], rows):
+            stop = min(start + rows, target.shape[0])
             squares = target[start:stop]
             total = None if grad is None else grad[start:stop]
             h = self._scratch_like(squares, target.dtype)
@@ -300,7 +331,7 @@ class Capture:
                 into = total if first else h
                 product = into if low is None else rounded  # in the inputs' dtype, as autograd rounds it
                 for k, (dt, a) in enumerate(parts):
-                    block = dt if rows >= param.shape[0] else dt[start:stop]
+                    block = dt if rows >= target.shape[0] else dt[start:stop]
                     torch.mm(block, a, out=product) if k == 0 else product.addmm_(block, a)
                 if low is not None:
                     into.copy_(product)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
+from hf_poprisk import kernels
 from hf_poprisk.batched import BatchedGradients, Capture
 from hf_poprisk.gate import (
     GATES,
@@ -228,6 +229,8 @@ class PopRiskAdamW(torch.optim.AdamW):
 
     def _decide(self, grad: Tensor, sq_sum: Tensor, num_examples: int) -> Tensor:
         """Write q over Q, which needs no memory beyond Q; returns the sums of ``GateStatistics.add``."""
+        if self.reduction == "element" and kernels.usable(grad, sq_sum):
+            return kernels.decide(grad, sq_sum, num_examples, self.gate == "soft")
         pieces = [(grad, sq_sum)]
         whole = self.reduction == "tensor" or not (grad.is_contiguous() and sq_sum.is_contiguous())
         if grad.device.type == "cpu" and not whole:  # every pass over a piece but the first is in the cache
@@ -301,12 +304,21 @@ class PopRiskAdamW(torch.optim.AdamW):
 
     def _gated_update(self, group: dict[str, Any], rows: list[_Row]) -> None:
         """AdamW's own update, then back towards where the weights would be without its write."""
-        if not rows:
+        openness_ = [self._openness[param] for param, *_ in rows]  # type: ignore[index]
+        plain = []
+        for row, q in zip(rows, openness_, strict=True):
+            *tensors, step = row
+            if kernels.usable(*tensors, q):
+                step += 1
+                kernels.gated_adamw(*tensors, q, step.item(), group, self.gate_weight_decay)
+            else:
+                plain.append((row, q))
+        if not plain:
             return
+        rows, openness_ = (list(column) for column in zip(*plain, strict=True))
         decay = 0.0 if self.gate_weight_decay else float(group["lr"]) * float(group["weight_decay"])
         if rows[0][0].device.type == "cpu" and not group["foreach"]:
             group = {**group, "fused": True}  # torch would take its slow loop unless asked
-        openness_ = [self._openness[param] for param, *_ in rows]  # type: ignore[index]
         for chunk in _chunks(rows, openness_):
             unwritten = [param * (1 - decay) for (param, *_), _ in chunk]
             _adamw(group, [row for row, _ in chunk])

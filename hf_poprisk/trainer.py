@@ -189,7 +189,7 @@ class PopRiskMixin:
 
     def _check_fit(self, capture: Capture) -> None:
         """After the forward: were the rows of the batch visible to every layer, on every rank?"""
-        misfits = [f"{self._name(p)} ({why})" for p, why in capture.misfits.items()]
+        misfits = [f"{self._parameter_name(p)} ({why})" for p, why in capture.misfits.items()]
         if not self._fit_checked:
             self._fit_checked = True
             seen = torch.tensor(float(bool(misfits)), device=self.accelerator.device)
@@ -206,7 +206,7 @@ class PopRiskMixin:
         tensors = [inputs.get(name), *inputs.values()]
         return next(x.shape[0] for x in tensors if isinstance(x, torch.Tensor) and x.dim() > 0)
 
-    def _name(self, param: torch.Tensor) -> str:
+    def _parameter_name(self, param: torch.Tensor) -> str:
         return next((name for name, p in self.model.named_parameters() if p is param), "a parameter")
 
     def _prepare_layers(self, optimizer: PopRiskAdamW) -> None:

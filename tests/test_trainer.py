@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+import trl
 from datasets import Dataset
 from models import preferences, sequences, tiny_model, tiny_tokenizer, token_examples
 from peft import LoraConfig
 from torch.utils.data import IterableDataset
-from transformers import AutoModelForSequenceClassification, TrainerCallback
+from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback
 
 import hf_poprisk
-from hf_poprisk import PopRiskTrainer, PopRiskTrainingArguments, reference
+from hf_poprisk import PopRiskMixin, PopRiskTrainer, PopRiskTrainingArguments, reference
 from hf_poprisk.moments import ExampleWindow
 
 QUIET: dict[str, Any] = {
@@ -375,3 +376,11 @@ def test_resuming_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
     half.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     for p, w in zip(half.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(p, w)
+
+
+def test_the_mixin_hides_nothing_of_the_stock_trainers() -> None:
+    """Its own names are free in every class it stands before; TRL prints `_name` in model cards, say."""
+    overridden = {"__init__", "create_optimizer", "train", "training_step", "compute_loss", "log"}
+    overridden |= {"get_optimizer_cls_and_kwargs", "__doc__", "__module__", "__dict__", "__weakref__"}
+    for stock in (Trainer, trl.DPOTrainer, trl.SFTTrainer, trl.RewardTrainer):
+        assert not [n for n in vars(PopRiskMixin).keys() - overridden if hasattr(stock, n)]
