@@ -1,0 +1,366 @@
+"""A whole training step with exact per-example sums, against plain AdamW on the same batch.
+
+    python scripts/benchmark_step.py --tokens 64 256 --adapter full lora
+    python scripts/benchmark_step.py --ours --adapter full --tokens 32 64 128 256 512 1024 --plot cost.png
+    pip install opacus backpack-for-pytorch     # optional: two more arms
+
+Every round takes each arm once, in one process, on one thread; a ratio is the median over the rounds of
+process CPU time against plain AdamW (``fused=True``) in the same round. Peak memory is the growth of the
+resident set over the imports, in a process per arm. ``error of Q`` is the norm-wise distance of Σ h_i² from
+a loop of single-example backwards; an arm that does not have all parameters says how many are missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from hf_poprisk import PopRiskAdamW
+from hf_poprisk.batched import BatchedGradients
+
+VOCABULARY = 4096
+Step = Callable[[], None]
+Squares = Callable[[], dict[str, Tensor]]
+
+
+def build(args: argparse.Namespace) -> tuple[nn.Module, Tensor]:
+    """A model of about 7 M parameters and a batch of token ids, [batch, tokens]."""
+    from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+
+    torch.manual_seed(0)
+    if args.model == "llama":
+        config: Any = LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=args.width,
+            intermediate_size=8 * args.width // 3 // 16 * 16,
+            num_hidden_layers=6,
+            num_attention_heads=4,
+            tie_word_embeddings=False,
+        )
+    else:
+        config = GPT2Config(
+            vocab_size=VOCABULARY, n_embd=args.width, n_layer=6, n_head=4, attn_pdrop=0, embd_pdrop=0,
+            resid_pdrop=0, n_positions=4096,
+        )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    if args.adapter == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        targets = ["q_proj", "v_proj"] if args.model == "llama" else ["c_attn"]
+        model = get_peft_model(
+            model, LoraConfig(r=8, target_modules=targets, fan_in_fan_out=args.model == "gpt2")
+        )
+    return model, torch.randint(0, VOCABULARY, (args.batch, args.tokens))
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
+    """Mean over the rows of the batch, the same for every arm."""
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    return nn.functional.cross_entropy(logits.reshape(-1, VOCABULARY), ids[:, 1:].reshape(-1))
+
+
+def plain(args: argparse.Namespace) -> tuple[Step, None]:
+    model, ids = build(args)
+    optimizer = torch.optim.AdamW(trainable(model).values(), fused=True)
+
+    def step() -> None:
+        loss_of(model, ids).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, None
+
+
+def plain_micro_steps(args: argparse.Namespace) -> tuple[Step, None]:
+    model, ids = build(args)
+    optimizer = torch.optim.AdamW(trainable(model).values(), fused=True)
+
+    def step() -> None:
+        for row in ids.split(1):
+            (loss_of(model, row) / len(ids)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, None
+
+
+def micro_steps(args: argparse.Namespace) -> tuple[Step, Squares]:
+    model, ids = build(args)
+    optimizer = PopRiskAdamW(trainable(model).values())
+
+    def backward() -> None:
+        for row in ids.split(1):
+            loss = loss_of(model, row) / len(ids)
+            with optimizer.example():
+                loss.backward()
+
+    return _gated(model, optimizer, backward)
+
+
+def batched(args: argparse.Namespace) -> tuple[Step, Squares]:
+    model, ids = build(args)
+    optimizer = PopRiskAdamW(trainable(model).values())
+    layers = BatchedGradients(model, optimizer.gated_parameters)
+
+    def backward() -> None:
+        with optimizer.batch(layers, len(ids), len(ids)):
+            loss_of(model, ids).backward()
+
+    return _gated(model, optimizer, backward)
+
+
+def _gated(model: nn.Module, optimizer: PopRiskAdamW, backward: Step) -> tuple[Step, Squares]:
+    def step() -> None:
+        backward()
+        optimizer.close_window()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def squares() -> dict[str, Tensor]:
+        backward()
+        _, sums = optimizer._open_window().reduce()
+        found = {name: sums[p].clone() for name, p in trainable(model).items() if p in sums}
+        optimizer.zero_grad()
+        return found
+
+    return step, squares
+
+
+def vmap(args: argparse.Namespace) -> tuple[Step, Squares]:
+    """``torch.func``: all gradients side by side, then their sums, then fused AdamW."""
+    from torch.func import functional_call, grad
+    from torch.func import vmap as func_vmap
+
+    model, ids = build(args)
+    params = trainable(model)
+    optimizer = torch.optim.AdamW(params.values(), fused=True)
+    frozen = {n: t for n, t in [*model.named_parameters(), *model.named_buffers()] if n not in params}
+
+    def loss(weights: dict[str, Tensor], row: Tensor) -> Tensor:
+        inputs = {"input_ids": row[None], "use_cache": False}
+        logits = functional_call(model, {**weights, **frozen}, kwargs=inputs).logits[0, :-1]
+        return nn.functional.cross_entropy(logits, row[1:]) / len(ids)
+
+    per_example = func_vmap(grad(loss), in_dims=(None, 0), randomness="different")
+
+    def squares() -> dict[str, Tensor]:
+        grads = per_example({n: p.detach() for n, p in params.items()}, ids)
+        for name, p in params.items():
+            p.grad = grads[name].sum(0)
+        return {name: h.square().sum(0) for name, h in grads.items()}
+
+    return _summed(squares, optimizer), squares
+
+
+def opacus(args: argparse.Namespace) -> tuple[Step, Squares]:
+    from opacus.grad_sample import GradSampleModule
+
+    model, ids = build(args)
+    sampled = GradSampleModule(model, loss_reduction="mean", strict=False)
+    params = trainable(model)
+    optimizer = torch.optim.AdamW(params.values(), fused=True)
+
+    def squares() -> dict[str, Tensor]:
+        loss_of(sampled, ids).backward()
+        found = {}
+        for name, p in params.items():
+            sample = getattr(p, "grad_sample", None)
+            if isinstance(sample, Tensor):
+                found[name] = (sample / len(ids)).square().sum(0)
+                p.grad_sample = None
+        return found
+
+    return _summed(squares, optimizer), squares
+
+
+def backpack(args: argparse.Namespace) -> tuple[Step, Squares]:
+    from backpack import backpack as context
+    from backpack import extend
+    from backpack.extensions import SumGradSquared
+
+    model, ids = build(args)
+    model, params = extend(model), trainable(model)
+    optimizer = torch.optim.AdamW(params.values(), fused=True)
+
+    def squares() -> dict[str, Tensor]:
+        with context(SumGradSquared()):
+            loss_of(model, ids).backward()
+        found = {n: p.sum_grad_squared for n, p in params.items() if hasattr(p, "sum_grad_squared")}
+        for p in params.values():
+            if hasattr(p, "sum_grad_squared"):
+                del p.sum_grad_squared
+        return found
+
+    return _summed(squares, optimizer), squares
+
+
+def _summed(squares: Squares, optimizer: torch.optim.Optimizer) -> Step:
+    def step() -> None:
+        squares()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+ARMS: dict[str, Callable[[argparse.Namespace], tuple[Step, Squares | None]]] = {
+    "plain AdamW": plain,
+    "plain, single examples": plain_micro_steps,
+    "gate, single examples": micro_steps,
+    "gate, batched": batched,
+    "torch.func vmap": vmap,
+    "Opacus": opacus,
+    "BackPACK": backpack,
+}
+OURS = ("plain AdamW", "plain, single examples", "gate, single examples", "gate, batched")
+
+
+def error_of(squares: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
+    missing = len(expected.keys() - squares.keys())
+    shared = [name for name in expected if name in squares]
+    gap = sum((squares[n].view_as(expected[n]) - expected[n]).square().sum() for n in shared)
+    relative = (gap / sum(expected[n].square().sum() for n in shared)).sqrt().item()
+    return f"{relative:.0e}" + (f", {missing} of {len(expected)} missing" if missing else "")
+
+
+def peak_megabytes(arm: str, args: argparse.Namespace) -> float | None:
+    settings = {k: getattr(args, k) for k in ("model", "width", "batch", "tokens", "adapter")}
+    command = [sys.executable, __file__, "--memory_of", arm, "--settings", json.dumps(settings)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return float(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
+
+
+def print_memory(arm: str, settings: str) -> None:
+    torch.set_num_threads(1)
+    args = argparse.Namespace(**json.loads(settings))
+    build(args)  # imports what it needs
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step, _ = ARMS[arm](args)
+    for _ in range(3):
+        step()
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def measure(args: argparse.Namespace) -> float:
+    """Print the table of one cell; returns the median ratio of the batched way."""
+    from hf_poprisk import reference
+
+    arms = {name: make for name, make in ARMS.items() if name in OURS or not args.ours}
+    model, ids = build(args)
+    gradients = reference.per_example_gradients(
+        trainable(model), lambda row: loss_of(model, row) / len(ids), ids.split(1)
+    )
+    expected = {n: reference.grad_and_square_sums(gradients, n)[1].float() for n in trainable(model)}
+    del gradients
+    steps: dict[str, Step] = {}
+    errors: dict[str, str] = {}
+    for name, make in arms.items():
+        try:
+            step, squares = make(args)
+            errors[name] = error_of(squares(), expected) if squares else ""
+            step()
+            steps[name] = step
+        except Exception as error:  # a peer that is not installed, or refuses the model
+            errors[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:60]}"
+    ratios: dict[str, list[float]] = {name: [] for name in steps}
+    for round_ in range(args.rounds):
+        taken = {}
+        for name in list(steps) if round_ % 2 else reversed(list(steps)):
+            start = time.process_time()
+            steps[name]()
+            taken[name] = time.process_time() - start
+        for name, seconds in taken.items():
+            ratios[name].append(seconds / taken["plain AdamW"])
+    base = peak_megabytes("plain AdamW", args)
+    title = f"{args.model}, {args.adapter}, batch {args.batch} × {args.tokens} tokens, width {args.width}"
+    table = Table("arm", "step", "spread (quartiles)", "peak memory", "error of Q", title=title)
+    for name in arms:
+        if name not in steps:
+            table.add_row(name, "–", "", "", errors[name])
+            continue
+        low, middle, high = statistics.quantiles(ratios[name], n=4)
+        peak = peak_megabytes(name, args)
+        memory = f"{peak / base:.2f}" if peak and base else "–"
+        table.add_row(name, f"{middle:.2f}", f"{low:.2f}–{high:.2f}", memory, errors[name])
+    Console(width=110).print(table)
+    return statistics.median(ratios["gate, batched"])
+
+
+def report_growth(cells: list[tuple[argparse.Namespace, float]], path: str) -> None:
+    """Fit ``extra cost = c / tokens`` and plot it: a weight's h_i is read and written once per example,
+    while the arithmetic of a step grows with the tokens."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    inverse = torch.tensor([1 / cell.tokens for cell, _ in cells])
+    extra = torch.tensor([ratio - 1 for _, ratio in cells])
+    c = (inverse @ extra / (inverse @ inverse)).item()
+    error = (extra - c * inverse).abs().median().item()
+    print(f"extra cost of the batched way ≈ {c:.1f} / tokens; median distance from that {error:.3f}")
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for cell, ratio in cells:
+        name = f"{cell.model}, {cell.adapter}, width {cell.width}, batch {cell.batch}"
+        lines.setdefault(name, []).append((cell.tokens, ratio))
+    for name, points in lines.items():
+        plt.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
+    tokens = sorted({cell.tokens for cell, _ in cells})
+    plt.plot(tokens, [1 + c / t for t in tokens], "k--", label=f"1 + {c:.1f} / tokens")
+    plt.xscale("log", base=2)
+    plt.xlabel("tokens per example")
+    plt.ylabel("CPU time of a step, plain AdamW = 1")
+    plt.legend(fontsize=7)
+    plt.savefig(path, dpi=120, bbox_inches="tight")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", nargs="+", choices=("llama", "gpt2"), default=["llama"])
+    parser.add_argument("--adapter", nargs="+", choices=("full", "lora"), default=["full", "lora"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[64, 256])
+    parser.add_argument("--batch", nargs="+", type=int, default=[8])
+    parser.add_argument("--width", nargs="+", type=int, default=[256])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--ours", action="store_true", help="leave the other libraries out")
+    parser.add_argument("--plot", help="where to write a plot of how the cost grows")
+    parser.add_argument("--memory_of", help=argparse.SUPPRESS)
+    parser.add_argument("--settings", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    if args.memory_of:
+        print_memory(args.memory_of, args.settings)
+        return
+    if args.rounds < 3:
+        parser.error(f"--rounds must be at least 3; got {args.rounds}.")
+    torch.set_num_threads(1)
+    cells = []
+    grid = itertools.product(args.model, args.adapter, args.width, args.batch, args.tokens)
+    for model, adapter, width, batch, tokens in grid:
+        cell = argparse.Namespace(model=model, adapter=adapter, width=width, batch=batch, tokens=tokens)
+        cell.rounds, cell.ours = args.rounds, args.ours
+        cells.append((cell, measure(cell)))
+    if args.plot:
+        report_growth(cells, args.plot)
+
+
+if __name__ == "__main__":
+    main()
