@@ -6,8 +6,8 @@
 
 Every round takes each arm once, in one process, on one thread; a ratio is the median over the rounds of
 process CPU time against plain AdamW (``fused=True``) in the same round. Peak memory is the growth of the
-resident set over the imports, in a process per arm. ``error of Q`` is the norm-wise distance of Σ h_i² from
-a loop of single-example backwards; an arm that does not have all parameters says how many are missing.
+resident set over the imports, in a process per arm (Linux). ``error of Q`` is the norm-wise distance from
+the sums of a loop of single-example backwards; an arm that does not have all parameters says how many are missing.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -252,11 +252,17 @@ def print_memory(arm: str, settings: str) -> None:
     torch.set_num_threads(1)
     args = argparse.Namespace(**json.loads(settings))
     build(args)  # imports what it needs
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_resident()
     step, _ = ARMS[arm](args)
     for _ in range(3):
         step()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print((peak_resident() - before) / 1024)
+
+
+def peak_resident() -> int:
+    """Kilobytes; Linux. (``ru_maxrss`` starts at what the parent process had.)"""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0])
 
 
 def measure(args: argparse.Namespace) -> float:
