@@ -7,7 +7,7 @@
 Every round takes each arm once, in one process, on one thread; a ratio is the median over the rounds of
 process CPU time against plain AdamW (``fused=True``) in the same round. Peak memory is the growth of the
 resident set over the imports, in a process per arm (Linux). ``error of Q`` is the norm-wise distance from
-the sums of a loop of single-example backwards; an arm that does not have all parameters says how many are missing.
+the sums of a loop of single-example backwards; an arm without all parameters says how many are missing.
 """
 
 from __future__ import annotations
