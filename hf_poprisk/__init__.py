@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_poprisk.arguments import PopRiskTrainingArguments
 from hf_poprisk.optimizer import PopRiskAdamW
+from hf_poprisk.record import load_record
 from hf_poprisk.trainer import PopRiskMixin, PopRiskTrainer
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ __all__ = [
     "PopRiskSFTTrainer",
     "PopRiskTrainer",
     "PopRiskTrainingArguments",
+    "load_record",
 ]
 
 

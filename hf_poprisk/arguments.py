@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,6 +58,17 @@ class PopRiskArgumentsMixin:
             "closes almost everything."
         },
     )
+    poprisk_allow_change: bool = field(
+        default=False,
+        metadata={"help": "Resume under other gate settings, or another number of examples per step."},
+    )
+    poprisk_hub_gated: str | None = field(
+        default=None,
+        metadata={
+            "help": "auto or manual: who downloads the pushed model must ask for access. A new repository "
+            "stays private until it is gated and filled."
+        },
+    )
 
     def __post_init__(self) -> None:
         name = str(getattr(self.optim, "value", self.optim))
@@ -79,7 +91,7 @@ class PopRiskArgumentsMixin:
         changes a field would otherwise find it contradicted.
         """
         text, self.optim_args = self.optim_args, None  # type: ignore[has-type]
-        fields_ = {n.removeprefix(_PREFIX): n for n in self.__dataclass_fields__ if n.startswith(_PREFIX)}
+        fields_ = {n: _PREFIX + n for n in (*self.gate_options(), "exclude")}
         seen = set()
         for item in text.split(",") if text else ():
             key, separator, value = (part.strip() for part in item.partition("="))
@@ -107,9 +119,13 @@ class PopRiskArgumentsMixin:
         ):
             raise ValueError(f"poprisk_exclude must be a list of strings; got {exclude!r}.")
         check_patterns(exclude or ())
+        if self.poprisk_hub_gated not in (None, "auto", "manual"):
+            raise ValueError(f"poprisk_hub_gated must be auto or manual; got {self.poprisk_hub_gated!r}.")
         if self.optim == OPTIM:
             return
         for name, spec in self.__dataclass_fields__.items():
+            if name == f"{_PREFIX}hub_gated":  # of the repository, not of the optimizer
+                continue
             if name.startswith(_PREFIX) and getattr(self, name) != spec.default:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} has no effect with optim="
@@ -156,11 +172,25 @@ class PopRiskArgumentsMixin:
                 f"launched as {launched} processes that do not see each other: add --use_cpu true if they "
                 "are meant to train together on CPU."
             )
+        self._check_output_dir()
         if self.optim != OPTIM or self.poprisk_gate == "none":
             return
         self._check_sharding()
         if self.poprisk_estimator != "ema":
             self._check_examples()
+
+    def _check_output_dir(self) -> None:
+        args: Any = self
+        if not args.should_save:
+            return
+        try:
+            os.makedirs(args.output_dir, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=args.output_dir, prefix="_"):
+                pass
+        except OSError as error:
+            raise ValueError(
+                f"output_dir={args.output_dir} cannot be written to ({error.strerror}): choose another one."
+            ) from error
 
     def _check_sharding(self) -> None:
         args: Any = self

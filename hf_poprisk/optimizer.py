@@ -197,22 +197,22 @@ class PopRiskAdamW(torch.optim.AdamW):
                 )
                 self._said_single = True
             return
-        sums, unseen, null = [], [], 0.0
+        sums, unseen, nulls = [], [], []
         for p, sq_sum in sq_sums.items():
             of_tensor = self._decide(p.grad, sq_sum, num_examples)
             _, _, energy, noise = of_tensor
             sums.append(of_tensor)
             unseen.append((noise == 0) & (energy > _UNDERFLOW))
             numel = 1 if self.reduction == "element" else p.numel()
-            null += p.numel() * null_openness(num_examples, self.gate, numel)
+            nulls.append(null_openness(num_examples, self.gate, numel))
         self._openness = sq_sums
         if not sums:
             return
         device = sums[0].device
-        total = torch.stack([s.to(device) for s in sums]).sum(0)
+        stacked = torch.stack([s.to(device) for s in sums])
         missed = torch.stack([u.to(device) for u in unseen]).any()
         # the only wait for the device in a step
-        finite, any_missed = torch.stack([torch.isfinite(total).all(), missed]).tolist()
+        finite, any_missed = torch.stack([torch.isfinite(stacked.sum(0)).all(), missed]).tolist()
         if any_missed:
             names = [window.describe(p) for p, u in zip(sq_sums, unseen, strict=True) if bool(u)]
             raise RuntimeError(
@@ -224,8 +224,7 @@ class PopRiskAdamW(torch.optim.AdamW):
             finite = self._finite(p.grad for p in self._ungated)
         self._skip_step = not finite
         if finite:
-            weight = sum(p.numel() for p in sq_sums)
-            self.statistics.add(total, null / weight, num_examples)
+            self.statistics.add(list(sq_sums), stacked, nulls, num_examples)
 
     def _decide(self, grad: Tensor, sq_sum: Tensor, num_examples: int) -> Tensor:
         """Write q over Q, which needs no memory beyond Q; returns the sums of ``GateStatistics.add``."""
@@ -272,7 +271,7 @@ class PopRiskAdamW(torch.optim.AdamW):
         return loss
 
     def _update(self) -> None:
-        streamed: list[Tensor] = []
+        streamed: dict[Tensor, Tensor] = {}
         for group in self.param_groups:
             _check_group(group)
             params: list[Tensor] = []
@@ -293,7 +292,9 @@ class PopRiskAdamW(torch.optim.AdamW):
         if streamed:
             beta1 = self.param_groups[0]["betas"][0]
             null = streaming_null_openness(self._alpha(beta1), beta1, self.gate)
-            self.statistics.add(torch.stack(streamed).sum(0), null, None)
+            self.statistics.add(
+                list(streamed), torch.stack(list(streamed.values())), [null] * len(streamed), None
+            )
 
     def _is_gated(self, param: Tensor, step: Tensor) -> bool:
         if self.gate == "none" or param in self._ungated:
@@ -336,9 +337,9 @@ class PopRiskAdamW(torch.optim.AdamW):
         exp_avg: Tensor,
         exp_avg_sq: Tensor,
         step: Tensor,
-        streamed: list[Tensor],
+        streamed: dict[Tensor, Tensor],
     ) -> None:
-        """Update one parameter of the streaming form in place; appends its statistics, [4]."""
+        """Update one parameter of the streaming form in place; adds its statistics, [4]."""
         beta1, beta2 = group["betas"]
         lr, decay = float(group["lr"]), float(group["weight_decay"])
         step += 1
@@ -350,7 +351,7 @@ class PopRiskAdamW(torch.optim.AdamW):
         signal = (exp_avg / correction1).square_()
         q = streaming_openness(signal, noise, self._alpha(beta1), self.gate)
         live = torch.count_nonzero(noise)
-        streamed.append(torch.stack([x.float() for x in (q.sum(), live, live * 0, live * 0)]))
+        streamed[param] = torch.stack([x.float() for x in (q.sum(), live, live * 0, live * 0)])
         if t <= self.warmup_steps:
             q.fill_(1.0)
         if decay:

@@ -1,38 +1,59 @@
-"""What the gate did, averaged over the steps between two logs."""
+"""What the gate did: between two logs, and over the whole run for every parameter."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
 from torch import Tensor
 
 
 class GateStatistics:
-    """Sums on the device; read once per logging interval, so no step waits for them."""
+    """Sums on the device; read once per logging interval and once per save, so no step waits for them."""
 
     def __init__(self) -> None:
+        self._run: dict[tuple[int, ...], _Run] = {}  # the parameters that had a gradient → their sums
+        self._skipped_of_run = 0
+        self._clear_interval()
+
+    def _clear_interval(self) -> None:
         self._sums: Tensor | None = None  # [4]: openness, live coordinates, ΣG², Σ Q
         self._null = 0.0
         self._examples = 0
         self._steps = 0
         self._skipped = 0
 
-    def add(self, sums: Tensor, null: float, num_examples: int | None) -> None:
+    def add(
+        self, params: Sequence[Tensor], sums: Tensor, nulls: Sequence[float], num_examples: int | None
+    ) -> None:
         """Record one gated step.
 
         Args:
-            sums: [4] float tensor: Σ q over live coordinates (``Q > 0``), the number of live
+            params: the P parameters that had a gradient.
+            sums: [P, 4] float tensor: Σ q over live coordinates (``Q > 0``), the number of live
                 coordinates, ΣG², ΣQ. Live because a coordinate that no example touched has nothing to
                 open: LoRA's first step, tokens that do not occur.
-            null: the mean openness of pure noise at this step.
+            nulls: P values, the mean openness of pure noise at this step.
             num_examples: b, or None where the estimator has no examples.
         """
-        self._sums = sums if self._sums is None else self._sums + sums
-        self._null += null
+        total = sums.sum(0)
+        self._sums = total if self._sums is None else self._sums.to(total.device) + total
+        numel = [p.numel() for p in params]
+        self._null += sum(n * null for n, null in zip(numel, nulls, strict=True)) / sum(numel)
         self._examples += num_examples or 0
         self._steps += 1
+        key = tuple(map(id, params))
+        if key not in self._run:
+            self._run[key] = _Run(
+                list(params), torch.zeros_like(sums, dtype=torch.float64), [0.0] * len(numel)
+            )
+        self._run[key].add(sums, nulls, num_examples or 0)
 
     def skip(self) -> None:
         """Record a step that was left out because its gradient was not finite."""
         self._skipped += 1
+        self._skipped_of_run += 1
 
     def pop(self, unit: str) -> dict[str, float]:
         """The log entries since the last call, under ``poprisk/``; empty if no step was gated.
@@ -49,9 +70,73 @@ class GateStatistics:
             if self._examples:
                 b = self._examples / self._steps
                 logs[f"poprisk/{unit}"] = b
-                # share of the squared gradient norm that the other examples confirm
-                logs["poprisk/margin"] = b / (b - 1) * (energy - sq_sum) / energy if energy else 0.0
+                logs["poprisk/margin"] = _margin(b, energy, sq_sum)
         if self._skipped:
             logs["poprisk/steps_skipped"] = float(self._skipped)
-        self.__init__()  # type: ignore[misc]
+        self._clear_interval()
         return logs
+
+    def of_run(self, names: Mapping[Tensor, str]) -> dict[str, Any]:
+        """The whole run so far, as plain values for a JSON file; ``load`` takes it back.
+
+        Returns:
+            ``steps_skipped``; ``parameters``: name → ``numel``, ``steps`` with a gradient,
+            ``fraction_open``, ``fraction_open_null``, ``margin`` (None where the estimator has no
+            examples) and the ``sums`` they come from; ``interval``: what the next log will hold.
+        """
+        parameters: dict[str, Any] = {}
+        for run in self._run.values():
+            rows = run.sums.tolist()
+            for p, sums, null in zip(run.params, rows, run.nulls, strict=True):
+                entry = parameters.setdefault(
+                    names[p], {"numel": p.numel(), "steps": 0, "examples": 0, "null": 0.0, "sums": [0.0] * 4}
+                )
+                entry["steps"] += run.steps
+                entry["examples"] += run.examples
+                entry["null"] += null
+                entry["sums"] = [a + b for a, b in zip(entry["sums"], sums, strict=True)]
+        for entry in parameters.values():
+            openness, live, energy, sq_sum = entry["sums"]
+            b = entry["examples"] / entry["steps"]
+            entry["fraction_open"] = openness / live if live else 0.0
+            entry["fraction_open_null"] = entry["null"] / entry["steps"]
+            entry["margin"] = _margin(b, energy, sq_sum) if b else None
+        interval = {
+            "sums": None if self._sums is None else self._sums.tolist(),
+            **{name: getattr(self, f"_{name}") for name in ("null", "examples", "steps", "skipped")},
+        }
+        return {"steps_skipped": self._skipped_of_run, "parameters": parameters, "interval": interval}
+
+    def load(self, saved: Mapping[str, Any], params: Mapping[str, Tensor]) -> None:
+        """Go on from ``of_run``; parameters that ``params`` (name → parameter) lacks are left out."""
+        self.__init__()  # type: ignore[misc]
+        self._skipped_of_run = saved["steps_skipped"]
+        for name, entry in saved["parameters"].items():
+            if name in params:
+                p = params[name]
+                sums = torch.tensor([entry["sums"]], dtype=torch.float64, device=p.device)
+                run = self._run[(id(p), -1)] = _Run([p], sums, [entry["null"]])
+                run.steps, run.examples = entry["steps"], entry["examples"]
+        interval = saved["interval"]
+        self._sums = None if interval["sums"] is None else torch.tensor(interval["sums"])
+        self._null, self._examples = interval["null"], interval["examples"]
+        self._steps, self._skipped = interval["steps"], interval["skipped"]
+
+
+class _Run:
+    """Sums over the steps in which just these parameters had a gradient."""
+
+    def __init__(self, params: list[Tensor], sums: Tensor, nulls: list[float]) -> None:
+        self.params, self.sums, self.nulls = params, sums, nulls
+        self.steps = self.examples = 0
+
+    def add(self, sums: Tensor, nulls: Sequence[float], num_examples: int) -> None:
+        self.sums += sums
+        self.nulls = [a + b for a, b in zip(self.nulls, nulls, strict=True)]
+        self.steps += 1
+        self.examples += num_examples
+
+
+def _margin(b: float, energy: float, sq_sum: float) -> float:
+    """The share of the squared gradient norm that the other examples confirm."""
+    return b / (b - 1) * (energy - sq_sum) / energy if energy else 0.0

@@ -16,12 +16,14 @@ from transformers import Trainer
 
 from hf_poprisk.arguments import OPTIM, PopRiskTrainingArguments
 from hf_poprisk.batched import BatchedGradients, Capture
+from hf_poprisk.checkpoints import CheckpointMixin, describe_data
+from hf_poprisk.hub import HubMixin
 from hf_poprisk.optimizer import PopRiskAdamW, matching
 
 logger = logging.getLogger(__name__)
 
 
-class PopRiskMixin:
+class PopRiskMixin(HubMixin, CheckpointMixin):
     """Stands before a ``Trainer`` class in the bases and gates its optimizer.
 
     ``optim="poprisk_adamw"`` in the arguments turns it on; with any other optimizer the trainer is the
@@ -53,6 +55,7 @@ class PopRiskMixin:
             )
         if call.arguments.get("train_dataset") is not None:
             config.check_training()
+            self._training_data = describe_data(call.arguments["train_dataset"])
         super().__init__(*call.args, **call.kwargs)
 
     @staticmethod

@@ -13,8 +13,10 @@ from typing import Any
 import yaml
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 from trl import TrlParser
+
+from hf_poprisk.checkpoints import CheckpointError, ResumeError, newest_checkpoint
+from hf_poprisk.hub import HubError
 
 
 def parse(dataclass_types: Iterable[Any], argv: list[str] | None = None) -> tuple[Any, ...]:
@@ -36,7 +38,7 @@ def run(main: Callable[[], None]) -> None:
     """Run a recipe; a wrong path, setting or data set ends in one sentence, Ctrl-C in another."""
     try:
         main()
-    except RecipeError as error:
+    except (RecipeError, ResumeError, CheckpointError, HubError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
     except KeyboardInterrupt:
         print("interrupted: nothing was published; finished checkpoints are kept.", file=sys.stderr)
@@ -124,15 +126,17 @@ def flip_preferences(dataset: Dataset, fraction: float, seed: int) -> Dataset:
 
 
 def checkpoint_to_resume(args: TrainingArguments) -> str | None:
-    """``resume_from_checkpoint`` as a folder; ``last`` is the newest one in ``output_dir``."""
+    """``resume_from_checkpoint`` as a folder; ``last`` is the newest complete one in ``output_dir``."""
     wanted = args.resume_from_checkpoint
     if wanted is None or wanted.lower() in ("false", "none"):
         return None
     if wanted.lower() in ("last", "true"):
-        last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+        last = newest_checkpoint(args.output_dir)
         if last is None:
-            raise RecipeError(f"resume_from_checkpoint={wanted}, but {args.output_dir} holds no checkpoint.")
-        return last
+            raise RecipeError(
+                f"resume_from_checkpoint={wanted}, but {args.output_dir} holds no complete checkpoint."
+            )
+        return str(last)
     if not Path(wanted).is_dir():
         raise RecipeError(f"resume_from_checkpoint={wanted} is not a folder.")
     return wanted

@@ -4,10 +4,11 @@
     python scripts/benchmark_step.py --ours --adapter full --tokens 32 64 128 256 512 1024 --plot cost.png
     pip install opacus backpack-for-pytorch     # optional: two more arms
 
-Every round takes each arm twice and times the second, in one process, on one thread; a ratio is the median over the rounds of
-process CPU time against plain AdamW (``fused=True``) in the same round. Peak memory is the growth of the
-resident set over the imports, in a process per arm (Linux). ``error of Q`` is the norm-wise distance from
-the sums of a loop of single-example backwards; an arm without all parameters says how many are missing.
+Every round takes each arm twice and times the second, in one process, on one thread; a ratio is the median
+over the rounds of process CPU time against plain AdamW (``fused=True``) in the same round. Peak memory is the
+growth of the resident set over the imports, in a process per arm (Linux). ``error of Q`` is the norm-wise
+distance from the sums of a loop of single-example backwards; an arm without all parameters says how many are
+missing.
 """
 
 from __future__ import annotations

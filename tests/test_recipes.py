@@ -256,7 +256,7 @@ def test_a_mistake_in_yaml_is_one_sentence(
         ({"--dataset_name": "./nowhere"}, "dataset_name=./nowhere is not a folder"),
         ({"--dataset_test_split": "held"}, "it has train, validation, test"),
         ({"--flip_fraction": "1.5"}, "flip_fraction must be between 0 and 1"),
-        ({"--resume_from_checkpoint": "last"}, "holds no checkpoint"),
+        ({"--resume_from_checkpoint": "last"}, "holds no complete checkpoint"),
         ({"--resume_from_checkpoint": "nowhere"}, "is not a folder"),
         ({"--dataset_streaming": "true"}, "dataset_streaming=true is not supported"),
     ],

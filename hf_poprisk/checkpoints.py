@@ -1,0 +1,207 @@
+"""Checkpoints that can be trusted: the record in each of them, which ones are whole, and resuming.
+
+``trainer_state.json`` is the seal of a checkpoint: it is removed before anything else is written and comes
+last, after every rank has written its part. A checkpoint without it was being written when the run died.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from hf_poprisk.arguments import OPTIM
+from hf_poprisk.record import (
+    CONFIG_NAME,
+    SCHEMA_VERSION,
+    SOURCE,
+    STATISTICS_NAME,
+    load_record,
+    write_json,
+)
+
+logger = logging.getLogger(__name__)
+
+_PACKAGES = ("hf_poprisk", "torch", "transformers", "accelerate", "trl", "peft", "datasets")
+_SETTINGS = ("gate", "estimator", "reduction", "warmup_steps", "gate_weight_decay", "ema_alpha", "exclude")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written; the message says what is left."""
+
+
+class ResumeError(ValueError):
+    """A checkpoint that is not whole, or of a run with other settings."""
+
+
+def damage(checkpoint: Path) -> str | None:
+    """Why a checkpoint cannot be resumed from; None if it is whole.
+
+    Reads the ends of its files, not the tensors.
+    """
+    for path in sorted(checkpoint.rglob("*")):
+        try:
+            if path.suffix == ".safetensors":
+                with safe_open(path, "pt"):
+                    pass
+            elif path.suffix == ".json":
+                json.loads(path.read_text(encoding="utf-8"))
+            elif path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):
+                return f"{path.name} is cut off"
+        except (OSError, ValueError, SafetensorError):
+            return f"{path.name} is cut off"
+    if not (checkpoint / TRAINER_STATE_NAME).is_file():
+        return f"it has no {TRAINER_STATE_NAME}, which is written last"
+    return None
+
+
+def newest_checkpoint(output_dir: str | Path) -> Path | None:
+    """The whole checkpoint with the highest step; those that are not whole are skipped with a warning."""
+    found = []
+    for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        step = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+        if path.is_dir() and step.isdecimal():
+            found.append((int(step), path))
+    for _, path in sorted(found, reverse=True):
+        reason = damage(path)
+        if reason is None:
+            return path
+        logger.warning(f"{path} is skipped: {reason}.")
+    return None
+
+
+class CheckpointMixin:
+    """Saves the record with the model and resumes from whole checkpoints only."""
+
+    _training_data: dict[str, Any] = {"examples": None, "altered_labels": None}
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        if resume_from_checkpoint:
+            resume_from_checkpoint = str(self._checkpoint_to_resume(resume_from_checkpoint))
+            self._check_same_gate(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint or None, *args, **kwargs)  # type: ignore[misc]
+
+    def _checkpoint_to_resume(self, wanted: str | bool) -> Path:
+        if wanted is True:
+            newest = newest_checkpoint(self.args.output_dir)
+            if newest is None:
+                raise ResumeError(
+                    f"resume_from_checkpoint=True, but {self.args.output_dir} holds no complete checkpoint."
+                )
+            return newest
+        if not Path(wanted).is_dir():
+            raise ResumeError(f"resume_from_checkpoint={wanted} is not a folder.")
+        reason = damage(Path(wanted))
+        if reason is not None:
+            raise ResumeError(f"{wanted} cannot be resumed from: {reason}; take an older checkpoint.")
+        return Path(wanted)
+
+    def _check_same_gate(self, checkpoint: str) -> None:
+        """Refuse to go on under other settings, which would be a third method and called neither."""
+        args = self.args
+        if args.optim != OPTIM or not Path(checkpoint, CONFIG_NAME).is_file():
+            return  # to or from stock AdamW: the moments mean the same
+        before, now = load_record(checkpoint).config, self._record()
+        if before["optim"] != OPTIM:
+            return
+        names = [name for name in _SETTINGS if before[name] != now[name]]
+        if "ema" not in (before["estimator"], now["estimator"]):
+            names += ["units_per_step"] if before["units_per_step"] != now["units_per_step"] else []
+        if not names or args.poprisk_allow_change:
+            return
+        spell = {"units_per_step": f"{now['unit']}s per step"}
+        changes = ", ".join(
+            f"{spell.get(name, f'poprisk_{name}')} from {before[name]!r} to {now[name]!r}" for name in names
+        )
+        raise ResumeError(
+            f"resuming from {checkpoint} would change {changes}: set it back, or set "
+            "poprisk_allow_change=true."
+        )
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        optimizer = self._poprisk_optimizer()
+        if checkpoint is None or optimizer is None or not Path(checkpoint, STATISTICS_NAME).is_file():
+            return
+        statistics = load_record(checkpoint).statistics
+        if statistics is not None:
+            optimizer.statistics.load(statistics, dict(self.model.named_parameters()))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)  # type: ignore[misc]
+        if self.args.should_save:
+            self._write_record(output_dir or self.args.output_dir)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)  # type: ignore[misc]
+        self.accelerator.wait_for_everyone()  # before the seal
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        output_dir = Path(self._get_output_dir(trial=trial))
+        seal = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}" / TRAINER_STATE_NAME
+        try:
+            if self.args.should_save:
+                seal.unlink(missing_ok=True)  # of an earlier run that had got further
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if seal.is_file():  # it was written; something after it failed
+                raise
+            left = newest_checkpoint(output_dir)
+            reason = str(error).strip().splitlines()[0]
+            raise CheckpointError(
+                f"{seal.parent} could not be written ({reason}); "
+                + (f"{left} is complete." if left else "there is no complete checkpoint.")
+            ) from error
+
+    def _write_record(self, folder: str | Path) -> None:
+        """The two files of the record; the optimizer may not exist yet, or be a stock one."""
+        write_json(Path(folder, CONFIG_NAME), self._record())
+        optimizer = self._poprisk_optimizer()
+        if optimizer is not None:
+            names = {p: name for name, p in self.model.named_parameters()}
+            statistics = optimizer.statistics.of_run(names)
+            write_json(Path(folder, STATISTICS_NAME), {"schema_version": SCHEMA_VERSION, **statistics})
+
+    def _record(self) -> dict[str, Any]:
+        args = self.args
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "source": SOURCE,
+            "optim": str(getattr(args.optim, "value", args.optim)),
+            **args.gate_options(),
+            "exclude": list(args.poprisk_exclude or ()),
+            "unit": "group" if args.poprisk_estimator == "group" else "example",
+            "units_per_step": args.units_per_step,
+            "layout": {
+                "processes": args.world_size,
+                "gradient_accumulation_steps": args.gradient_accumulation_steps,
+                "per_device_train_batch_size": args.per_device_train_batch_size,
+            },
+            "steps": self.state.global_step,
+            "data": self._training_data,
+            "versions": {name: version for name in _PACKAGES if (version := _version(name))},
+        }
+
+
+def describe_data(dataset: Any) -> dict[str, Any]:
+    """How many examples there are, and how many labels were altered on purpose (column ``is_flipped``)."""
+    examples = len(dataset) if hasattr(dataset, "__len__") else None
+    columns = getattr(dataset, "column_names", None)
+    altered = None
+    if examples is not None and isinstance(columns, list) and "is_flipped" in columns:
+        altered = sum(map(bool, dataset["is_flipped"]))
+    return {"examples": examples, "altered_labels": altered}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,285 @@
+"""Publishing: the section of the model card, access-gated repositories, and pushes that fail aloud."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, HfApi, ModelCard
+from huggingface_hub.errors import HfHubHTTPError
+from transformers.training_args import HubStrategy
+
+from hf_poprisk.arguments import OPTIM
+from hf_poprisk.record import SOURCE
+
+logger = logging.getLogger(__name__)
+
+PLOT_NAME = "poprisk_gate.png"
+_TAG = "poprisk"
+_SECTION = re.compile(r"\n*<!-- hf_poprisk:begin card=(\w+) -->.*<!-- hf_poprisk:end -->\n*", re.DOTALL)
+_PEFT_TEMPLATE = "# Model Card for Model ID"  # what save_pretrained of an adapter leaves
+_HTTPError = HfHubHTTPError.__mro__[1]  # of the HTTP client: a bad status, or a connection that broke
+_CITATION = """\
+```bibtex
+@article{litman2026theory,
+  title   = {A Theory of Generalization in Deep Learning},
+  author  = {Litman, E. and Guo, G.},
+  journal = {arXiv preprint arXiv:2605.01172},
+  year    = {2026}
+}
+```"""
+
+
+class HubError(RuntimeError):
+    """The Hub refused or could not be reached; the message says what is safe and what to do."""
+
+
+class HubMixin:
+    """Writes the gate's section into model cards; gates repositories; says when a push has failed."""
+
+    _open_when_filled = False  # a repository that was made private only to be gated first
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """As in transformers; with ``poprisk_hub_gated``, the repository is private until it is filled.
+
+        Raises:
+            HubError: the repository cannot be made or gated.
+        """
+        gated = self.args.poprisk_hub_gated
+        if not self.is_world_process_zero():
+            return
+        token = token if token is not None else self.args.hub_token
+        private = private if private is not None else self.args.hub_private_repo
+        name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        try:
+            if gated:
+                self._open_when_filled = _create_private(name, token) and private is not True
+            super().init_hf_repo(token=token, private=True if gated else private)  # type: ignore[misc]
+            if gated:
+                HfApi(token=token).update_repo_settings(self.hub_model_id, gated=gated)
+        except _HTTPError as error:
+            raise HubError(
+                f"the repository {name} could not be made ready on the Hub ({_reason(error)}): check "
+                "hub_model_id and hub_token, or train with push_to_hub=false and push afterwards."
+            ) from error
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers.
+
+        Raises:
+            HubError: the push failed; the model is complete in ``output_dir``.
+        """
+        try:
+            pushed = super().push_to_hub(*args, **kwargs)  # type: ignore[misc]
+            if self._open_when_filled:
+                if kwargs.get("blocking") is False:
+                    pushed.result()
+                HfApi(token=kwargs.get("token") or self.args.hub_token).update_repo_settings(
+                    self.hub_model_id, private=False
+                )
+                self._open_when_filled = False
+            return pushed
+        except (_HTTPError, RuntimeError) as error:
+            if not isinstance(error, _HTTPError) and not isinstance(error.__cause__, _HTTPError):
+                raise  # not the Hub; an upload's fault is the cause of a RuntimeError
+            raise HubError(
+                f"the push to {self.hub_model_id} failed ({_reason(error)}); the model is complete in "
+                f"{self.args.output_dir}: call trainer.push_to_hub() again."
+            ) from error
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
+            self._report_failed_pushes()
+            # transformers copies a fixed list of files from the checkpoint, and the record is not in it
+            self._write_record(self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
+
+    def _finish_current_push(self) -> None:
+        super()._finish_current_push()  # type: ignore[misc]
+        self._report_failed_pushes()
+
+    def _report_failed_pushes(self) -> None:
+        """Pushes during training run beside it, and transformers never looks at how they ended."""
+        push = getattr(self, "push_in_progress", None)
+        if push is None:
+            return
+        for job in [job for job in push.jobs if job.done() and job.exception() is not None]:
+            push.jobs.remove(job)
+            logger.warning(
+                f"a push to {self.hub_model_id} failed ({_reason(job.exception())}); training goes on, and "
+                f"the checkpoint is complete in {self.args.output_dir}."
+            )
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As the stock trainer's, with a section about the gate.
+
+        A card that somebody has written or changed keeps its text; only the section is renewed.
+        """
+        if not self.is_world_process_zero():
+            return
+        path = Path(self.args.output_dir, "README.md")
+        if not path.is_file() or _is_generated(path.read_text(encoding="utf-8")):
+            super().create_model_card(*args, **kwargs)  # type: ignore[misc]
+        card = ModelCard.load(path, ignore_metadata_errors=True)
+        self._complete_metadata(card)
+        body = _SECTION.sub("\n", card.text).strip() + "\n"
+        mark = hashlib.sha256(body.encode()).hexdigest()[:16]
+        section = f"<!-- hf_poprisk:begin card={mark} -->\n{self._card_section()}\n<!-- hf_poprisk:end -->\n"
+        card.text = f"{body}\n{section}"
+        card.save(path)
+
+    def _complete_metadata(self, card: ModelCard) -> None:
+        """Add what is missing or known better here; leave the rest."""
+        data, model = card.data, self.accelerator.unwrap_model(self.model)
+        data.tags = sorted({*(data.tags or ()), _TAG})
+        adapter = next(iter(getattr(model, "peft_config", {}).values()), None)
+        base = (
+            getattr(model.config, "_name_or_path", None)
+            if adapter is None
+            else adapter.base_model_name_or_path
+        )
+        if adapter is not None:
+            data.library_name = "peft"
+        if base and not Path(base).exists():
+            data.base_model = data.base_model or base
+        elif adapter is not None and data.base_model and Path(str(data.base_model)).exists():
+            data.base_model = None  # a folder of this machine is no name
+        record = self._record()
+        data[_TAG] = {
+            name: record[name]
+            for name in ("source", "optim", "gate", "estimator", "reduction", "units_per_step")
+        }
+        results = self._evaluation()
+        if results:
+            data.model_name = data.model_name or Path(self.args.hub_model_id or self.args.output_dir).name
+            data.eval_results = results
+
+    def _evaluation(self) -> list[EvalResult]:
+        """The newest evaluation as model-index entries, its timings left out."""
+        newest: dict[str, float] = {}
+        for entry in self.state.log_history:
+            newest |= {name: value for name, value in entry.items() if name.startswith("eval_")}
+        model = type(self.accelerator.unwrap_model(self.model)).__name__
+        task = "text-classification" if "Classification" in model else "text-generation"
+        timing = ("_runtime", "_per_second", "_time", "_num_tokens")
+        return [
+            EvalResult(
+                task_type=task,
+                dataset_type="evaluation",
+                dataset_name="held-out examples of the training run",
+                metric_type=name.removeprefix("eval_"),
+                metric_value=value,
+            )
+            for name, value in sorted(newest.items())
+            if isinstance(value, float) and not name.endswith(timing)
+        ]
+
+    def _card_section(self) -> str:
+        record = self._record()
+        altered, examples = record["data"]["altered_labels"], record["data"]["examples"]
+        lines = ["## Population-risk gate", ""]
+        if record["optim"] != OPTIM or record["gate"] == "none":
+            lines += [f"Trained with hf_poprisk and the gate off ({record['optim']})."]
+        else:
+            lines += [
+                "Trained with hf_poprisk: AdamW's update is written only as far as the batch's signal beats "
+                f"its leave-one-out noise, G² > Q ([{SOURCE}](https://arxiv.org/abs/{SOURCE[6:]})).",
+                "",
+                "| gate | estimator | reduction | per step | optimizer steps |",
+                "|---|---|---|---|---|",
+                f"| {record['gate']} | {record['estimator']} | {record['reduction']} "
+                f"| {record['units_per_step']} {record['unit']}s | {record['steps']} |",
+                "",
+                *self._gate_table(),
+            ]
+            if self._plot():
+                lines += ["", f"![share of the update that the gate let through]({PLOT_NAME})"]
+        if examples is not None:
+            share = (
+                "" if altered is None else f", {altered / max(examples, 1):.1%} of them with an altered label"
+            )
+            lines += ["", f"Training data: {examples:,} examples{share}."]
+        return "\n".join([*lines, "", "Everything is in `poprisk_config.json`.", "", _CITATION])
+
+    def _gate_table(self) -> list[str]:
+        """What the gate did over the run, by kind of layer."""
+        optimizer = self._poprisk_optimizer()
+        parameters = optimizer.statistics.of_run({p: n for n, p in self.model.named_parameters()})[
+            "parameters"
+        ]
+        if not parameters:
+            return ["No step was gated."]
+        kinds: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for name, entry in parameters.items():
+            kinds[_layer_kind(name)].append(entry)
+        lines = [
+            "| layers | numbers | open | open on pure noise | confirmed share of G² |",
+            "|---|---|---|---|---|",
+        ]
+        for kind, entries in [*sorted(kinds.items()), ("all", list(parameters.values()))]:
+            openness, live, energy, noise = (
+                sum(column) for column in zip(*(e["sums"] for e in entries), strict=True)
+            )
+            numel = sum(e["numel"] for e in entries)
+            null = sum(e["numel"] * e["fraction_open_null"] for e in entries) / numel
+            b = sum(e["examples"] for e in entries) / sum(e["steps"] for e in entries)
+            margin = f"{b / (b - 1) * (energy - noise) / energy:.3f}" if b > 1 and energy else ""
+            lines.append(f"| {kind} | {numel:,} | {openness / max(live, 1):.3f} | {null:.3f} | {margin} |")
+        return lines
+
+    def _plot(self) -> bool:
+        """Draw the open share over training; False where there is nothing to draw, or no matplotlib."""
+        history = [e for e in self.state.log_history if "poprisk/fraction_open" in e]
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            return False
+        if not history:
+            return False
+        figure = Figure(figsize=(6, 3))
+        axes = figure.subplots()
+        steps = [e["step"] for e in history]
+        axes.plot(steps, [e["poprisk/fraction_open"] for e in history], label="open")
+        axes.plot(steps, [e["poprisk/fraction_open_null"] for e in history], "k--", label="pure noise")
+        axes.set_xlabel("optimizer step")
+        axes.set_ylim(0, 1)
+        axes.legend()
+        figure.savefig(Path(self.args.output_dir, PLOT_NAME), dpi=100, bbox_inches="tight")
+        return True
+
+
+def _create_private(name: str, token: str | None) -> bool:
+    """Create a private repository; False if there is one of that name."""
+    try:
+        HfApi(token=token).create_repo(name, private=True)
+    except HfHubHTTPError as error:
+        if error.response.status_code == 409:
+            return False
+        raise
+    return True
+
+
+def _is_generated(text: str) -> bool:
+    """Whether a card is as a trainer or PEFT left it, so that nothing is lost by making it anew."""
+    body = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
+    section = _SECTION.search(body)
+    if section is None:
+        return body.strip().startswith(_PEFT_TEMPLATE)
+    rest = _SECTION.sub("\n", body).strip() + "\n"
+    return hashlib.sha256(rest.encode()).hexdigest()[:16] == section[1]
+
+
+def _layer_kind(name: str) -> str:
+    """``lora_A`` …, or the layer's own name: ``q_proj``, ``embed_tokens``, ``input_layernorm``."""
+    parts = name.split(".")
+    adapter = [part for part in parts if part.startswith("lora_")]
+    return adapter[0] if adapter else next((p for p in reversed(parts[:-1]) if not p.isdecimal()), name)
+
+
+def _reason(error: BaseException) -> str:
+    cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+    return (str(cause).strip().splitlines() or [type(cause).__name__])[0]
