@@ -1,0 +1,283 @@
+"""Checkpoints: a resumed run is the uninterrupted one, the record is in each, half of one is never used."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import preferences, save_tiny_model, tiny_model, tiny_tokenizer
+from peft import LoraConfig
+from test_trainer import QUIET, rows
+from transformers import Trainer, TrainingArguments
+
+import hf_poprisk
+from hf_poprisk import PopRiskTrainer, PopRiskTrainingArguments, load_record
+from hf_poprisk.checkpoints import ResumeError, damage, newest_checkpoint
+
+# Five steps over windows of 4, 4, 2: the middle of an epoch, and a short last window.
+OPTIONS: dict[str, Any] = {
+    **QUIET,
+    "gradient_accumulation_steps": 4,
+    "max_steps": 5,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "lr_scheduler_type": "linear",
+    "train_sampling_strategy": "random",
+}
+# measured by a clock, or (by transformers and TRL) over the part of a run that one process has seen
+CLOCKED = (
+    "num_tokens",
+    "train_runtime",
+    "train_samples_per_second",
+    "train_steps_per_second",
+    "train_loss",
+    "total_flos",
+)
+
+
+def causal(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> PopRiskTrainer:
+    args = PopRiskTrainingArguments(str(folder), **{**OPTIONS, **options})
+    return PopRiskTrainer(
+        tiny_model("llama", dtype=dtype), args=args, train_dataset=rows(10), processing_class=tiny_tokenizer()
+    )
+
+
+def preference(folder: Path, model: Path, lora: bool, **options: Any) -> Any:
+    args = hf_poprisk.PopRiskDPOConfig(str(folder), bf16=False, **{**OPTIONS, **options})
+    peft_config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"]) if lora else None
+    return hf_poprisk.PopRiskDPOTrainer(
+        str(model), args=args, train_dataset=preferences(10), peft_config=peft_config
+    )
+
+
+def outcome(trainer: Any) -> tuple[dict[str, Any], Any, list[dict[str, float]]]:
+    weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    history = [{k: v for k, v in e.items() if k not in CLOCKED} for e in trainer.state.log_history]
+    return weights, trainer.optimizer.state_dict()["state"], history
+
+
+def assert_same(one: Any, other: Any) -> None:
+    (weights, state, history), (other_weights, other_state, other_history) = outcome(one), outcome(other)
+    assert weights.keys() == other_weights.keys() and all(
+        torch.equal(weights[n], other_weights[n]) for n in weights
+    )
+    assert state.keys() == other_state.keys() and len(state)
+    for index, entries in state.items():
+        for name, value in entries.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(other_state[index][name])), name
+    assert history == other_history and len(history) >= one.args.max_steps // one.args.logging_steps
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"dtype": torch.bfloat16},
+        {"poprisk_gate": "soft", "logging_steps": 4},  # a log over steps before and after the checkpoint
+        {"poprisk_estimator": "ema"},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+        {"poprisk_warmup_steps": 4},
+    ],
+    ids=["hard", "bfloat16", "soft", "ema", "batched", "warm-up"],
+)
+@pytest.mark.parametrize("at", [2, 3])
+def test_a_resumed_run_is_the_uninterrupted_one(at: int, options: dict[str, Any], tmp_path: Path) -> None:
+    whole = causal(tmp_path / "run", **options)
+    whole.train()
+    resumed = causal(tmp_path / "run", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"run/checkpoint-{at}"))
+    assert resumed.state.global_step == 5
+    if options.get("logging_steps") == 4:  # transformers starts its own averages anew
+        for trainer in (whole, resumed):
+            for entry in trainer.state.log_history:
+                entry.pop("loss", None)
+                entry.pop("grad_norm", None)
+    assert_same(whole, resumed)
+    sums = [t.optimizer.optimizer.statistics.of_run(names(t))["parameters"] for t in (whole, resumed)]
+    for name, entry in sums[0].items():
+        assert entry == {
+            key: pytest.approx(value, rel=1e-6) if value else value for key, value in sums[1][name].items()
+        }
+
+
+def names(trainer: Any) -> dict[torch.Tensor, str]:
+    return {p: name for name, p in trainer.model.named_parameters()}
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_resumed_preference_run_is_the_uninterrupted_one(lora: bool, tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model", "llama")
+    whole = preference(tmp_path / "run", model, lora)
+    whole.train()
+    resumed = preference(tmp_path / "run", model, lora)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"))
+    assert_same(whole, resumed)
+    record = load_record(tmp_path / "run/checkpoint-5")
+    assert any("lora_A" in name for name in record.statistics["parameters"]) == lora
+
+
+def test_the_comparison_would_see_a_lost_state(tmp_path: Path) -> None:
+    whole, other = causal(tmp_path / "run"), causal(tmp_path / "run")
+    whole.train()
+    (tmp_path / "run/checkpoint-2/optimizer.pt").unlink()
+    other.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"))
+    with pytest.raises(AssertionError):
+        assert_same(whole, other)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
+def test_from_stock_adamw_to_the_gate_and_back(
+    optim: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The moments go both ways, whatever kernel of AdamW wrote them."""
+    stock_args = TrainingArguments(str(tmp_path), **{**OPTIONS, "max_steps": 2}, optim=optim)
+    stock = Trainer(tiny_model("llama"), args=stock_args, train_dataset=rows(10))
+    stock.train()
+    gated, seen = causal(tmp_path, max_steps=4), {}
+    load = gated._load_optimizer_and_scheduler
+
+    def look(path: str | None) -> None:
+        load(path)
+        seen.update({n: gated.optimizer.state[p]["exp_avg"].clone() for p, n in names(gated).items()})
+
+    monkeypatch.setattr(gated, "_load_optimizer_and_scheduler", look)
+    gated.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for p, name in names(stock).items():
+        assert torch.equal(stock.optimizer.state[p]["exp_avg"], seen[name])
+    assert steps_of(gated) == {4} and "poprisk/fraction_open" in gated.state.log_history[-2]
+    back = causal(tmp_path, max_steps=6, optim=optim)
+    back.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert steps_of(back) == {6}
+
+
+def steps_of(trainer: Any) -> set[int]:
+    return {int(entry["step"]) for entry in trainer.optimizer.state_dict()["state"].values()}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"poprisk_gate": "soft"}, "poprisk_gate from 'hard' to 'soft'"),
+        ({"poprisk_exclude": ["norm"]}, r"poprisk_exclude from \[\] to \['norm'\]"),
+        ({"gradient_accumulation_steps": 5}, "examples per step from 4 to 5"),
+        ({"poprisk_estimator": "ema"}, "poprisk_estimator from 'example' to 'ema'"),
+    ],
+)
+def test_other_settings_are_refused_by_name(options: dict[str, Any], said: str, tmp_path: Path) -> None:
+    causal(tmp_path, max_steps=1).train()
+    with pytest.raises(ResumeError, match=f"would change {said}: set it back, or set poprisk_allow_change"):
+        causal(tmp_path, max_steps=2, **options).train(resume_from_checkpoint=True)
+    allowed = causal(tmp_path, max_steps=2, poprisk_allow_change=True, **options)
+    allowed.train(resume_from_checkpoint=True)
+    assert allowed.state.global_step == 2
+
+
+def test_another_layout_of_the_same_examples_is_no_change(tmp_path: Path) -> None:
+    causal(tmp_path, max_steps=1).train()
+    other = causal(tmp_path, max_steps=2, per_device_train_batch_size=4, gradient_accumulation_steps=1)
+    other.train(resume_from_checkpoint=True)
+    assert other.state.global_step == 2
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json", "poprisk_config.json"],
+)
+def test_half_a_checkpoint_is_skipped(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = causal(tmp_path, max_steps=3)
+    trainer.train()
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
+    assert "is skipped" not in caplog.text
+    cut(tmp_path / "checkpoint-3" / name)
+    (tmp_path / "checkpoint-2/trainer_state.json").unlink()  # as if killed before the end of the save
+    assert damage(tmp_path / "checkpoint-3") == f"{name} is cut off"
+    with pytest.raises(ResumeError, match=f"cannot be resumed from: {name} is cut off; take an older"):
+        causal(tmp_path, max_steps=3).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    resumed = causal(tmp_path, max_steps=3)
+    with caplog.at_level(logging.WARNING):
+        resumed.train(resume_from_checkpoint=True)
+    skipped = [r.message for r in caplog.records if "is skipped" in r.message]
+    assert skipped == [
+        f"{tmp_path}/checkpoint-3 is skipped: {name} is cut off.",
+        f"{tmp_path}/checkpoint-2 is skipped: it has no trainer_state.json, which is written last.",
+    ]
+    assert_same(trainer, resumed)
+
+
+def test_nothing_to_resume_from_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ResumeError, match="holds no complete checkpoint"):
+        causal(tmp_path).train(resume_from_checkpoint=True)
+    with pytest.raises(ResumeError, match="is not a folder"):
+        causal(tmp_path).train(resume_from_checkpoint=str(tmp_path / "nowhere"))
+
+
+def test_the_seal_is_broken_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that comes back to a step that is on disk already, and dies while it writes it again."""
+    causal(tmp_path, max_steps=2).train()
+    resumed = causal(tmp_path, max_steps=2)
+
+    def die(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(resumed, "_save_optimizer_and_scheduler", die)
+    with pytest.raises(KeyboardInterrupt):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert damage(tmp_path / "checkpoint-2") and newest_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+
+
+def test_the_record_is_in_every_save(tmp_path: Path) -> None:
+    data = preferences(10).add_column("is_flipped", [i < 3 for i in range(10)])
+    model = save_tiny_model(tmp_path / "model", "llama")
+    args = hf_poprisk.PopRiskDPOConfig(str(tmp_path / "run"), bf16=False, **OPTIONS, poprisk_exclude=["norm"])
+    trainer = hf_poprisk.PopRiskDPOTrainer(str(model), args=args, train_dataset=data)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "final"))
+    for folder, steps in ((tmp_path / "run/checkpoint-3", 3), (tmp_path / "final", 5)):
+        record = load_record(folder)
+        assert record.config["steps"] == steps and record.config["exclude"] == ["norm"]
+        assert record.config["units_per_step"] == 4 and record.config["unit"] == "example"
+        assert record.config["data"] == {"examples": 10, "altered_labels": 3}
+        assert record.config["versions"]["torch"] == torch.__version__
+        parameters = record.statistics["parameters"]
+        assert not [name for name in parameters if "norm" in name] and len(parameters) == 16
+        assert all(entry["steps"] == steps for entry in parameters.values())
+        # both kinds of step: two of four examples, one of two
+        assert 0.39 < parameters["lm_head.weight"]["fraction_open_null"] < 0.5
+    logged = [e["poprisk/fraction_open"] for e in trainer.state.log_history if "poprisk/fraction_open" in e]
+    opened, live = (sum(e["sums"][k] for e in parameters.values()) for k in (0, 1))
+    assert min(logged) < opened / live < max(logged)
+
+
+def test_a_run_without_the_gate_says_so(tmp_path: Path) -> None:
+    trainer = causal(tmp_path, max_steps=1, optim="adamw_torch")
+    trainer.train()
+    record = load_record(tmp_path / "checkpoint-1")
+    assert record.config["optim"] == "adamw_torch" and record.statistics is None
+
+
+def test_reading_what_is_no_record(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="has no poprisk_config.json: it was not saved by"):
+        load_record(tmp_path)
+    causal(tmp_path, max_steps=1).train()
+    path = tmp_path / "checkpoint-1/poprisk_config.json"
+    config = json.loads(path.read_text())
+    for change, said in (
+        ({"schema_version": 2}, "has schema version 2, and this version of hf_poprisk reads 1: update"),
+        ({"schema_version": "1"}, "is damaged: it holds no schema_version"),
+        ({"gate": "open"}, 'is damaged: gate is "open"'),
+        ({"units_per_step": 1e300}, "is damaged: units_per_step is 1e\\+300"),
+    ):
+        path.write_text(json.dumps({**config, **change}))
+        with pytest.raises(ValueError, match=f"poprisk_config.json of .*{said}"):
+            load_record(tmp_path / "checkpoint-1")
+    path.write_text("{")
+    with pytest.raises(ValueError, match="is damaged: Expecting"):
+        load_record(tmp_path / "checkpoint-1")
