@@ -12,6 +12,7 @@ them, because they may be used more than once; so does an embedding that is tied
 
 from __future__ import annotations
 
+import copy
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -53,6 +54,14 @@ class BatchedGradients:
 
     def __init__(self, model: nn.Module, params: Iterable[Tensor]) -> None:
         self._params = {p for p in params if p.requires_grad}
+        # whose [1, T] positions are known to be added to the rows, and not taken apart first
+        self._positions = {
+            child.weight
+            for parent in model.modules()
+            if type(parent).__module__.startswith("transformers.")
+            for child in parent.children()
+            if isinstance(child, nn.Embedding)
+        }
         self._runs: list[tuple[nn.Module, Callable[..., Any]]] = []
         owned: set[Tensor] = set()
         for module in model.modules():
@@ -70,6 +79,13 @@ class BatchedGradients:
     @contextmanager
     def capture(self, capture: Capture) -> Iterator[None]:
         """Run the layers through ``capture`` inside this block, which holds the forward and the backward."""
+        capture.positions = self._positions
+        for module, _ in self._runs:
+            if "forward" in vars(module):
+                raise RuntimeError(
+                    f"the forward of {type(module).__name__} was replaced after BatchedGradients was built: "
+                    "build it again."
+                )
         for module, run in self._runs:
             module.forward = partial(run, module, capture)
         try:
@@ -77,6 +93,7 @@ class BatchedGradients:
         finally:
             for module, _ in self._runs:
                 del module.forward
+            capture.release()
 
 
 class Capture:
@@ -104,9 +121,11 @@ class Capture:
         self.num_examples = num_examples
         self.num_rows = num_rows
         self.misfits: dict[Tensor, str] = {}  # parameters seen with a shape that hides the rows
+        self.positions: set[Tensor] = set()  # tables whose [1, T] lookups belong to every row
         self._params = set(params)
         self._square_buffer = square_buffer
         self._uses: Counter[Tensor] = Counter()  # in the forward, recomputation aside
+        self._in_forward: set[Tensor] = set()  # whose uses were counted there
         self._kept: dict[Tensor, Tensor] = {}  # small parameter → Σ over uses of h, [N, *shape]
         self._inputs: dict[Tensor, list[tuple[Tensor, Tensor]]] = defaultdict(list)  # of repeated layers
         self._tokens: dict[Tensor, _Tokens] = {}  # embedding weight → its rows' gradients
@@ -124,14 +143,29 @@ class Capture:
         """Whether this use of the parameter is to be captured."""
         return param in self._params and torch.is_grad_enabled() and not self._paused
 
-    def used(self, param: Tensor) -> None:
-        """Count a use in the forward; the recomputation of a checkpoint happens inside the backward."""
-        if torch._C._current_graph_task_id() == -1:
-            self._uses[param] += 1
+    def used(self, param: Tensor) -> bool:
+        """Count a use; False for the recomputation of a checkpoint, whose forward was counted.
 
-    def fits(self, x: Tensor, params: Iterable[Tensor | None], dims: int = 2) -> bool:
+        Reentrant checkpointing shows its forward without gradients, so there the recomputation counts.
+        """
+        in_backward = torch._C._current_graph_task_id() != -1
+        if in_backward and param in self._in_forward:
+            return False
+        if not in_backward:
+            self._in_forward.add(param)
+        self._uses[param] += 1
+        return True
+
+    def release(self) -> None:
+        """Let go of what was kept; a loss that is held on to would hold it too."""
+        self._kept.clear()
+        self._inputs.clear()
+        self._tokens.clear()
+        self._scratch.clear()
+
+    def fits(self, x: Tensor, params: Iterable[Tensor | None]) -> bool:
         """Whether the rows of the batch are the first axis of ``x``; if not, remember whom it concerns."""
-        if x.dim() >= dims and x.shape[0] == self.num_rows:
+        if x.dim() >= 2 and x.shape[0] == self.num_rows:
             return True
         for p in params:
             if self.wants(p):
@@ -196,7 +230,9 @@ class Capture:
     def embedding(self, param: Tensor, ids: Tensor, d: Tensor, padding: int | None) -> Tensor:
         """ids: [rows, …], d: [rows, …, width]."""
         self._seen.add(param)
-        tokens = self._tokens[param]
+        tokens = self._tokens.get(param)
+        if tokens is None:
+            raise Uncovered("it is looked up inside a reentrant checkpoint and used outside of it too")
         h = tokens.add(ids, d, padding)
         grad = torch.zeros_like(param, dtype=h.dtype).index_add_(0, tokens.ids, h)
         return self._returning(param, grad)
@@ -409,6 +445,17 @@ class _Tokens:
             block[where] = 0
 
 
+def _node(param: Tensor | None) -> Any:
+    """Where the parameter's gradient arrives in the graph."""
+    needed = param is not None and param.requires_grad
+    return torch.autograd.graph.get_gradient_edge(param).node if needed else None
+
+
+def _wanted(node: Any) -> bool:
+    """Whether this backward is after the parameter's gradient: ``autograd.grad`` in a loss is not."""
+    return node is not None and torch._C._will_engine_execute_node(node)
+
+
 class _Linear(Function):
     """``F.linear`` with a gated weight, [out, in] or (Conv1D) [in, out]; x is [rows, …, in]."""
 
@@ -419,21 +466,23 @@ class _Linear(Function):
         y = F.linear(x, weight.T if transposed else weight, bias)
         ctx.weight, ctx.bias, ctx.capture, ctx.transposed = weight, bias, capture, transposed
         ctx.input_dtype = x.dtype
+        ctx.nodes = _node(weight), _node(bias)
         ctx.save_for_backward(x.to(y.dtype))
         return y
 
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> tuple[Any, ...]:
         (x,) = ctx.saved_tensors
-        grad_x = grad_bias = None
+        grad_x = grad_weight = grad_bias = None
         with torch.autocast(d.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
                 weight = ctx.weight.to(d.dtype)
                 grad_x = (d @ (weight.T if ctx.transposed else weight)).to(ctx.input_dtype)
             x = x.reshape(x.shape[0], -1, x.shape[-1])
             d = d.reshape(d.shape[0], -1, d.shape[-1])
-            grad_weight = ctx.capture.dense(ctx.weight, *((d, x) if ctx.transposed else (x, d)))
-            if ctx.needs_input_grad[2]:
+            if _wanted(ctx.nodes[0]):
+                grad_weight = ctx.capture.dense(ctx.weight, *((d, x) if ctx.transposed else (x, d)))
+            if _wanted(ctx.nodes[1]):
                 h = d.sum(1)
                 gated = ctx.capture.gates(ctx.bias)
                 grad_bias = ctx.capture.elementwise(ctx.bias, h) if gated else h.sum(0).to(ctx.bias.dtype)
@@ -443,25 +492,29 @@ class _Linear(Function):
 class _Embedding(Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, ids: Tensor, padding: int | None, capture: Capture) -> Tensor:
-        ctx.weight, ctx.padding, ctx.capture = weight, padding, capture
+        ctx.weight, ctx.padding, ctx.capture, ctx.node = weight, padding, capture, _node(weight)
         ctx.save_for_backward(ids)
         return F.embedding(ids, weight)
 
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> tuple[Any, ...]:
         (ids,) = ctx.saved_tensors
+        if not _wanted(ctx.node):
+            return None, None, None, None
         return ctx.capture.embedding(ctx.weight, ids, d, ctx.padding), None, None, None
 
 
 class _PerRow(Function):
     @staticmethod
     def forward(ctx: Any, param: Tensor, capture: Capture, dims: int) -> Tensor:
-        ctx.param, ctx.capture = param, capture
+        ctx.param, ctx.capture, ctx.node = param, capture, _node(param)
         ones = (1,) * (dims - 1 - param.dim())
         return param.view(1, *ones, *param.shape).expand(capture.num_rows, *ones, *param.shape)
 
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> tuple[Any, ...]:
+        if not _wanted(ctx.node):
+            return None, None, None
         h = d.reshape(ctx.capture.num_rows, *ctx.param.shape)
         return ctx.capture.elementwise(ctx.param, h), None, None
 
@@ -469,12 +522,13 @@ class _PerRow(Function):
 class _PerExample(Function):
     @staticmethod
     def forward(ctx: Any, param: Tensor, capture: Capture, example: int) -> Tensor:
-        ctx.param, ctx.capture, ctx.example = param, capture, example
+        ctx.param, ctx.capture, ctx.example, ctx.node = param, capture, example, _node(param)
         return param.view_as(param)
 
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> tuple[Any, ...]:
-        ctx.capture.whole(ctx.param, ctx.example, d)
+        if _wanted(ctx.node):
+            ctx.capture.whole(ctx.param, ctx.example, d)
         return d, None, None
 
 
@@ -484,7 +538,7 @@ def _layer(module: nn.Module, own: Mapping[str, Tensor]) -> Callable[..., Any] |
         return None  # somebody else has replaced it
     forward = type(module).forward
     if forward in (nn.Linear.forward, Conv1D.forward):
-        return _run_linear
+        return _run_linear if set(own) <= {"weight", "bias"} else None
     if isinstance(module, nn.Embedding):
         plain = module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
         return _run_embedding if plain and set(own) == {"weight"} else None
@@ -495,8 +549,8 @@ def _layer(module: nn.Module, own: Mapping[str, Tensor]) -> Callable[..., Any] |
     return _run_elementwise if _is_elementwise(module, own) else None
 
 
-def _run_linear(module: Any, capture: Capture, x: Tensor) -> Tensor:
-    weight, bias = module.weight, module.bias
+def _run_linear(module: Any, capture: Capture, *args: Tensor, **kwargs: Tensor) -> Tensor:
+    x, weight, bias = _input(args, kwargs), module.weight, module.bias
     if not (capture.wants(weight) or capture.wants(bias)) or not capture.fits(x, (weight, bias)):
         return type(module).forward(module, x)
     transposed = isinstance(module, Conv1D)
@@ -528,12 +582,11 @@ class _EmbeddingMode(TorchFunctionMode):
         if func is not F.embedding or args[1] is not self._weight:
             return func(*args, **kwargs)
         ids, capture, weight = args[0], self._capture, self._weight
-        if ids.dim() >= 2 and ids.shape[0] == 1 and capture.num_rows > 1:
+        if ids.dim() == 2 and ids.shape[0] == 1 and weight in capture.positions:
             ids = ids.expand(capture.num_rows, *ids.shape[1:])  # positions, the same for every row
-        if not capture.fits(ids, (weight,), dims=1):
+        if not capture.fits(ids, (weight,)):  # ids of one axis may as well be positions
             return func(*args, **kwargs)
-        capture.used(weight)
-        if torch._C._current_graph_task_id() == -1:
+        if capture.used(weight):
             tokens = capture._tokens.setdefault(
                 weight, _Tokens(weight.shape[0], weight.shape[1], capture.num_examples)
             )
@@ -543,8 +596,9 @@ class _EmbeddingMode(TorchFunctionMode):
         return _Embedding.apply(weight, ids, padding, capture)
 
 
-def _run_norm(module: Any, capture: Capture, x: Tensor) -> Tensor:
+def _run_norm(module: Any, capture: Capture, *args: Tensor, **kwargs: Tensor) -> Tensor:
     """LayerNorm and torch's RMSNorm take no weight with a row axis: normalise first, then scale."""
+    x = _input(args, kwargs)
     params = (module.weight, getattr(module, "bias", None))
     if not any(capture.wants(p) for p in params) or not capture.fits(x, params):
         return type(module).forward(module, x)
@@ -560,7 +614,7 @@ def _run_norm(module: Any, capture: Capture, x: Tensor) -> Tensor:
 def _run_elementwise(module: nn.Module, capture: Capture, *args: Any, **kwargs: Any) -> Any:
     """Any module whose parameters only scale or shift the last axis: give it one copy per row."""
     own = {n: p for n, p in module.named_parameters(recurse=False) if capture.wants(p)}
-    x = args[0] if args else next(iter(kwargs.values()))
+    x = _input(args, kwargs)
     if not own or not capture.fits(x, own.values()):
         return type(module).forward(module, *args, **kwargs)
     try:
@@ -605,13 +659,16 @@ def _is_elementwise(module: nn.Module, own: Mapping[str, Tensor]) -> bool:
     first = next(iter(own.values()))
     if first.device.type == "meta" or len({p.shape for p in own.values()}) > 1:
         return False
+    module = copy.deepcopy(module)  # its forward may count or remember
+    own = {name: module._parameters[name] for name in own}  # type: ignore[misc]
     generator = torch.Generator().manual_seed(0)
     for shape in ((2, 3), (2, 3, 2)):
         x = torch.randn(*shape, first.numel(), generator=generator).to(first.device, first.dtype)
         try:
-            expected_y, expected = _probe(module, own, x, rowwise=False)
-            y, h = _probe(module, own, x, rowwise=True)
-        except (RuntimeError, TypeError, ValueError, AttributeError):
+            with torch.random.fork_rng(devices=[]):
+                expected_y, expected = _probe(module, own, x, rowwise=False)
+                y, h = _probe(module, own, x, rowwise=True)
+        except Exception:  # code of the user's, on an input that it was not made for
             return False
         pairs = [(y, expected_y), *zip(h, expected, strict=True)]
         if not all(torch.allclose(a.float(), b.float(), rtol=3e-2, atol=3e-2) for a, b in pairs):
@@ -648,6 +705,11 @@ def _probe(
     finally:
         module._parameters.clear()
         module._parameters.update(saved)
+
+
+def _input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The first argument, whatever a layer calls it."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def _flat(x: Tensor) -> Tensor:

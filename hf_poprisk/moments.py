@@ -68,7 +68,8 @@ class ExampleWindow:
         Raises:
             RuntimeError: as ``example``; or a gradient that is not made of what was captured.
         """
-        capture = Capture(num_examples, num_rows, self._params, self._buffer, verify=not self._verified)
+        trained = [p for p in self._params if p.requires_grad]
+        capture = Capture(num_examples, num_rows, trained, self._buffer, verify=not self._verified)
 
         def finish(param: Tensor, grad: Tensor) -> None:
             self._check_part(param, grad)

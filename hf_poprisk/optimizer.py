@@ -62,7 +62,8 @@ class PopRiskAdamW(torch.optim.AdamW):
     Args:
         params: parameters or groups, as for ``torch.optim.AdamW``.
         lr, betas, eps, weight_decay: as for ``torch.optim.AdamW``.
-        gate: ``hard`` (q is 0 or 1), ``soft`` (shrinkage in [0, 1]) or ``none`` (AdamW).
+        gate: ``hard`` (q is 0 or 1), ``soft`` (shrinkage in [0, 1]) or ``none`` (AdamW, for comparison: the
+            other options stay as they are).
         estimator: ``example``: every block is one example, exact. ``group``: every block is a
             micro-batch, a valid test with fewer and coarser units. ``ema``: the authors' streaming form;
             needs no blocks.
@@ -148,7 +149,7 @@ class PopRiskAdamW(torch.optim.AdamW):
 
     def batch(
         self, layers: BatchedGradients, num_examples: int, num_rows: int
-    ) -> AbstractContextManager[Capture]:
+    ) -> AbstractContextManager[Capture | None]:
         """Block around the forward and the backward of several examples; the sums are those of ``example``.
 
         Args:
@@ -158,7 +159,12 @@ class PopRiskAdamW(torch.optim.AdamW):
 
         Raises:
             RuntimeError: see ``ExampleWindow.batch``.
+            ValueError: with ``estimator="group"``, whose unit is the batch: use ``example``.
         """
+        if self.estimator == "group":
+            raise ValueError("estimator='group' takes a batch as one unit: use optimizer.example().")
+        if not self.needs_examples:
+            return nullcontext()
         return self._free_window().batch(layers, num_examples, num_rows)
 
     def _free_window(self) -> ExampleWindow:
@@ -409,7 +415,9 @@ class PopRiskAdamW(torch.optim.AdamW):
 
     def _open_window(self) -> ExampleWindow:
         if self._window is None:
-            self._window = ExampleWindow(self.gated_parameters, self._names)
+            # with those that are frozen now: they may be trained later
+            gated = [p for p in self._all_parameters() if p not in self._ungated]
+            self._window = ExampleWindow(gated, self._names)
         return self._window
 
     def _end_window(self) -> None:

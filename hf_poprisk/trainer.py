@@ -41,6 +41,8 @@ class PopRiskMixin(HubMixin, CheckpointMixin):
     _capture: Capture | None = None  # of the micro-batch in progress
     _loss_divisor = 1  # of an example that is taken out of its micro-batch
     _fit_checked = False
+    _loss_sums: bool | None = None
+    _ambiguous = _count_checked = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # Bound by name, because DPO has `ref_model` where the others have `args`.
@@ -107,11 +109,13 @@ class PopRiskMixin(HubMixin, CheckpointMixin):
         per_step = self.args.gradient_accumulation_steps * world * micro_batch
         size = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else per_step
         drop_last = self.args.dataloader_drop_last
-        if world > 1 and size < per_step and size % (world * micro_batch) and not drop_last:
+        together = world * micro_batch
+        if world > 1 and size < per_step and size % together and not drop_last:
             raise ValueError(
-                f"{size} training examples do not divide over {world} processes, and the copies that fill "
-                "the gap would stand beside their originals in one step, where the gate takes them for "
-                f"evidence: set dataloader_drop_last=True or train on a multiple of {world}."
+                f"{size} training examples do not divide over {world} processes × {micro_batch} examples, and "
+                "the copies that fill the gap would stand beside their originals in one step, where the gate "
+                "takes them for evidence: set dataloader_drop_last=True or train on a multiple of "
+                f"{together}."
             )
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -141,7 +145,12 @@ class PopRiskMixin(HubMixin, CheckpointMixin):
         if rows % self._rows_per_example:
             raise ValueError(f"{rows} rows are not examples of {self._rows_per_example} rows each.")
         count = rows // self._rows_per_example
+        self._check_count(count)
         if self._layers is not None:
+            # [tokens, rows] would look like [rows, tokens]
+            self._ambiguous = any(
+                isinstance(x, torch.Tensor) and x.dim() > 1 and x.shape[1] == rows for x in inputs.values()
+            )
             try:
                 with (
                     optimizer.batch(self._layers, count, rows) as self._capture,
@@ -154,6 +163,7 @@ class PopRiskMixin(HubMixin, CheckpointMixin):
             finally:
                 self._capture = None
         losses = []
+        self._find_out_whether_loss_sums(model, inputs, step.keywords["num_items_in_batch"])
         for i in range(count):
             # without the last one's synchronisation, the gradients would be averaged over and over
             last = i == count - 1
@@ -175,16 +185,42 @@ class PopRiskMixin(HubMixin, CheckpointMixin):
         )
         if self._capture is not None:
             self._check_fit(self._capture)
-        if self._loss_divisor == 1 or self._sums_over_items(num_items_in_batch):
+        if self._loss_divisor == 1 or self._loss_sums:
             return result
         return result / self._loss_divisor
 
-    def _sums_over_items(self, num_items_in_batch: Any) -> bool:
-        """Whether the loss is a sum over a given number of items, not a mean over the micro-batch."""
-        if self.loss_is_scaled_for_ga is not None:
-            return self.loss_is_scaled_for_ga
-        accepts = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        return accepts or self.compute_loss_func is not None
+    def _find_out_whether_loss_sums(self, model: nn.Module, inputs: Any, num_items_in_batch: Any) -> None:
+        """Is the loss a sum over a given number of items, or a mean over the micro-batch? Once per run.
+
+        By trying: many models take ``num_items_in_batch`` and do nothing with it.
+        """
+        if self._loss_sums is not None:
+            return
+        if self.loss_is_scaled_for_ga is not None or num_items_in_batch is None:
+            self._loss_sums = bool(self.loss_is_scaled_for_ga)
+            return
+        with torch.no_grad():  # transformers' own loss: TRL's would count the examples twice in its logs
+            once, twice = (
+                Trainer.compute_loss(
+                    self,
+                    model,
+                    self._prepare_inputs(dict(inputs)),
+                    num_items_in_batch=factor * num_items_in_batch,
+                ).item()
+                for factor in (1, 2)
+            )
+        self._loss_sums = abs(twice - once / 2) < abs(twice - once)  # dropout blurs both
+
+    def _check_count(self, count: int) -> None:
+        """The collator must leave as many examples as it was given; only the last of an epoch may be few."""
+        size, data = self.args.per_device_train_batch_size, self.train_dataset
+        full = hasattr(data, "__len__") and len(data) >= size * self.args.world_size
+        first, self._count_checked = not self._count_checked and self.state.global_step == 0, True
+        if count > size or count < size and full and first:
+            raise ValueError(
+                f"the data collator made {count} examples of {size}: if it joins them, as padding-free ones "
+                "do, use another; set per_device_train_batch_size=1, or poprisk_estimator=group."
+            )
 
     def _row_operations(self, capture: Capture) -> AbstractContextManager[Any]:
         """For trainers with operations of their own on a parameter."""
@@ -195,6 +231,8 @@ class PopRiskMixin(HubMixin, CheckpointMixin):
         misfits = [f"{self._parameter_name(p)} ({why})" for p, why in capture.misfits.items()]
         if not self._fit_checked:
             self._fit_checked = True
+            if self._ambiguous:
+                misfits.append(f"an input whose second axis is {capture.num_rows} too, as many as the rows")
             seen = torch.tensor(float(bool(misfits)), device=self.accelerator.device)
             if self.accelerator.reduce(seen).item():
                 raise _Misfit(", ".join(misfits[:3]) or "a layer on another rank")
@@ -214,15 +252,20 @@ class PopRiskMixin(HubMixin, CheckpointMixin):
 
     def _prepare_layers(self, optimizer: PopRiskAdamW) -> None:
         """Decide how micro-batches of several examples are taken, and say so."""
-        args, self._layers, self._fit_checked = self.args, None, False
+        args, self._layers, self._loss_sums = self.args, None, None
+        self._fit_checked = self._count_checked = False
         if not optimizer.needs_examples or args.poprisk_estimator == "group":
             return
         if args.per_device_train_batch_size == 1:
             return
+        model = self.accelerator.unwrap_model(self.model)
+        _check_coupling(model)
         for option in ("torch_compile", "use_liger_kernel"):
             if getattr(args, option, False):
                 return self._say_one_by_one(f"{option}=True")
-        layers = BatchedGradients(self.accelerator.unwrap_model(self.model), optimizer.gated_parameters)
+        if any(module._compiled_call_impl is not None for module in model.modules()):
+            return self._say_one_by_one("model.compile()")
+        layers = BatchedGradients(model, optimizer.gated_parameters)
         if layers.uncovered:
             some = [f"{name} ({why})" for name, why in list(layers.uncovered.items())[:3]]
             more = f" and {len(layers.uncovered) - 3} more" if len(layers.uncovered) > 3 else ""
@@ -266,7 +309,9 @@ def take_example(inputs: Mapping[str, Any], index: int, count: int, rows: int) -
     taken: dict[str, Any] = {}
     for name, value in inputs.items():
         sized = isinstance(value, torch.Tensor) and value.dim() > 0 or isinstance(value, list | tuple)
-        if not sized:
+        if isinstance(value, Mapping):
+            taken[name] = take_example(value, index, count, rows)
+        elif not sized:
             taken[name] = value
         elif len(value) == rows:
             taken[name] = value[index::count]
@@ -278,6 +323,20 @@ def take_example(inputs: Mapping[str, Any], index: int, count: int, rows: int) -
                 "per_device_train_batch_size=1 and raise gradient_accumulation_steps."
             )
     return taken
+
+
+def _check_coupling(model: nn.Module) -> None:
+    """Refuse what makes an example's gradient depend on the others in its micro-batch."""
+    way_out = "set per_device_train_batch_size=1, or poprisk_estimator=group"
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise ValueError(f"{name} normalises over the examples of a micro-batch: {way_out}.")
+    config = getattr(model, "config", None)
+    if getattr(config, "output_router_logits", False) and getattr(config, "router_aux_loss_coef", 0):
+        raise ValueError(
+            "router_aux_loss_coef balances the experts over the examples of a micro-batch: set it to 0, "
+            f"or {way_out}."
+        )
 
 
 def _check_agreement(optimizer: PopRiskAdamW, named: dict[str, torch.Tensor], args: Any) -> None:

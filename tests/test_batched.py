@@ -8,6 +8,7 @@ from models import text, tiny_model, tiny_tokenizer
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from hf_poprisk import PopRiskAdamW, batched, reference
 from hf_poprisk.batched import BatchedGradients
@@ -312,3 +313,120 @@ def test_reentrant_checkpointing_gives_the_same_sums() -> None:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     model.train()
     assert_same(captured(model, [(inputs, N)], False, N), expected, 1e-12)
+
+
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("width_of_small", [0, 1 << 17])
+def test_reentrant_checkpointing_of_a_layer_used_twice(
+    both: bool, width_of_small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batched, "_SMALL", width_of_small)
+    model, x = Uses().double(), torch.randn(N, 3, 6, dtype=torch.float64, requires_grad=True)
+    params = {"layer.weight": model.layer.weight}
+    twice = lambda h: model.layer(model.layer(h).tanh())  # noqa: E731
+    run = lambda h: checkpoint(twice, h, use_reentrant=True) if both else twice(h)  # noqa: E731
+    gradients = reference.per_example_gradients(params, lambda row: twice(row[None]).sum(), x)
+    expected = reference.grad_and_square_sums(gradients, "layer.weight")[1]
+    model.last.requires_grad_(False)
+    model.layer.bias.requires_grad_(False)
+    window = ExampleWindow(params.values())
+    with window.batch(BatchedGradients(model, params.values()), N, N):
+        run(x).sum().backward()
+    torch.testing.assert_close(window.reduce()[1][model.layer.weight], expected)
+
+
+def test_a_gradient_that_the_loss_takes_for_itself_is_not_captured() -> None:
+    """The input's gradient, as adversarial training wants it, on the way to the loss."""
+    model, x = Uses().double(), torch.randn(N, 3, 6, dtype=torch.float64)
+
+    def loss(rows: Tensor) -> Tensor:
+        rows = rows.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(model(rows).sum(), rows)
+        return model(rows.detach() + 0.1 * slope.sign()).square().sum()
+
+    params = trainable(model)
+    gradients = reference.per_example_gradients(params, lambda row: loss(row[None]), x)
+    window = ExampleWindow(params.values())
+    with window.batch(BatchedGradients(model, params.values()), N, N):
+        loss(x).backward()
+    for name, p in params.items():
+        expected = reference.grad_and_square_sums(gradients, name)
+        for ours, theirs in zip((p.grad, window._sq_sums[p]), expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+class Positions(nn.Module):
+    """Looks positions up as [1, T] and takes the first row of the result; or as [T]."""
+
+    def __init__(self, flat: bool) -> None:
+        super().__init__()
+        self.table, self.last, self.flat = nn.Embedding(8, 6), nn.Linear(6, 1), flat
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids = torch.arange(x.shape[1])
+        return self.last(x + (self.table(ids) if self.flat else self.table(ids[None])[0])).sum((1, 2))
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_positions_of_an_unknown_model_are_not_guessed_at(flat: bool) -> None:
+    model, x = Positions(flat), torch.randn(N, N, 6)  # as many positions as rows
+    window = ExampleWindow(model.parameters())
+    with window.batch(BatchedGradients(model, model.parameters()), N, N) as capture:
+        model(x)
+    assert capture.misfits.keys() == {model.table.weight}
+
+
+class Asserting(nn.Module):
+    """Elementwise, but not on every input; counts its calls and draws from the generator."""
+
+    def __init__(self, refuses: bool) -> None:
+        super().__init__()
+        self.weight, self.refuses, self.calls = nn.Parameter(torch.ones(6)), refuses, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert not self.refuses
+        self.calls += 1
+        torch.rand(1)
+        return x * self.weight
+
+
+def test_trying_a_layer_out_leaves_no_trace() -> None:
+    torch.manual_seed(0)
+    fresh, model = torch.rand(3), nn.Sequential(Asserting(True), Asserting(False), nn.BatchNorm1d(6))
+    torch.manual_seed(0)
+    layers = BatchedGradients(model, model.parameters())
+    assert torch.equal(torch.rand(3), fresh)
+    assert set(layers.uncovered) == {"0.weight", "2.weight", "2.bias"}
+    assert model[1].calls == 0 and model[2].num_batches_tracked == 0
+
+
+def test_a_linear_layer_with_other_parameters_is_not_covered() -> None:
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))
+    with pytest.warns(FutureWarning):
+        old = nn.utils.weight_norm(nn.Linear(6, 6))
+    assert BatchedGradients(normed, normed.parameters()).uncovered
+    assert set(BatchedGradients(old, old.parameters()).uncovered) >= {"weight_g", "weight_v"}
+
+
+def test_arguments_by_name_and_a_forward_replaced_later() -> None:
+    layer, norm, x = nn.Linear(6, 6), nn.LayerNorm(6), torch.randn(N, 3, 6)
+    model = nn.ModuleList([layer, norm])
+    layers, window = BatchedGradients(model, model.parameters()), ExampleWindow(model.parameters())
+    with window.batch(layers, N, N):
+        norm(input=layer(input=x)).square().sum().backward()
+    assert window._sq_sums[layer.weight].any()
+    window.reset()
+    model.zero_grad()
+    layer.forward = lambda x: x
+    with pytest.raises(RuntimeError, match="forward of Linear was replaced"), window.batch(layers, N, N):
+        pass
+    assert layer.forward(3) == 3  # and it is not lost
+
+
+def test_a_loss_that_is_held_on_to_holds_no_buffers() -> None:
+    model, x = nn.Linear(6, 6), torch.randn(N, 3, 6)
+    window = ExampleWindow(model.parameters())
+    with window.batch(BatchedGradients(model, model.parameters()), N, N) as capture:
+        loss = model(x).sum()
+        loss.backward()
+    assert loss.grad_fn is not None and not capture._scratch and not capture._kept

@@ -9,7 +9,7 @@ import torch
 from models import preferences, save_tiny_model, sequences
 from test_trainer import QUIET, Record
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import LlamaConfig, Trainer
 
 import hf_poprisk
 from hf_poprisk import PopRiskTrainer, PopRiskTrainingArguments
@@ -30,17 +30,17 @@ class Classifier(nn.Module):
         self.hidden = hidden
 
     def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """x: [rows, 4, 6], labels: [rows]."""
+        """x: [rows, 7, 6], labels: [rows]."""
         if self.conv is not None:
             x = self.conv(x.transpose(1, 2)).transpose(1, 2)
-        h = self.first(x.reshape(-1, 6)).view(len(x), 4, 5) if self.hidden else self.first(x)
+        h = self.first(x.reshape(-1, 6)).view(len(x), 7, 5) if self.hidden else self.first(x)
         logits = self.last(h.tanh()).mean(1)
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
 def rows(count: int) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(0)
-    return [{"x": torch.randn(4, 6, generator=generator), "labels": i % 3} for i in range(count)]
+    return [{"x": torch.randn(7, 6, generator=generator), "labels": i % 3} for i in range(count)]
 
 
 def windows(
@@ -67,7 +67,7 @@ def assert_same_windows(got: list[Any], expected: list[Any]) -> None:
     [
         ({}, None),
         ({"conv": True}, "conv.weight (a parameter of Conv1d), conv.bias (a parameter of Conv1d)"),
-        ({"hidden": True}, "first.weight (its input is [16, 6] and the batch has 4 rows)"),
+        ({"hidden": True}, "first.weight (its input is [28, 6] and the batch has 4 rows)"),
     ],
     ids=["layers", "unknown-layer", "hidden-rows"],
 )
@@ -150,7 +150,9 @@ def test_trl_fused_head(
 
 def test_an_example_is_taken_with_all_its_rows() -> None:
     inputs = {"x": torch.arange(8).view(4, 2), "y": torch.arange(2), "z": ["a", "b", "c", "d"], "n": 3}
+    inputs["nested"] = {"x": inputs["x"]}
     taken = take_example(inputs, 1, count=2, rows=4)
+    assert taken["nested"]["x"].tolist() == [[2, 3], [6, 7]]
     assert taken["x"].tolist() == [[2, 3], [6, 7]] and taken["y"].tolist() == [1]
     assert taken["z"] == ["b", "d"] and taken["n"] == 3
     with pytest.raises(ValueError, match=r"inputs\['y'\] has 3 entries for 2 examples"):
@@ -178,3 +180,79 @@ def test_evaluation_and_stock_optimizers_see_nothing_of_it(tmp_path: Path) -> No
     assert stock._layers is None
     for p, w in zip(stock.model.parameters(), plain.model.parameters(), strict=True):
         assert torch.equal(p, w)
+
+
+class Kwargs(Classifier):
+    """Takes num_items_in_batch, as most models of transformers do; ``sums`` uses it."""
+
+    def __init__(self, sums: bool) -> None:
+        super().__init__(conv=True)
+        self.sums = sums
+
+    def forward(self, x: Tensor, labels: Tensor, **kwargs: Any) -> dict[str, Tensor]:
+        out = super().forward(x, labels)
+        if self.sums:
+            out["loss"] = nn.functional.cross_entropy(out["logits"], labels, reduction="sum")
+            out["loss"] = out["loss"] / kwargs["num_items_in_batch"]
+        return out
+
+
+@pytest.mark.parametrize("sums", [False, True])
+def test_one_by_one_the_loss_has_the_scale_of_the_stock_trainer(sums: bool, tmp_path: Path) -> None:
+    """Whether or not the model does anything with the number of items."""
+    losses = []
+    for optim in ("poprisk_adamw", "adamw_torch"):
+        options = {**QUIET, "per_device_train_batch_size": 4, "max_grad_norm": 0.0}
+        args = PopRiskTrainingArguments(str(tmp_path), max_steps=1, optim=optim, **options)
+        trainer = PopRiskTrainer(Kwargs(sums), args=args, train_dataset=rows(16))
+        trainer.train()
+        losses.append([trainer.state.log_history[0][name] for name in ("loss", "grad_norm")])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def joined(features: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """One long row, as a padding-free collator makes it."""
+    return {"x": torch.cat([f["x"] for f in features])[None], "labels": torch.tensor([features[0]["labels"]])}
+
+
+def split_up(features: list[dict[str, Any]]) -> dict[str, Tensor]:
+    x = torch.stack([f["x"] for f in features]).repeat(2, 1, 1)
+    return {"x": x, "labels": torch.tensor([f["labels"] for f in features]).repeat(2)}
+
+
+@pytest.mark.parametrize(("collator", "made"), [(joined, 1), (split_up, 8)])
+def test_a_collator_that_makes_other_examples_is_refused(collator: Any, made: int, tmp_path: Path) -> None:
+    args = PopRiskTrainingArguments(str(tmp_path), max_steps=1, **{**QUIET, "per_device_train_batch_size": 4})
+    trainer = PopRiskTrainer(Classifier(), args=args, train_dataset=rows(16), data_collator=collator)
+    with pytest.raises(
+        ValueError, match=f"collator made {made} examples of 4: .*per_device_train_batch_size=1"
+    ):
+        trainer.train()
+
+
+def test_a_length_that_equals_the_rows_goes_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """[tokens, rows] could not be told from [rows, tokens]."""
+    data = [{**row, "x": row["x"][:4]} for row in rows(16)]
+    with caplog.at_level(logging.WARNING), monkeypatch.context() as patch:
+        record = Record(patch)
+        options = {**QUIET, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+        args = PopRiskTrainingArguments(str(tmp_path), max_steps=2, **options)
+        PopRiskTrainer(Classifier(), args=args, train_dataset=data).train()
+    assert f"{ONE_BY_ONE} an input whose second axis is 4 too" in caplog.text
+    assert [b for b, _ in record.windows] == [8, 8]
+
+
+@pytest.mark.parametrize("kind", ["norm", "experts"])
+def test_what_couples_the_examples_is_refused(kind: str, tmp_path: Path) -> None:
+    model = Classifier()
+    if kind == "norm":
+        model.norm = nn.BatchNorm1d(3, affine=False)
+    else:
+        model.config = LlamaConfig(output_router_logits=True, router_aux_loss_coef=0.1)
+    args = PopRiskTrainingArguments(str(tmp_path), max_steps=1, **{**QUIET, "per_device_train_batch_size": 4})
+    trainer = PopRiskTrainer(model, args=args, train_dataset=rows(16))
+    said = {"norm": "norm normalises over the examples", "experts": "router_aux_loss_coef balances"}[kind]
+    with pytest.raises(ValueError, match=f"{said} .*set per_device_train_batch_size=1, or poprisk_est"):
+        trainer.train()

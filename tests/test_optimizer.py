@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_poprisk import PopRiskAdamW, reference
+from hf_poprisk.batched import BatchedGradients
 from hf_poprisk.optimizer import EMA_DECAY, matching
 
 HYPER = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
@@ -475,3 +476,27 @@ def test_amsgrad_in_a_group_is_refused() -> None:
     optimizer = PopRiskAdamW([{"params": parameters(), "amsgrad": True}], gate="none")
     with pytest.raises(ValueError, match="amsgrad=True is not supported"):
         optimizer.step()
+
+
+def test_a_parameter_that_is_unfrozen_later_is_gated() -> None:
+    model = torch.nn.Linear(4, 3)
+    model.weight.requires_grad_(False)
+    optimizer = PopRiskAdamW(model.parameters(), lr=1e-2)
+    for step in range(2):
+        for _ in range(3):
+            with optimizer.example():
+                model(torch.randn(1, 4)).square().sum().backward()
+        optimizer.close_window()
+        assert (model.weight in optimizer._openness) == (step == 1)
+        optimizer.step()
+        optimizer.zero_grad()
+        model.weight.requires_grad_(True)
+
+
+def test_a_batch_is_no_group() -> None:
+    model = torch.nn.Linear(4, 3)
+    layers = BatchedGradients(model, model.parameters())
+    with pytest.raises(ValueError, match="takes a batch as one unit: use optimizer.example"):
+        PopRiskAdamW(model.parameters(), estimator="group").batch(layers, 2, 2)
+    with PopRiskAdamW(model.parameters(), gate="none").batch(layers, 2, 2) as capture:
+        assert capture is None
