@@ -132,6 +132,19 @@ class PopRiskArgumentsMixin:
                     f"{getattr(self.optim, 'value', self.optim)}: remove it or set optim={OPTIM}."
                 )
 
+    def _check_effect(self) -> None:
+        args: Any = self
+        if self.poprisk_gate_weight_decay and not args.weight_decay:
+            raise ValueError(
+                f"{_PREFIX}gate_weight_decay=true has no effect with weight_decay=0: remove it, or set "
+                "weight_decay."
+            )
+        if args.optim_target_modules is not None:
+            raise ValueError(
+                f"optim_target_modules has no effect with optim={OPTIM}: remove it; {_PREFIX}exclude leaves "
+                "parameters ungated."
+            )
+
     def gate_options(self) -> dict[str, Any]:
         """The keyword arguments of ``PopRiskAdamW`` that the fields set, the exclusions aside."""
         return {
@@ -175,6 +188,7 @@ class PopRiskArgumentsMixin:
         self._check_output_dir()
         if self.optim != OPTIM or self.poprisk_gate == "none":
             return
+        self._check_effect()
         self._check_sharding()
         if self.poprisk_estimator != "ema":
             self._check_examples()

@@ -134,6 +134,13 @@ class CheckpointMixin:
         if statistics is not None:
             optimizer.statistics.load(statistics, dict(self.model.named_parameters()))
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, which takes one step too many when it resumes a run that is at its end."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)  # type: ignore[misc]
         if self.args.should_save:

@@ -112,9 +112,9 @@ class PopRiskMixin(HubMixin, CheckpointMixin):
         together = world * micro_batch
         if world > 1 and size < per_step and size % together and not drop_last:
             raise ValueError(
-                f"{size} training examples do not divide over {world} processes × {micro_batch} examples, and "
-                "the copies that fill the gap would stand beside their originals in one step, where the gate "
-                "takes them for evidence: set dataloader_drop_last=True or train on a multiple of "
+                f"{size} training examples do not divide over {world} processes × {micro_batch} examples, "
+                "and the copies that fill the gap would stand beside their originals in one step, where the "
+                "gate takes them for evidence: set dataloader_drop_last=True or train on a multiple of "
                 f"{together}."
             )
 

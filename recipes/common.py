@@ -1,11 +1,14 @@
 """What the recipes share: parsing, loading from the Hub or from disk, checks, results."""
 
 import json
+import logging
 import os
 import re
 import statistics
 import sys
 import time
+import types
+import typing
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import TrlParser
 
-from hf_poprisk.checkpoints import CheckpointError, ResumeError, newest_checkpoint
+from hf_poprisk.checkpoints import CheckpointError, newest_checkpoint
 from hf_poprisk.hub import HubError
 
 
@@ -28,6 +31,8 @@ def parse(dataclass_types: Iterable[Any], argv: list[str] | None = None) -> tupl
     parser = TrlParser(dataclass_types, usage="%(prog)s --config RECIPE.yaml [--key value ...]")
     try:
         parsed = parser.parse_args_and_config(argv)
+        for group in parsed:
+            check_types(group)
         parsed[1].check_training()
     except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
@@ -38,11 +43,31 @@ def run(main: Callable[[], None]) -> None:
     """Run a recipe; a wrong path, setting or data set ends in one sentence, Ctrl-C in another."""
     try:
         main()
-    except (RecipeError, ResumeError, CheckpointError, HubError) as error:
+    except (ValueError, OSError, CheckpointError, HubError) as error:
+        logging.getLogger(__name__).debug("where it came from:", exc_info=True)
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
     except KeyboardInterrupt:
-        print("interrupted: nothing was published; finished checkpoints are kept.", file=sys.stderr)
+        print("\ninterrupted: nothing was published; finished checkpoints are kept.", file=sys.stderr)
         sys.exit(130)
+
+
+def check_types(group: Any) -> None:
+    """YAML has types of its own, and the parser lets those pass that are not text.
+
+    Raises:
+        RecipeError: a plain field with a value of another type.
+    """
+    hints = typing.get_type_hints(type(group))
+    for name, hint in hints.items():
+        union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+        kinds = set(typing.get_args(hint)) if union else {hint}
+        value = getattr(group, name, None)
+        if not kinds <= {int, float, bool, str, type(None)} or value is None:
+            continue
+        is_text, is_whole = isinstance(value, str) and str in kinds, type(value) is int and float in kinds
+        if not (type(value) in kinds or is_text or is_whole):
+            expected = " or ".join(sorted(kind.__name__ for kind in kinds - {type(None)}))
+            raise RecipeError(f"{name} must be {expected}; got {value!r}.")
 
 
 class RecipeError(ValueError):

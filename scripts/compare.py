@@ -29,7 +29,7 @@ def load(folder: Path) -> tuple[dict[str, Any], list[dict[str, float]]]:
         history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
         return content["results"], history
     except (OSError, ValueError, KeyError) as error:
-        sys.exit(f"compare.py: error: {folder} holds no finished run ({error}).")
+        sys.exit(f"compare.py: error: {folder} holds no finished run ({error}): train it again.")
 
 
 def number(value: float | None, digits: int = 3) -> str:

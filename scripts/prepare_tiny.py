@@ -398,7 +398,10 @@ def parse(argv: list[str] | None) -> Namespace:
         if getattr(args, name) < least:
             parser.error(f"--{name} must be at least {least}; got {getattr(args, name)}.")
     if args.output_dir.exists() and not (args.output_dir / "metadata.json").is_file():
-        parser.error(f"--output_dir {args.output_dir} exists and was not made by this script.")
+        parser.error(
+            f"--output_dir {args.output_dir} exists and was not made by this script: delete it, or "
+            "choose another folder."
+        )
     return args
 
 

@@ -16,7 +16,8 @@ runs=outputs/quickstart/$key
 train() { # name, recipe, further options
     local name=$1 recipe=$2
     shift 2
-    if [ -f "$runs/$name/results.json" ]; then
+    if python -m json.tool "$runs/$name/results.json" /dev/null 2>/dev/null &&
+        python -m json.tool "$runs/$name/trainer_state.json" /dev/null 2>/dev/null; then
         echo "==> $name: already trained"
         return
     fi

@@ -440,3 +440,26 @@ def test_a_copy_of_the_arguments_may_change_what_optim_args_had_set() -> None:
     assert (again.poprisk_gate, again.poprisk_reduction) == ("hard", "tensor")
     args.set_optimizer(args="gate=none").set_optimizer(args="gate=hard")
     assert args.poprisk_gate == "hard"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"poprisk_gate_weight_decay": True}, "gate_weight_decay=true has no effect with weight_decay=0"),
+        (
+            {"optim_target_modules": "all-linear"},
+            "optim_target_modules has no effect with optim=poprisk_adamw",
+        ),
+        ({"poprisk_hub_gated": "yes"}, "poprisk_hub_gated must be auto or manual; got 'yes'"),
+    ],
+)
+def test_options_that_would_do_nothing(options: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=said):
+        PopRiskTrainingArguments(str(tmp_path), use_cpu=True, **options).check_training()
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file/below"):
+        with pytest.raises(ValueError, match=f"output_dir={folder} cannot be written to .*choose another"):
+            PopRiskTrainingArguments(str(folder), use_cpu=True).check_training()

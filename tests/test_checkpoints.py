@@ -210,6 +210,15 @@ def test_half_a_checkpoint_is_skipped(name: str, tmp_path: Path, caplog: pytest.
     assert_same(trainer, resumed)
 
 
+def test_a_finished_run_is_not_trained_further(tmp_path: Path) -> None:
+    whole, resumed = causal(tmp_path, max_steps=4), causal(tmp_path, max_steps=4)
+    whole.train()
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4 and newest_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+    for (name, p), q in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
 def test_nothing_to_resume_from_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ResumeError, match="holds no complete checkpoint"):
         causal(tmp_path).train(resume_from_checkpoint=True)

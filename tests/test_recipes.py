@@ -335,3 +335,26 @@ def test_the_embedded_model_and_a_launched_recipe(tmp_path: Path) -> None:
     assert launched.returncode == 0, launched.stderr[-3000:]
     assert "8 examples per step (2 process(es) × 4 backwards)" in launched.stderr
     assert json.loads((run / "results.json").read_text())["results"]["gate"]["examples"] == 8
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("flip_fraction", [0.3], "flip_fraction must be float; got [0.3]"),
+        ("flip_seed", 1.5, "flip_seed must be int; got 1.5"),
+        ("learning_rate", True, "learning_rate must be float; got True"),
+        ("per_device_train_batch_size", 8.5, "per_device_train_batch_size must be int; got 8.5"),
+    ],
+)
+def test_yaml_values_of_another_type_are_refused(
+    key: str, value: Any, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = yaml.safe_load((ROOT / "recipes/tiny/dpo/poprisk.yaml").read_text())
+    recipe |= {key: value, "output_dir": str(tmp_path / "out")}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(SystemExit, match="2"):
+        common.parse(
+            (dpo.DPOScriptArguments, dpo.PopRiskDPOConfig, dpo.ModelConfig),
+            ["--config", str(tmp_path / "recipe.yaml")],
+        )
+    assert said in capsys.readouterr().err and not (tmp_path / "out").exists()

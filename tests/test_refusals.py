@@ -414,7 +414,9 @@ def test_examples_that_do_not_divide_over_the_processes(
     if allowed:
         assert trainer.train() == "trained"
     else:
-        sentence = f"^{count} training examples do not divide over 2 processes × \d examples, .*dataloader_drop_last=True"
+        sentence = (
+            rf"^{count} training examples do not divide over 2 processes × \d examples, .*drop_last=True"
+        )
         with pytest.raises(ValueError, match=sentence):
             trainer.train()
 

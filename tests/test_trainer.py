@@ -382,7 +382,13 @@ def test_the_mixin_hides_nothing_of_the_stock_trainers() -> None:
     """Its own names are free in every class it stands before; TRL prints `_name` in model cards, say."""
     overridden = {"create_optimizer", "train", "training_step", "compute_loss", "log", "push_to_hub"}
     overridden |= {"get_optimizer_cls_and_kwargs", "create_model_card", "init_hf_repo"}
-    overridden |= {"_save", "_save_checkpoint", "_save_rng_state", "_load_optimizer_and_scheduler"}
+    overridden |= {
+        "_save",
+        "_save_checkpoint",
+        "_save_rng_state",
+        "_load_optimizer_and_scheduler",
+        "_run_epoch",
+    }
     overridden |= {"_push_from_checkpoint", "_finish_current_push"}
     own = {name for base in (PopRiskMixin, *PopRiskMixin.__bases__) for name in vars(base)} - overridden
     for stock in (Trainer, trl.DPOTrainer, trl.SFTTrainer, trl.RewardTrainer):
