@@ -110,6 +110,12 @@ def test_a_nan_on_one_rank_is_a_step_left_out_on_all(saved: dict[int, Any]) -> N
     assert saved[2]["nan"] == {"kept": True, "went_on": True, "ranks_agree": True, "steps": [2]}
 
 
+@pytest.mark.parametrize("kind", ["Trainer", "DPO", "DPO-LoRA"])
+def test_two_processes_resume_to_the_uninterrupted_run(kind: str, saved: dict[int, Any]) -> None:
+    same = saved[2]["resume"][kind]
+    assert same == dict.fromkeys(("weights", "moments", "history", "steps"), True)
+
+
 class ThreeRanks:
     """Stands for ``torch.distributed`` on rank 0 of three, the others having seen other parameters."""
 

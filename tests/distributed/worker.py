@@ -25,11 +25,13 @@ from hf_poprisk.moments import ExampleWindow
 
 B, STEPS = 16, 3
 KINDS = ("Trainer", "DPO", "SFT", "Reward", "DPO-LoRA", "DPO-one-by-one")
+RESUMED = ("Trainer", "DPO", "DPO-LoRA")
 MICRO_BATCHES = {1: (1, 4, 16), 2: (1, 4)}
 
 
-def build(kind: str, model_dir: str, world: int, micro_batch: int) -> Any:
+def build(kind: str, model_dir: str, world: int, micro_batch: int, **changes: Any) -> Any:
     """A trainer whose step t sees examples 16 t … 16 t + 15 in any layout."""
+    output_dir = changes.pop("output_dir", "unused")
     options: dict[str, Any] = {
         "per_device_train_batch_size": micro_batch,
         "gradient_accumulation_steps": B // (world * micro_batch),
@@ -42,13 +44,14 @@ def build(kind: str, model_dir: str, world: int, micro_batch: int) -> Any:
         "save_strategy": "no",
         "disable_tqdm": True,
         "logging_steps": 1,
+        **changes,
     }
     if kind == "Trainer":
         rows = [{k: v[0] for k, v in example.items()} for example in token_examples(B * STEPS)]
-        args = hf_poprisk.PopRiskTrainingArguments("unused", **options)
+        args = hf_poprisk.PopRiskTrainingArguments(output_dir, **options)
         return hf_poprisk.PopRiskTrainer(tiny_model(), args=args, train_dataset=rows)
     name = kind.split("-")[0]
-    args = getattr(hf_poprisk, f"PopRisk{name}Config")("unused", bf16=False, **options)
+    args = getattr(hf_poprisk, f"PopRisk{name}Config")(output_dir, bf16=False, **options)
     lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights="gaussian")
     return getattr(hf_poprisk, f"PopRisk{name}Trainer")(
         model_dir,
@@ -78,6 +81,32 @@ def run(kind: str, model_dir: str, world: int, micro_batch: int) -> dict[str, An
         ExampleWindow.reduce = original
     weights = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
     return {"windows": windows, "weights": weights, "logs": trainer.state.log_history}
+
+
+def resumed_is_uninterrupted(kind: str, model_dir: str, folder: Path, world: int) -> dict[str, bool]:
+    """Three steps against two, a new trainer, and the third; every rank compares."""
+    changes = {
+        "output_dir": str(folder / f"resume-{kind}"),
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "train_sampling_strategy": "random",
+        "lr_scheduler_type": "linear",
+    }
+    seen = []
+    for resume in (None, f"{changes['output_dir']}/checkpoint-2"):
+        trainer = build(kind, model_dir, world, 4, **changes)
+        trainer.train(resume_from_checkpoint=resume)
+        state = trainer.optimizer.state_dict()["state"]
+        moments = {(i, n): torch.as_tensor(value) for i, e in state.items() for n, value in e.items()}
+        weights = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+        seen.append((weights, moments, trainer.state.log_history[:STEPS]))
+    clocked = ("num_tokens", "total_flos")
+    histories = [[{k: v for k, v in e.items() if k not in clocked} for e in logs] for _, _, logs in seen]
+    same = {
+        part: all(torch.equal(value, seen[1][k][key]) for key, value in seen[0][k].items())
+        for k, part in enumerate(("weights", "moments"))
+    }
+    return {**same, "history": histories[0] == histories[1], "steps": len(histories[0]) == STEPS}
 
 
 class Branches(nn.Module):
@@ -166,6 +195,8 @@ def main() -> None:
     if world > 1:
         saved["unused"] = {view: unused_on_one_rank(view) for view in (False, True)}
         saved["nan"] = nan_on_one_rank()
+        folder = Path(out).parent
+        saved["resume"] = {k: resumed_is_uninterrupted(k, model_dir, folder, world) for k in RESUMED}
     if not dist.is_initialized() or dist.get_rank() == 0:
         torch.save(saved, out)
     if dist.is_initialized():
