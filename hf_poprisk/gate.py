@@ -40,6 +40,7 @@ def openness(
     num_examples: int,
     gate: str = "hard",
     reduction: str = "element",
+    out: Tensor | None = None,
 ) -> Tensor:
     """How far each parameter may move: ``q`` in [0, 1], the factor on the optimizer's write.
 
@@ -56,6 +57,7 @@ def openness(
         gate: one of ``GATES``.
         reduction: ``element`` decides for each scalar; ``tensor`` compares the sums of G² and Q over
             the whole tensor and opens or closes it as one.
+        out: where to write q; may be ``sq_sum``.
 
     Returns:
         Same shape and dtype as ``grad_sum``.
@@ -67,22 +69,24 @@ def openness(
         raise ValueError(f"gate must be one of {GATES}, got {gate!r}.")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}.")
+    if out is None:
+        out = torch.empty_like(grad_sum)
     if gate == "none":
-        return torch.ones_like(grad_sum)
+        return out.fill_(1.0)
     if num_examples < 2:
         raise ValueError(f"the gate needs at least 2 examples per step, got {num_examples}.")
     energy = grad_sum * grad_sum
     if gate == "hard" and reduction == "element":
-        return torch.gt(energy, sq_sum, out=energy)  # several times faster than by way of bool
+        return torch.gt(energy, sq_sum, out=out)  # several times faster than by way of bool
     evidence = margin(grad_sum, sq_sum)
     if reduction == "tensor":
         energy, evidence = (x.sum().expand_as(grad_sum) for x in (energy, evidence))
     if gate == "hard":
-        return (evidence > 0).to(grad_sum.dtype)
+        return torch.gt(evidence, 0, out=out)
     shrunk = (num_examples / (num_examples - 1)) * evidence / energy
     # 0/0 where no example touched the parameter: nothing to write, and no evidence for it either.
     # G² ≥ Q / b, so values above 1 can only be rounding.
-    return shrunk.nan_to_num_(nan=0.0).clamp_(0.0, 1.0)
+    return torch.clamp(shrunk.nan_to_num_(nan=0.0), 0.0, 1.0, out=out)
 
 
 def streaming_openness(signal: Tensor, noise: Tensor, alpha: float, gate: str) -> Tensor:

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 ESTIMATORS = ("example", "group", "ema")
 EMA_DECAY = 0.99  # ρ of the streaming noise estimate, as published
 _UNDERFLOW = 1e-30  # below this ΣG² says nothing: the squares of such gradients underflow in float32
-_PIECE = 1 << 16  # elements that are worked on together: they stay in a core's cache
+_PIECE = 1 << 18  # elements that are worked on together: they stay in a core's cache
 _OPTIONS = ("gate", "estimator", "reduction", "warmup_steps", "gate_weight_decay", "ema_alpha")
 
 _Row = tuple[Tensor, ...]  # param, grad, exp_avg, exp_avg_sq, step
@@ -245,7 +245,7 @@ class PopRiskAdamW(torch.optim.AdamW):
             g = g.to(s.dtype)
             live, noise = torch.gt(s, 0, out=torch.empty_like(s)).sum(), s.sum()
             energy = torch.dot(g.reshape(-1), g.reshape(-1))
-            s.copy_(openness(g, s, num_examples, self.gate, self.reduction))
+            openness(g, s, num_examples, self.gate, self.reduction, out=s)
             opened = s.sum() if self.reduction == "element" else s.reshape(-1)[0] * live
             sums += [opened, live, energy, noise]
         return torch.stack(sums).view(-1, 4).sum(0).float()
@@ -311,29 +311,24 @@ class PopRiskAdamW(torch.optim.AdamW):
 
     def _gated_update(self, group: dict[str, Any], rows: list[_Row]) -> None:
         """AdamW's own update, then back towards where the weights would be without its write."""
-        openness_ = [self._openness[param] for param, *_ in rows]  # type: ignore[index]
-        plain = []
-        for row, q in zip(rows, openness_, strict=True):
-            *tensors, step = row
+        decay = 0.0 if self.gate_weight_decay else float(group["lr"]) * float(group["weight_decay"])
+        for param, grad, exp_avg, exp_avg_sq, step in rows:
+            q = self._openness[param]  # type: ignore[index]
+            tensors = param, grad, exp_avg, exp_avg_sq
             if kernels.usable(*tensors, q):
                 step += 1
                 kernels.gated_adamw(*tensors, q, step.item(), group, self.gate_weight_decay)
+            elif param.device.type == "cpu" and all(x.is_contiguous() for x in (*tensors, q)):
+                step += 1
+                pieces = zip(*(x.view(-1).split(_PIECE) for x in (*tensors, q)), strict=True)
+                for *piece, piece_q in pieces:  # what is touched twice is in the cache the second time
+                    unwritten = piece[0] * (1 - decay)
+                    _fused_adamw(group, *piece, step)
+                    _take_back(piece[0], unwritten, piece_q)
             else:
-                plain.append((row, q))
-        if not plain:
-            return
-        rows, openness_ = (list(column) for column in zip(*plain, strict=True))
-        decay = 0.0 if self.gate_weight_decay else float(group["lr"]) * float(group["weight_decay"])
-        if rows[0][0].device.type == "cpu" and not group["foreach"]:
-            group = {**group, "fused": True}  # torch would take its slow loop unless asked
-        for chunk in _chunks(rows, openness_):
-            unwritten = [param * (1 - decay) for (param, *_), _ in chunk]
-            _adamw(group, [row for row, _ in chunk])
-            for ((param, *_), q), start in zip(chunk, unwritten, strict=True):
-                # q = 0 gives start and q = 1 param, bit for bit
-                torch.lerp(start, param, q.to(param.dtype), out=param)
-        for *_, step in rows:
-            step += 1
+                unwritten = param * (1 - decay)
+                _adamw(group, [(*tensors, step)])
+                _take_back(param, unwritten, q)
 
     def _streamed_update(
         self,
@@ -450,25 +445,30 @@ def _adamw(group: dict[str, Any], rows: list[_Row]) -> None:
     )
 
 
-def _chunks(rows: list[_Row], openness_: list[Tensor]) -> Iterator[list[tuple[_Row, Tensor]]]:
-    """Rows and their q, cut into pieces of ``_PIECE`` elements where that is possible; the steps are copies.
+def _fused_adamw(
+    group: dict[str, Any], param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor
+) -> None:
+    """The kernel of ``torch.optim.AdamW(fused=True)`` alone; step counts this one already."""
+    torch._fused_adamw_(
+        [param],
+        [grad],
+        [exp_avg],
+        [exp_avg_sq],
+        [],
+        [step],
+        lr=float(group["lr"]),
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        amsgrad=False,
+        maximize=False,
+    )
 
-    What is touched twice is in the cache the second time, and the copies of the weights are small.
-    """
-    chunk: list[tuple[_Row, Tensor]] = []
-    size = 0
-    for row, q in zip(rows, openness_, strict=True):
-        *tensors, step = row
-        pieces = [(*tensors, q)]
-        if row[0].device.type == "cpu" and all(x.is_contiguous() for x in (*tensors, q)):
-            pieces = list(zip(*(x.view(-1).split(_PIECE) for x in (*tensors, q)), strict=True))
-        for *piece, piece_q in pieces:
-            if chunk and size + piece_q.numel() > _PIECE:
-                yield chunk
-                chunk, size = [], 0
-            chunk.append(((*piece, step.clone()), piece_q))
-            size += piece_q.numel()
-    yield chunk
+
+def _take_back(param: Tensor, unwritten: Tensor, q: Tensor) -> None:
+    # q = 0 gives unwritten and q = 1 param, bit for bit
+    torch.lerp(unwritten, param, q.to(param.dtype), out=param)
 
 
 def matching(named_parameters: Iterable[tuple[str, Tensor]], patterns: Sequence[str]) -> list[Tensor]:
