@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from models import tiny_model, token_examples
 from torch.utils.data import DataLoader
@@ -42,6 +43,13 @@ def test_both_loops_run_and_agree() -> None:
     for p, q in zip(weights(plain), weights(prepared), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
     assert any((p != w).any() for w, p in zip(before, weights(plain), strict=True))
+
+
+def test_the_batched_loop_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    model, rows = tiny_model(), [{k: v[0] for k, v in example.items()} for example in token_examples(16)]
+    names = run("batched", model=model, collated=DataLoader(rows, batch_size=8))
+    assert not names["layers"].uncovered and "'poprisk/examples': 8.0" in capsys.readouterr().out
+    assert any((p != w).any() for w, p in zip(weights(tiny_model()), weights(model), strict=True))
 
 
 def test_every_file_readme_names_is_there() -> None:
