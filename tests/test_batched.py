@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from hf_poprisk import PopRiskAdamW, batched, reference
+from hf_poprisk import PopRiskAdamW, reference
 from hf_poprisk.batched import BatchedGradients
+from hf_poprisk.batched import capture as capturing
 from hf_poprisk.moments import ExampleWindow
 
 N = 4
@@ -126,8 +127,8 @@ def test_sums_equal_the_loop(
 @pytest.fixture
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the way of large layers, in blocks of a few rows, at the size of the tests."""
-    monkeypatch.setattr(batched, "_SMALL", 0)
-    monkeypatch.setattr(batched, "_BLOCK", 100)
+    monkeypatch.setattr(capturing, "_SMALL", 0)
+    monkeypatch.setattr(capturing, "_BLOCK", 100)
 
 
 @pytest.mark.parametrize("pairs", [False, True])
@@ -187,7 +188,7 @@ class Uses(nn.Module):
 
 @pytest.mark.parametrize("width_of_small", [0, 1 << 17])
 def test_a_layer_used_twice(width_of_small: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batched, "_SMALL", width_of_small)
+    monkeypatch.setattr(capturing, "_SMALL", width_of_small)
     model, x = Uses().double(), torch.randn(N, 3, 6, dtype=torch.float64)
     params = trainable(model)
     gradients = reference.per_example_gradients(params, lambda row: model(row[None]).sum().square(), x)
@@ -205,13 +206,13 @@ def test_squares_of_single_uses_would_be_seen(
 ) -> None:
     """The comparisons above fail when the uses of a weight are squared one by one."""
     if trap == "tied":
-        monkeypatch.setattr(batched._Tokens, "take", lambda *_: None)
+        monkeypatch.setattr(capturing._Tokens, "take", lambda *_: None)
     else:
-        counted = batched.Capture.used
+        counted = capturing.Capture.used
         monkeypatch.setattr(
-            batched.Capture, "used", lambda self, p: counted(self, p) if not self._uses[p] else None
+            capturing.Capture, "used", lambda self, p: counted(self, p) if not self._uses[p] else None
         )
-        monkeypatch.setattr(batched.Capture, "finish", lambda *_: None)
+        monkeypatch.setattr(capturing.Capture, "finish", lambda *_: None)
     if trap == "tied":
         model = tiny_model("llama", True, torch.float64)
         inputs = batch(N)
@@ -320,7 +321,7 @@ def test_reentrant_checkpointing_gives_the_same_sums() -> None:
 def test_reentrant_checkpointing_of_a_layer_used_twice(
     both: bool, width_of_small: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batched, "_SMALL", width_of_small)
+    monkeypatch.setattr(capturing, "_SMALL", width_of_small)
     model, x = Uses().double(), torch.randn(N, 3, 6, dtype=torch.float64, requires_grad=True)
     params = {"layer.weight": model.layer.weight}
     twice = lambda h: model.layer(model.layer(h).tanh())  # noqa: E731

@@ -11,8 +11,9 @@ from models import tiny_model
 from test_batched import N, assert_same, batch, captured, example_losses, textbook, trainable
 from torch import Tensor
 
-from hf_poprisk import PopRiskAdamW, batched, kernels
+from hf_poprisk import PopRiskAdamW, kernels
 from hf_poprisk.batched import BatchedGradients
+from hf_poprisk.batched import capture as capturing
 from hf_poprisk.gate import openness
 
 pytest.importorskip("triton", reason="there is no triton for this platform, so the kernels are never used")
@@ -23,7 +24,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """CPU tensors count as GPU tensors, small layers as large ones, and the kernel always wins."""
     monkeypatch.setattr(kernels, "_interpreted", True)
     monkeypatch.setattr(kernels, "faster", lambda key, ways: True)
-    monkeypatch.setattr(batched, "_SMALL", 0)
+    monkeypatch.setattr(capturing, "_SMALL", 0)
 
 
 @pytest.mark.parametrize("fresh", [False, True])

@@ -1,99 +1,27 @@
-"""Where Q comes from when several examples share a backward: per-example weight gradients, layer by layer.
-
-A layer's weight gradient is ``G = Σ_i D_iᵀ A_i`` over the examples of the micro-batch, with A the layer's
-input and D the gradient of its output. Computing it one example at a time costs the same arithmetic, and
-every term is the example's ``h_i``, to be squared into Q while it is in the cache. Nothing of the size
-[examples, out, in] exists for a large layer.
-
-While a ``capture`` lasts, the layers that own a gated parameter run through the autograd functions below.
-Small parameters (norms, biases, adapter factors) keep their ``h_i`` until the backward is through with
-them, because they may be used more than once; so does an embedding that is tied to the head.
-"""
+"""What becomes of the examples' gradients of one backward: summed into G, squared into Q."""
 
 from __future__ import annotations
 
-import copy
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd import Function
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
 from hf_poprisk import kernels
+from hf_poprisk.batched.functions import PerExample, PerRow
 
 # Elements of G, Q and h_i that are worked on together: three of these fit a core's cache.
 _BLOCK = 1 << 16
 # Up to this many elements, the gradients of all examples are kept side by side.
 _SMALL = 1 << 17
-_DORA = "peft.tuners.lora.dora.DoraLinearLayer"  # by name: PEFT need not be installed
 
 
 class Uncovered(RuntimeError):
     """A gated parameter is used in a way whose per-example gradients this module cannot form."""
-
-
-class BatchedGradients:
-    """Forms the per-example gradients of the gated parameters of a model.
-
-    Args:
-        model: the model, not wrapped by DDP; may be a PEFT model.
-        params: its gated parameters.
-
-    Attributes:
-        uncovered: name → why, for the gated parameters that no supported layer owns. Not to be used with
-            ``capture`` unless empty.
-    """
-
-    def __init__(self, model: nn.Module, params: Iterable[Tensor]) -> None:
-        self._params = {p for p in params if p.requires_grad}
-        # whose [1, T] positions are known to be added to the rows, and not taken apart first
-        self._positions = {
-            child.weight
-            for parent in model.modules()
-            if type(parent).__module__.startswith("transformers.")
-            for child in parent.children()
-            if isinstance(child, nn.Embedding)
-        }
-        self._runs: list[tuple[nn.Module, Callable[..., Any]]] = []
-        owned: set[Tensor] = set()
-        for module in model.modules():
-            own = {n: p for n, p in module.named_parameters(recurse=False) if p in self._params}
-            run = _layer(module, own) if own else None
-            if run is not None:
-                owned.update(own.values())
-                self._runs.append((module, run))
-        self.uncovered = {
-            name: f"a parameter of {type(model.get_submodule(name.rpartition('.')[0])).__name__}"
-            for name, p in model.named_parameters()
-            if p in self._params - owned
-        }
-
-    @contextmanager
-    def capture(self, capture: Capture) -> Iterator[None]:
-        """Run the layers through ``capture`` inside this block, which holds the forward and the backward."""
-        capture.positions = self._positions
-        for module, _ in self._runs:
-            if "forward" in vars(module):
-                raise RuntimeError(
-                    f"the forward of {type(module).__name__} was replaced after BatchedGradients was built: "
-                    "build it again."
-                )
-        for module, run in self._runs:
-            module.forward = partial(run, module, capture)
-        try:
-            yield
-        finally:
-            for module, _ in self._runs:
-                del module.forward
-            capture.release()
 
 
 class Capture:
@@ -156,6 +84,14 @@ class Capture:
         self._uses[param] += 1
         return True
 
+    def lookup(self, weight: Tensor, ids: Tensor) -> None:
+        """Count a lookup of token ids, [rows, …], in an embedding."""
+        if self.used(weight):
+            if weight not in self._tokens:
+                self._tokens[weight] = _Tokens(weight.shape[0], weight.shape[1], self.num_examples)
+            self._tokens[weight].uses += 1
+            self._tokens[weight].see(ids)
+
     def release(self) -> None:
         """Let go of what was kept; a loss that is held on to would hold it too."""
         self._kept.clear()
@@ -175,7 +111,7 @@ class Capture:
     def per_row(self, param: Tensor, dims: int) -> Tensor:
         """An elementwise parameter as [rows, 1, …, *shape] with ``dims`` axes, one copy per row."""
         self.used(param)
-        return _PerRow.apply(param, self, dims)
+        return PerRow.apply(param, self, dims)
 
     def for_example(self, param: Tensor, example: int) -> Tensor:
         """The parameter, for an operation that is run example by example, in their order.
@@ -185,7 +121,7 @@ class Capture:
         """
         if example == 0:
             self.used(param)
-        return _PerExample.apply(param, self, example)
+        return PerExample.apply(param, self, example)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -443,273 +379,6 @@ class _Tokens:
             where = self.ids[offset + lo : offset + hi] - start
             self._rows(block.dtype)[offset + lo : offset + hi].add_(block[where])
             block[where] = 0
-
-
-def _node(param: Tensor | None) -> Any:
-    """Where the parameter's gradient arrives in the graph."""
-    needed = param is not None and param.requires_grad
-    return torch.autograd.graph.get_gradient_edge(param).node if needed else None
-
-
-def _wanted(node: Any) -> bool:
-    """Whether this backward is after the parameter's gradient: ``autograd.grad`` in a loss is not."""
-    return node is not None and torch._C._will_engine_execute_node(node)
-
-
-class _Linear(Function):
-    """``F.linear`` with a gated weight, [out, in] or (Conv1D) [in, out]; x is [rows, …, in]."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, capture: Capture, transposed: bool
-    ) -> Tensor:
-        y = F.linear(x, weight.T if transposed else weight, bias)
-        ctx.weight, ctx.bias, ctx.capture, ctx.transposed = weight, bias, capture, transposed
-        ctx.input_dtype = x.dtype
-        ctx.nodes = _node(weight), _node(bias)
-        ctx.save_for_backward(x.to(y.dtype))
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, d: Tensor) -> tuple[Any, ...]:
-        (x,) = ctx.saved_tensors
-        grad_x = grad_weight = grad_bias = None
-        with torch.autocast(d.device.type, enabled=False):
-            if ctx.needs_input_grad[0]:
-                weight = ctx.weight.to(d.dtype)
-                grad_x = (d @ (weight.T if ctx.transposed else weight)).to(ctx.input_dtype)
-            x = x.reshape(x.shape[0], -1, x.shape[-1])
-            d = d.reshape(d.shape[0], -1, d.shape[-1])
-            if _wanted(ctx.nodes[0]):
-                grad_weight = ctx.capture.dense(ctx.weight, *((d, x) if ctx.transposed else (x, d)))
-            if _wanted(ctx.nodes[1]):
-                h = d.sum(1)
-                gated = ctx.capture.gates(ctx.bias)
-                grad_bias = ctx.capture.elementwise(ctx.bias, h) if gated else h.sum(0).to(ctx.bias.dtype)
-        return grad_x, grad_weight, grad_bias, None, None
-
-
-class _Embedding(Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, ids: Tensor, padding: int | None, capture: Capture) -> Tensor:
-        ctx.weight, ctx.padding, ctx.capture, ctx.node = weight, padding, capture, _node(weight)
-        ctx.save_for_backward(ids)
-        return F.embedding(ids, weight)
-
-    @staticmethod
-    def backward(ctx: Any, d: Tensor) -> tuple[Any, ...]:
-        (ids,) = ctx.saved_tensors
-        if not _wanted(ctx.node):
-            return None, None, None, None
-        return ctx.capture.embedding(ctx.weight, ids, d, ctx.padding), None, None, None
-
-
-class _PerRow(Function):
-    @staticmethod
-    def forward(ctx: Any, param: Tensor, capture: Capture, dims: int) -> Tensor:
-        ctx.param, ctx.capture, ctx.node = param, capture, _node(param)
-        ones = (1,) * (dims - 1 - param.dim())
-        return param.view(1, *ones, *param.shape).expand(capture.num_rows, *ones, *param.shape)
-
-    @staticmethod
-    def backward(ctx: Any, d: Tensor) -> tuple[Any, ...]:
-        if not _wanted(ctx.node):
-            return None, None, None
-        h = d.reshape(ctx.capture.num_rows, *ctx.param.shape)
-        return ctx.capture.elementwise(ctx.param, h), None, None
-
-
-class _PerExample(Function):
-    @staticmethod
-    def forward(ctx: Any, param: Tensor, capture: Capture, example: int) -> Tensor:
-        ctx.param, ctx.capture, ctx.example, ctx.node = param, capture, example, _node(param)
-        return param.view_as(param)
-
-    @staticmethod
-    def backward(ctx: Any, d: Tensor) -> tuple[Any, ...]:
-        if _wanted(ctx.node):
-            ctx.capture.whole(ctx.param, ctx.example, d)
-        return d, None, None
-
-
-def _layer(module: nn.Module, own: Mapping[str, Tensor]) -> Callable[..., Any] | None:
-    """How to run a module that owns gated parameters; None where there is no way."""
-    if "forward" in vars(module):
-        return None  # somebody else has replaced it
-    forward = type(module).forward
-    if forward in (nn.Linear.forward, Conv1D.forward):
-        return _run_linear if set(own) <= {"weight", "bias"} else None
-    if isinstance(module, nn.Embedding):
-        plain = module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
-        return _run_embedding if plain and set(own) == {"weight"} else None
-    if forward is nn.LayerNorm.forward or forward is nn.RMSNorm.forward:
-        return _run_norm if len(module.normalized_shape) == 1 else None
-    if f"{type(module).__module__}.{type(module).__qualname__}" == _DORA:
-        return _run_dora
-    return _run_elementwise if _is_elementwise(module, own) else None
-
-
-def _run_linear(module: Any, capture: Capture, *args: Tensor, **kwargs: Tensor) -> Tensor:
-    x, weight, bias = _input(args, kwargs), module.weight, module.bias
-    if not (capture.wants(weight) or capture.wants(bias)) or not capture.fits(x, (weight, bias)):
-        return type(module).forward(module, x)
-    transposed = isinstance(module, Conv1D)
-    if not capture.wants(weight):  # frozen or ungated: only the bias goes row by row
-        y = F.linear(x, weight.T if transposed else weight)
-        return y + capture.per_row(bias, y.dim()).to(y.dtype)
-    for p in (weight, bias):
-        if capture.wants(p):
-            capture.used(p)
-    return _Linear.apply(x, weight, bias, capture, transposed)
-
-
-def _run_embedding(module: Any, capture: Capture, *args: Any, **kwargs: Any) -> Any:
-    if not capture.wants(module.weight):
-        return type(module).forward(module, *args, **kwargs)
-    with _EmbeddingMode(module.weight, capture):  # subclasses scale or mask around the lookup
-        return type(module).forward(module, *args, **kwargs)
-
-
-class _EmbeddingMode(TorchFunctionMode):
-    """Sends the lookups in one weight through ``_Embedding``."""
-
-    def __init__(self, weight: Tensor, capture: Capture) -> None:
-        super().__init__()
-        self._weight, self._capture = weight, capture
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.embedding or args[1] is not self._weight:
-            return func(*args, **kwargs)
-        ids, capture, weight = args[0], self._capture, self._weight
-        if ids.dim() == 2 and ids.shape[0] == 1 and weight in capture.positions:
-            ids = ids.expand(capture.num_rows, *ids.shape[1:])  # positions, the same for every row
-        if not capture.fits(ids, (weight,)):  # ids of one axis may as well be positions
-            return func(*args, **kwargs)
-        if capture.used(weight):
-            tokens = capture._tokens.setdefault(
-                weight, _Tokens(weight.shape[0], weight.shape[1], capture.num_examples)
-            )
-            tokens.uses += 1
-            tokens.see(ids)
-        padding = args[2] if len(args) > 2 else kwargs.get("padding_idx")
-        return _Embedding.apply(weight, ids, padding, capture)
-
-
-def _run_norm(module: Any, capture: Capture, *args: Tensor, **kwargs: Tensor) -> Tensor:
-    """LayerNorm and torch's RMSNorm take no weight with a row axis: normalise first, then scale."""
-    x = _input(args, kwargs)
-    params = (module.weight, getattr(module, "bias", None))
-    if not any(capture.wants(p) for p in params) or not capture.fits(x, params):
-        return type(module).forward(module, x)
-    if isinstance(module, nn.LayerNorm):
-        y = F.layer_norm(x, module.normalized_shape, None, None, module.eps)
-    else:
-        y = F.rms_norm(x, module.normalized_shape, None, module.eps)
-    weight, bias = (capture.per_row(p, x.dim()) if capture.wants(p) else p for p in params)
-    y = y if weight is None else y * weight
-    return y if bias is None else y + bias
-
-
-def _run_elementwise(module: nn.Module, capture: Capture, *args: Any, **kwargs: Any) -> Any:
-    """Any module whose parameters only scale or shift the last axis: give it one copy per row."""
-    own = {n: p for n, p in module.named_parameters(recurse=False) if capture.wants(p)}
-    x = _input(args, kwargs)
-    if not own or not capture.fits(x, own.values()):
-        return type(module).forward(module, *args, **kwargs)
-    try:
-        for name, p in own.items():
-            module._parameters[name] = capture.per_row(p, x.dim())  # type: ignore[assignment]
-        return type(module).forward(module, *args, **kwargs)
-    finally:
-        module._parameters.update(own)  # type: ignore[arg-type]
-
-
-def _run_dora(module: Any, capture: Capture, x: Tensor, **kwargs: Any) -> Tensor:
-    """PEFT's DoRA layer gives ``m·f − base``: run it with the magnitude m fixed, then scale by row."""
-    magnitude = module.weight
-    if not capture.wants(magnitude) or not capture.fits(x, (magnitude,)):
-        return type(module).forward(module, x, **kwargs)
-    base = kwargs["base_layer"]
-    if kwargs.get("base_result") is None:  # so it is when x went through dropout
-        kwargs["base_result"] = base(x)
-
-    def lora_weight(**adapters: Any) -> Tensor:
-        with capture.paused():  # PEFT runs an identity matrix through the factors, for a norm it detaches
-            return type(module).get_lora_weight(module, **adapters)
-
-    module.get_lora_weight = lora_weight
-    fixed = magnitude.detach().masked_fill(magnitude == 0, 1.0)
-    module._parameters["weight"] = fixed  # type: ignore[assignment]
-    try:
-        y = type(module).forward(module, x, **kwargs)
-    finally:
-        module._parameters["weight"] = magnitude
-        del module.get_lora_weight
-    base_result = kwargs["base_result"]
-    if base.bias is not None:
-        base_result = base_result - base.bias
-    return (y + base_result) * (capture.per_row(magnitude, x.dim()) / fixed) - base_result
-
-
-def _is_elementwise(module: nn.Module, own: Mapping[str, Tensor]) -> bool:
-    """Try it: with a copy per row, does the module compute the same and give each row its gradient?"""
-    if next(module.children(), None) is not None or any(p.dim() != 1 for p in own.values()):
-        return False
-    first = next(iter(own.values()))
-    if first.device.type == "meta" or len({p.shape for p in own.values()}) > 1:
-        return False
-    module = copy.deepcopy(module)  # its forward may count or remember
-    own = {name: module._parameters[name] for name in own}  # type: ignore[misc]
-    generator = torch.Generator().manual_seed(0)
-    for shape in ((2, 3), (2, 3, 2)):
-        x = torch.randn(*shape, first.numel(), generator=generator).to(first.device, first.dtype)
-        try:
-            with torch.random.fork_rng(devices=[]):
-                expected_y, expected = _probe(module, own, x, rowwise=False)
-                y, h = _probe(module, own, x, rowwise=True)
-        except Exception:  # code of the user's, on an input that it was not made for
-            return False
-        pairs = [(y, expected_y), *zip(h, expected, strict=True)]
-        if not all(torch.allclose(a.float(), b.float(), rtol=3e-2, atol=3e-2) for a, b in pairs):
-            return False
-    return True
-
-
-def _probe(
-    module: nn.Module, own: Mapping[str, Tensor], x: Tensor, rowwise: bool
-) -> tuple[Tensor, list[Tensor]]:
-    """Output, and per parameter the gradients of the two rows, [2, width]: at once, or row by row."""
-    saved = dict(module._parameters)
-    weight = torch.linspace(0.5, 1.5, x.numel(), device=x.device, dtype=x.dtype).view_as(x)
-    try:
-        if rowwise:
-            ones = (1,) * (x.dim() - 2)
-            copies = {
-                n: p.detach().expand(2, *ones, -1).contiguous().requires_grad_() for n, p in own.items()
-            }
-            module._parameters.update(copies)  # type: ignore[arg-type]
-            with torch.enable_grad():
-                y = type(module).forward(module, x)
-                grads = torch.autograd.grad((y * weight).sum(), list(copies.values()))
-            return y.detach(), [g.reshape(2, -1) for g in grads]
-        outputs, rows = [], []
-        for row in range(2):
-            copies = {n: p.detach().clone().requires_grad_() for n, p in own.items()}
-            module._parameters.update(copies)  # type: ignore[arg-type]
-            with torch.enable_grad():
-                y = type(module).forward(module, x[row : row + 1])
-                rows.append(torch.autograd.grad((y * weight[row : row + 1]).sum(), list(copies.values())))
-            outputs.append(y.detach())
-        return torch.cat(outputs), [torch.stack(g) for g in zip(*rows, strict=True)]
-    finally:
-        module._parameters.clear()
-        module._parameters.update(saved)
-
-
-def _input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """The first argument, whatever a layer calls it."""
-    return args[0] if args else next(iter(kwargs.values()))
 
 
 def _flat(x: Tensor) -> Tensor:

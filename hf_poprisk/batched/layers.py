@@ -1,0 +1,251 @@
+"""Which layers can be told apart, and how each is run while a ``Capture`` lasts."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from transformers.pytorch_utils import Conv1D
+
+from hf_poprisk.batched.capture import Capture
+from hf_poprisk.batched.functions import Embedding, Linear
+
+_DORA = "peft.tuners.lora.dora.DoraLinearLayer"  # by name: PEFT need not be installed
+
+
+class BatchedGradients:
+    """Forms the per-example gradients of the gated parameters of a model.
+
+    Args:
+        model: the model, not wrapped by DDP; may be a PEFT model.
+        params: its gated parameters.
+
+    Attributes:
+        uncovered: name → why, for the gated parameters that no supported layer owns. Not to be used with
+            ``capture`` unless empty.
+    """
+
+    def __init__(self, model: nn.Module, params: Iterable[Tensor]) -> None:
+        self._params = {p for p in params if p.requires_grad}
+        # whose [1, T] positions are known to be added to the rows, and not taken apart first
+        self._positions = {
+            child.weight
+            for parent in model.modules()
+            if type(parent).__module__.startswith("transformers.")
+            for child in parent.children()
+            if isinstance(child, nn.Embedding)
+        }
+        self._runs: list[tuple[nn.Module, Callable[..., Any]]] = []
+        owned: set[Tensor] = set()
+        for module in model.modules():
+            own = {n: p for n, p in module.named_parameters(recurse=False) if p in self._params}
+            run = _layer(module, own) if own else None
+            if run is not None:
+                owned.update(own.values())
+                self._runs.append((module, run))
+        self.uncovered = {
+            name: f"a parameter of {type(model.get_submodule(name.rpartition('.')[0])).__name__}"
+            for name, p in model.named_parameters()
+            if p in self._params - owned
+        }
+
+    @contextmanager
+    def capture(self, capture: Capture) -> Iterator[None]:
+        """Run the layers through ``capture`` inside this block, which holds the forward and the backward."""
+        capture.positions = self._positions
+        for module, _ in self._runs:
+            if "forward" in vars(module):
+                raise RuntimeError(
+                    f"the forward of {type(module).__name__} was replaced after BatchedGradients was built: "
+                    "build it again."
+                )
+        for module, run in self._runs:
+            module.forward = partial(run, module, capture)
+        try:
+            yield
+        finally:
+            for module, _ in self._runs:
+                del module.forward
+            capture.release()
+
+
+def _layer(module: nn.Module, own: Mapping[str, Tensor]) -> Callable[..., Any] | None:
+    """How to run a module that owns gated parameters; None where there is no way."""
+    if "forward" in vars(module):
+        return None  # somebody else has replaced it
+    forward = type(module).forward
+    if forward in (nn.Linear.forward, Conv1D.forward):
+        return _run_linear if set(own) <= {"weight", "bias"} else None
+    if isinstance(module, nn.Embedding):
+        plain = module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
+        return _run_embedding if plain and set(own) == {"weight"} else None
+    if forward is nn.LayerNorm.forward or forward is nn.RMSNorm.forward:
+        return _run_norm if len(module.normalized_shape) == 1 else None
+    if f"{type(module).__module__}.{type(module).__qualname__}" == _DORA:
+        return _run_dora
+    return _run_elementwise if _is_elementwise(module, own) else None
+
+
+def _run_linear(module: Any, capture: Capture, *args: Tensor, **kwargs: Tensor) -> Tensor:
+    x, weight, bias = _input(args, kwargs), module.weight, module.bias
+    if not (capture.wants(weight) or capture.wants(bias)) or not capture.fits(x, (weight, bias)):
+        return type(module).forward(module, x)
+    transposed = isinstance(module, Conv1D)
+    if not capture.wants(weight):  # frozen or ungated: only the bias goes row by row
+        y = F.linear(x, weight.T if transposed else weight)
+        return y + capture.per_row(bias, y.dim()).to(y.dtype)
+    for p in (weight, bias):
+        if capture.wants(p):
+            capture.used(p)
+    return Linear.apply(x, weight, bias, capture, transposed)
+
+
+def _run_embedding(module: Any, capture: Capture, *args: Any, **kwargs: Any) -> Any:
+    if not capture.wants(module.weight):
+        return type(module).forward(module, *args, **kwargs)
+    with _EmbeddingMode(module.weight, capture):  # subclasses scale or mask around the lookup
+        return type(module).forward(module, *args, **kwargs)
+
+
+class _EmbeddingMode(TorchFunctionMode):
+    """Sends the lookups in one weight through ``Embedding``."""
+
+    def __init__(self, weight: Tensor, capture: Capture) -> None:
+        super().__init__()
+        self._weight, self._capture = weight, capture
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.embedding or args[1] is not self._weight:
+            return func(*args, **kwargs)
+        ids, capture, weight = args[0], self._capture, self._weight
+        if ids.dim() == 2 and ids.shape[0] == 1 and weight in capture.positions:
+            ids = ids.expand(capture.num_rows, *ids.shape[1:])  # positions, the same for every row
+        if not capture.fits(ids, (weight,)):  # ids of one axis may as well be positions
+            return func(*args, **kwargs)
+        capture.lookup(weight, ids)
+        padding = args[2] if len(args) > 2 else kwargs.get("padding_idx")
+        return Embedding.apply(weight, ids, padding, capture)
+
+
+def _run_norm(module: Any, capture: Capture, *args: Tensor, **kwargs: Tensor) -> Tensor:
+    """LayerNorm and torch's RMSNorm take no weight with a row axis: normalise first, then scale."""
+    x = _input(args, kwargs)
+    params = (module.weight, getattr(module, "bias", None))
+    if not any(capture.wants(p) for p in params) or not capture.fits(x, params):
+        return type(module).forward(module, x)
+    if isinstance(module, nn.LayerNorm):
+        y = F.layer_norm(x, module.normalized_shape, None, None, module.eps)
+    else:
+        y = F.rms_norm(x, module.normalized_shape, None, module.eps)
+    weight, bias = (capture.per_row(p, x.dim()) if capture.wants(p) else p for p in params)
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
+
+
+def _run_elementwise(module: nn.Module, capture: Capture, *args: Any, **kwargs: Any) -> Any:
+    """Any module whose parameters only scale or shift the last axis: give it one copy per row."""
+    own = {n: p for n, p in module.named_parameters(recurse=False) if capture.wants(p)}
+    x = _input(args, kwargs)
+    if not own or not capture.fits(x, own.values()):
+        return type(module).forward(module, *args, **kwargs)
+    try:
+        for name, p in own.items():
+            module._parameters[name] = capture.per_row(p, x.dim())  # type: ignore[assignment]
+        return type(module).forward(module, *args, **kwargs)
+    finally:
+        module._parameters.update(own)  # type: ignore[arg-type]
+
+
+def _run_dora(module: Any, capture: Capture, x: Tensor, **kwargs: Any) -> Tensor:
+    """PEFT's DoRA layer gives ``m·f − base``: run it with the magnitude m fixed, then scale by row."""
+    magnitude = module.weight
+    if not capture.wants(magnitude) or not capture.fits(x, (magnitude,)):
+        return type(module).forward(module, x, **kwargs)
+    base = kwargs["base_layer"]
+    if kwargs.get("base_result") is None:  # so it is when x went through dropout
+        kwargs["base_result"] = base(x)
+
+    def lora_weight(**adapters: Any) -> Tensor:
+        with capture.paused():  # PEFT runs an identity matrix through the factors, for a norm it detaches
+            return type(module).get_lora_weight(module, **adapters)
+
+    module.get_lora_weight = lora_weight
+    fixed = magnitude.detach().masked_fill(magnitude == 0, 1.0)
+    module._parameters["weight"] = fixed  # type: ignore[assignment]
+    try:
+        y = type(module).forward(module, x, **kwargs)
+    finally:
+        module._parameters["weight"] = magnitude
+        del module.get_lora_weight
+    base_result = kwargs["base_result"]
+    if base.bias is not None:
+        base_result = base_result - base.bias
+    return (y + base_result) * (capture.per_row(magnitude, x.dim()) / fixed) - base_result
+
+
+def _is_elementwise(module: nn.Module, own: Mapping[str, Tensor]) -> bool:
+    """Try it: with a copy per row, does the module compute the same and give each row its gradient?"""
+    if next(module.children(), None) is not None or any(p.dim() != 1 for p in own.values()):
+        return False
+    first = next(iter(own.values()))
+    if first.device.type == "meta" or len({p.shape for p in own.values()}) > 1:
+        return False
+    module = copy.deepcopy(module)  # its forward may count or remember
+    own = {name: module._parameters[name] for name in own}  # type: ignore[misc]
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((2, 3), (2, 3, 2)):
+        x = torch.randn(*shape, first.numel(), generator=generator).to(first.device, first.dtype)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                expected_y, expected = _probe(module, own, x, rowwise=False)
+                y, h = _probe(module, own, x, rowwise=True)
+        except Exception:  # code of the user's, on an input that it was not made for
+            return False
+        pairs = [(y, expected_y), *zip(h, expected, strict=True)]
+        if not all(torch.allclose(a.float(), b.float(), rtol=3e-2, atol=3e-2) for a, b in pairs):
+            return False
+    return True
+
+
+def _probe(
+    module: nn.Module, own: Mapping[str, Tensor], x: Tensor, rowwise: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """Output, and per parameter the gradients of the two rows, [2, width]: at once, or row by row."""
+    saved = dict(module._parameters)
+    weight = torch.linspace(0.5, 1.5, x.numel(), device=x.device, dtype=x.dtype).view_as(x)
+    try:
+        if rowwise:
+            ones = (1,) * (x.dim() - 2)
+            copies = {
+                n: p.detach().expand(2, *ones, -1).contiguous().requires_grad_() for n, p in own.items()
+            }
+            module._parameters.update(copies)  # type: ignore[arg-type]
+            with torch.enable_grad():
+                y = type(module).forward(module, x)
+                grads = torch.autograd.grad((y * weight).sum(), list(copies.values()))
+            return y.detach(), [g.reshape(2, -1) for g in grads]
+        outputs, rows = [], []
+        for row in range(2):
+            copies = {n: p.detach().clone().requires_grad_() for n, p in own.items()}
+            module._parameters.update(copies)  # type: ignore[arg-type]
+            with torch.enable_grad():
+                y = type(module).forward(module, x[row : row + 1])
+                rows.append(torch.autograd.grad((y * weight[row : row + 1]).sum(), list(copies.values())))
+            outputs.append(y.detach())
+        return torch.cat(outputs), [torch.stack(g) for g in zip(*rows, strict=True)]
+    finally:
+        module._parameters.clear()
+        module._parameters.update(saved)
+
+
+def _input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The first argument, whatever a layer calls it."""
+    return args[0] if args else next(iter(kwargs.values()))
