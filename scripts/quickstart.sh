@@ -9,7 +9,7 @@ echo "==> The embedded model and data (outputs/tiny)"
 python scripts/prepare_tiny.py
 
 # Results belong to the exact data, recipes and code that made them.
-key=$(cat outputs/tiny/metadata.json recipes/tiny/dpo/*.yaml recipes/*.py hf_poprisk/*.py |
+key=$(cat outputs/tiny/metadata.json recipes/tiny/dpo/*.yaml recipes/*.py $(find hf_poprisk -name "*.py" | sort) |
     python -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest()[:10])')
 runs=outputs/quickstart/$key
 
