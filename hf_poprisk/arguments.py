@@ -58,6 +58,13 @@ class PopRiskArgumentsMixin:
             "closes almost everything."
         },
     )
+    poprisk_risk: bool = field(
+        default=False,
+        metadata={
+            "help": "Log how much of each step the next batch confirms; works with the stock Adam "
+            "optimizers too."
+        },
+    )
     poprisk_allow_change: bool = field(
         default=False,
         metadata={"help": "Resume under other gate settings, or another number of examples per step."},
@@ -124,7 +131,7 @@ class PopRiskArgumentsMixin:
         if self.optim == OPTIM:
             return
         for name, spec in self.__dataclass_fields__.items():
-            if name == f"{_PREFIX}hub_gated":  # of the repository, not of the optimizer
+            if name in (f"{_PREFIX}hub_gated", f"{_PREFIX}risk"):  # not of this optimizer
                 continue
             if name.startswith(_PREFIX) and getattr(self, name) != spec.default:
                 raise ValueError(

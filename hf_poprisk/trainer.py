@@ -19,6 +19,7 @@ from hf_poprisk.batched import BatchedGradients, Capture
 from hf_poprisk.checkpoints import CheckpointMixin, describe_data
 from hf_poprisk.hub import HubMixin
 from hf_poprisk.optimizer import PopRiskAdamW, matching
+from hf_poprisk.risk import RiskMeter
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ class PopRiskMixin(HubMixin, CheckpointMixin):
         if call.arguments.get("train_dataset") is not None:
             config.check_training()
             self._training_data = describe_data(call.arguments["train_dataset"])
+        self._risk = RiskMeter() if config.poprisk_risk else None
         super().__init__(*call.args, **call.kwargs)
 
     @staticmethod
@@ -123,6 +125,13 @@ class PopRiskMixin(HubMixin, CheckpointMixin):
 
         Here the gradients are reduced over the ranks, and neither unscaled nor clipped.
         """
+        loss = self._gated_step(model, inputs, num_items_in_batch)
+        if self._risk is not None and self.accelerator.sync_gradients:
+            scaler = self.accelerator.scaler
+            self._risk.observe(_unwrap(self.optimizer), 1.0 if scaler is None else scaler.get_scale())
+        return loss
+
+    def _gated_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any) -> torch.Tensor:
         optimizer = self._poprisk_optimizer()
         if optimizer is None:
             return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
@@ -287,13 +296,20 @@ class PopRiskMixin(HubMixin, CheckpointMixin):
         if optimizer is not None and "loss" in logs:
             unit = "groups" if self.args.poprisk_estimator == "group" else "examples"
             logs = {**logs, **optimizer.statistics.pop(unit)}
+        if self._risk is not None and "loss" in logs:
+            logs = {**logs, **self._risk.pop(self.state.log_history)}
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def _poprisk_optimizer(self) -> PopRiskAdamW | None:
-        optimizer = self.optimizer
-        while hasattr(optimizer, "optimizer"):  # accelerate's wrapper
-            optimizer = optimizer.optimizer
+        optimizer = _unwrap(self.optimizer)
         return optimizer if isinstance(optimizer, PopRiskAdamW) else None
+
+
+def _unwrap(optimizer: Any) -> Any:
+    """The optimizer inside accelerate's wrapper."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 class _Misfit(Exception):

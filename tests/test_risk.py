@@ -1,0 +1,166 @@
+"""The gains: unbiased where the population is known, nothing touched, logged by every trainer."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import tiny_model
+from test_checkpoints import causal
+from test_trainer import QUIET, rows
+from torch import Tensor, nn
+
+from hf_poprisk import PopRiskAdamW, PopRiskTrainer, PopRiskTrainingArguments
+from hf_poprisk.risk import RiskMeter, gains
+
+TRUTH = torch.linspace(-1, 1, 20, dtype=torch.float64)
+
+
+def draw(count: int, generator: torch.Generator) -> Tensor:
+    return TRUTH + torch.randn(count, 20, generator=generator, dtype=torch.float64)
+
+
+def trained(generator: torch.Generator, steps: int = 5) -> tuple[nn.Parameter, torch.optim.Optimizer]:
+    """The mean of a Gaussian, learned for a few steps: the population gradient is θ − TRUTH."""
+    theta = nn.Parameter(torch.zeros(20, dtype=torch.float64))
+    optimizer = torch.optim.AdamW([theta], lr=0.1, weight_decay=0.0)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (theta - draw(8, generator)).square().sum(1).mean().div(2).backward()
+        optimizer.step()
+    return theta, optimizer
+
+
+def test_the_population_gain_is_unbiased_and_the_tempting_ones_are_not() -> None:
+    generator = torch.Generator().manual_seed(0)
+    theta, optimizer = trained(generator)
+    state, lr = optimizer.state[theta], 0.1
+    m = state["exp_avg"] / (1 - 0.9**5)
+    p = 1 / ((state["exp_avg_sq"] / (1 - 0.999**5)).sqrt() + 1e-8)
+    expected = (lr * p * m * (theta.detach() - TRUTH)).sum().item()
+    next_batch, own, opened = [], [], []
+    for _ in range(3000):
+        h = (theta.detach() - draw(8, generator)) / 8
+        theta.grad = h.sum(0)
+        population, empirical = gains(optimizer).tolist()
+        next_batch.append(population)
+        own.append(empirical)
+        margin = theta.grad.square() - h.square().sum(0)
+        opened.append((lr * p * margin * 8 / 7 * (margin > 0)).sum().item())
+    unbiased_square = (lr * p * (theta.detach() - TRUTH).square()).sum().item()
+
+    def distance(values: list[float], truth: float) -> float:
+        """In standard errors."""
+        seen = torch.tensor(values)
+        return ((seen.mean() - truth) / (seen.std() / math.sqrt(len(seen)))).item()
+
+    assert abs(distance(next_batch, expected)) < 4
+    assert distance(own, unbiased_square) > 20  # its own batch confirms a step's noise as well
+    assert distance(opened, unbiased_square) > 20  # so does keeping what looks confirmed
+
+
+def test_the_sum_of_small_steps_is_the_loss_that_was_gained() -> None:
+    theta = nn.Parameter(torch.zeros(20, dtype=torch.float64))
+    optimizer = torch.optim.AdamW([theta], lr=1e-3, weight_decay=0.0)
+    generator, meter = torch.Generator().manual_seed(0), RiskMeter()
+
+    def population() -> float:
+        return (theta.detach() - TRUTH).square().sum().item() / 2
+
+    history: list[dict[str, float]] = []
+    start = population()
+    for step in range(400):
+        optimizer.zero_grad()
+        (theta - draw(32, generator)).square().sum(1).mean().div(2).backward()
+        meter.observe(optimizer)
+        optimizer.step()
+        if step % 20 == 19:
+            history.append(meter.pop(history))
+    gained = start - population()
+    assert history[-1]["poprisk/gain_total"] == pytest.approx(gained, rel=0.1) and gained > 1
+    per_step = [e["poprisk/gain_population"] for e in history]
+    assert sum(per_step[1:]) * 20 + per_step[0] * 19 == pytest.approx(history[-1]["poprisk/gain_total"])
+    assert all(0 < e["poprisk/gain_ratio"] < 1 and e["poprisk/gain_spread"] > 0 for e in history)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_nothing_is_touched(dtype: torch.dtype) -> None:
+    theta = nn.Parameter(torch.zeros(6, dtype=dtype))
+    optimizer = torch.optim.AdamW([theta], lr=0.1)
+    theta.grad = torch.randn(6).to(dtype)
+    assert gains(optimizer) is None
+    optimizer.step()
+    before = [x.clone() for x in (theta.detach(), theta.grad, *optimizer.state[theta].values())]
+    found = gains(optimizer)
+    torch.testing.assert_close(gains(optimizer, scale=1.0), found)
+    after = [theta.detach(), theta.grad, *optimizer.state[theta].values()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    theta.grad *= 2
+    torch.testing.assert_close(gains(optimizer, scale=2.0), found)
+
+
+def test_an_optimizer_without_moments_is_refused() -> None:
+    theta = nn.Parameter(torch.zeros(6))
+    optimizer = torch.optim.SGD([theta], lr=0.1, momentum=0.9)
+    theta.grad = torch.randn(6)
+    optimizer.step()
+    with pytest.raises(ValueError, match="which SGD does not keep: set poprisk_risk=false or another optim"):
+        gains(optimizer)
+
+
+def test_a_batch_that_is_not_finite_is_left_out() -> None:
+    meter, theta = RiskMeter(), nn.Parameter(torch.zeros(6))
+    optimizer = torch.optim.AdamW([theta], lr=0.1)
+    assert meter.pop([]) == {}
+    for value in (1.0, 1.0, math.nan, 2.0):
+        theta.grad = torch.full((6,), value)
+        meter.observe(optimizer)
+        if math.isfinite(value):
+            optimizer.step()
+    logs = meter.pop([{"poprisk/gain_total": 5.0}])
+    assert logs["poprisk/gain_total"] == pytest.approx(5 + 2 * logs["poprisk/gain_population"])
+    assert all(map(math.isfinite, logs.values())) and meter.pop([]) == {}
+
+
+@pytest.mark.parametrize("optim", ["poprisk_adamw", "adamw_torch", "adamw_torch_fused"])
+def test_every_optimizer_of_the_family_is_logged(optim: str, tmp_path: Path) -> None:
+    trainer = causal(tmp_path, optim=optim, poprisk_risk=True, save_strategy="no")
+    trainer.train()
+    logs = [e for e in trainer.state.log_history if "loss" in e]
+    assert "poprisk/gain_population" not in logs[0]  # there was no step before the first batch
+    assert len(logs) == 5 and all(e["poprisk/gain_empirical"] > 0 for e in logs[1:])
+    total = sum(e["poprisk/gain_population"] for e in logs[1:])
+    assert logs[-1]["poprisk/gain_total"] == pytest.approx(total)
+    assert ("poprisk/fraction_open" in logs[0]) == (optim == "poprisk_adamw")
+
+
+def test_the_gains_are_those_of_the_gradient_before_it_is_clipped(tmp_path: Path) -> None:
+    seen: list[Any] = []
+    for norm in (0.0, 0.5):
+        args = PopRiskTrainingArguments(
+            str(tmp_path),
+            max_steps=2,
+            poprisk_risk=True,
+            optim="adamw_torch",
+            max_grad_norm=norm,
+            **{**QUIET, "per_device_train_batch_size": 4, "learning_rate": 1e-6},
+        )
+        trainer = PopRiskTrainer(tiny_model(), args=args, train_dataset=rows(8))
+        trainer.train()
+        seen.append(trainer.state.log_history[1])
+    # Adam's step does not know the scale of its gradients; both steps are as good as none
+    assert seen[0]["poprisk/gain_population"] == pytest.approx(seen[1]["poprisk/gain_population"], rel=1e-2)
+
+
+def test_a_resumed_run_logs_the_same_gains(tmp_path: Path) -> None:
+    whole, resumed = (causal(tmp_path, poprisk_risk=True) for _ in range(2))
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    one, other = ([e.get("poprisk/gain_total") for e in t.state.log_history] for t in (whole, resumed))
+    assert one[:5] == other[:5] and one[4] is not None
+
+
+def test_a_window_without_a_step_before_it_is_no_error() -> None:
+    optimizer = PopRiskAdamW([nn.Parameter(torch.zeros(3))])
+    assert gains(optimizer) is None
