@@ -12,6 +12,8 @@ from typing import Any
 from huggingface_hub import EvalResult, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 from transformers.training_args import HubStrategy
+from transformers.utils.hub import PushInProgress
+from yaml import YAMLError
 
 from hf_poprisk.arguments import OPTIM
 from hf_poprisk.record import SOURCE
@@ -59,8 +61,10 @@ class HubMixin:
             if gated:
                 self._open_when_filled = _create_private(name, token) and private is not True
             super().init_hf_repo(token=token, private=True if gated else private)  # type: ignore[misc]
+            api = HfApi(token=token)
             if gated:
-                HfApi(token=token).update_repo_settings(self.hub_model_id, gated=gated)
+                api.update_repo_settings(self.hub_model_id, gated=gated)
+            api.auth_check(self.hub_model_id, write=True)  # one that exists may be readable only
         except _HTTPError as error:
             raise HubError(
                 f"the repository {name} could not be made ready on the Hub ({_reason(error)}): check "
@@ -83,28 +87,33 @@ class HubMixin:
                 )
                 self._open_when_filled = False
             return pushed
-        except (_HTTPError, RuntimeError) as error:
+        except HubError:  # the repository was to be made first
+            raise
+        except (_HTTPError, RuntimeError, ValueError) as error:
             if not isinstance(error, _HTTPError) and not isinstance(error.__cause__, _HTTPError):
-                raise  # not the Hub; an upload's fault is the cause of a RuntimeError
+                raise  # not the Hub: its refusals of an upload or a card are the cause of another error
             raise HubError(
                 f"the push to {self.hub_model_id} failed ({_reason(error)}); the model is complete in "
                 f"{self.args.output_dir}: call trainer.push_to_hub() again."
             ) from error
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
-            self._report_failed_pushes()
-            # transformers copies a fixed list of files from the checkpoint, and the record is not in it
-            self._write_record(self.args.output_dir)
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        before = self.push_in_progress
+        if before is not None and not before.is_done() and not self.args.hub_always_push:
+            return  # as in transformers, and the record stays with the weights that lie there
+        # transformers copies a fixed list of files from the checkpoint, and the record is not in it
+        self._write_record(self.args.output_dir)
         super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
+        self._report_failed_pushes(before)  # done, or still among those in progress
 
     def _finish_current_push(self) -> None:
         super()._finish_current_push()  # type: ignore[misc]
-        self._report_failed_pushes()
+        self._report_failed_pushes(getattr(self, "push_in_progress", None))
 
-    def _report_failed_pushes(self) -> None:
+    def _report_failed_pushes(self, push: PushInProgress | None) -> None:
         """Pushes during training run beside it, and transformers never looks at how they ended."""
-        push = getattr(self, "push_in_progress", None)
         if push is None:
             return
         for job in [job for job in push.jobs if job.done() and job.exception() is not None]:
@@ -114,6 +123,14 @@ class HubMixin:
                 f"the checkpoint is complete in {self.args.output_dir}."
             )
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """As in transformers; PEFT writes into the card that it finds, which is not its own."""
+        path = Path(output_dir or self.args.output_dir, "README.md")
+        card = path.read_bytes() if path.is_file() else None
+        super()._save(output_dir, state_dict)  # type: ignore[misc]
+        if card is not None:
+            path.write_bytes(card)
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """As the stock trainer's, with a section about the gate.
 
@@ -122,12 +139,17 @@ class HubMixin:
         if not self.is_world_process_zero():
             return
         path = Path(self.args.output_dir, "README.md")
-        if not path.is_file() or _is_generated(path.read_text(encoding="utf-8")):
-            super().create_model_card(*args, **kwargs)  # type: ignore[misc]
-        card = ModelCard.load(path, ignore_metadata_errors=True)
+        try:
+            generated = not path.is_file() or _is_generated(path.read_text(encoding="utf-8"))
+            if generated:
+                super().create_model_card(*args, **kwargs)  # type: ignore[misc]
+            card = ModelCard.load(path, ignore_metadata_errors=True)
+        except (ValueError, YAMLError) as error:
+            logger.warning(f"{path} stays as it is, because it cannot be read: {_reason(error)}.")
+            return
         self._complete_metadata(card)
         body = _SECTION.sub("\n", card.text).strip() + "\n"
-        mark = hashlib.sha256(body.encode()).hexdigest()[:16]
+        mark = hashlib.sha256(body.encode()).hexdigest()[:16] if generated else "written"
         section = f"<!-- hf_poprisk:begin card={mark} -->\n{self._card_section()}\n<!-- hf_poprisk:end -->\n"
         card.text = f"{body}\n{section}"
         card.save(path)
@@ -135,7 +157,8 @@ class HubMixin:
     def _complete_metadata(self, card: ModelCard) -> None:
         """Add what is missing or known better here; leave the rest."""
         data, model = card.data, self.accelerator.unwrap_model(self.model)
-        data.tags = sorted({*(data.tags or ()), _TAG})
+        tags = [str(tag) for tag in data.tags or ()]
+        data.tags = sorted({*(tag for tag in tags if not _names_a_folder(tag)), _TAG})
         adapter = next(iter(getattr(model, "peft_config", {}).values()), None)
         base = (
             getattr(model.config, "_name_or_path", None)
@@ -156,7 +179,8 @@ class HubMixin:
         results = self._evaluation()
         if results:
             data.model_name = data.model_name or Path(self.args.hub_model_id or self.args.output_dir).name
-            data.eval_results = results
+            others = [r for r in data.eval_results or () if r.dataset_type != "evaluation"]
+            data.eval_results = others + results
 
     def _evaluation(self) -> list[EvalResult]:
         """The newest evaluation as model-index entries, its timings left out."""
@@ -208,6 +232,8 @@ class HubMixin:
     def _gate_table(self) -> list[str]:
         """What the gate did over the run, by kind of layer."""
         optimizer = self._poprisk_optimizer()
+        if optimizer is None:
+            return ["No step was gated."]
         parameters = optimizer.statistics.of_run({p: n for n, p in self.model.named_parameters()})[
             "parameters"
         ]
@@ -259,6 +285,8 @@ def _create_private(name: str, token: str | None) -> bool:
     except HfHubHTTPError as error:
         if error.response.status_code == 409:
             return False
+        if error.response.status_code in (401, 403) and HfApi(token=token).repo_exists(name):
+            return False  # a token may write to a repository and not make one
         raise
     return True
 
@@ -271,6 +299,11 @@ def _is_generated(text: str) -> bool:
         return body.strip().startswith(_PEFT_TEMPLATE)
     rest = _SECTION.sub("\n", body).strip() + "\n"
     return hashlib.sha256(rest.encode()).hexdigest()[:16] == section[1]
+
+
+def _names_a_folder(tag: str) -> bool:
+    """PEFT's ``base_model:adapter:`` with a folder of this machine."""
+    return tag.startswith("base_model:") and Path(tag.rsplit(":", 1)[-1]).exists()
 
 
 def _layer_kind(name: str) -> str:

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from hf_poprisk.gate import GATES, REDUCTIONS
 from hf_poprisk.optimizer import ESTIMATORS
@@ -96,7 +96,7 @@ def write_json(path: Path, content: Any) -> None:
     Raises:
         OSError: as for any file.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f"_{path.name}.{os.getpid()}")  # pushes leave out _*
     try:
         temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         temporary.replace(path)
@@ -107,7 +107,7 @@ def write_json(path: Path, content: Any) -> None:
 def _download(repo: str, name: str, revision: str | None, token: str | None) -> Path | None:
     try:
         return Path(hf_hub_download(repo, name, revision=revision, token=token))
-    except EntryNotFoundError:
+    except RemoteEntryNotFoundError:
         return None
 
 

@@ -218,6 +218,8 @@ class _Handler(BaseHTTPRequestHandler):
                 return {}
             case ["GET", "api", "models", owner, name]:
                 return self._info(self._repo(owner, name), "main")
+            case ["GET", "api", "models", owner, name, "auth-check", "write"]:
+                return {} if self._repo(owner, name, write=True) else {}
             case ["GET", "api", "models", owner, name, "revision", revision]:
                 return self._info(self._repo(owner, name), revision)
             case ["PUT", "api", "models", owner, name, "settings"]:
