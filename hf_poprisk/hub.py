@@ -59,7 +59,10 @@ class HubMixin:
         name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
         try:
             if gated:
-                self._open_when_filled = _create_private(name, token) and private is not True
+                created = _create_private(name, token)
+                self._open_when_filled = created and private is not True
+                if not created:
+                    logger.warning(f"{name} exists on the Hub: it is gated, and stays private or public.")
             super().init_hf_repo(token=token, private=True if gated else private)  # type: ignore[misc]
             api = HfApi(token=token)
             if gated:
