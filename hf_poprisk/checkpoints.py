@@ -47,6 +47,8 @@ def damage(checkpoint: Path) -> str | None:
     Reads the ends of its files, not the tensors.
     """
     for path in sorted(checkpoint.rglob("*")):
+        if not path.is_file() and not path.is_dir():
+            return f"{path.name} is no file"
         try:
             if path.suffix == ".safetensors":
                 with safe_open(path, "pt"):
@@ -55,8 +57,10 @@ def damage(checkpoint: Path) -> str | None:
                 json.loads(path.read_text(encoding="utf-8"))
             elif path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):
                 return f"{path.name} is cut off"
-        except (OSError, ValueError, SafetensorError):
+        except (OSError, ValueError, RecursionError, SafetensorError):
             return f"{path.name} is cut off"
+    if (checkpoint / "scheduler.pt").is_file() > (checkpoint / "optimizer.pt").is_file():
+        return "optimizer.pt is gone"
     if not (checkpoint / TRAINER_STATE_NAME).is_file():
         return f"it has no {TRAINER_STATE_NAME}, which is written last"
     return None
@@ -118,7 +122,8 @@ class CheckpointMixin:
             return
         spell = {"units_per_step": f"{now['unit']}s per step"}
         changes = ", ".join(
-            f"{spell.get(name, f'poprisk_{name}')} from {before[name]!r} to {now[name]!r}" for name in names
+            f"{spell.get(name, f'poprisk_{name}')} from {_short(before[name])} to {_short(now[name])}"
+            for name in names
         )
         raise ResumeError(
             f"resuming from {checkpoint} would change {changes}: set it back, or set "
@@ -158,10 +163,10 @@ class CheckpointMixin:
                 seal.unlink(missing_ok=True)  # of an earlier run that had got further
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
         except (OSError, RuntimeError, SafetensorError) as error:
-            if seal.is_file():  # it was written; something after it failed
+            if damage(seal.parent) is None:  # it was written; something after it failed
                 raise
             left = newest_checkpoint(output_dir)
-            reason = str(error).strip().splitlines()[0]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise CheckpointError(
                 f"{seal.parent} could not be written ({reason}); "
                 + (f"{left} is complete." if left else "there is no complete checkpoint.")
@@ -195,6 +200,11 @@ class CheckpointMixin:
             "data": self._training_data,
             "versions": {name: version for name in _PACKAGES if (version := _version(name))},
         }
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 def describe_data(dataset: Any) -> dict[str, Any]:

@@ -198,7 +198,7 @@ _STATISTICS: dict[str, Callable[[Any], bool]] = {
     "parameters": _values(
         _entries(
             numel=_count,
-            steps=_count,
+            steps=lambda value: _count(value) and value > 0,
             examples=_count,
             null=_number,
             sums=_sums,

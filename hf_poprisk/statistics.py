@@ -139,4 +139,4 @@ class _Run:
 
 def _margin(b: float, energy: float, sq_sum: float) -> float:
     """The share of the squared gradient norm that the other examples confirm."""
-    return b / (b - 1) * (energy - sq_sum) / energy if energy else 0.0
+    return b / (b - 1) * (energy - sq_sum) / energy if energy and b > 1 else 0.0

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,11 @@ import torch
 from models import preferences, save_tiny_model, tiny_model, tiny_tokenizer
 from peft import LoraConfig
 from test_trainer import QUIET, rows
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 
 import hf_poprisk
 from hf_poprisk import PopRiskTrainer, PopRiskTrainingArguments, load_record
-from hf_poprisk.checkpoints import ResumeError, damage, newest_checkpoint
+from hf_poprisk.checkpoints import CheckpointError, ResumeError, damage, newest_checkpoint
 
 # Five steps over windows of 4, 4, 2: the middle of an epoch, and a short last window.
 OPTIONS: dict[str, Any] = {
@@ -121,7 +123,7 @@ def test_a_resumed_preference_run_is_the_uninterrupted_one(lora: bool, tmp_path:
 def test_the_comparison_would_see_a_lost_state(tmp_path: Path) -> None:
     whole, other = causal(tmp_path / "run"), causal(tmp_path / "run")
     whole.train()
-    (tmp_path / "run/checkpoint-2/optimizer.pt").unlink()
+    shutil.copy(tmp_path / "run/checkpoint-1/optimizer.pt", tmp_path / "run/checkpoint-2/optimizer.pt")
     other.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"))
     with pytest.raises(AssertionError):
         assert_same(whole, other)
@@ -240,6 +242,56 @@ def test_the_seal_is_broken_before_anything_is_written(
     with pytest.raises(KeyboardInterrupt):
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert damage(tmp_path / "checkpoint-2") and newest_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+
+
+def test_what_else_can_lie_in_a_folder_is_skipped_as_well(tmp_path: Path) -> None:
+    causal(tmp_path, max_steps=4).train()
+    (tmp_path / "checkpoint-4/poprisk_config.json").write_bytes(b"[" * 100_000)  # deeper than Python reads
+    (tmp_path / "checkpoint-3/poprisk_config.json").unlink()
+    os.mkfifo(tmp_path / "checkpoint-3/poprisk_config.json")  # reading it would wait for ever
+    (tmp_path / "checkpoint-2/optimizer.pt").unlink()  # as if killed while it was deleted
+    assert damage(tmp_path / "checkpoint-2") == "optimizer.pt is gone"
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError()], ids=["full", "mute"]
+)
+def test_a_seal_that_could_not_be_written_is_none(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = causal(tmp_path, max_steps=2)
+    save = TrainerState.save_to_json
+
+    def fail(state: TrainerState, path: str) -> None:
+        if state.global_step == 2:
+            Path(path).write_text('{"best')
+            raise error
+        save(state, path)
+
+    monkeypatch.setattr(TrainerState, "save_to_json", fail)
+    reason = "No space left" if error.args else "RuntimeError"
+    with pytest.raises(
+        CheckpointError, match=f"checkpoint-2 could not be .*{reason}.*checkpoint-1 is complete"
+    ):
+        trainer.train()
+
+
+def test_from_the_streaming_form_to_the_exact_one(tmp_path: Path) -> None:
+    """As many gated examples as steps, some without any: no margin can be formed of that."""
+    causal(tmp_path, max_steps=3, poprisk_estimator="ema").train()
+    causal(tmp_path, max_steps=4, poprisk_allow_change=True).train(resume_from_checkpoint=True)
+    parameters = load_record(tmp_path / "checkpoint-4").statistics["parameters"]
+    assert all(e["examples"] == e["steps"] == 4 and e["margin"] == 0 for e in parameters.values())
+
+
+def test_a_hostile_record_makes_a_short_sentence(tmp_path: Path) -> None:
+    causal(tmp_path, max_steps=1).train()
+    path = tmp_path / "checkpoint-1/poprisk_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"exclude": ["x" * 1000] * 1000}))
+    with pytest.raises(ResumeError) as caught:
+        causal(tmp_path, max_steps=2).train(resume_from_checkpoint=True)
+    assert len(str(caught.value)) < 1000
 
 
 def test_the_record_is_in_every_save(tmp_path: Path) -> None:
