@@ -39,7 +39,7 @@ def number(value: float | None, digits: int = 3) -> str:
 def table(runs: dict[str, dict[str, Any]]) -> Table:
     """One row per run; a dash where a run has no such number."""
     columns = (
-        Column("run", overflow="fold"),
+        Column("run", no_wrap=True),
         "held-out accuracy",
         "reward margin",
         "KL per token",

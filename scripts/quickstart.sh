@@ -24,7 +24,7 @@ train() { # name, recipe, further options
     echo "==> $name: accelerate launch recipes/dpo.py --config $recipe $*"
     rm -rf "$runs/$name" # an interrupted run starts over
     accelerate launch --quiet --config_file recipes/accelerate/cpu.yaml recipes/dpo.py --config "$recipe" \
-        --output_dir "$runs/$name" --save_strategy no --dataset_validation_split "" "$@"
+        --output_dir "$runs/$name" --save_strategy no --dataset_validation_split "" --eval_steps 32 "$@"
 }
 train adamw recipes/tiny/dpo/adamw.yaml
 train hard recipes/tiny/dpo/poprisk.yaml
