@@ -9,13 +9,14 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
 from hf_poprisk.arguments import OPTIM
 from hf_poprisk.record import (
@@ -26,6 +27,7 @@ from hf_poprisk.record import (
     load_record,
     write_json,
 )
+from hf_poprisk.statistics import GateStatistics
 
 logger = logging.getLogger(__name__)
 
@@ -59,10 +61,29 @@ def damage(checkpoint: Path) -> str | None:
                 return f"{path.name} is cut off"
         except (OSError, ValueError, RecursionError, SafetensorError):
             return f"{path.name} is cut off"
-    if (checkpoint / "scheduler.pt").is_file() > (checkpoint / "optimizer.pt").is_file():
-        return "optimizer.pt is gone"
+    missing = _missing(checkpoint)
+    if missing:
+        return f"{missing} is gone"
     if not (checkpoint / TRAINER_STATE_NAME).is_file():
         return f"it has no {TRAINER_STATE_NAME}, which is written last"
+    return None
+
+
+def _missing(checkpoint: Path) -> str | None:
+    """A file that a checkpoint to resume from must have and this one has not."""
+    for index in checkpoint.glob("*.index.json"):
+        for shard in json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values():
+            if not (checkpoint / shard).is_file():
+                return str(shard)
+    parts = {
+        "model.safetensors": ("*model*", "*.safetensors"),  # or an adapter's, or shards
+        "optimizer.pt": ("optimizer*", "global_step*"),  # other names: transformers under FSDP, DeepSpeed
+        "scheduler.pt": ("scheduler*",),
+        "rng_state.pth": ("rng_state*",),
+    }
+    for name, patterns in parts.items():
+        if not any(next(checkpoint.glob(pattern), None) for pattern in patterns):
+            return name
     return None
 
 
@@ -84,6 +105,7 @@ def newest_checkpoint(output_dir: str | Path) -> Path | None:
 class CheckpointMixin:
     """Saves the record with the model and resumes from whole checkpoints only."""
 
+    _weights_step: int | None = None  # where load_best_model_at_end went back to
     _training_data: dict[str, Any] = {"examples": None, "altered_labels": None}
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -132,12 +154,20 @@ class CheckpointMixin:
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
-        optimizer = self._poprisk_optimizer()
+        optimizer, self._weights_step = self._poprisk_optimizer(), None
+        if optimizer is not None:
+            optimizer.statistics = GateStatistics()  # of a new run
+        if self._risk is not None:
+            self._risk.clear()
         if checkpoint is None or optimizer is None or not Path(checkpoint, STATISTICS_NAME).is_file():
             return
         statistics = load_record(checkpoint).statistics
         if statistics is not None:
             optimizer.statistics.load(statistics, dict(self.model.named_parameters()))
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()  # type: ignore[misc]
+        self._weights_step = self.state.best_global_step
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """As in transformers, which takes one step too many when it resumes a run that is at its end."""
@@ -159,8 +189,10 @@ class CheckpointMixin:
         output_dir = Path(self._get_output_dir(trial=trial))
         seal = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}" / TRAINER_STATE_NAME
         try:
-            if self.args.should_save:
-                seal.unlink(missing_ok=True)  # of an earlier run that had got further
+            if self.args.should_save and seal.parent.is_dir():  # of an earlier run that had got further
+                seal.unlink(missing_ok=True)
+                shutil.rmtree(seal.parent)
+            self.accelerator.wait_for_everyone()  # before another rank writes its part
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
         except (OSError, RuntimeError, SafetensorError) as error:
             if damage(seal.parent) is None:  # it was written; something after it failed
@@ -174,12 +206,16 @@ class CheckpointMixin:
 
     def _write_record(self, folder: str | Path) -> None:
         """The two files of the record; the optimizer may not exist yet, or be a stock one."""
-        write_json(Path(folder, CONFIG_NAME), self._record())
+        config, path = Path(folder, CONFIG_NAME), Path(folder, STATISTICS_NAME)
+        if config.is_file() and not self.state.global_step:
+            return  # this trainer has not trained, and the record is of the run that has
+        write_json(config, self._record())
         optimizer = self._poprisk_optimizer()
-        if optimizer is not None:
-            names = {p: name for name, p in self.model.named_parameters()}
-            statistics = optimizer.statistics.of_run(names)
-            write_json(Path(folder, STATISTICS_NAME), {"schema_version": SCHEMA_VERSION, **statistics})
+        if optimizer is None:
+            path.unlink(missing_ok=True)  # of an earlier run with the gate
+        else:
+            statistics = optimizer.statistics.of_run(optimizer.names)
+            write_json(path, {"schema_version": SCHEMA_VERSION, **statistics})
 
     def _record(self) -> dict[str, Any]:
         args = self.args
@@ -197,6 +233,7 @@ class CheckpointMixin:
                 "per_device_train_batch_size": args.per_device_train_batch_size,
             },
             "steps": self.state.global_step,
+            "weights_step": self._weights_step or self.state.global_step,
             "data": self._training_data,
             "versions": {name: version for name in _PACKAGES if (version := _version(name))},
         }
@@ -209,7 +246,7 @@ def _short(value: Any) -> str:
 
 def describe_data(dataset: Any) -> dict[str, Any]:
     """How many examples there are, and how many labels were altered on purpose (column ``is_flipped``)."""
-    examples = len(dataset) if hasattr(dataset, "__len__") else None
+    examples = len(dataset) if has_length(dataset) else None
     columns = getattr(dataset, "column_names", None)
     altered = None
     if examples is not None and isinstance(columns, list) and "is_flipped" in columns:

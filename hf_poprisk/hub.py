@@ -74,18 +74,25 @@ class HubMixin:
                 "hub_model_id and hub_token, or train with push_to_hub=false and push afterwards."
             ) from error
 
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         """As in transformers.
 
         Raises:
             HubError: the push failed; the model is complete in ``output_dir``.
         """
         try:
-            pushed = super().push_to_hub(*args, **kwargs)  # type: ignore[misc]
-            if self._open_when_filled:
-                if kwargs.get("blocking") is False:
+            pushed = super().push_to_hub(commit_message, blocking, token, *args, **kwargs)  # type: ignore[misc]
+            if self._open_when_filled and self.is_world_process_zero():
+                if not blocking:
                     pushed.result()
-                HfApi(token=kwargs.get("token") or self.args.hub_token).update_repo_settings(
+                HfApi(token=token or self.args.hub_token).update_repo_settings(
                     self.hub_model_id, private=False
                 )
                 self._open_when_filled = False
@@ -129,9 +136,9 @@ class HubMixin:
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """As in transformers; PEFT writes into the card that it finds, which is not its own."""
         path = Path(output_dir or self.args.output_dir, "README.md")
-        card = path.read_bytes() if path.is_file() else None
+        card = path.read_bytes() if self.args.should_save and path.is_file() else None
         super()._save(output_dir, state_dict)  # type: ignore[misc]
-        if card is not None:
+        if card is not None and path.read_bytes() != card:
             path.write_bytes(card)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -164,7 +171,7 @@ class HubMixin:
         data.tags = sorted({*(tag for tag in tags if not _names_a_folder(tag)), _TAG})
         adapter = next(iter(getattr(model, "peft_config", {}).values()), None)
         base = (
-            getattr(model.config, "_name_or_path", None)
+            getattr(getattr(model, "config", None), "_name_or_path", None)
             if adapter is None
             else adapter.base_model_name_or_path
         )
@@ -223,6 +230,7 @@ class HubMixin:
                 "",
                 *self._gate_table(),
             ]
+            Path(self.args.output_dir, PLOT_NAME).unlink(missing_ok=True)  # of an earlier run
             if self._plot():
                 lines += ["", f"![share of the update that the gate let through]({PLOT_NAME})"]
         if examples is not None:
@@ -237,9 +245,7 @@ class HubMixin:
         optimizer = self._poprisk_optimizer()
         if optimizer is None:
             return ["No step was gated."]
-        parameters = optimizer.statistics.of_run({p: n for n, p in self.model.named_parameters()})[
-            "parameters"
-        ]
+        parameters = optimizer.statistics.of_run(optimizer.names)["parameters"]
         if not parameters:
             return ["No step was gated."]
         kinds: dict[str, list[dict[str, Any]]] = defaultdict(list)

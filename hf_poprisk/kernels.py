@@ -125,8 +125,8 @@ def gated_adamw(
     with torch.cuda.device_of(param):
         _gated_adamw[(triton.cdiv(param.numel(), _ELEMENTS),)](
             param, grad, exp_avg, exp_avg_sq, openness, param.numel(),
-            lr * group["weight_decay"], lr / (1 - beta1**step), beta1, beta2, math.sqrt(1 - beta2**step),
-            group["eps"], GATE_DECAY=gate_weight_decay, BLOCK=_ELEMENTS,
+            lr * group["weight_decay"], lr / (1 - beta1**step), 1 - beta1, 1 - beta2,
+            math.sqrt(1 - beta2**step), group["eps"], GATE_DECAY=gate_weight_decay, BLOCK=_ELEMENTS,
         )  # fmt: skip
 
 
@@ -190,7 +190,7 @@ if triton is not None:
 
     @triton.jit
     def _gated_adamw(
-        param, grad, exp_avg, exp_avg_sq, openness, numel, decay, rate, beta1, beta2, root, eps,
+        param, grad, exp_avg, exp_avg_sq, openness, numel, decay, rate, new1, new2, root, eps,
         GATE_DECAY: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         k = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -200,8 +200,10 @@ if triton is not None:
         m = tl.load(exp_avg + k, mask=inside, other=0.0).to(tl.float32)
         v = tl.load(exp_avg_sq + k, mask=inside, other=0.0).to(tl.float32)
         q = tl.load(openness + k, mask=inside, other=0.0)
-        m += (1 - beta1) * (g - m)
-        v = beta2 * v + (1 - beta2) * g * g
+        m += new1 * (
+            g - m
+        )  # 1 − β is rounded once: a GPU takes scalars as float32, where 1 − 0.99999 is coarse
+        v += new2 * (g * g - v)
         w -= decay * w * q if GATE_DECAY else decay * w
         w -= rate * q * m / (tl.sqrt(v) / root + eps)
         tl.store(param + k, w.to(param.dtype.element_ty), mask=inside)

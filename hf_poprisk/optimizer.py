@@ -137,6 +137,11 @@ class PopRiskAdamW(torch.optim.AdamW):
         self._names = {p: name for name, p in named_parameters}
         self._window = None
 
+    @property
+    def names(self) -> Mapping[Tensor, str]:
+        """What ``name_parameters`` was told; a parameter without a name is left out of records."""
+        return self._names
+
     def example(self) -> AbstractContextManager[None]:
         """Block around the backward of one example (of one micro-batch with ``estimator="group"``).
 

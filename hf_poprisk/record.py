@@ -14,6 +14,7 @@ ever executed, unpickled or used as a path.
     units_per_step       b of a full step
     layout               processes, gradient_accumulation_steps, per_device_train_batch_size
     steps                optimizer steps taken
+    weights_step         the step that the weights are of: another one after load_best_model_at_end
     data                 examples; altered_labels, the number whose label was changed on purpose, or null
     versions             package → version
 
@@ -75,6 +76,8 @@ def load_record(
     if folder.is_dir():
         files = [folder / CONFIG_NAME, folder / STATISTICS_NAME]
         found = [path if path.is_file() else None for path in files]
+    elif Path(path_or_repo).is_absolute() or str(path_or_repo).startswith("."):
+        raise FileNotFoundError(f"{path_or_repo} is not a folder.")
     else:
         found = [
             _download(str(path_or_repo), name, revision, token) for name in (CONFIG_NAME, STATISTICS_NAME)
@@ -190,6 +193,7 @@ _CONFIG: dict[str, Callable[[Any], bool]] = {
         processes=_count, gradient_accumulation_steps=_count, per_device_train_batch_size=_count
     ),
     "steps": _count,
+    "weights_step": _count,
     "data": _entries(examples=_optional(_count), altered_labels=_optional(_count)),
     "versions": _values(_text),
 }

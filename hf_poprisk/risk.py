@@ -68,6 +68,9 @@ class RiskMeter:
     def __init__(self) -> None:
         self._seen: list[Tensor] = []
 
+    def clear(self) -> None:
+        self._seen.clear()
+
     def observe(self, optimizer: torch.optim.Optimizer, scale: float = 1.0) -> None:
         found = gains(optimizer, scale)
         if found is not None:

@@ -88,6 +88,8 @@ class GateStatistics:
         for run in self._run.values():
             rows = run.sums.tolist()
             for p, sums, null in zip(run.params, rows, run.nulls, strict=True):
+                if p not in names:
+                    continue
                 entry = parameters.setdefault(
                     names[p], {"numel": p.numel(), "steps": 0, "examples": 0, "null": 0.0, "sums": [0.0] * 4}
                 )

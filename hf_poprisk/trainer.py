@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Trainer
+from transformers.trainer_utils import has_length
 
 from hf_poprisk.arguments import OPTIM, PopRiskTrainingArguments
 from hf_poprisk.batched import BatchedGradients, Capture
@@ -84,6 +85,11 @@ class PopRiskMixin(HubMixin, CheckpointMixin):
                 f"optim={OPTIM}, but the optimizer handed to the trainer is {type(self.optimizer).__name__}: "
                 "pass a PopRiskAdamW, or set optim=adamw_torch for a run without the gate."
             )
+        if self._risk is not None and not isinstance(_unwrap(self.optimizer), torch.optim.Adam):
+            raise ValueError(
+                f"poprisk_risk needs the moments of Adam, which {type(self.optimizer).__name__} does not "
+                "keep: set poprisk_risk=false or another optim."
+            )
         if optimizer is not None:
             named = dict((self.model if model is None else model).named_parameters())
             _check_agreement(optimizer, named, self.args)
@@ -109,7 +115,7 @@ class PopRiskMixin(HubMixin, CheckpointMixin):
                 )
         world, micro_batch = self.args.world_size, self.args.per_device_train_batch_size
         per_step = self.args.gradient_accumulation_steps * world * micro_batch
-        size = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else per_step
+        size = len(self.train_dataset) if has_length(self.train_dataset) else per_step
         drop_last = self.args.dataloader_drop_last
         together = world * micro_batch
         if world > 1 and size < per_step and size % together and not drop_last:
@@ -160,6 +166,7 @@ class PopRiskMixin(HubMixin, CheckpointMixin):
             self._ambiguous = any(
                 isinstance(x, torch.Tensor) and x.dim() > 1 and x.shape[1] == rows for x in inputs.values()
             )
+            random_state = _random_state(self.accelerator.device)
             try:
                 with (
                     optimizer.batch(self._layers, count, rows) as self._capture,
@@ -169,6 +176,7 @@ class PopRiskMixin(HubMixin, CheckpointMixin):
             except _Misfit as misfit:  # before the backward of the first micro-batch
                 self._say_one_by_one(str(misfit))
                 self._layers = None
+                _set_random_state(random_state)  # a resumed run comes by here once more
             finally:
                 self._capture = None
         losses = []
@@ -208,7 +216,11 @@ class PopRiskMixin(HubMixin, CheckpointMixin):
         if self.loss_is_scaled_for_ga is not None or num_items_in_batch is None:
             self._loss_sums = bool(self.loss_is_scaled_for_ga)
             return
-        with torch.no_grad():  # transformers' own loss: TRL's would count the examples twice in its logs
+        devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng(devices),
+        ):  # transformers' own loss: TRL's would count the examples twice in its logs
             once, twice = (
                 Trainer.compute_loss(
                     self,
@@ -223,7 +235,7 @@ class PopRiskMixin(HubMixin, CheckpointMixin):
     def _check_count(self, count: int) -> None:
         """The collator must leave as many examples as it was given; only the last of an epoch may be few."""
         size, data = self.args.per_device_train_batch_size, self.train_dataset
-        full = hasattr(data, "__len__") and len(data) >= size * self.args.world_size
+        full = has_length(data) and len(data) >= size * self.args.world_size
         first, self._count_checked = not self._count_checked and self.state.global_step == 0, True
         if count > size or count < size and full and first:
             raise ValueError(
@@ -310,6 +322,16 @@ def _unwrap(optimizer: Any) -> Any:
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
+
+
+def _random_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _set_random_state(state: tuple[torch.Tensor, torch.Tensor | None]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1])
 
 
 class _Misfit(Exception):

@@ -256,3 +256,27 @@ def test_what_couples_the_examples_is_refused(kind: str, tmp_path: Path) -> None
     said = {"norm": "norm normalises over the examples", "experts": "router_aux_loss_coef balances"}[kind]
     with pytest.raises(ValueError, match=f"{said} .*set per_device_train_batch_size=1, or poprisk_est"):
         trainer.train()
+
+
+class Forgetful(Kwargs):
+    """With dropout, so that a forward that is thrown away must not cost random numbers."""
+
+    def forward(self, x: Tensor, labels: Tensor, **kwargs: Any) -> dict[str, Tensor]:
+        return super().forward(nn.functional.dropout(x, 0.5, self.training), labels, **kwargs)
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_what_is_tried_out_at_the_start_draws_no_random_numbers(hidden: bool, tmp_path: Path) -> None:
+    """A resumed run starts once more, and must come to the weights of the uninterrupted one."""
+    options = {**QUIET, "per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 1}
+    trainers = []
+    for resume in (None, str(tmp_path / "checkpoint-2")):
+        model = Forgetful(sums=True)
+        if hidden:  # covered layers, and rows that they do not see: found out in the first forward
+            model.conv, model.hidden = None, True
+        args = PopRiskTrainingArguments(str(tmp_path), max_steps=4, **options)
+        trainers.append(PopRiskTrainer(model, args=args, train_dataset=rows(16)))
+        trainers[-1].train(resume_from_checkpoint=resume)
+        assert trainers[-1]._layers is None
+    for p, q in zip(trainers[0].model.parameters(), trainers[1].model.parameters(), strict=True):
+        assert torch.equal(p, q)

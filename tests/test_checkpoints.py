@@ -317,6 +317,45 @@ def test_the_record_is_in_every_save(tmp_path: Path) -> None:
     assert min(logged) < opened / live < max(logged)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_checkpoint_that_lacks_a_part_is_not_whole(name: str, tmp_path: Path) -> None:
+    causal(tmp_path, max_steps=2).train()
+    (tmp_path / "checkpoint-2" / name).unlink()
+    assert damage(tmp_path / "checkpoint-2") == f"{name} is gone"
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+
+
+def test_nothing_of_an_earlier_run_is_sealed_into_a_new_one(tmp_path: Path) -> None:
+    causal(tmp_path, max_steps=2).train()
+    (tmp_path / "checkpoint-2/left.txt").touch()
+    stock = causal(tmp_path, max_steps=2, optim="adamw_torch")
+    stock.train()
+    stock.save_model()
+    assert not (tmp_path / "checkpoint-2/left.txt").exists()
+    assert load_record(tmp_path / "checkpoint-2").statistics is None
+    causal(tmp_path).save_model()  # has not trained: the record stays that of the run that has
+    assert load_record(tmp_path).config["steps"] == 2
+
+
+def test_a_model_that_was_changed_after_training_is_saved(tmp_path: Path) -> None:
+    trainer = causal(tmp_path, max_steps=2)
+    trainer.train()
+    trainer.model = tiny_model("llama")
+    trainer.save_model(str(tmp_path / "other"))
+    assert len(load_record(tmp_path / "other").statistics["parameters"]) == 21
+
+
+def test_the_record_names_the_step_that_the_weights_are_of(tmp_path: Path) -> None:
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    options = {**OPTIONS, "max_steps": 3, "eval_strategy": "steps", "eval_steps": 1, **best}
+    args = PopRiskTrainingArguments(str(tmp_path), **options)
+    trainer = PopRiskTrainer(tiny_model("llama"), args=args, train_dataset=rows(10), eval_dataset=rows(4))
+    trainer.train()
+    trainer.save_model()
+    config = load_record(tmp_path).config
+    assert config["steps"] == 3 and config["weights_step"] == trainer.state.best_global_step < 3
+
+
 def test_a_run_without_the_gate_says_so(tmp_path: Path) -> None:
     trainer = causal(tmp_path, max_steps=1, optim="adamw_torch")
     trainer.train()

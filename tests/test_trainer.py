@@ -388,6 +388,7 @@ def test_the_mixin_hides_nothing_of_the_stock_trainers() -> None:
         "_save_rng_state",
         "_load_optimizer_and_scheduler",
         "_run_epoch",
+        "_load_best_model",
     }
     overridden |= {"_push_from_checkpoint", "_finish_current_push"}
     own = {name for base in (PopRiskMixin, *PopRiskMixin.__bases__) for name in vars(base)} - overridden
