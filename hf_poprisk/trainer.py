@@ -166,7 +166,8 @@ class PopRiskMixin(HubMixin, CheckpointMixin):
             self._ambiguous = any(
                 isinstance(x, torch.Tensor) and x.dim() > 1 and x.shape[1] == rows for x in inputs.values()
             )
-            random_state = _random_state(self.accelerator.device)
+            # only the first forward may turn out a misfit; reading a GPU's state would wait for it
+            random_state = None if self._fit_checked else _random_state(self.accelerator.device)
             try:
                 with (
                     optimizer.batch(self._layers, count, rows) as self._capture,
@@ -176,7 +177,8 @@ class PopRiskMixin(HubMixin, CheckpointMixin):
             except _Misfit as misfit:  # before the backward of the first micro-batch
                 self._say_one_by_one(str(misfit))
                 self._layers = None
-                _set_random_state(random_state)  # a resumed run comes by here once more
+                if random_state is not None:
+                    _set_random_state(random_state)  # a resumed run comes by here once more
             finally:
                 self._capture = None
         losses = []
