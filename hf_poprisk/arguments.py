@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import tempfile
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 from transformers.utils.generic import strtobool
 
+from hf_poprisk.label_noise import LABEL_NOISE_MODES
 from hf_poprisk.optimizer import check_gate_options, check_patterns
 
 OPTIM = "poprisk_adamw"
@@ -20,6 +21,8 @@ _PREFIX = "poprisk_"
 @dataclass
 class PopRiskArgumentsMixin:
     """Fields and checks shared by every config class; stands before the stock class in the bases."""
+
+    _swappable: ClassVar[bool] = False  # an example is a preference pair
 
     # Redeclared as a string: the stock field is an Enum, which a command line could not extend.
     optim: str = field(
@@ -63,6 +66,14 @@ class PopRiskArgumentsMixin:
         metadata={
             "help": "Log how much of each step the next batch confirms; works with the stock Adam "
             "optimizers too."
+        },
+    )
+    poprisk_label_noise: str = field(
+        default="off",
+        metadata={
+            "help": "Judge every label by its held-out log-odds. audit: score and write the table. weight: "
+            "weigh an example by the probability that its label is right. swap: preference pairs only, train "
+            "those that look wrong the other way round."
         },
     )
     poprisk_allow_change: bool = field(
@@ -128,6 +139,11 @@ class PopRiskArgumentsMixin:
         check_patterns(exclude or ())
         if self.poprisk_hub_gated not in (None, "auto", "manual"):
             raise ValueError(f"poprisk_hub_gated must be auto or manual; got {self.poprisk_hub_gated!r}.")
+        if self.poprisk_label_noise not in LABEL_NOISE_MODES:
+            raise ValueError(
+                f"poprisk_label_noise must be one of {', '.join(LABEL_NOISE_MODES)}; got "
+                f"{self.poprisk_label_noise!r}."
+            )
         if self.optim == OPTIM:
             return
         for name, spec in self.__dataclass_fields__.items():
@@ -193,12 +209,36 @@ class PopRiskArgumentsMixin:
                 "are meant to train together on CPU."
             )
         self._check_output_dir()
-        if self.optim != OPTIM or self.poprisk_gate == "none":
+        if self.optim != OPTIM:
+            return
+        if self.poprisk_label_noise != "off":
+            self._check_sharding()
+            self._check_label_noise()
+        if self.poprisk_gate == "none":
             return
         self._check_effect()
         self._check_sharding()
         if self.poprisk_estimator != "ema":
             self._check_examples()
+
+    def _check_label_noise(self) -> None:
+        """What the held-out log-odds need of the loss and the layout."""
+        args: Any = self
+        mode = f"poprisk_label_noise={self.poprisk_label_noise}"
+        if self.poprisk_label_noise == "swap" and not self._swappable:
+            raise ValueError(f"{mode} is for preference pairs: set poprisk_label_noise=weight.")
+        for name, on, way_out in (
+            ("poprisk_estimator=group", self.poprisk_estimator == "group", "set poprisk_estimator=example"),
+            ("torch_compile=True", args.torch_compile, "set torch_compile=False"),
+            ("use_liger_kernel=True", args.use_liger_kernel, "set use_liger_kernel=False"),
+            ("label_smoothing_factor", args.label_smoothing_factor, "set label_smoothing_factor=0"),
+        ):
+            if on:
+                raise ValueError(
+                    f"{mode} judges single examples by the log-odds in the loss, which {name} hides: "
+                    f"{way_out}."
+                )
+        self._check_static_graph()
 
     def _check_output_dir(self) -> None:
         args: Any = self
@@ -231,20 +271,23 @@ class PopRiskArgumentsMixin:
                     f"{name} is not supported by optim={OPTIM}: {way_out}, or set {_PREFIX}gate=none."
                 )
 
+    def _check_static_graph(self) -> None:
+        args: Any = self
+        if args.ddp_static_graph and args.gradient_accumulation_steps > 1:
+            raise ValueError(
+                "ddp_static_graph=True fails in PyTorch when the first backward is not synchronised: "
+                "set ddp_static_graph=False."
+            )
+
     def _check_examples(self) -> None:
         """What per-example gradients need of the batch layout."""
         args: Any = self
-        accumulation = args.gradient_accumulation_steps
         if self.units_per_step < 2:
             raise ValueError(
                 f"a step of one {self.poprisk_estimator} leaves nothing to hold out: raise "
                 "gradient_accumulation_steps or, for examples, per_device_train_batch_size."
             )
-        if args.ddp_static_graph and accumulation > 1:
-            raise ValueError(
-                "ddp_static_graph=True fails in PyTorch when the first backward is not synchronised: "
-                "set ddp_static_graph=False."
-            )
+        self._check_static_graph()
         if args.world_size > 1 and not args.average_tokens_across_devices:
             raise ValueError(
                 "average_tokens_across_devices=False makes an example's weight depend on its rank: set "

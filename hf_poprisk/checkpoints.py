@@ -159,6 +159,7 @@ class CheckpointMixin:
             optimizer.statistics = GateStatistics()  # of a new run
         if self._risk is not None:
             self._risk.clear()
+        self._load_label_noise(checkpoint)
         if checkpoint is None or optimizer is None or not Path(checkpoint, STATISTICS_NAME).is_file():
             return
         statistics = load_record(checkpoint).statistics
@@ -216,6 +217,7 @@ class CheckpointMixin:
         else:
             statistics = optimizer.statistics.of_run(optimizer.names)
             write_json(path, {"schema_version": SCHEMA_VERSION, **statistics})
+        self._write_label_noise(folder)
 
     def _record(self) -> dict[str, Any]:
         args = self.args

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_poprisk.batched import BatchedGradients, Capture, Uncovered
+from hf_poprisk.influence import Influence
 
 # Elements per all-reduce: large enough to fill the link, small against the model.
 _BUCKET_NUMEL = 1 << 24
@@ -31,10 +32,18 @@ class ExampleWindow:
     Args:
         params: the gated parameters; plain dense tensors.
         names: parameter → name, only for messages.
+        ungated: further parameters, for an ``Influence`` only: they have no Q.
     """
 
-    def __init__(self, params: Iterable[Tensor], names: Mapping[Tensor, str] | None = None) -> None:
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        names: Mapping[Tensor, str] | None = None,
+        ungated: Iterable[Tensor] = (),
+    ) -> None:
         self._params = list(params)
+        self._gated = set(self._params)
+        self._ungated = list(ungated)
         self.names: Mapping[Tensor, str] = names or {}
         self._sq_sums: dict[Tensor, Tensor] = {}  # parameter → buffer, kept from step to step
         self._written: set[Tensor] = set()  # parameters whose buffer belongs to this window
@@ -44,32 +53,44 @@ class ExampleWindow:
         self.num_examples = 0  # on this rank
 
     @contextmanager
-    def example(self) -> Iterator[None]:
+    def example(self, influence: Influence | None = None) -> Iterator[None]:
         """Capture the one backward inside this block as one example's contribution.
+
+        Args:
+            influence: takes the gradients too, of one example.
 
         Raises:
             RuntimeError: the gradients changed since the last example (clipped, unscaled, or touched
                 by a backward outside the block), none was produced, or a parameter's gradient came in
                 several parts, whose squares do not add up to the square of their sum.
         """
-        with self._backward(self._add):
+        with self._backward(partial(self._add, influence), every=influence is not None):
             yield
         self.num_examples += 1
 
     @contextmanager
-    def batch(self, layers: BatchedGradients, num_examples: int, num_rows: int) -> Iterator[Capture]:
+    def batch(
+        self,
+        layers: BatchedGradients,
+        num_examples: int,
+        num_rows: int,
+        influence: Influence | None = None,
+    ) -> Iterator[Capture]:
         """Capture the one forward and backward inside this block as those of several examples.
 
         Args:
             layers: of the model; its ``uncovered`` must be empty.
             num_examples: N, the examples of the batch.
             num_rows: its rows; row j belongs to example j mod N.
+            influence: takes the gradients too, of N examples.
 
         Raises:
             RuntimeError: as ``example``; or a gradient that is not made of what was captured.
         """
-        trained = [p for p in self._params if p.requires_grad]
-        capture = Capture(num_examples, num_rows, trained, self._buffer, verify=not self._verified)
+        every = influence is not None
+        capture = Capture(
+            num_examples, num_rows, self._seen(every), self._buffer, not self._verified, influence
+        )
 
         def finish(param: Tensor, grad: Tensor) -> None:
             self._check_part(param, grad)
@@ -81,13 +102,17 @@ class ExampleWindow:
                     "per_device_train_batch_size=1 and accumulate."
                 ) from error
 
-        with layers.capture(capture), self._backward(finish):
+        with layers.capture(capture), self._backward(finish, every):
             yield capture
         self._verified = True
         self.num_examples += num_examples
 
+    def _seen(self, every: bool) -> list[Tensor]:
+        """The trainable parameters whose gradients are looked at: the gated ones, or every one."""
+        return [p for p in self._params + self._ungated * every if p.requires_grad]
+
     @contextmanager
-    def _backward(self, hook: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
+    def _backward(self, hook: Callable[[Tensor, Tensor], None], every: bool) -> Iterator[None]:
         """Call ``hook(param, grad)`` for each parameter when this backward is through with it."""
         if all(p.grad is None for p in self._params):
             self.reset()  # the accumulated gradient is gone, so is what was collected beside it
@@ -99,7 +124,7 @@ class ExampleWindow:
                 "optimizer.zero_grad() after optimizer.step()."
             )
         self._fired.clear()
-        handles = [p.register_hook(partial(hook, p)) for p in self._params if p.requires_grad]
+        handles = [p.register_hook(partial(hook, p)) for p in self._seen(every)]
         try:
             yield
         finally:
@@ -122,18 +147,24 @@ class ExampleWindow:
             )
         self._fired.add(param)
 
-    def _add(self, param: Tensor, grad: Tensor) -> None:
+    def _add(self, influence: Influence | None, param: Tensor, grad: Tensor) -> None:
         """Leaf hook: ``Q += h²``. The first example writes, so no buffer is ever zeroed."""
         self._check_part(param, grad)
+        if influence is not None:
+            influence.add(param, 0, grad)
         sq_sum, fresh = self._buffer(param)
+        if sq_sum is None:
+            return
         if fresh:
             # copy before squaring: bfloat16 · bfloat16 would round before the cast
             torch.square(sq_sum.copy_(grad), out=sq_sum)
         else:
             sq_sum.addcmul_(grad, grad)
 
-    def _buffer(self, param: Tensor) -> tuple[Tensor, bool]:
-        """The parameter's Q, and whether its content is of an older window."""
+    def _buffer(self, param: Tensor) -> tuple[Tensor | None, bool]:
+        """The parameter's Q if it is gated, and whether its content is of an older window."""
+        if param not in self._gated:
+            return None, False
         sq_sum = self._sq_sums.get(param)
         if sq_sum is None or sq_sum.device != param.device:
             dtype = torch.float64 if param.dtype == torch.float64 else torch.float32

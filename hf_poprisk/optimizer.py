@@ -24,6 +24,7 @@ from hf_poprisk.gate import (
     streaming_null_openness,
     streaming_openness,
 )
+from hf_poprisk.influence import Influence
 from hf_poprisk.moments import ExampleWindow
 from hf_poprisk.statistics import GateStatistics
 
@@ -142,18 +143,25 @@ class PopRiskAdamW(torch.optim.AdamW):
         """What ``name_parameters`` was told; a parameter without a name is left out of records."""
         return self._names
 
-    def example(self) -> AbstractContextManager[None]:
+    def example(self, influence: Influence | None = None) -> AbstractContextManager[None]:
         """Block around the backward of one example (of one micro-batch with ``estimator="group"``).
+
+        Args:
+            influence: ``Influence(optimizer, 1)``, to be filled; works with the gate off too.
 
         Raises:
             RuntimeError: see ``ExampleWindow.example``; or the window was closed and not stepped.
         """
-        if not self.needs_examples:
+        if not self.needs_examples and influence is None:
             return nullcontext()
-        return self._free_window().example()
+        return self._free_window().example(influence)
 
     def batch(
-        self, layers: BatchedGradients, num_examples: int, num_rows: int
+        self,
+        layers: BatchedGradients,
+        num_examples: int,
+        num_rows: int,
+        influence: Influence | None = None,
     ) -> AbstractContextManager[Capture | None]:
         """Block around the forward and the backward of several examples; the sums are those of ``example``.
 
@@ -161,6 +169,8 @@ class PopRiskAdamW(torch.optim.AdamW):
             layers: ``BatchedGradients(model, optimizer.gated_parameters)`` with nothing uncovered.
             num_examples: N, the examples of the batch.
             num_rows: its rows, the first axis of the model's inputs; row j belongs to example j mod N.
+            influence: ``Influence(optimizer, num_examples)``, to be filled, for which ``layers`` must hold
+                every trainable parameter; works with the gate off too.
 
         Raises:
             RuntimeError: see ``ExampleWindow.batch``.
@@ -168,9 +178,9 @@ class PopRiskAdamW(torch.optim.AdamW):
         """
         if self.estimator == "group":
             raise ValueError("estimator='group' takes a batch as one unit: use optimizer.example().")
-        if not self.needs_examples:
+        if not self.needs_examples and influence is None:
             return nullcontext()
-        return self._free_window().batch(layers, num_examples, num_rows)
+        return self._free_window().batch(layers, num_examples, num_rows, influence)
 
     def _free_window(self) -> ExampleWindow:
         """The window, not closed."""
@@ -416,8 +426,9 @@ class PopRiskAdamW(torch.optim.AdamW):
     def _open_window(self) -> ExampleWindow:
         if self._window is None:
             # with those that are frozen now: they may be trained later
-            gated = [p for p in self._all_parameters() if p not in self._ungated]
-            self._window = ExampleWindow(gated, self._names)
+            every = list(self._all_parameters())
+            gated = dict.fromkeys(p for p in every if self.needs_examples and p not in self._ungated)
+            self._window = ExampleWindow(gated, self._names, [p for p in every if p not in gated])
         return self._window
 
     def _end_window(self) -> None:

@@ -19,13 +19,15 @@ from hf_poprisk.arguments import OPTIM, PopRiskTrainingArguments
 from hf_poprisk.batched import BatchedGradients, Capture
 from hf_poprisk.checkpoints import CheckpointMixin, describe_data
 from hf_poprisk.hub import HubMixin
+from hf_poprisk.influence import Influence
+from hf_poprisk.label_noise.mixin import LabelNoiseMixin, check_datasets_installed, with_index
 from hf_poprisk.optimizer import PopRiskAdamW, matching
 from hf_poprisk.risk import RiskMeter
 
 logger = logging.getLogger(__name__)
 
 
-class PopRiskMixin(HubMixin, CheckpointMixin):
+class PopRiskMixin(HubMixin, CheckpointMixin, LabelNoiseMixin):
     """Stands before a ``Trainer`` class in the bases and gates its optimizer.
 
     ``optim="poprisk_adamw"`` in the arguments turns it on; with any other optimizer the trainer is the
@@ -57,11 +59,18 @@ class PopRiskMixin(HubMixin, CheckpointMixin):
                 f"{type(self).__name__} takes a {self._config_class.__name__}, got "
                 f"{type(config).__name__}: the stock class has no gate."
             )
-        if call.arguments.get("train_dataset") is not None:
+        data, ids = call.arguments.get("train_dataset"), None
+        judged = data is not None and config.poprisk_label_noise != "off"
+        if data is not None:
             config.check_training()
-            self._training_data = describe_data(call.arguments["train_dataset"])
+            self._training_data = describe_data(data)
+        if judged:
+            check_datasets_installed()
+            call.arguments["train_dataset"], ids = with_index(data)
         self._risk = RiskMeter() if config.poprisk_risk else None
         super().__init__(*call.args, **call.kwargs)
+        if judged:
+            self._start_label_noise(ids)
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
@@ -143,17 +152,28 @@ class PopRiskMixin(HubMixin, CheckpointMixin):
             return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
         step = partial(super().training_step, num_items_in_batch=num_items_in_batch)  # type: ignore[misc]
         size = self.args.per_device_train_batch_size
-        if not optimizer.needs_examples or self.args.poprisk_estimator == "group" or size == 1:
-            with optimizer.example():
+        rows = self._take_rows(inputs)
+        grouped = self.args.poprisk_estimator == "group" or not self._needs_examples(optimizer)
+        if grouped or size == 1:
+            with self._judging(rows, optimizer) as influence, optimizer.example(influence):
                 loss = step(model, inputs)
         else:
-            loss = self._several_examples(optimizer, step, model, inputs)
+            loss = self._several_examples(optimizer, step, model, inputs, rows)
         if self.accelerator.sync_gradients:
             optimizer.close_window()
+            self._book_visits()
         return loss
 
+    def _needs_examples(self, optimizer: PopRiskAdamW) -> bool:
+        return optimizer.needs_examples or self._label_noise is not None
+
     def _several_examples(
-        self, optimizer: PopRiskAdamW, step: Callable[..., torch.Tensor], model: nn.Module, inputs: Any
+        self,
+        optimizer: PopRiskAdamW,
+        step: Callable[..., torch.Tensor],
+        model: nn.Module,
+        inputs: Any,
+        table_rows: torch.Tensor | None,
     ) -> torch.Tensor:
         """All in one backward where the layers allow it, one after the other elsewhere: the same G and Q."""
         rows = self._num_rows(inputs)
@@ -170,7 +190,8 @@ class PopRiskMixin(HubMixin, CheckpointMixin):
             random_state = None if self._fit_checked else _random_state(self.accelerator.device)
             try:
                 with (
-                    optimizer.batch(self._layers, count, rows) as self._capture,
+                    self._judging(table_rows, optimizer) as influence,
+                    optimizer.batch(self._layers, count, rows, influence) as self._capture,
                     self._row_operations(self._capture),
                 ):
                     return step(model, inputs)
@@ -188,8 +209,9 @@ class PopRiskMixin(HubMixin, CheckpointMixin):
             last = i == count - 1
             with nullcontext() if last else self.accelerator.no_sync(model):
                 self._loss_divisor = count
+                mine = None if table_rows is None else table_rows[i : i + 1]
                 try:
-                    with optimizer.example():
+                    with self._judging(mine, optimizer) as influence, optimizer.example(influence):
                         losses.append(step(model, take_example(inputs, i, count, rows)))
                 finally:
                     self._loss_divisor = 1
@@ -277,7 +299,7 @@ class PopRiskMixin(HubMixin, CheckpointMixin):
         """Decide how micro-batches of several examples are taken, and say so."""
         args, self._layers, self._loss_sums = self.args, None, None
         self._fit_checked = self._count_checked = False
-        if not optimizer.needs_examples or args.poprisk_estimator == "group":
+        if not self._needs_examples(optimizer) or args.poprisk_estimator == "group":
             return
         if args.per_device_train_batch_size == 1:
             return
@@ -288,7 +310,10 @@ class PopRiskMixin(HubMixin, CheckpointMixin):
                 return self._say_one_by_one(f"{option}=True")
         if any(module._compiled_call_impl is not None for module in model.modules()):
             return self._say_one_by_one("model.compile()")
-        layers = BatchedGradients(model, optimizer.gated_parameters)
+        told_apart = optimizer.gated_parameters
+        if self._label_noise is not None:
+            told_apart = Influence(optimizer, 1).params
+        layers = BatchedGradients(model, told_apart)
         if layers.uncovered:
             some = [f"{name} ({why})" for name, why in list(layers.uncovered.items())[:3]]
             more = f" and {len(layers.uncovered) - 3} more" if len(layers.uncovered) > 3 else ""
@@ -312,6 +337,8 @@ class PopRiskMixin(HubMixin, CheckpointMixin):
             logs = {**logs, **optimizer.statistics.pop(unit)}
         if self._risk is not None and "loss" in logs:
             logs = {**logs, **self._risk.pop(self.state.log_history)}
+        if self._label_noise is not None and "loss" in logs:
+            logs = {**logs, **self._label_noise.pop_logs()}
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def _poprisk_optimizer(self) -> PopRiskAdamW | None:

@@ -20,11 +20,15 @@ from hf_poprisk.trainer import PopRiskMixin
 _TAG = "poprisk"
 # These DPO losses sort across the batch, so no pair has a gradient of its own.
 _COUPLED_LOSSES = ("aot", "aot_unpaired")
+# −log σ(margin), and nothing else: the margin is the log-odds of the label.
+_LOG_ODDS_LOSSES = ("sigmoid", "sigmoid_norm")
 
 
 @dataclass
 class PopRiskDPOConfig(PopRiskArgumentsMixin, DPOConfig):
     """``trl.DPOConfig`` with the gate's fields; one example is one preference pair."""
+
+    _swappable = True
 
     def _check_examples(self) -> None:
         super()._check_examples()
@@ -36,6 +40,19 @@ class PopRiskDPOConfig(PopRiskArgumentsMixin, DPOConfig):
                 "poprisk_estimator=group."
             )
         _check_padding_free(self)
+
+    def _check_label_noise(self) -> None:
+        super()._check_label_noise()
+        mode = f"poprisk_label_noise={self.poprisk_label_noise}"
+        if len(self.loss_type) > 1 or self.loss_type[0] not in _LOG_ODDS_LOSSES:
+            raise ValueError(
+                f"{mode} needs a loss whose margin is the log-odds of the label, and loss_type="
+                f"{','.join(self.loss_type)} is none: use {' or '.join(_LOG_ODDS_LOSSES)}."
+            )
+        if self.use_weighting:
+            raise ValueError(f"{mode} weighs the pairs itself: set use_weighting=False.")
+        if self.f_divergence_type == "js_divergence":
+            raise ValueError(f"{mode} cannot read f_divergence_type=js_divergence: use reverse_kl.")
 
 
 @dataclass
@@ -51,10 +68,26 @@ class PopRiskSFTConfig(PopRiskArgumentsMixin, SFTConfig):
             )
         _check_padding_free(self)
 
+    def _check_label_noise(self) -> None:
+        raise ValueError(
+            f"poprisk_label_noise={self.poprisk_label_noise} judges labels, and a sequence has none: set "
+            "poprisk_label_noise=off, or train with DPO, a reward model or a classifier."
+        )
+
 
 @dataclass
 class PopRiskRewardConfig(PopRiskArgumentsMixin, RewardConfig):
     """``trl.RewardConfig`` with the gate's fields; one example is one preference pair."""
+
+    _swappable = True
+
+    def _check_label_noise(self) -> None:
+        super()._check_label_noise()
+        if self.center_rewards_coefficient is not None:
+            raise ValueError(
+                f"poprisk_label_noise={self.poprisk_label_noise} needs a loss that is a function of the "
+                "reward margins alone: remove center_rewards_coefficient."
+            )
 
 
 def _check_padding_free(args: Any) -> None:
@@ -109,6 +142,7 @@ class PopRiskDPOTrainer(_FusedHeadMixin, DPOTrainer):
     """``trl.DPOTrainer`` with the gate."""
 
     _rows_per_example = 2  # chosen rows first, then rejected ones
+    _preferences = True
     _config_class = PopRiskDPOConfig
     _tag_names = [*DPOTrainer._tag_names, _TAG]
 
@@ -124,5 +158,6 @@ class PopRiskRewardTrainer(PopRiskMixin, RewardTrainer):
     """``trl.RewardTrainer`` with the gate."""
 
     _rows_per_example = 2  # chosen rows first, then rejected ones
+    _preferences = True
     _config_class = PopRiskRewardConfig
     _tag_names = [*RewardTrainer._tag_names, _TAG]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hf_poprisk import kernels
 from hf_poprisk.batched.functions import PerExample, PerRow
+from hf_poprisk.influence import Influence
 
 # Elements of G, Q and h_i that are worked on together: three of these fit a core's cache.
 _BLOCK = 1 << 16
@@ -31,9 +32,11 @@ class Capture:
         num_examples: N.
         num_rows: rows of the batch, a multiple of N; row j belongs to example j mod N, which is how TRL
             lays out preference pairs.
-        params: the gated parameters.
-        square_buffer: parameter → its Q, and whether nothing has been written to it in this window.
+        params: the parameters whose gradients are to be told apart.
+        square_buffer: parameter → its Q, and whether nothing has been written to it in this window; no Q
+            where it is not gated.
         verify: compare what was captured with what autograd accumulated (first micro-batch of a run).
+        influence: takes every example's gradients too.
     """
 
     def __init__(
@@ -41,8 +44,9 @@ class Capture:
         num_examples: int,
         num_rows: int,
         params: Iterable[Tensor],
-        square_buffer: Callable[[Tensor], tuple[Tensor, bool]],
+        square_buffer: Callable[[Tensor], tuple[Tensor | None, bool]],
         verify: bool,
+        influence: Influence | None = None,
     ) -> None:
         if num_rows % num_examples:
             raise Uncovered(f"{num_rows} rows do not divide over {num_examples} examples")
@@ -52,6 +56,7 @@ class Capture:
         self.positions: set[Tensor] = set()  # tables whose [1, T] lookups belong to every row
         self._params = set(params)
         self._square_buffer = square_buffer
+        self._influence = influence
         self._uses: Counter[Tensor] = Counter()  # in the forward, recomputation aside
         self._in_forward: set[Tensor] = set()  # whose uses were counted there
         self._kept: dict[Tensor, Tensor] = {}  # small parameter → Σ over uses of h, [N, *shape]
@@ -191,13 +196,10 @@ class Capture:
         target, fresh = self._square_buffer(param)
         rows = self._rows_per_block(param)
         for start in range(0, param.shape[0], rows):
-            block = h[start : start + rows].to(target.dtype, copy=True)
+            block = h[start : start + rows].to(_sum_dtype(h.dtype), copy=True)
             if tokens is not None:
                 tokens.take(example, start, block)
-            if fresh:
-                torch.mul(block, block, out=target[start : start + rows])
-            else:
-                target[start : start + rows].addcmul_(block, block)
+            self._square(param, example, start, block, target, fresh)
 
     def finish(self, param: Tensor, grad: Tensor) -> None:
         """The leaf hook: every use of ``param`` has been through its backward.
@@ -214,16 +216,23 @@ class Capture:
                 raise Uncovered("a part of its gradient did not come through the captured layers")
         if param in self._kept:
             target, fresh = self._square_buffer(param)
-            squares = self._kept.pop(param).square_().sum(0)
-            target.copy_(squares) if fresh else target.add_(squares)
+            h = self._kept.pop(param)
+            if self._influence is not None:
+                self._influence.add_all(param, h)
+            if target is not None:
+                squares = h.square_().sum(0)
+                target.copy_(squares) if fresh else target.add_(squares)
         elif self._inputs.get(param):
             self._sum_and_square(param, self._inputs.pop(param), None, self._tokens.get(param))
         if param in self._tokens:
             target, fresh = self._square_buffer(param)
-            if fresh:
-                target.zero_()
             tokens = self._tokens.pop(param)
-            target.index_add_(0, tokens.ids, tokens.grads.square_())
+            if self._influence is not None:
+                self._influence.add_rows(param, tokens.ids, tokens.examples, tokens.grads)
+            if target is not None:
+                if fresh:
+                    target.zero_()
+                target.index_add_(0, tokens.ids, tokens.grads.square_())
 
     def _returning(self, param: Tensor, grad: Tensor) -> Tensor:
         grad = grad.to(param.dtype)
@@ -251,20 +260,21 @@ class Capture:
     ) -> None:
         """``grad = Σ_i h_i`` (if given) and ``Q += Σ_i h_i²``, h_i summed over the uses."""
         target, fresh = self._square_buffer(param)
-        if tokens is None and len(uses) == 1 and uses[0][0].shape[:2] == (self.num_examples, 1):
+        plain = tokens is None and len(uses) == 1 and self._influence is None and target is not None
+        if plain and uses[0][0].shape[:2] == (self.num_examples, 1):
             a, d = (x[:, 0] for x in uses[0])
             if grad is not None:
                 grad.copy_(d.T @ a)
             wide_a, wide_d = (x.to(target.dtype).square() for x in (a, d))
             target.copy_(wide_d.T @ wide_a) if fresh else target.addmm_(wide_d.T, wide_a)
             return
-        if tokens is None and len(uses) == 1 and grad is not None and grad.dtype == torch.float32:
+        if plain and grad is not None and grad.dtype == torch.float32:
             a, d = uses[0]
-            if kernels.usable(a, d, grad, target) and self._fused_is_faster(a, d, grad):
+            if kernels.usable(a, d, grad, target) and self._fused_is_faster(param, a, d, grad):
                 return kernels.weight_gradient(d, a, self.num_examples, grad, target, fresh)
-        self._one_by_one(uses, grad, target, fresh, tokens)
+        self._one_by_one(param, uses, grad, target, fresh, tokens)
 
-    def _fused_is_faster(self, a: Tensor, d: Tensor, grad: Tensor) -> bool:
+    def _fused_is_faster(self, param: Tensor, a: Tensor, d: Tensor, grad: Tensor) -> bool:
         (rows, length, width), out = a.shape, d.shape[-1]
         # lengths differ from batch to batch: one measurement for all up to a power of two
         key = (a.device, a.dtype, self.num_examples, rows, length.bit_length(), width, out)
@@ -273,37 +283,37 @@ class Capture:
             spare = torch.empty_like(grad), torch.empty_like(grad)
             return (
                 partial(kernels.weight_gradient, d, a, self.num_examples, *spare, True),
-                partial(self._one_by_one, [(a, d)], *spare, True, None),
+                partial(self._one_by_one, param, [(a, d)], *spare, True, None),
             )
 
         return kernels.faster(key, ways)
 
     def _one_by_one(
         self,
+        param: Tensor,
         uses: list[tuple[Tensor, Tensor]],
         grad: Tensor | None,
-        target: Tensor,
+        target: Tensor | None,
         fresh: bool,
         tokens: _Tokens | None,
     ) -> None:
         """``_sum_and_square`` with one matrix product per example, block of rows and use."""
-        n, rows = self.num_examples, self._rows_per_block(target)
+        n, rows, wide = self.num_examples, self._rows_per_block(param), _sum_dtype(param.dtype)
         # per example and use: D_iᵀ [out, tokens] and A_i [tokens, in]
         factors = [[(_flat(d[i::n]).T, _flat(a[i::n])) for a, d in uses] for i in range(n)]
-        low = None if factors[0][0][0].dtype == target.dtype else factors[0][0][0].dtype
-        for start in range(0, target.shape[0], rows):
-            stop = min(start + rows, target.shape[0])
-            squares = target[start:stop]
+        low = None if factors[0][0][0].dtype == wide else factors[0][0][0].dtype
+        for start in range(0, param.shape[0], rows):
+            stop = min(start + rows, param.shape[0])
             total = None if grad is None else grad[start:stop]
-            h = self._scratch_like(squares, target.dtype)
-            rounded = h if low is None else self._scratch_like(squares, low)
+            h = self._scratch_like(param[start:stop], wide)
+            rounded = h if low is None else self._scratch_like(param[start:stop], low)
             for i, parts in enumerate(factors):
                 # the first example needs no scratch: it is the sum so far
                 first = i == 0 and total is not None and tokens is None
                 into = total if first else h
                 product = into if low is None else rounded  # in the inputs' dtype, as autograd rounds it
                 for k, (dt, a) in enumerate(parts):
-                    block = dt if rows >= target.shape[0] else dt[start:stop]
+                    block = dt if rows >= param.shape[0] else dt[start:stop]
                     torch.mm(block, a, out=product) if k == 0 else product.addmm_(block, a)
                 if low is not None:
                     into.copy_(product)
@@ -311,10 +321,21 @@ class Capture:
                     total.copy_(into) if i == 0 else total.add_(into)
                 if tokens is not None:
                     tokens.take(i, start, into)
-                if i == 0 and fresh:
-                    torch.mul(into, into, out=squares)
-                else:
-                    squares.addcmul_(into, into)
+                self._square(param, i, start, into, target, fresh and i == 0)
+
+    def _square(
+        self, param: Tensor, example: int, start: int, h: Tensor, target: Tensor | None, fresh: bool
+    ) -> None:
+        """``Q += h²`` in the rows from ``start`` on, where the parameter is gated."""
+        if self._influence is not None:
+            self._influence.add(param, example, h, start)
+        if target is None:
+            return
+        squares = target[start : start + len(h)]
+        if fresh:
+            torch.mul(h, h, out=squares)
+        else:
+            squares.addcmul_(h, h)
 
     def _scratch_like(self, like: Tensor, dtype: torch.dtype) -> Tensor:
         key = (dtype, like.device)
@@ -329,6 +350,7 @@ class _Tokens:
 
     Attributes:
         ids: token of each row, [rows of it] int64, sorted within an example.
+        examples: whose row it is, [rows of it] int64.
         grads: their gradients, [rows of it, width].
     """
 
@@ -341,7 +363,7 @@ class _Tokens:
         """Forward: ids [rows, …]."""
         keys = self._key(ids).unique()
         self._keys = keys if self._keys is None else torch.cat([self._keys, keys]).unique()
-        self.ids = self._keys % self._vocabulary
+        self.ids, self.examples = self._keys % self._vocabulary, self._keys // self._vocabulary
         self._per_example: list[list[int]] | None = None
         self.grads: Tensor | None = None
 

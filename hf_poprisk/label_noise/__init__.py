@@ -1,0 +1,35 @@
+"""Training on labels that may be wrong, without being told how many are.
+
+Every visit of a training example yields the log-odds of its label, z. Part of z the example has taught the
+model itself; what is left is held out, ``ζ_i = z_i − C_i``, with C_i the effect of the example's own earlier
+steps, halved at each visit:
+
+    o_i = lr/B · ω_i (1 − p_i) · Σ_k (∂z_i/∂θ_k)² / (√v̂_k + ε)          C_i ← C_i/2 + o_i
+
+(ω_i the weight it was given, B the examples per step). Four times per epoch, from the end of the first on,
+a two-part model of all ζ estimates the share ε of wrong labels. Once the held-out likelihood of the labels
+no longer rises from one epoch to the next, an example weighs the probability w that its label is right
+(``weight``), or a pair is trained by 2w − 1, swapped where that is negative (``swap``). ``audit`` scores
+only. The gate's derivation (arXiv:2605.01172) holds out gradients;
+this holds out log-odds.
+
+    noise_fit.py   the two-part model                       <- read first
+    log_odds.py    where z is found, and how an example is weighted
+    table.py       the rows of ``label_noise.parquet``
+    judge.py       what happens at a visit, at a step, four times per epoch
+    mixin.py       its place in the trainers
+"""
+
+from hf_poprisk.label_noise.judge import LABEL_NOISE_MODES, LabelNoise
+from hf_poprisk.label_noise.noise_fit import NoiseFit, fit_noise
+from hf_poprisk.label_noise.table import INDEX, TABLE_NAME, ExampleTable
+
+__all__ = [
+    "INDEX",
+    "LABEL_NOISE_MODES",
+    "TABLE_NAME",
+    "ExampleTable",
+    "LabelNoise",
+    "NoiseFit",
+    "fit_noise",
+]

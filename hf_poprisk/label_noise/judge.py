@@ -1,0 +1,226 @@
+"""What happens to an example's row at a visit, at an optimizer step, and four times per epoch."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hf_poprisk.influence import Influence
+from hf_poprisk.label_noise.log_odds import LogOddsTap
+from hf_poprisk.label_noise.noise_fit import MAX_RATE, NoiseFit, fit_noise
+from hf_poprisk.label_noise.table import TABLE_NAME, ExampleTable
+from hf_poprisk.record import write_json
+
+logger = logging.getLogger(__name__)
+
+LABEL_NOISE_MODES = ("off", "audit", "weight", "swap")
+FITS_NAME = "label_noise.json"
+FITS_PER_EPOCH = 4
+_MEMORY = 0.5  # of an example's own effect, from one visit to the next
+# Nats per example and epoch: while held-out labels are still predicted better by more than this, the model is
+# not competent to judge, and what it has not learned yet would pass for wrong.
+_STILL_LEARNING = 0.01
+
+
+@dataclass
+class _Visit:
+    rows: Tensor  # [N] int64
+    tap: LogOddsTap
+    influence: Influence
+    heldout: Tensor  # [N]
+    weight: Tensor  # [N]
+
+
+class LabelNoise:
+    """Judges the labels while a model is trained on them.
+
+    Args:
+        mode: ``audit``, ``weight`` or ``swap``.
+        preferences: an example is a preference pair.
+        table: its rows are kept up to date.
+
+    Attributes:
+        fits: one ``NoiseFit`` per estimate, oldest first.
+        judging_since: the optimizer step from which on weights are given: when the held-out log-likelihood
+            of the labels has stopped rising from one epoch to the next; None until then.
+    """
+
+    def __init__(self, mode: str, preferences: bool, table: ExampleTable) -> None:
+        self.mode, self.preferences, self.table = mode, preferences, table
+        self.fits: list[NoiseFit] = []
+        self.judging_since: int | None = None
+        self._num_labels = 2
+        self._quarters = 0  # of an epoch, at the last fit
+        self._pending: list[_Visit] = []
+        self._clear_interval()
+
+    def _clear_interval(self) -> None:
+        self._sums = torch.zeros(3, dtype=torch.float64)  # visits, Σ weight, swapped
+
+    # -- a visit ----------------------------------------------------------------------------------------
+
+    def visit(self, rows: Tensor, influence: Influence) -> LogOddsTap:
+        """Begin the visit of N examples: enter the tap around their forward, then run their backward."""
+        visit = _Visit(rows, None, influence, None, None)  # type: ignore[arg-type]
+        visit.tap = LogOddsTap(self.preferences, partial(self._strength, visit))
+        self._pending.append(visit)
+        return visit.tap
+
+    def abandon(self) -> None:
+        """Forget the visit that was begun last: its backward did not run."""
+        self._pending.pop()
+
+    def _strength(self, visit: _Visit, log_odds: Tensor, num_labels: int) -> Tensor:
+        self._num_labels = num_labels
+        visit.heldout = log_odds - self.table.columns["own_effect"][visit.rows]
+        plain = visit.weight = torch.ones_like(log_odds)
+        if self.judging_since is None:
+            return plain
+        visit.weight = self.fits[-1].probability_right(visit.heldout)
+        if self.mode == "audit":
+            return plain
+        return 2 * visit.weight - 1 if self.mode == "swap" else visit.weight
+
+    # -- an optimizer step ------------------------------------------------------------------------------
+
+    def finish_step(self, gather: Callable[[Tensor], Tensor]) -> None:
+        """Book the visits of one optimizer step; every rank must call it.
+
+        Args:
+            gather: concatenates a [N, 6] tensor over the ranks; N may differ.
+        """
+        visits, self._pending = self._pending, []
+        local = torch.cat([self._booked(visit) for visit in visits])
+        every = gather(local)
+        # padding copies of an example stand on several ranks; the first one counts
+        rows, order = every[:, 0].long().sort(stable=True)
+        first = torch.ones_like(rows, dtype=torch.bool)
+        first[1:] = rows[1:] != rows[:-1]
+        kept = every[order[first]]
+        kept = kept[kept[:, 1].isfinite()]
+        rows, (z, heldout, weight, own, agreement) = kept[:, 0].long(), kept[:, 1:].float().unbind(1)
+        before = self.table.columns["own_effect"][rows]
+        self.table.visit(
+            rows,
+            logodds=z,
+            heldout_logodds=heldout,
+            own_effect=_MEMORY * before + own,
+            weight=weight,
+            agreement_mean=agreement,
+            loss_mean=F.softplus(-z),
+        )
+        swapped = (weight < 0.5).sum() if self.mode == "swap" else weight.new_zeros(())
+        self._sums += torch.stack([weight.new_tensor(len(rows)), weight.sum(), swapped]).double().cpu()
+
+    def _booked(self, visit: _Visit) -> Tensor:
+        """[N, 6] float64: row, z, ζ, weight, own effect, agreement."""
+        if visit.tap.slopes is None:
+            raise RuntimeError("the gradient of the examples' log-odds was not seen in the backward.")
+        device = self.table.device
+        # h_i = slope_i · ∂z_i/∂θ: z_i moves by 1/slope_i of what the step lowers the loss by
+        own = -visit.influence.energy.to(device) / visit.tap.slopes.to(device)
+        columns = (
+            visit.rows,
+            visit.tap.log_odds,
+            visit.heldout,
+            visit.weight,
+            own.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0),  # nothing was moved, or the step is left out
+            visit.influence.agreement,
+        )
+        return torch.stack([x.to(device, torch.float64) for x in columns if x is not None], 1)
+
+    # -- the noise rate ---------------------------------------------------------------------------------
+
+    def maybe_fit(self, epoch: float, step: int) -> None:
+        """Estimate the noise rate if a quarter of an epoch has passed since the last time.
+
+        Args:
+            epoch: passes over the data so far; nothing is estimated before the first one is complete.
+            step: optimizer steps so far.
+        """
+        quarters = math.floor(FITS_PER_EPOCH * epoch + 1e-6)
+        if quarters < FITS_PER_EPOCH or quarters <= self._quarters or not len(self.table):
+            return
+        heldout = self.table.heldout()
+        if not len(heldout):
+            return
+        self._quarters = quarters
+        fit = fit_noise(heldout, self._num_labels, step, epoch)
+        before = next((old for old in reversed(self.fits) if old.epoch <= epoch - 1 + 1e-6), fit)
+        self.fits.append(fit)
+        learned = fit.log_likelihood - before.log_likelihood
+        if self.judging_since is None and before is not fit and learned < _STILL_LEARNING:
+            self.judging_since = step
+
+    def pop_logs(self) -> dict[str, float]:
+        """The log entries since the last call."""
+        logs: dict[str, float] = {}
+        if self.fits:
+            fit = self.fits[-1]
+            logs |= {"noise_rate": fit.rate, "noise_rate_low": fit.low, "noise_rate_high": fit.high}
+        visits, weight, swapped = self._sums.tolist()
+        if self.judging_since is not None and visits:
+            logs["weight_mean"] = weight / visits
+            if self.mode == "swap":
+                logs["swapped"] = swapped / visits
+        self._clear_interval()
+        return {f"poprisk/{name}": value for name, value in logs.items()}
+
+    def warn_at_end(self) -> None:
+        """Say what the numbers cannot be trusted for."""
+        name = f"poprisk_label_noise={self.mode}"
+        if not self.fits:
+            logger.warning(
+                f"{name}: training ended within its first epoch, so the noise rate was not estimated and no "
+                "example was weighted: train for three epochs or more."
+            )
+        elif self.judging_since is None and self.mode != "audit":
+            logger.warning(
+                f"{name}: no example was weighted, because held-out labels were predicted better and better "
+                "until the end: train for more epochs."
+            )
+        elif self.fits[-1].capped:
+            logger.warning(
+                f"{name}: the estimated noise rate is at its limit of {MAX_RATE}: the model does not predict "
+                "held-out labels, for want of training or of signal, and its weights and suspicions mean "
+                "little; raise the learning rate or the number of epochs."
+            )
+
+    # -- saving -----------------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path) -> None:
+        """``label_noise.parquet`` and ``label_noise.json``, which a resumed run goes on from."""
+        content = {
+            "mode": self.mode,
+            "preferences": self.preferences,
+            "num_labels": self._num_labels,
+            "quarters": self._quarters,
+            "judging_since": self.judging_since,
+            "interval": self._sums.tolist(),
+            "fits": [fit.to_dict() for fit in self.fits],
+        }
+        write_json(Path(folder, FITS_NAME), content)
+        self.table.save(Path(folder, TABLE_NAME))
+
+    def load(self, folder: str | Path) -> None:
+        content = json.loads(Path(folder, FITS_NAME).read_text())
+        self._num_labels, self._quarters = content["num_labels"], content["quarters"]
+        self.judging_since = content["judging_since"]
+        self._sums = torch.tensor(content["interval"], dtype=torch.float64)
+        self.fits = load_fits(folder)
+        self.table.load(Path(folder, TABLE_NAME))
+
+
+def load_fits(folder: str | Path) -> list[NoiseFit]:
+    """The estimates of a saved run, oldest first."""
+    content = json.loads(Path(folder, FITS_NAME).read_text())
+    return [NoiseFit(**fit) for fit in content["fits"]]

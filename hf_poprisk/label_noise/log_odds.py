@@ -1,0 +1,109 @@
+"""The log-odds of the observed labels, found inside a loss, and a factor on each example's gradient.
+
+A loss that judges labels computes ``−log σ(z_i)``: TRL's preference losses as ``logsigmoid`` of the reward
+margin, a classifier's as ``cross_entropy`` of its logits. Whatever stands around it (means, accumulation,
+loss scaling), all of an example's gradient flows through z_i, so a factor put there weights the example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+_MAX_LOG_ODDS = 80.0  # exp of more leaves float32
+
+
+class LogOddsTap(TorchFunctionMode):
+    """While it is entered, the one loss that is computed gives up its log-odds and takes weights.
+
+    Args:
+        preferences: the loss is ``logsigmoid`` of [N] margins; otherwise it is ``cross_entropy`` of [N, K]
+            logits.
+        strength: (z, K) → [N] in [−1, 1]: the factor on example i's gradient; a negative one trains the
+            opposite label of a pair by its absolute value.
+
+    Attributes:
+        log_odds: z, [N] float32, once the forward is done; None if no such loss was met. K-class:
+            ``o_y − logsumexp_{k≠y} o_k``.
+        num_labels: K, 2 for preferences.
+        slopes: ``∂(accumulated loss)/∂z_i`` as it was backpropagated, [N], once the backward is done.
+
+    Raises (inside, as ``LogOddsError``): a loss whose log-odds are not the whole of it.
+    """
+
+    def __init__(self, preferences: bool, strength: Callable[[Tensor, int], Tensor]) -> None:
+        super().__init__()
+        self._preferences, self._strength = preferences, strength
+        self.log_odds: Tensor | None = None
+        self.num_labels = 2
+        self.slopes: Tensor | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not (F.logsigmoid if self._preferences else F.cross_entropy):
+            return func(*args, **kwargs)
+        if self.log_odds is not None:
+            raise LogOddsError("it takes more than one log-probability of an example")
+        if self._preferences:
+            margin, *rest = args
+            if margin.dim() != 1:
+                raise LogOddsError(f"its margins are {list(margin.shape)} and not one per pair")
+            factor = self._see(margin.detach().float())
+            return func(_Weighted.apply(margin, factor, None, self), *rest, **kwargs)
+        logits, labels, *rest = args
+        _check_cross_entropy(logits, labels, rest, kwargs)
+        self.num_labels = logits.shape[1]
+        factor = self._see(class_log_odds(logits.detach().float(), labels))
+        return func(_Weighted.apply(logits, factor, labels, self), labels, *rest, **kwargs)
+
+    def _see(self, log_odds: Tensor) -> Tensor:
+        self.log_odds = log_odds
+        strength = self._strength(log_odds, self.num_labels)
+        # −log σ(z) has the slope −σ(−z) and the swapped pair's −log σ(−z) has +σ(z) = σ(−z)·eᶻ
+        return torch.where(strength < 0, strength * log_odds.clamp(max=_MAX_LOG_ODDS).exp(), strength)
+
+
+class LogOddsError(RuntimeError):
+    """The loss is not a function of the examples' log-odds alone."""
+
+
+def class_log_odds(logits: Tensor, labels: Tensor) -> Tensor:
+    """``o_y − logsumexp_{k≠y} o_k``; logits [N, K], labels [N]; NaN where the label is negative (ignored)."""
+    observed = labels.clamp(min=0)[:, None]
+    others = logits.scatter(1, observed, -torch.inf).logsumexp(1)
+    return torch.where(labels < 0, torch.nan, logits.gather(1, observed)[:, 0] - others)
+
+
+def _check_cross_entropy(logits: Tensor, labels: Tensor, rest: list[Any], kwargs: dict[str, Any]) -> None:
+    if logits.dim() != 2 or labels.dim() != 1 or logits.shape[1] < 2:
+        raise LogOddsError(f"its logits are {list(logits.shape)} and not [examples, labels]")
+    if rest or kwargs.get("weight") is not None or kwargs.get("label_smoothing"):
+        raise LogOddsError("its cross-entropy has class weights or label smoothing")
+    if kwargs.get("reduction", "mean") not in ("mean", "sum", "none"):
+        raise LogOddsError(f"its reduction is {kwargs['reduction']}")
+
+
+class _Weighted(Function):
+    """Identity whose gradient is multiplied by a factor per example, and remembered."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: Tensor, labels: Tensor | None, tap: LogOddsTap) -> Tensor:
+        ctx.factor, ctx.labels, ctx.tap = factor, labels, tap
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        if ctx.labels is None:
+            slopes = grad.float() * ctx.factor
+            grad = slopes.to(grad.dtype)
+        else:  # ∂z/∂o_y = 1
+            grad = (grad.float() * ctx.factor[:, None]).to(grad.dtype)
+            slopes = grad.float().gather(1, ctx.labels.clamp(min=0)[:, None])[:, 0]
+        ctx.tap.slopes = slopes
+        return grad, None, None, None

@@ -1,0 +1,216 @@
+"""The judge's place in a trainer: which examples a batch holds, when a step is booked, what is saved."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+from transformers import TrainerCallback
+
+from hf_poprisk.influence import Influence
+from hf_poprisk.label_noise.judge import FITS_NAME, LabelNoise
+from hf_poprisk.label_noise.log_odds import LogOddsError, LogOddsTap
+from hf_poprisk.label_noise.table import INDEX, TABLE_NAME, ExampleTable
+
+
+class LabelNoiseMixin:
+    """``poprisk_label_noise`` for a trainer; part of ``PopRiskMixin``."""
+
+    _preferences = False  # an example is a preference pair
+    _label_noise: LabelNoise | None = None
+    _tap: LogOddsTap | None = None  # around the forward in progress
+    _clip_coefficient: Tensor | float = 1.0  # of the last step: that of this one comes too late
+
+    def _start_label_noise(self, ids: np.ndarray | None) -> None:
+        """After the trainer is built; ids as ``with_index`` gave them."""
+        table = ExampleTable(ids, self.accelerator.device)
+        self._label_noise = LabelNoise(self.args.poprisk_label_noise, self._preferences, table)
+        self.add_callback(_Steps(self))
+
+    # -- data -------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> Any:
+        if self._label_noise is None:
+            return super().get_train_dataloader()  # type: ignore[misc]
+        # the index is of the training batches only: an evaluation has nothing to do with it
+        collator, self.data_collator = self.data_collator, IndexCollator(self.data_collator)
+        self._set_signature_columns_if_needed()
+        columns = self._signature_columns
+        self._signature_columns = [*columns, INDEX]
+        try:
+            return super().get_train_dataloader()  # type: ignore[misc]
+        finally:
+            self.data_collator, self._signature_columns = collator, columns
+
+    # -- a micro-step -----------------------------------------------------------------------------------
+
+    def _take_rows(self, inputs: dict[str, Any]) -> Tensor | None:
+        """Take the index out of a batch; the examples' rows in the table, [N]."""
+        index = inputs.pop(INDEX, None)
+        return None if self._label_noise is None else self._label_noise.table.rows(index)
+
+    @contextmanager
+    def _judging(self, rows: Tensor | None, optimizer: Any) -> Iterator[Influence | None]:
+        """The visit of some examples: their forward and backward go inside this block."""
+        if self._label_noise is None or rows is None:
+            yield None
+            return
+        scaler = self.accelerator.scaler
+        scale = self._clip_coefficient / self.accelerator.num_processes
+        influence = Influence(optimizer, len(rows), scale / (1.0 if scaler is None else scaler.get_scale()))
+        self._tap = self._label_noise.visit(rows, influence)
+        try:
+            yield influence
+        except BaseException:
+            self._label_noise.abandon()
+            raise
+        finally:
+            self._tap = None
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        if self._tap is None:
+            return super().compute_loss(*args, **kwargs)  # type: ignore[misc]
+        what = "logsigmoid of reward margins" if self._preferences else "cross-entropy of class labels"
+        try:
+            with self._tap:
+                result = super().compute_loss(*args, **kwargs)  # type: ignore[misc]
+            if self._tap.log_odds is None:
+                raise LogOddsError("it computes none")
+        except LogOddsError as error:
+            raise ValueError(
+                f"poprisk_label_noise={self.args.poprisk_label_noise} needs a loss that is the mean {what}, "
+                f"and this one is not ({error}): set poprisk_label_noise=off."
+            ) from error
+        return result
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        norm = super()._clip_grad_norm(model)  # type: ignore[misc]
+        if self._label_noise is not None:
+            coefficient = self.args.max_grad_norm / (torch.as_tensor(norm) + 1e-6)  # as torch clips
+            self._clip_coefficient = coefficient.clamp(max=1.0)
+        return norm
+
+    def _book_visits(self) -> None:
+        """At the end of a step's last backward."""
+        if self._label_noise is not None:
+            self._label_noise.finish_step(self._gather)
+
+    def _gather(self, rows: Tensor) -> Tensor:
+        if self.accelerator.num_processes == 1:
+            return rows
+        padded = self.accelerator.pad_across_processes(rows, pad_index=-1)
+        every = self.accelerator.gather(padded)
+        return every[every[:, 0] >= 0]
+
+    # -- checkpoints ------------------------------------------------------------------------------------
+
+    def _write_label_noise(self, folder: str | Path) -> None:
+        """With the record, by the process that writes it."""
+        if self._label_noise is not None:
+            self._label_noise.save(folder)
+
+    def _load_label_noise(self, checkpoint: str | None) -> None:
+        """Go on from a checkpoint, or begin anew."""
+        if self._label_noise is None:
+            return
+        self._start_over()
+        if checkpoint is not None and Path(checkpoint, FITS_NAME).is_file():
+            self._label_noise.load(checkpoint)
+
+    def _start_over(self) -> None:
+        judge = self._label_noise
+        ids = None if judge.table.streamed else judge.table.ids.numpy()
+        table = ExampleTable(ids, self.accelerator.device)
+        self._label_noise = LabelNoise(judge.mode, judge.preferences, table)
+
+
+class _Steps(TrainerCallback):
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._label_noise.maybe_fit(state.epoch, state.global_step)
+
+    on_epoch_end = on_step_end  # a stream knows its end only when it is there
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self._trainer._label_noise.warn_at_end()
+
+
+class IndexCollator:
+    """A data collator that lets the examples' index through as a tensor, [N] int64.
+
+    Raises:
+        ValueError: features without the index.
+    """
+
+    def __init__(self, collator: Any) -> None:
+        self.collator = collator
+
+    def __call__(self, features: list[Any]) -> Any:
+        if not all(isinstance(feature, Mapping) and INDEX in feature for feature in features):
+            raise ValueError(
+                f"poprisk_label_noise needs a column {INDEX} in a streamed training set, with an integer of "
+                "its own for every example."
+            )
+        index = [int(feature[INDEX]) for feature in features]
+        batch = self.collator([{k: v for k, v in f.items() if k != INDEX} for f in features])
+        batch[INDEX] = torch.tensor(index)
+        return batch
+
+
+class _Indexed(torch.utils.data.Dataset):
+    """A map-style data set whose examples carry their position."""
+
+    def __init__(self, data: Any) -> None:
+        self._data = data
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        return {**self._data[position], INDEX: position}
+
+
+def with_index(dataset: Any) -> tuple[Any, np.ndarray | None]:
+    """The training set with a column ``example_index``, and its values; None for a stream.
+
+    A column of that name stays as it is, so that the index survives ``shuffle``, ``select`` and ``map``
+    before the trainer is built; otherwise the index is the position in the data set that the trainer is
+    given.
+
+    Raises:
+        ValueError: a stream without the column, or a column that does not hold integers.
+    """
+    columns = getattr(dataset, "column_names", None)
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        if columns is not None and INDEX not in columns:
+            raise ValueError(
+                f"poprisk_label_noise needs a column {INDEX} in a streamed training set, with an integer of "
+                "its own for every example."
+            )
+        return dataset, None
+    if columns is None:  # of torch
+        return _Indexed(dataset), np.arange(len(dataset))
+    if INDEX not in columns:
+        return dataset.add_column(INDEX, np.arange(len(dataset))), np.arange(len(dataset))
+    ids = np.asarray(dataset[INDEX])
+    if not np.issubdtype(ids.dtype, np.integer) or ids.ndim != 1:
+        raise ValueError(f"the column {INDEX} must hold integers; it holds {ids.dtype}.")
+    return dataset, ids.astype(np.int64)
+
+
+def check_datasets_installed() -> None:
+    if importlib.util.find_spec("datasets") is None:
+        raise ValueError(
+            f"poprisk_label_noise writes {TABLE_NAME} by way of the datasets package: "
+            "pip install 'hf_poprisk[trl]'."
+        )
