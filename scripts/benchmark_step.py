@@ -2,7 +2,7 @@
 
     python scripts/benchmark_step.py --tokens 64 256 --adapter full lora
     python scripts/benchmark_step.py --adapter full --batch 2 8 32 --tokens 32 64 128 256 512 1024 \
-        --width 128 256 512 1024 --rounds 5 --at_most 100 --plot cost.png
+        --width 128 256 512 1024 --rounds 5 --at_most 50 --plot cost.png
     pip install opacus backpack-for-pytorch     # optional: two more arms
 
 Every round takes each arm twice and times the second, in one process, on one thread; a ratio is the median
@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from hf_poprisk import PopRiskAdamW
+from hf_poprisk import PopRiskAdamW, kernels_cpu
 from hf_poprisk.batched import BatchedGradients
 
 VOCABULARY = 4096
@@ -254,6 +254,7 @@ def print_memory(arm: str, settings: str) -> None:
     torch.set_num_threads(1)
     args = argparse.Namespace(**json.loads(settings))
     build(args)  # imports what it needs
+    kernels_cpu.usable(torch.empty(0))  # and numba, where it is installed
     before = peak_resident()
     step, _ = ARMS[arm](args)
     for _ in range(3):
@@ -337,44 +338,37 @@ def growth(cell: argparse.Namespace) -> float:
 
 
 def report_growth(cells: list[tuple[argparse.Namespace, float]], path: str) -> None:
-    """Fit the extra cost and plot it, as a share of a step, whose arithmetic grows with batch · tokens.
+    """Fit the extra cost and plot it. It is a share of a step, whose arithmetic is weights · batch · tokens:
 
-    Per weight and example an h_i is written and read: / tokens. Per weight and step Q is decided on and
-    multiplies the write: / (tokens · batch). And products of a few tokens are slower than one of many.
+    * per weight and example an h_i is written and read: ``/ tokens``;
+    * per weight and step Q is decided on and multiplies the write: ``/ (tokens · batch)``;
+    * per step there is Python around every layer: ``/ GFLOP`` of the step.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    tokens = torch.tensor([float(cell.tokens) for cell, _ in cells])
-    batch = torch.tensor([float(cell.batch) for cell, _ in cells])
-    extra = torch.tensor([ratio - 1 for _, ratio in cells])
-    terms = torch.stack([1 / tokens, 1 / (tokens * batch), torch.ones_like(tokens)], 1)
-    # the scatter of a ratio grows with its extra: weight by the tokens' root, so that no cell rules
-    root = tokens.sqrt()[:, None]
-    per_example, per_step, share = (
-        torch.linalg.lstsq(root * terms, root * extra[:, None]).solution[:, 0].tolist()
-    )
-    fitted = terms @ torch.tensor([per_example, per_step, share])
+    extra = torch.tensor([ratio - 1 for _, ratio in cells], dtype=torch.float64)
+    terms = extra.new_tensor([[1 / c.tokens, 1 / (c.tokens * c.batch), 1 / gflop(c)] for c, _ in cells])
+    factors = torch.linalg.lstsq(terms, extra[:, None], driver="gelsd").solution[:, 0]
+    fitted = terms @ factors
     print(
-        f"extra cost of the batched gate ≈ {share:.3f} + {per_example:.1f} / tokens + "
-        f"{per_step:.0f} / (tokens · batch); median distance from that "
-        f"{(extra - fitted).abs().median().item():.3f}"
+        "\nextra cost of the batched gate ≈ "
+        "{:.1f} / tokens + {:.1f} / (tokens · batch) + {:.2f} / GFLOP".format(*factors.tolist())
+        + f"; median distance from that {(extra - fitted).abs().median().item():.3f}"
     )
-    lines: dict[str, list[tuple[int, float]]] = {}
-    for cell, ratio in cells:
+    lines: dict[str, list[tuple[int, float, float]]] = {}
+    for (cell, ratio), fit in zip(cells, fitted.tolist(), strict=True):
         name = f"{cell.model}, {cell.adapter}, width {cell.width}, batch {cell.batch}"
-        lines.setdefault(name, []).append((cell.tokens, ratio))
+        lines.setdefault(name, []).append((cell.tokens, ratio, 1 + fit))
     for name, points in lines.items():
-        plt.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
-    for size in sorted({cell.batch for cell, _ in cells}):
-        ticks = sorted({cell.tokens for cell, _ in cells})
-        curve = [1 + share + per_example / t + per_step / (t * size) for t in ticks]
-        plt.plot(ticks, curve, "k--", linewidth=0.8, label=f"fit, batch {size}")
+        tokens, measured, expected = zip(*sorted(points), strict=True)
+        (line,) = plt.plot(tokens, measured, marker="o", label=name)
+        plt.plot(tokens, expected, "--", color=line.get_color(), linewidth=0.8)
     plt.xscale("log", base=2)
     plt.xlabel("tokens per example")
-    plt.ylabel("CPU time of a step, plain AdamW = 1")
+    plt.ylabel("CPU time of a step, plain AdamW = 1 (dashed: fit)")
     plt.legend(fontsize=7)
     plt.savefig(path, dpi=120, bbox_inches="tight")
 
