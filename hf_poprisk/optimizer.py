@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
-from hf_poprisk import kernels
+from hf_poprisk import kernels, kernels_cpu
 from hf_poprisk.batched import BatchedGradients, Capture
 from hf_poprisk.gate import (
     GATES,
@@ -218,12 +218,9 @@ class PopRiskAdamW(torch.optim.AdamW):
                 )
                 self._said_single = True
             return
-        sums, unseen, nulls = [], [], []
+        sums, nulls = [], []
         for p, sq_sum in sq_sums.items():
-            of_tensor = self._decide(p.grad, sq_sum, num_examples)
-            _, _, energy, noise = of_tensor
-            sums.append(of_tensor)
-            unseen.append((noise == 0) & (energy > _UNDERFLOW))
+            sums.append(self._decide(p.grad, sq_sum, num_examples))
             numel = 1 if self.reduction == "element" else p.numel()
             nulls.append(null_openness(num_examples, self.gate, numel))
         self._openness = sq_sums
@@ -231,9 +228,10 @@ class PopRiskAdamW(torch.optim.AdamW):
             return
         device = sums[0].device
         stacked = torch.stack([s.to(device) for s in sums])
-        missed = torch.stack([u.to(device) for u in unseen]).any()
+        _, _, energy, noise = stacked.unbind(1)
+        unseen = (noise == 0) & (energy > _UNDERFLOW)
         # the only wait for the device in a step
-        finite, any_missed = torch.stack([torch.isfinite(stacked.sum(0)).all(), missed]).tolist()
+        finite, any_missed = torch.stack([torch.isfinite(stacked.sum(0)).all(), unseen.any()]).tolist()
         if any_missed:
             names = [window.describe(p) for p, u in zip(sq_sums, unseen, strict=True) if bool(u)]
             raise RuntimeError(
@@ -249,8 +247,9 @@ class PopRiskAdamW(torch.optim.AdamW):
 
     def _decide(self, grad: Tensor, sq_sum: Tensor, num_examples: int) -> Tensor:
         """Write q over Q, which needs no memory beyond Q; returns the sums of ``GateStatistics.add``."""
-        if self.reduction == "element" and kernels.usable(grad, sq_sum):
-            return kernels.decide(grad, sq_sum, num_examples, self.gate == "soft")
+        for fused in (kernels, kernels_cpu):
+            if self.reduction == "element" and fused.usable(grad, sq_sum):
+                return fused.decide(grad, sq_sum, num_examples, self.gate == "soft")
         pieces = [(grad, sq_sum)]
         whole = self.reduction == "tensor" or not (grad.is_contiguous() and sq_sum.is_contiguous())
         if grad.device.type == "cpu" and not whole:  # every pass over a piece but the first is in the cache
@@ -330,9 +329,10 @@ class PopRiskAdamW(torch.optim.AdamW):
         for param, grad, exp_avg, exp_avg_sq, step in rows:
             q = self._openness[param]  # type: ignore[index]
             tensors = param, grad, exp_avg, exp_avg_sq
-            if kernels.usable(*tensors, q):
+            fused = next((k for k in (kernels, kernels_cpu) if k.usable(*tensors, q)), None)
+            if fused is not None:
                 step += 1
-                kernels.gated_adamw(*tensors, q, step.item(), group, self.gate_weight_decay)
+                fused.gated_adamw(*tensors, q, step.item(), group, self.gate_weight_decay)
             elif param.device.type == "cpu" and all(x.is_contiguous() for x in (*tensors, q)):
                 step += 1
                 pieces = zip(*(x.view(-1).split(_PIECE) for x in (*tensors, q)), strict=True)

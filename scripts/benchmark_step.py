@@ -1,14 +1,15 @@
 """A whole training step with exact per-example sums, against plain AdamW on the same batch.
 
     python scripts/benchmark_step.py --tokens 64 256 --adapter full lora
-    python scripts/benchmark_step.py --ours --adapter full --tokens 32 64 128 256 512 1024 --plot cost.png
+    python scripts/benchmark_step.py --adapter full --batch 2 8 32 --tokens 32 64 128 256 512 1024 \
+        --width 128 256 512 1024 --rounds 5 --at_most 50 --plot cost.png
     pip install opacus backpack-for-pytorch     # optional: two more arms
 
 Every round takes each arm twice and times the second, in one process, on one thread; a ratio is the median
 over the rounds of process CPU time against plain AdamW (``fused=True``) in the same round. Peak memory is the
 growth of the resident set over the imports, in a process per arm (Linux). ``error of Q`` is the norm-wise
 distance from the sums of a loop of single-example backwards; an arm without all parameters says how many are
-missing.
+missing. With ``--plot`` only the batched gate and plain AdamW are timed, and what the gate adds is fitted.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from hf_poprisk import PopRiskAdamW
+from hf_poprisk import PopRiskAdamW, kernels_cpu
 from hf_poprisk.batched import BatchedGradients
 
 VOCABULARY = 4096
@@ -253,6 +254,7 @@ def print_memory(arm: str, settings: str) -> None:
     torch.set_num_threads(1)
     args = argparse.Namespace(**json.loads(settings))
     build(args)  # imports what it needs
+    kernels_cpu.usable(torch.empty(0))  # and numba, where it is installed
     before = peak_resident()
     step, _ = ARMS[arm](args)
     for _ in range(3):
@@ -266,8 +268,23 @@ def peak_resident() -> int:
     return int(status.partition("VmHWM:")[2].split()[0])
 
 
-def measure(args: argparse.Namespace) -> float:
-    """Print the table of one cell; returns the median ratio of the batched way."""
+def interleaved(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
+    """CPU time of each arm against plain AdamW, round by round."""
+    ratios: dict[str, list[float]] = {name: [] for name in steps}
+    for round_ in range(rounds):
+        taken = {}
+        for name in list(steps) if round_ % 2 else reversed(list(steps)):
+            steps[name]()  # the arm before it has left its own memory in the caches
+            start = time.process_time()
+            steps[name]()
+            taken[name] = time.process_time() - start
+        for name, seconds in taken.items():
+            ratios[name].append(seconds / taken["plain AdamW"])
+    return ratios
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Print the table of one cell."""
     from hf_poprisk import reference
 
     arms = {name: make for name, make in ARMS.items() if name in OURS or not args.ours}
@@ -287,16 +304,7 @@ def measure(args: argparse.Namespace) -> float:
             steps[name] = step
         except Exception as error:  # a peer that is not installed, or refuses the model
             errors[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:60]}"
-    ratios: dict[str, list[float]] = {name: [] for name in steps}
-    for round_ in range(args.rounds):
-        taken = {}
-        for name in list(steps) if round_ % 2 else reversed(list(steps)):
-            steps[name]()  # the arm before it has left its own memory in the caches
-            start = time.process_time()
-            steps[name]()
-            taken[name] = time.process_time() - start
-        for name, seconds in taken.items():
-            ratios[name].append(seconds / taken["plain AdamW"])
+    ratios = interleaved(steps, args.rounds)
     base = peak_megabytes("plain AdamW", args)
     title = f"{args.model}, {args.adapter}, batch {args.batch} × {args.tokens} tokens, width {args.width}"
     table = Table("arm", "step", "spread (quartiles)", "peak memory", "error of Q", title=title)
@@ -309,33 +317,58 @@ def measure(args: argparse.Namespace) -> float:
         memory = f"{peak / base:.2f}" if peak and base else "–"
         table.add_row(name, f"{middle:.2f}", f"{low:.2f}–{high:.2f}", memory, errors[name])
     Console(width=110).print(table)
-    return statistics.median(ratios["gate, batched"])
+
+
+def gflop(cell: argparse.Namespace) -> float:
+    """Forward and backward of the weights that are multiplied with; attention's products aside."""
+    return 6e-9 * (72 * cell.width**2 + VOCABULARY * cell.width) * cell.batch * cell.tokens
+
+
+def growth(cell: argparse.Namespace) -> float:
+    """The median ratio of the batched gate."""
+    steps = {name: ARMS[name](cell)[0] for name in ("plain AdamW", "gate, batched")}
+    for step in steps.values():
+        step()
+    ratio = statistics.median(interleaved(steps, cell.rounds)["gate, batched"])
+    print(
+        f"| {cell.model} {cell.adapter} | {cell.width} | {cell.batch} | {cell.tokens} | {ratio:.2f} |",
+        flush=True,
+    )
+    return ratio
 
 
 def report_growth(cells: list[tuple[argparse.Namespace, float]], path: str) -> None:
-    """Fit ``extra cost = c / tokens`` and plot it: a weight's h_i is read and written once per example,
-    while the arithmetic of a step grows with the tokens."""
+    """Fit the extra cost and plot it. It is a share of a step, whose arithmetic is weights · batch · tokens:
+
+    * per weight and example an h_i is written and read: ``/ tokens``;
+    * per weight and step Q is decided on and multiplies the write: ``/ (tokens · batch)``;
+    * per step there is Python around every layer: ``/ GFLOP`` of the step.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    inverse = torch.tensor([1 / cell.tokens for cell, _ in cells])
-    extra = torch.tensor([ratio - 1 for _, ratio in cells])
-    c = (inverse @ extra / (inverse @ inverse)).item()
-    error = (extra - c * inverse).abs().median().item()
-    print(f"extra cost of the batched way ≈ {c:.1f} / tokens; median distance from that {error:.3f}")
-    lines: dict[str, list[tuple[int, float]]] = {}
-    for cell, ratio in cells:
+    extra = torch.tensor([ratio - 1 for _, ratio in cells], dtype=torch.float64)
+    terms = extra.new_tensor([[1 / c.tokens, 1 / (c.tokens * c.batch), 1 / gflop(c)] for c, _ in cells])
+    factors = torch.linalg.lstsq(terms, extra[:, None], driver="gelsd").solution[:, 0]
+    fitted = terms @ factors
+    print(
+        "\nextra cost of the batched gate ≈ "
+        "{:.1f} / tokens + {:.1f} / (tokens · batch) + {:.2f} / GFLOP".format(*factors.tolist())
+        + f"; median distance from that {(extra - fitted).abs().median().item():.3f}"
+    )
+    lines: dict[str, list[tuple[int, float, float]]] = {}
+    for (cell, ratio), fit in zip(cells, fitted.tolist(), strict=True):
         name = f"{cell.model}, {cell.adapter}, width {cell.width}, batch {cell.batch}"
-        lines.setdefault(name, []).append((cell.tokens, ratio))
+        lines.setdefault(name, []).append((cell.tokens, ratio, 1 + fit))
     for name, points in lines.items():
-        plt.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
-    tokens = sorted({cell.tokens for cell, _ in cells})
-    plt.plot(tokens, [1 + c / t for t in tokens], "k--", label=f"1 + {c:.1f} / tokens")
+        tokens, measured, expected = zip(*sorted(points), strict=True)
+        (line,) = plt.plot(tokens, measured, marker="o", label=name)
+        plt.plot(tokens, expected, "--", color=line.get_color(), linewidth=0.8)
     plt.xscale("log", base=2)
     plt.xlabel("tokens per example")
-    plt.ylabel("CPU time of a step, plain AdamW = 1")
+    plt.ylabel("CPU time of a step, plain AdamW = 1 (dashed: fit)")
     plt.legend(fontsize=7)
     plt.savefig(path, dpi=120, bbox_inches="tight")
 
@@ -349,6 +382,7 @@ def main() -> None:
     parser.add_argument("--width", nargs="+", type=int, default=[256])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--ours", action="store_true", help="leave the other libraries out")
+    parser.add_argument("--at_most", type=float, metavar="GFLOP", help="leave out larger steps")
     parser.add_argument("--plot", help="where to write a plot of how the cost grows")
     parser.add_argument("--memory_of", help=argparse.SUPPRESS)
     parser.add_argument("--settings", help=argparse.SUPPRESS)
@@ -365,9 +399,14 @@ def main() -> None:
     for model, adapter, width, batch, tokens in grid:
         cell = argparse.Namespace(model=model, adapter=adapter, width=width, batch=batch, tokens=tokens)
         cell.rounds, cell.ours = args.rounds, args.ours
-        cells.append((cell, measure(cell)))
+        if args.at_most is None or gflop(cell) <= args.at_most:
+            cells.append(cell)
     if args.plot:
-        report_growth(cells, args.plot)
+        print("| model | width | batch | tokens | step |\n|---|---|---|---|---|")
+        report_growth([(cell, growth(cell)) for cell in cells], args.plot)
+    else:
+        for cell in cells:
+            measure(cell)
 
 
 if __name__ == "__main__":

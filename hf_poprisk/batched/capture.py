@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hf_poprisk import kernels
+from hf_poprisk import kernels, kernels_cpu
 from hf_poprisk.batched.functions import PerExample, PerRow
 from hf_poprisk.influence import Influence
 
@@ -19,6 +19,8 @@ from hf_poprisk.influence import Influence
 _BLOCK = 1 << 16
 # Up to this many elements, the gradients of all examples are kept side by side.
 _SMALL = 1 << 17
+# Elements of the h_i that are formed before they are summed and squared in one pass.
+_SIDE_BY_SIDE = 1 << 19
 
 
 class Uncovered(RuntimeError):
@@ -272,6 +274,9 @@ class Capture:
             a, d = uses[0]
             if kernels.usable(a, d, grad, target) and self._fused_is_faster(param, a, d, grad):
                 return kernels.weight_gradient(d, a, self.num_examples, grad, target, fresh)
+            one_thread = torch.get_num_threads() == 1  # on more of them torch's own passes are ahead
+            if one_thread and a.dtype == d.dtype == torch.float32 and kernels_cpu.usable(grad, target):
+                return self._side_by_side(a, d, grad, target, fresh)
         self._one_by_one(param, uses, grad, target, fresh, tokens)
 
     def _fused_is_faster(self, param: Tensor, a: Tensor, d: Tensor, grad: Tensor) -> bool:
@@ -336,6 +341,18 @@ class Capture:
             torch.mul(h, h, out=squares)
         else:
             squares.addcmul_(h, h)
+
+    def _side_by_side(self, a: Tensor, d: Tensor, grad: Tensor, target: Tensor, fresh: bool) -> None:
+        """``_one_by_one`` for one use, with several examples in a product: one pass over G and Q for all."""
+        n, rows = self.num_examples, min(self._rows_per_block(target), target.shape[0])
+        a, dt = _by_example(a, n), _by_example(d, n).transpose(1, 2)  # [N, tokens, in], [N, out, tokens]
+        some = max(1, _SIDE_BY_SIDE // (rows * target.shape[1]))
+        for start in range(0, target.shape[0], rows):
+            total, squares = grad[start : start + rows], target[start : start + rows]
+            for i in range(0, n, some):
+                h = self._scratch_like(total.expand(min(some, n - i), *total.shape), total.dtype)
+                torch.bmm(dt[i : i + some, start : start + rows], a[i : i + some], out=h)
+                kernels_cpu.add_squares(h, total, squares, first=i == 0, fresh=fresh and i == 0)
 
     def _scratch_like(self, like: Tensor, dtype: torch.dtype) -> Tensor:
         key = (dtype, like.device)
@@ -407,12 +424,15 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+def _by_example(x: Tensor, num_examples: int) -> Tensor:
+    """[rows, tokens, width] as [N, tokens of all its rows, width]; a view if an example is a row."""
+    x = x.reshape(-1, num_examples, *x.shape[1:]).transpose(0, 1)
+    return x.reshape(num_examples, -1, x.shape[-1])
+
+
 def _outer(a: Tensor, d: Tensor, num_examples: int) -> Tensor:
     """Every example's ``D_iᵀ A_i`` at once, [N, out, in], in the dtype of sums."""
-    a, d = (
-        x.reshape(-1, num_examples, *x.shape[1:]).transpose(0, 1).reshape(num_examples, -1, x.shape[-1])
-        for x in (a, d)
-    )
+    a, d = _by_example(a, num_examples), _by_example(d, num_examples)
     return torch.bmm(d.transpose(1, 2), a).to(_sum_dtype(a.dtype))
 
 
