@@ -32,7 +32,10 @@ from hf_poprisk.statistics import GateStatistics
 logger = logging.getLogger(__name__)
 
 _PACKAGES = ("hf_poprisk", "torch", "transformers", "accelerate", "trl", "peft", "datasets")
-_SETTINGS = ("gate", "estimator", "reduction", "warmup_steps", "gate_weight_decay", "ema_alpha", "exclude")
+_SETTINGS = (
+    *("gate", "estimator", "reduction", "warmup_steps", "gate_weight_decay", "ema_alpha", "exclude"),
+    "label_noise",
+)
 
 
 class CheckpointError(RuntimeError):
@@ -137,6 +140,7 @@ class CheckpointMixin:
         before, now = load_record(checkpoint).config, self._record()
         if before["optim"] != OPTIM:
             return
+        before = {"label_noise": "off", **before}  # a record that is older than the setting
         names = [name for name in _SETTINGS if before[name] != now[name]]
         if "ema" not in (before["estimator"], now["estimator"]):
             names += ["units_per_step"] if before["units_per_step"] != now["units_per_step"] else []
@@ -227,6 +231,7 @@ class CheckpointMixin:
             "optim": str(getattr(args.optim, "value", args.optim)),
             **args.gate_options(),
             "exclude": list(args.poprisk_exclude or ()),
+            "label_noise": args.poprisk_label_noise,
             "unit": "group" if args.poprisk_estimator == "group" else "example",
             "units_per_step": args.units_per_step,
             "layout": {

@@ -8,7 +8,7 @@ ever executed, unpickled or used as a path.
     schema_version       1
     source               "arXiv:2605.01172", where the method comes from
     optim                "poprisk_adamw", or the stock optimizer of a run without the gate
-    gate, estimator, reduction, warmup_steps, gate_weight_decay, ema_alpha, exclude
+    gate, estimator, reduction, warmup_steps, gate_weight_decay, ema_alpha, exclude, label_noise
                          the options, as the poprisk_ fields of the training arguments
     unit                 "example" or "group": what the gate held out
     units_per_step       b of a full step
@@ -187,6 +187,7 @@ _CONFIG: dict[str, Callable[[Any], bool]] = {
     "gate_weight_decay": lambda value: isinstance(value, bool),
     "ema_alpha": _optional(_number),
     "exclude": _list_of(_text),
+    "label_noise": _optional(_text),
     "unit": _one_of("example", "group"),
     "units_per_step": _count,
     "layout": _entries(

@@ -58,6 +58,7 @@ class LabelNoise:
         self.mode, self.preferences, self.table = mode, preferences, table
         self.fits: list[NoiseFit] = []
         self.judging_since: int | None = None
+        self.clip_coefficient: Tensor | float = 1.0
         self._num_labels = 2
         self._quarters = 0  # of an epoch, at the last fit
         self._pending: list[_Visit] = []
@@ -205,6 +206,7 @@ class LabelNoise:
             "num_labels": self._num_labels,
             "quarters": self._quarters,
             "judging_since": self.judging_since,
+            "clip_coefficient": float(self.clip_coefficient),
             "interval": self._sums.tolist(),
             "fits": [fit.to_dict() for fit in self.fits],
         }
@@ -215,6 +217,7 @@ class LabelNoise:
         content = json.loads(Path(folder, FITS_NAME).read_text())
         self._num_labels, self._quarters = content["num_labels"], content["quarters"]
         self.judging_since = content["judging_since"]
+        self.clip_coefficient = content["clip_coefficient"]
         self._sums = torch.tensor(content["interval"], dtype=torch.float64)
         self.fits = load_fits(folder)
         self.table.load(Path(folder, TABLE_NAME))

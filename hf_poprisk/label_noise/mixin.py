@@ -26,7 +26,6 @@ class LabelNoiseMixin:
     _preferences = False  # an example is a preference pair
     _label_noise: LabelNoise | None = None
     _tap: LogOddsTap | None = None  # around the forward in progress
-    _clip_coefficient: Tensor | float = 1.0  # of the last step: that of this one comes too late
 
     def _start_label_noise(self, ids: np.ndarray | None) -> None:
         """After the trainer is built; ids as ``with_index`` gave them."""
@@ -63,7 +62,7 @@ class LabelNoiseMixin:
             yield None
             return
         scaler = self.accelerator.scaler
-        scale = self._clip_coefficient / self.accelerator.num_processes
+        scale = self._label_noise.clip_coefficient / self.accelerator.num_processes
         influence = Influence(optimizer, len(rows), scale / (1.0 if scaler is None else scaler.get_scale()))
         self._tap = self._label_noise.visit(rows, influence)
         try:
@@ -94,7 +93,7 @@ class LabelNoiseMixin:
         norm = super()._clip_grad_norm(model)  # type: ignore[misc]
         if self._label_noise is not None:
             coefficient = self.args.max_grad_norm / (torch.as_tensor(norm) + 1e-6)  # as torch clips
-            self._clip_coefficient = coefficient.clamp(max=1.0)
+            self._label_noise.clip_coefficient = coefficient.clamp(max=1.0)
         return norm
 
     def _book_visits(self) -> None:

@@ -116,6 +116,20 @@ def test_two_processes_resume_to_the_uninterrupted_run(kind: str, saved: dict[in
     assert same == dict.fromkeys(("weights", "moments", "history", "steps"), True)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_rank_knows_every_examples_scores(layout: tuple[int, int], saved: dict[int, Any]) -> None:
+    world, micro_batch = layout
+    one, two = saved[1]["kinds"]["DPO-audit", 1], saved[world]["kinds"]["DPO-audit", micro_batch]
+    assert one["table"]["visits"].tolist() == two["table"]["visits"].tolist() == [2] * (B * STEPS)
+    for name, column in one["table"].items():
+        # a gate that flips at a tie moves a weight by one learning rate, and the log-odds with it
+        torch.testing.assert_close(two["table"][name], column, rtol=2e-2, atol=2e-2, msg=name)
+        assert column.float().abs().max() > 1e-3
+    assert one["table"]["own_effect"].std() > 0.05
+    assert [fit.step for fit in one["fits"]] == [fit.step for fit in two["fits"]]
+    assert one["fits"][-1].rate == pytest.approx(two["fits"][-1].rate, abs=0.05)
+
+
 class ThreeRanks:
     """Stands for ``torch.distributed`` on rank 0 of three, the others having seen other parameters."""
 

@@ -24,7 +24,7 @@ from hf_poprisk import PopRiskAdamW, reference
 from hf_poprisk.moments import ExampleWindow
 
 B, STEPS = 16, 3
-KINDS = ("Trainer", "DPO", "SFT", "Reward", "DPO-LoRA", "DPO-one-by-one")
+KINDS = ("Trainer", "DPO", "SFT", "Reward", "DPO-LoRA", "DPO-one-by-one", "DPO-audit")
 RESUMED = ("Trainer", "DPO", "DPO-LoRA")
 MICRO_BATCHES = {1: (1, 4, 16), 2: (1, 4)}
 
@@ -50,6 +50,8 @@ def build(kind: str, model_dir: str, world: int, micro_batch: int, **changes: An
         rows = [{k: v[0] for k, v in example.items()} for example in token_examples(B * STEPS)]
         args = hf_poprisk.PopRiskTrainingArguments(output_dir, **options)
         return hf_poprisk.PopRiskTrainer(tiny_model(), args=args, train_dataset=rows)
+    if kind == "DPO-audit":
+        options |= {"poprisk_label_noise": "audit", "max_steps": 2 * STEPS}  # two epochs
     name = kind.split("-")[0]
     args = getattr(hf_poprisk, f"PopRisk{name}Config")(output_dir, bf16=False, **options)
     lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights="gaussian")
@@ -80,7 +82,12 @@ def run(kind: str, model_dir: str, world: int, micro_batch: int) -> dict[str, An
     finally:
         ExampleWindow.reduce = original
     weights = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
-    return {"windows": windows, "weights": weights, "logs": trainer.state.log_history}
+    found = {"windows": windows, "weights": weights, "logs": trainer.state.log_history}
+    if trainer._label_noise is not None:
+        table = trainer._label_noise.table
+        found["table"] = {"visits": table.visits, **table.columns}
+        found["fits"] = trainer._label_noise.fits
+    return found
 
 
 def resumed_is_uninterrupted(kind: str, model_dir: str, folder: Path, world: int) -> dict[str, bool]:

@@ -1,0 +1,138 @@
+"""An example's sums in Adam's metric: the same as the loop's, in a batch and one by one."""
+
+from typing import Any
+
+import pytest
+import torch
+from models import tiny_model
+from test_batched import N, adapted, batch, example_losses, trainable
+from torch import nn
+
+from hf_poprisk import PopRiskAdamW, reference
+from hf_poprisk.batched import BatchedGradients
+from hf_poprisk.batched import capture as capturing
+from hf_poprisk.influence import Influence
+
+BETAS, EPS, LR = (0.9, 0.99), 1e-6, 1e-2
+
+
+def after_two_steps(model: nn.Module, inputs: Any, pairs: bool, gate: str = "hard") -> PopRiskAdamW:
+    optimizer = PopRiskAdamW(trainable(model).values(), lr=LR, betas=BETAS, eps=EPS, gate=gate)
+    for rows in (slice(0, None, 2), slice(1, None, 2)):
+        half = {k: v[rows] for k, v in inputs.items()}
+        for i in range(len(half["input_ids"]) // (2 if pairs else 1)):
+            n = len(half["input_ids"]) // (2 if pairs else 1)
+            with optimizer.example():
+                example_losses(model, {k: v[i::n] for k, v in half.items()}, pairs).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer
+
+
+def textbook(model: nn.Module, optimizer: PopRiskAdamW, inputs: Any, pairs: bool, scale: float) -> Any:
+    """[2, N] by the loop."""
+    params = trainable(model)
+    gradients = reference.per_example_gradients(
+        params,
+        lambda example: example_losses(model, example, pairs).sum() / N,
+        [{k: v[i::N] for k, v in inputs.items()} for i in range(N)],
+    )
+    zeros = {name: (torch.zeros_like(p),) * 2 for name, p in params.items()}
+    state = {n: optimizer.state.get(p) for n, p in params.items()}
+    moments = {n: (s["exp_avg"], s["exp_avg_sq"]) if s else zeros[n] for n, s in state.items()}
+    steps = {int(s["step"]) for s in state.values() if s} or {0}
+    assert len(steps) == 1
+    settings = {"lr": LR, "betas": BETAS, "eps": EPS, "scale": scale}
+    return torch.tensor(
+        [reference.influence(h, moments, min(steps), **settings) for h in gradients],
+        dtype=torch.float64,
+    ).T
+
+
+def measured(
+    model: nn.Module, optimizer: PopRiskAdamW, inputs: Any, pairs: bool, scale: float, together: bool
+) -> torch.Tensor:
+    if together:
+        influence = Influence(optimizer, N, scale)
+        layers = BatchedGradients(model, influence.params)
+        with optimizer.batch(layers, N, len(inputs["input_ids"]), influence):
+            (example_losses(model, inputs, pairs).sum() / N).backward()
+        return torch.stack([influence.energy, influence.agreement])
+    found = []
+    for i in range(N):
+        influence = Influence(optimizer, 1, scale)
+        with optimizer.example(influence):
+            example = {k: v[i::N] for k, v in inputs.items()}
+            (example_losses(model, example, pairs).sum() / N).backward()
+        found.append(torch.cat([influence.energy, influence.agreement]))
+    return torch.stack(found, 1)
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("gate", ["hard", "none"])
+@pytest.mark.parametrize("adapter", ["full", "lora", "dora"])
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "gpt2", "bert"])
+def test_sums_equal_the_loop(kind: str, adapter: str, gate: str, together: bool) -> None:
+    model = adapted(tiny_model(kind.split("-")[0], tied="tied" in kind, dtype=torch.float64), adapter)
+    inputs = batch(2 * N)
+    optimizer = after_two_steps(model, inputs, pairs=True, gate=gate)
+    expected = textbook(model, optimizer, inputs, True, scale=0.5)
+    got = measured(model, optimizer, inputs, True, 0.5, together)
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+    assert (expected[0] > 0).all() and expected[1].abs().min() > 1e-6
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_blocks_of_a_large_weight_are_all_seen(together: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capturing, "_SMALL", 0)
+    monkeypatch.setattr(capturing, "_BLOCK", 64)
+    monkeypatch.setattr("hf_poprisk.influence._PIECE", 48)
+    model = tiny_model("llama", dtype=torch.float64)
+    inputs = batch(2 * N)
+    optimizer = after_two_steps(model, inputs, pairs=True)
+    expected = textbook(model, optimizer, inputs, True, 1.0)
+    torch.testing.assert_close(
+        measured(model, optimizer, inputs, True, 1.0, together), expected, rtol=1e-9, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_the_first_step_has_the_bound_alone(together: bool) -> None:
+    """Without moments, a gradient moves every parameter by the learning rate: energy = lr·scale⁰·Σ|h|."""
+    model, inputs = tiny_model("llama", dtype=torch.float64), batch(2 * N)
+    optimizer = PopRiskAdamW(model.parameters(), lr=LR, betas=BETAS, eps=EPS)
+    found = measured(model, optimizer, inputs, True, 1.0, together)
+    gradients = reference.per_example_gradients(
+        trainable(model),
+        lambda example: example_losses(model, example, True).sum() / N,
+        [{k: v[i::N] for k, v in inputs.items()} for i in range(N)],
+    )
+    sums = [LR * sum(x.abs().sum().item() for x in h.values()) for h in gradients]
+    largest = torch.tensor(sums, dtype=torch.float64)
+    assert (found[0] <= largest * (1 + 1e-9)).all() and (found[0] > 0.5 * largest).all()
+    assert not found[1].any()
+
+
+def test_the_gate_decides_the_same_with_the_sums_beside_it() -> None:
+    model, inputs = tiny_model("llama"), batch(2 * N)
+    optimizer = after_two_steps(model, inputs, pairs=True)
+    seen = []
+    for influence in (None, Influence(optimizer, N)):
+        layers = BatchedGradients(model, optimizer.gated_parameters)
+        with optimizer.batch(layers, N, 2 * N, influence):
+            (example_losses(model, inputs, True).sum() / N).backward()
+        optimizer.close_window()
+        seen.append({n: optimizer._openness[p].clone() for n, p in trainable(model).items()})
+        optimizer.zero_grad()
+    flips = sum((seen[0][n] != seen[1][n]).sum().item() for n in seen[0])
+    assert flips <= 1e-4 * sum(q.numel() for q in seen[0].values())
+
+
+def test_a_parameter_that_is_not_gated_has_its_share() -> None:
+    model, inputs = tiny_model("llama", dtype=torch.float64), batch(2 * N)
+    params = dict(model.named_parameters())
+    head = params["lm_head.weight"]
+    optimizer = PopRiskAdamW(model.parameters(), lr=LR, betas=BETAS, eps=EPS, ungated=[head])
+    expected = textbook(model, optimizer, inputs, True, 1.0)
+    got = measured(model, optimizer, inputs, True, 1.0, together=True)
+    torch.testing.assert_close(got[0], expected[0], rtol=1e-9, atol=0)

@@ -1,0 +1,658 @@
+"""Labels that may be wrong: the log-odds in a loss, the noise fit, the table, the rule, the trainers."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from models import preferences
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Trainer
+
+import hf_poprisk
+from hf_poprisk import PopRiskTrainer, PopRiskTrainingArguments
+from hf_poprisk.influence import Influence
+from hf_poprisk.label_noise import INDEX, TABLE_NAME, ExampleTable, LabelNoise, fit_noise
+from hf_poprisk.label_noise.judge import load_fits
+from hf_poprisk.label_noise.log_odds import LogOddsError, LogOddsTap, class_log_odds
+from hf_poprisk.label_noise.mixin import IndexCollator, with_index
+from hf_poprisk.label_noise.noise_fit import MAX_RATE, _objective
+
+QUIET: dict[str, Any] = {
+    "use_cpu": True,
+    "report_to": "none",
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "disable_tqdm": True,
+    "lr_scheduler_type": "constant",
+    "poprisk_gate": "none",
+}
+LABELS = 3
+
+
+class Classifier(nn.Module):
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, LABELS)).to(dtype)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        logits = self.net(x)
+        loss = {} if labels is None else {"loss": F.cross_entropy(logits, labels)}
+        return {**loss, "logits": logits}
+
+
+def examples(count: int = 24, wrong: float = 0.0, seed: int = 0) -> list[dict[str, Tensor]]:
+    """Three well separated clouds; the first ``wrong · count`` labels are of another one."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % LABELS
+    x = torch.randn(count, 6, generator=generator) + 2.0 * F.one_hot(labels, 6)
+    labels[: round(wrong * count)] = (labels[: round(wrong * count)] + 1) % LABELS
+    return [{"x": x[i], "labels": labels[i]} for i in range(count)]
+
+
+def classify(tmp_path: Path, data: Any, model: nn.Module | None = None, **options: Any) -> PopRiskTrainer:
+    settings = {
+        "per_device_train_batch_size": 4,
+        "num_train_epochs": 3,
+        "learning_rate": 1e-2,
+        **QUIET,
+        **options,
+    }
+    args = PopRiskTrainingArguments(str(tmp_path), **settings)
+    return PopRiskTrainer(Classifier() if model is None else model, args=args, train_dataset=data)
+
+
+def prefer(kind: str, folder: str | Path, tmp_path: Path, data: Any = None, **options: Any) -> Any:
+    settings = {"per_device_train_batch_size": 4, "num_train_epochs": 3, "learning_rate": 1e-3}
+    args = getattr(hf_poprisk, f"PopRisk{kind}Config")(
+        str(tmp_path), bf16=False, gradient_checkpointing=False, **{**settings, **QUIET, **options}
+    )
+    trainer = getattr(hf_poprisk, f"PopRisk{kind}Trainer")
+    return trainer(str(folder), args=args, train_dataset=preferences(16) if data is None else data)
+
+
+def weights(trainer: Any) -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+# -- the log-odds in a loss -----------------------------------------------------------------------------
+
+
+def test_class_log_odds_are_those_of_the_softmax() -> None:
+    logits, labels = torch.randn(50, 7, dtype=torch.float64) * 3, torch.arange(50) % 7
+    p = logits.softmax(1).gather(1, labels[:, None])[:, 0]
+    torch.testing.assert_close(class_log_odds(logits, labels), (p / (1 - p)).log())
+    labels[3] = -100
+    assert class_log_odds(logits, labels).isnan().nonzero().tolist() == [[3]]
+
+
+@pytest.mark.parametrize("preferences_", [True, False])
+def test_a_weight_multiplies_the_examples_gradient(preferences_: bool) -> None:
+    x = torch.randn(5, requires_grad=True) if preferences_ else torch.randn(5, 4, requires_grad=True)
+    labels, weight = torch.arange(5) % 4, torch.linspace(0, 1, 5)
+
+    def loss(x: Tensor) -> Tensor:
+        return -3 * F.logsigmoid(x).mean() if preferences_ else 3 * F.cross_entropy(x, labels)
+
+    rows = -F.logsigmoid(x) if preferences_ else F.cross_entropy(x, labels, reduction="none")
+    (expected,) = torch.autograd.grad(3 * (weight * rows).mean(), x)
+    with (tap := LogOddsTap(preferences_, lambda z, k: weight)):
+        value = loss(x)
+    (got,) = torch.autograd.grad(value, x)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(value, loss(x))  # the loss is reported as it is
+    z = x.detach() if preferences_ else class_log_odds(x.detach(), labels)
+    torch.testing.assert_close(tap.log_odds, z)
+    torch.testing.assert_close(tap.slopes, -3 * weight * torch.sigmoid(-z) / 5)
+    assert tap.num_labels == (2 if preferences_ else 4)
+
+
+def test_a_negative_strength_trains_the_swapped_pair() -> None:
+    z = torch.tensor([-3.0, 0.0, 2.0, 30.0, 70.0], dtype=torch.float64, requires_grad=True)
+    strength = torch.tensor([-1.0, -0.5, 0.25, -0.3, -0.2], dtype=torch.float64)
+    swapped = torch.where(strength < 0, -F.logsigmoid(-z), -F.logsigmoid(z))
+    (expected,) = torch.autograd.grad((strength.abs() * swapped).sum(), z)
+    with LogOddsTap(True, lambda z, k: strength):
+        (got,) = torch.autograd.grad(-F.logsigmoid(z).sum(), z)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("loss", "preferences_", "message"),
+    [
+        (lambda x: F.logsigmoid(x[:, 0]) + F.logsigmoid(-x[:, 0]), True, "more than one log-probability"),
+        (lambda x: F.logsigmoid(x), True, "not one per pair"),
+        (lambda x: F.cross_entropy(x, torch.zeros(3).long(), weight=torch.ones(4)), False, "class weights"),
+        (lambda x: F.cross_entropy(x, torch.zeros(3).long(), torch.ones(4)), False, "class weights"),
+        (
+            lambda x: F.cross_entropy(x, torch.zeros(3).long(), label_smoothing=0.1),
+            False,
+            "label smoothing",
+        ),
+        (lambda x: F.cross_entropy(x[None], torch.zeros(1, 4).long()), False, "not \\[examples, labels\\]"),
+    ],
+)
+def test_a_loss_of_more_than_its_log_odds_is_refused(loss: Any, preferences_: bool, message: str) -> None:
+    x = torch.randn(3, 4, requires_grad=True)
+    tap = LogOddsTap(preferences_, lambda z, k: torch.ones_like(z))
+    with pytest.raises(LogOddsError, match=message), tap:
+        loss(x)
+
+
+# -- the noise fit --------------------------------------------------------------------------------------
+
+
+def drawn(count: int, rate: float, labels: int, tau: float = 1.0, seed: int = 0) -> tuple[Any, Any]:
+    """ζ of calibrated predictions (after ``tau``), and which label was replaced."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(count, labels)) * 4
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    true = (p.cumsum(1) > rng.random((count, 1))).argmax(1)
+    wrong = rng.random(count) < rate
+    observed = np.where(wrong, (true + rng.integers(1, labels, count)) % labels, true)
+    q = p[np.arange(count), observed]
+    c = math.log(labels - 1)
+    return (np.log(q / (1 - q)) + c) / tau - c, wrong
+
+
+@pytest.mark.parametrize("labels", [2, 10])
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.3, 0.4])
+def test_the_fit_finds_the_rate_and_the_scale(rate: float, labels: int) -> None:
+    zeta, wrong = drawn(8000, rate, labels, tau=0.5)
+    fit = fit_noise(zeta, labels)
+    assert fit.rate == pytest.approx(wrong.mean(), abs=0.03)
+    assert fit.tau == pytest.approx(0.5, rel=0.15)
+    assert fit.low <= fit.rate <= fit.high and (fit.high - fit.low < 0.08 or rate == 0.4)
+    assert not fit.capped
+    weight = fit.probability_right(torch.tensor(zeta)).numpy()
+    assert weight.mean() == pytest.approx(1 - wrong.mean(), abs=0.03)
+    for low, high in ((0, 0.2), (0.4, 0.6), (0.8, 1.01)):  # calibrated
+        inside = (weight >= low) & (weight < high)
+        if inside.sum() > 300:
+            assert 1 - wrong[inside].mean() == pytest.approx(weight[inside].mean(), abs=0.06)
+
+
+def test_the_interval_covers_the_rate() -> None:
+    inside = [
+        fit.low <= 0.25 <= fit.high
+        for fit in (fit_noise(drawn(600, 0.25, 2, seed=seed)[0]) for seed in range(40))
+    ]
+    assert 33 <= sum(inside) <= 40
+
+
+@pytest.mark.parametrize("labels", [2, 5])
+def test_the_likelihood_has_the_gradient_it_says(labels: int) -> None:
+    zeta, _ = drawn(200, 0.2, labels)
+    x, h = np.array([0.2, 0.3]), 1e-6
+    _, gradient = _objective(x, zeta, labels)
+    for k in range(2):
+        step = h * np.eye(2)[k]
+        slope = (_objective(x + step, zeta, labels)[0] - _objective(x - step, zeta, labels)[0]) / (2 * h)
+        assert gradient[k] == pytest.approx(slope, rel=1e-5)
+
+
+def test_the_posterior_is_bayes_rule() -> None:
+    fit = fit_noise(drawn(2000, 0.3, 4)[0], 4)
+    zeta = torch.tensor([-30.0, -2.0, 0.0, 3.0, 500.0], dtype=torch.float64)
+    q = torch.sigmoid(fit.tau * (zeta + math.log(3)) - math.log(3))
+    right, wrong = (1 - fit.rate) * q, fit.rate * (1 - q) / 3
+    torch.testing.assert_close(fit.probability_right(zeta), right / (right + wrong))
+
+
+def test_nothing_to_learn_from_puts_the_rate_at_its_limit() -> None:
+    fit = fit_noise(np.random.default_rng(0).choice([-1.0, 1.0], 4000))
+    assert fit.rate > 0.4 and fit.high == MAX_RATE
+    with pytest.raises(ValueError, match="at least one example"):
+        fit_noise(np.array([]))
+    with pytest.raises(ValueError, match="finite"):
+        fit_noise(np.array([1.0, math.nan]))
+
+
+# -- the table ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ids", ["range", "shuffled", "stream"])
+def test_rows_are_found_by_the_index(ids: str, tmp_path: Path) -> None:
+    known = np.arange(50) if ids == "range" else np.random.default_rng(0).permutation(10_000)[:50] - 7
+    table = ExampleTable(None if ids == "stream" else known)
+    for start in range(0, 50, 10):
+        index = torch.tensor(known[start : start + 10]).flip(0)
+        rows = table.rows(index)
+        assert len(rows.unique()) == 10 and torch.equal(table.ids[rows], index)
+        table.visit(rows, logodds=index.float(), loss_mean=torch.ones(10))
+    table.visit(table.rows(torch.tensor(known[:1])), loss_mean=torch.tensor([4.0]), logodds=torch.zeros(1))
+    table.save(tmp_path / TABLE_NAME)
+    saved = Dataset.from_parquet(str(tmp_path / TABLE_NAME), keep_in_memory=True)
+    by_id = {row[INDEX]: row for row in saved}
+    assert set(by_id) == set(known.tolist()) and by_id[known[7]]["logodds"] == known[7]
+    assert by_id[known[0]]["visits"] == 2 and by_id[known[0]]["loss_mean"] == 2.5
+    assert by_id[known[0]]["weight"] == 1.0
+
+    other = ExampleTable(None if ids == "stream" else known)
+    other.load(tmp_path / TABLE_NAME)
+    assert torch.equal(other.ids, table.ids) and np.array_equal(other.heldout(), table.heldout())
+    assert torch.equal(other.rows(table.ids), torch.arange(50))
+    for name, column in table.columns.items():
+        assert torch.equal(column[:50], other.columns[name][:50])
+
+
+def test_a_wrong_index_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="must be unique, and 5 is there more than once"):
+        ExampleTable(np.array([3, 5, 5]))
+    table = ExampleTable(np.array([3, 9, 5]))
+    with pytest.raises(KeyError, match="4 is not in the training set"):
+        table.rows(torch.tensor([3, 4]))
+    table.save(tmp_path / TABLE_NAME)
+    with pytest.raises(ValueError, match="resume with the same data"):
+        ExampleTable(np.array([3, 9, 6])).load(tmp_path / TABLE_NAME)
+
+
+def test_a_million_examples(tmp_path: Path) -> None:
+    n = 1_000_000
+    table = ExampleTable(np.random.default_rng(0).permutation(n) + 10**12)
+    index = table.ids[torch.randint(n, (64,))].unique()
+    table.visit(table.rows(index), heldout_logodds=torch.arange(len(index)).float())
+    assert sorted(table.heldout().tolist()) == list(range(len(index)))
+    assert sum(x.numel() * x.element_size() for x in (table.visits, *table.columns.values())) <= 28 * n
+    table.save(tmp_path / TABLE_NAME)
+    other = ExampleTable(table.ids.numpy())
+    other.load(tmp_path / TABLE_NAME)
+    assert torch.equal(other.visits, table.visits)
+    zeta, wrong = drawn(n, 0.2, 2)
+    assert fit_noise(zeta).rate == pytest.approx(wrong.mean(), abs=0.005)
+
+
+# -- the index in the data ------------------------------------------------------------------------------
+
+
+def test_an_index_of_the_users_is_kept() -> None:
+    data = Dataset.from_dict({"a": list(range(8)), INDEX: list(range(100, 108))}).shuffle(0).select(range(5))
+    same_data, ids = with_index(data)
+    assert same_data is data and ids.tolist() == data[INDEX]
+    added, ids = with_index(Dataset.from_dict({"a": [1, 2, 3]}))
+    assert added[INDEX] == ids.tolist() == [0, 1, 2]
+    listed, ids = with_index([{"a": 1}, {"a": 2}])
+    assert listed[1] == {"a": 2, INDEX: 1} and len(listed) == 2
+    with pytest.raises(ValueError, match="must hold integers"):
+        with_index(Dataset.from_dict({INDEX: ["a", "b"]}))
+
+
+def test_a_stream_needs_an_index() -> None:
+    stream = Dataset.from_dict({"a": [1]}).to_iterable_dataset()
+    with pytest.raises(ValueError, match="needs a column example_index in a streamed"):
+        with_index(stream)
+    with pytest.raises(ValueError, match="needs a column example_index in a streamed"):
+        IndexCollator(list)([{"a": 1}])
+    assert with_index(Dataset.from_dict({INDEX: [1]}).to_iterable_dataset())[1] is None
+
+
+# -- the trainers ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gate", ["none", "hard"])
+def test_audit_changes_nothing_in_training(gate: str, tmp_path: Path) -> None:
+    seen = []
+    for mode in ("off", "audit"):
+        trainer = classify(tmp_path, examples(), poprisk_label_noise=mode, poprisk_gate=gate)
+        trainer.train()
+        seen.append(weights(trainer))
+    # the weight gradient of one token is one product without the scores and a sum of products with them
+    for name, value in seen[0].items():
+        torch.testing.assert_close(value, seen[1][name], rtol=1e-4, atol=2e-5 if gate == "none" else 0.02)
+
+
+def test_the_table_follows_the_textbook(tmp_path: Path) -> None:
+    """Two epochs of a classifier in float64, against a loop that knows nothing of the package."""
+    data = [{"x": e["x"].double(), "labels": e["labels"]} for e in examples(8)]
+    options = {"num_train_epochs": 2, "train_sampling_strategy": "sequential", "max_grad_norm": 0.3}
+    trainer = classify(
+        tmp_path, data, Classifier(torch.float64), poprisk_label_noise="audit", weight_decay=0.0, **options
+    )
+    trainer.train()
+    got = trainer._label_noise.table
+
+    model = Classifier(torch.float64)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    own, heldout, z_last, losses, agreements = (torch.zeros(8, dtype=torch.float64) for _ in range(5))
+    coefficient = 1.0  # of the step before, as this one's is not known yet
+    step = 0
+    for _ in range(2):
+        for first in (0, 4):
+            norms = []
+            for i in range(first, first + 4):
+                z = class_log_odds(model(data[i]["x"][None])["logits"], data[i]["labels"][None])[0]
+                slopes = torch.autograd.grad(z, list(model.parameters()))
+                s = agreement = 0.0
+                bound = ((1 - 0.999 ** (step + 1)) / 0.001) ** 0.5
+                error = torch.sigmoid(-z).item()
+                for p, slope in zip(model.parameters(), slopes, strict=True):
+                    state = optimizer.state.get(p)
+                    v = state["exp_avg_sq"] / (1 - 0.999**step) if state else torch.zeros_like(p)
+                    m = state["exp_avg"] / (1 - 0.9**step) if state else torch.zeros_like(p)
+                    h = -error / 4 * slope
+                    s += (slope * (coefficient * h / (v.sqrt() + 1e-8)).clamp(-bound, bound)).sum().item()
+                    agreement += (h * m / (v.sqrt() + 1e-8)).sum().item()
+                heldout[i], z_last[i] = z.item() - own[i], z.item()
+                own[i] = 0.5 * own[i] - 1e-2 * s
+                losses[i] += F.softplus(-z).item() / 2
+                agreements[i] += agreement / 2
+            optimizer.zero_grad()
+            batch = {k: torch.stack([e[k] for e in data[first : first + 4]]) for k in data[0]}
+            model(**batch)["loss"].backward()
+            norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.3))
+            coefficient = min(1.0, 0.3 / (norms[0].item() + 1e-6))
+            optimizer.step()
+            step += 1
+    assert coefficient < 1 and got.visits.tolist() == [2] * 8
+    for name, expected in (
+        ("logodds", z_last),
+        ("heldout_logodds", heldout),
+        ("own_effect", own),
+        ("loss_mean", losses),
+        ("agreement_mean", agreements),
+    ):
+        torch.testing.assert_close(got.columns[name].double(), expected, rtol=1e-4, atol=1e-6, msg=name)
+    assert (own.abs() > 1e-3).all()
+
+
+def test_a_padding_copy_counts_once() -> None:
+    """Ranks that run out of examples repeat some; the copies' rows come back from the gathering."""
+    seen = []
+    for copies in (1, 3):
+        judge = LabelNoise("audit", True, ExampleTable(np.arange(8)))
+        theta = nn.Parameter(torch.linspace(-1, 1, 8))
+        optimizer = torch.optim.AdamW([theta], lr=0.1)
+        for rows in ([1, 3, 5], [5, 0, 3]):
+            influence = Influence(optimizer, 3)
+            with judge.visit(torch.tensor(rows), influence):
+                loss = -F.logsigmoid(theta[rows]).mean()
+            loss.backward()
+            influence.add_all(theta, torch.diag(theta.grad)[rows])
+            judge.finish_step(lambda x, n=copies: x.repeat(n, 1).flip(0))
+            optimizer.step()
+            optimizer.zero_grad()
+        seen.append(judge.table)
+    assert seen[0].visits.tolist() == seen[1].visits.tolist() == [1, 1, 0, 2, 0, 2, 0, 0]
+    for name, column in seen[0].columns.items():
+        assert torch.equal(column, seen[1].columns[name]), name
+    assert seen[0].columns["own_effect"][[0, 3, 5]].min() > 0.01
+
+
+def judged_from(trainer: Any, fits_at: int) -> None:
+    """Let weights be given from a step on, whatever the likelihood does."""
+    judge, fit = trainer._label_noise, trainer._label_noise.maybe_fit
+
+    def maybe_fit(epoch: float, step: int) -> None:
+        fit(epoch, step)
+        if step >= fits_at and judge.fits:
+            judge.judging_since = judge.judging_since or step
+
+    trainer._start_over = lambda: None
+    judge.maybe_fit = maybe_fit
+
+
+@pytest.mark.parametrize("kind", ["DPO", "Reward"])
+@pytest.mark.parametrize("mode", ["weight", "swap"])
+def test_pairs_are_weighted_by_their_posterior(kind: str, mode: str, llama_dir: Path, tmp_path: Path) -> None:
+    trainer = prefer(kind, llama_dir, tmp_path, poprisk_label_noise=mode, num_train_epochs=2)
+    judged_from(trainer, 4)
+    taps: list[Any] = []
+    book = trainer._label_noise._booked
+    trainer._label_noise._booked = lambda visit: (taps.append(visit), book(visit))[1]
+    trainer.train()
+    judge = trainer._label_noise
+    assert len(judge.fits) >= 2 and judge.judging_since == 4
+    first, later = taps[0], taps[-1]
+    assert torch.equal(first.weight, torch.ones(4))
+    expected = judge.fits[-2 if judge.fits[-1].step == 8 else -1].probability_right(later.heldout)
+    torch.testing.assert_close(later.weight, expected)
+    z = later.tap.log_odds
+    strength = expected if mode == "weight" else 2 * expected - 1
+    slope = torch.where(strength < 0, strength.abs() * torch.sigmoid(z), -strength * torch.sigmoid(-z))
+    torch.testing.assert_close(later.tap.slopes, slope / 4, rtol=1e-4, atol=1e-6)
+    logs = [entry for entry in trainer.state.log_history if "poprisk/weight_mean" in entry]
+    assert logs and ("poprisk/swapped" in logs[-1]) == (mode == "swap")
+    assert logs[-1]["poprisk/noise_rate_low"] <= logs[-1]["poprisk/noise_rate"]
+
+
+def test_the_layout_does_not_matter(llama_dir: Path, tmp_path: Path) -> None:
+    """One by one, four in a backward, or accumulated: the same scores, weights and parameters."""
+    seen = []
+    for size, accumulation in ((8, 1), (4, 2), (1, 8)):
+        trainer = prefer(
+            "DPO",
+            llama_dir,
+            tmp_path,
+            poprisk_label_noise="weight",
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+            train_sampling_strategy="sequential",
+            disable_dropout=True,
+        )
+        judged_from(trainer, 2)
+        trainer.train()
+        seen.append((trainer._label_noise.table, weights(trainer), trainer._label_noise.fits))
+    for table, params, fits in seen[1:]:
+        for name, column in seen[0][0].columns.items():
+            torch.testing.assert_close(table.columns[name], column, rtol=1e-2, atol=1e-3, msg=name)
+        for name, value in seen[0][1].items():
+            torch.testing.assert_close(params[name], value, rtol=0, atol=1e-4, msg=name)
+        assert [f.step for f in fits] == [f.step for f in seen[0][2]]
+    assert seen[0][0].columns["weight"].min() < 0.99
+
+
+def test_one_by_one_where_a_layer_cannot_be_told_apart(tmp_path: Path) -> None:
+    class Odd(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(LABELS))
+
+        def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+            logits = self.net(x) * self.scale
+            return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+    seen = []
+    for model in (Odd(), Classifier()):
+        trainer = classify(
+            tmp_path,
+            examples(),
+            model,
+            poprisk_label_noise="audit",
+            train_sampling_strategy="sequential",
+            num_train_epochs=1,
+        )
+        trainer.train()
+        assert (trainer._layers is None) == isinstance(model, Odd)
+        seen.append(trainer._label_noise.table)
+    torch.testing.assert_close(seen[0].columns["logodds"][:4], seen[1].columns["logodds"][:4])
+    assert seen[0].visits.tolist() == [1] * 24 and (seen[0].columns["own_effect"] > 0).all()
+
+
+def test_wrong_labels_are_found(tmp_path: Path) -> None:
+    data = examples(240, wrong=0.25, seed=3)
+    trainer = classify(
+        tmp_path,
+        data,
+        poprisk_label_noise="weight",
+        per_device_train_batch_size=16,
+        num_train_epochs=8,
+        max_grad_norm=0.0,
+    )
+    trainer.train()
+    judge = trainer._label_noise
+    assert judge.judging_since is not None and judge.judging_since > 15
+    assert 0.15 < judge.fits[-1].rate < 0.35
+    suspicion = -judge.table.columns["heldout_logodds"]
+    ranks = suspicion.argsort().argsort().float()
+    auroc = (ranks[:60].sum() - 60 * 59 / 2) / (60 * 180)
+    assert auroc > 0.9
+    weight = judge.table.columns["weight"]
+    assert weight[:60].mean() < 0.3 < 0.8 < weight[60:].mean()
+    saved = [entry for entry in trainer.state.log_history if "poprisk/noise_rate" in entry]
+    assert saved[-1]["poprisk/noise_rate"] == judge.fits[-1].rate
+
+
+@pytest.mark.parametrize("kind", ["classifier", "DPO"])
+def test_a_resumed_run_is_the_uninterrupted_one(kind: str, llama_dir: Path, tmp_path: Path) -> None:
+    def build() -> Any:
+        options = {
+            "poprisk_label_noise": "weight",
+            "save_strategy": "steps",
+            "save_steps": 3,
+            "num_train_epochs": 4,
+        }
+        if kind == "DPO":
+            return prefer("DPO", llama_dir, tmp_path, **options)
+        return classify(tmp_path, examples(wrong=0.2), **options)
+
+    whole, resumed = build(), build()
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
+    assert same(weights(whole), weights(resumed))
+    one, other = whole._label_noise, resumed._label_noise
+    assert one.fits == other.fits and len(one.fits) > 4 and one.judging_since == other.judging_since
+    assert torch.equal(one.table.visits, other.table.visits)
+    for name, column in one.table.columns.items():
+        assert torch.equal(column, other.table.columns[name]), name
+    logs = [[e for e in t.state.log_history if e["step"] > 9 and "loss" in e] for t in (whole, resumed)]
+    assert [e.get("poprisk/weight_mean") for e in logs[0]] == [e.get("poprisk/weight_mean") for e in logs[1]]
+
+
+def test_what_is_saved(tmp_path: Path) -> None:
+    trainer = classify(
+        tmp_path, examples(), poprisk_label_noise="audit", save_strategy="epoch", num_train_epochs=2
+    )
+    trainer.train()
+    trainer.save_model()
+    for folder in (tmp_path, tmp_path / "checkpoint-6", tmp_path / "checkpoint-12"):
+        table = Dataset.from_parquet(str(folder / TABLE_NAME), keep_in_memory=True)
+        assert table.column_names == [
+            *(INDEX, "visits", "logodds", "heldout_logodds", "own_effect", "weight", "agreement_mean"),
+            *("loss_mean", "suspicion"),
+        ]
+        assert table[INDEX] == list(range(24))
+    assert [f.step for f in load_fits(tmp_path)] == [f.step for f in trainer._label_noise.fits]
+    assert json.loads((tmp_path / "label_noise.json").read_text())["mode"] == "audit"
+    assert json.loads((tmp_path / "poprisk_config.json").read_text())["label_noise"] == "audit"
+
+
+def test_resuming_under_another_mode_is_refused(tmp_path: Path) -> None:
+    options = {"save_strategy": "epoch", "num_train_epochs": 2}
+    classify(tmp_path, examples(), poprisk_label_noise="audit", **options).train()
+    changed = classify(tmp_path, examples(), poprisk_label_noise="weight", **options)
+    with pytest.raises(ValueError, match="would change poprisk_label_noise from 'audit' to 'weight'"):
+        changed.train(resume_from_checkpoint=True)
+    other = classify(tmp_path, examples(32), poprisk_label_noise="audit", **options)
+    with pytest.raises(ValueError, match="resume with the same data"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+
+
+def test_evaluation_sees_no_index(tmp_path: Path) -> None:
+    data = Dataset.from_list([{"x": e["x"].tolist(), "labels": int(e["labels"])} for e in examples()])
+    data = data.add_column(INDEX, list(range(24)))
+    args = PopRiskTrainingArguments(
+        str(tmp_path),
+        poprisk_label_noise="audit",
+        eval_strategy="epoch",
+        num_train_epochs=1,
+        per_device_train_batch_size=4,
+        **QUIET,
+    )
+    trainer = PopRiskTrainer(Classifier(), args=args, train_dataset=data.shuffle(1), eval_dataset=data)
+    trainer.train()
+    assert math.isfinite(trainer.evaluate()["eval_loss"])
+    assert trainer._label_noise.table.visits.sum() == 24
+
+
+def test_a_stream_with_ids(tmp_path: Path) -> None:
+    rows = [
+        {"x": e["x"].tolist(), "labels": int(e["labels"]), INDEX: 7 * i} for i, e in enumerate(examples())
+    ]
+    stream = Dataset.from_list(rows).to_iterable_dataset()
+    trainer = classify(tmp_path, stream, poprisk_label_noise="audit", max_steps=18, num_train_epochs=1)
+    trainer.train()
+    table = trainer._label_noise.table
+    assert table.ids.tolist() == [7 * i for i in range(24)] and table.visits[:24].tolist() == [3] * 24
+    assert len(trainer._label_noise.fits) >= 2
+
+
+def test_warnings_say_what_the_numbers_are_not_worth(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = classify(tmp_path, examples(), poprisk_label_noise="weight", max_steps=3)
+    trainer.train()
+    assert "training ended within its first epoch" in caplog.text
+    judge = LabelNoise("audit", True, ExampleTable(np.arange(400)))
+    judge.table.visit(
+        torch.arange(400), heldout_logodds=torch.tensor(np.random.default_rng(1).choice([-1.0, 1.0], 400))
+    )
+    judge.maybe_fit(1.0, 10)
+    caplog.clear()
+    judge.warn_at_end()
+    assert judge.fits[-1].capped and "at its limit of 0.45" in caplog.text
+    judge.mode = "weight"
+    caplog.clear()
+    judge.warn_at_end()
+    assert "predicted better and better until the end" in caplog.text
+
+
+# -- refusals -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("", {"poprisk_label_noise": "maybe"}, "poprisk_label_noise must be one of off, audit, weight, swap"),
+        ("", {"poprisk_label_noise": "swap"}, "is for preference pairs: set poprisk_label_noise=weight"),
+        ("", {"label_smoothing_factor": 0.1}, "set label_smoothing_factor=0"),
+        ("", {"torch_compile": True}, "set torch_compile=False"),
+        ("", {"optim": "adamw_torch"}, "has no effect with optim=adamw_torch"),
+        ("", {"poprisk_estimator": "group", "poprisk_gate": "hard"}, "set poprisk_estimator=example"),
+        ("DPO", {"loss_type": ["ipo"]}, "loss_type=ipo is none: use sigmoid or sigmoid_norm"),
+        ("DPO", {"loss_type": ["sigmoid", "sft"]}, "loss_type=sigmoid,sft is none"),
+        ("DPO", {"use_weighting": True}, "set use_weighting=False"),
+        ("DPO", {"f_divergence_type": "js_divergence"}, "use reverse_kl"),
+        ("DPO", {"use_liger_kernel": True}, "set use_liger_kernel=False"),
+        ("Reward", {"center_rewards_coefficient": 0.1}, "remove center_rewards_coefficient"),
+        ("SFT", {}, "judges labels, and a sequence has none"),
+    ],
+)
+def test_what_cannot_be_judged_is_refused(
+    kind: str, options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    config = getattr(hf_poprisk, f"PopRisk{kind}Config") if kind else PopRiskTrainingArguments
+    quiet = {k: v for k, v in QUIET.items() if k != "poprisk_gate"}
+    bf16 = {"bf16": False} if kind else {}
+    settings = {
+        "poprisk_label_noise": "audit",
+        "gradient_accumulation_steps": 4,
+        **quiet,
+        **bf16,
+        **options,
+    }
+    with pytest.raises(ValueError, match=message):
+        config(str(tmp_path), **settings).check_training()
+
+
+def test_a_loss_without_log_odds_is_refused_before_a_step(tmp_path: Path) -> None:
+    class Regression(Classifier):
+        def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+            logits = self.net(x)
+            return {"loss": (logits[:, 0] - labels).square().mean(), "logits": logits}
+
+    trainer = classify(tmp_path, examples(), Regression(), poprisk_label_noise="audit")
+    before = weights(trainer)
+    with pytest.raises(ValueError, match="needs a loss that is the mean cross-entropy of class labels"):
+        trainer.train()
+    assert same(before, weights(trainer))
+    assert not hasattr(Trainer, "_label_noise")
