@@ -20,7 +20,7 @@ class Influence:
 
     * ``energy[i] = Σ_k lr_k h_ik · clamp(scale·P_k h_ik, ±c)``: to first order, how much the step that is
       being collected lowers the accumulated loss by way of example i's own gradient;
-    * ``agreement[i] = Σ_k P_k m̂_k h_ik``: what the steps before taught, scored on this example.
+    * ``agreement[i] = scale·Σ_k P_k m̂_k h_ik``: what the steps before taught, scored on this example.
 
     The bound ``c = √((1 − β₂ᵗ)/(1 − β₂))``, t counting this step, is what this step's v̂, which has the
     square of this very gradient in it, allows at most. It is reached where no example was seen before: rare
@@ -96,7 +96,7 @@ class Influence:
         return self._sums
 
     def _of_block(self, param: Tensor, start: int, rows: int | None) -> tuple[Tensor, Tensor, float, float]:
-        """``scale·P`` and ``P·m̂`` of some rows of a parameter, flat, c and lr."""
+        """``scale·P`` and ``scale·P·m̂`` of some rows of a parameter, flat, c and lr."""
         if self._key == (key := (id(param), start, rows)):
             return self._metric  # blocks come one example after the other
         wide = torch.float64 if param.dtype == torch.float64 else torch.float32
@@ -110,9 +110,9 @@ class Influence:
         first, second = (x.detach().reshape(-1).to(wide) for x in moments)
         step = max(step, 1.0)
         inverse = (second / (1 - beta2**step)).sqrt_().add_(group["eps"]).reciprocal_()
+        inverse.mul_(self._scale)
         signal = (first * inverse).div_(1 - beta1**step)
-        self._key = key
-        self._metric = (inverse.mul_(self._scale), signal, bound, float(group["lr"]))
+        self._key, self._metric = key, (inverse, signal, bound, float(group["lr"]))
         return self._metric
 
 

@@ -115,7 +115,8 @@ def influence(
         scale: what the accumulated gradient is multiplied by before the optimizer sees it.
 
     Returns:
-        ``Σ_k lr h_k clamp(scale P_k h_k, ±c)`` with ``c = √((1 − β₂ᵗ⁺¹)/(1 − β₂))``, and ``Σ_k P_k m̂_k h_k``.
+        ``Σ_k lr h_k clamp(scale P_k h_k, ±c)`` with ``c = √((1 − β₂ᵗ⁺¹)/(1 − β₂))``, and
+        ``scale Σ_k P_k m̂_k h_k``.
     """
     beta1, beta2 = betas
     bound = ((1 - beta2 ** (step + 1)) / (1 - beta2)) ** 0.5
@@ -127,5 +128,5 @@ def influence(
             m, v = m / (1 - beta1**step), v / (1 - beta2**step)
         p = 1 / (v.sqrt() + eps)
         energy += lr * (h * (scale * p * h).clamp(-bound, bound)).sum().item()
-        agreement += (p * m * h).sum().item()
+        agreement += (scale * p * m * h).sum().item()
     return energy, agreement

@@ -126,10 +126,17 @@ def trainer_class(base: Any, arm: Arm, noise: float) -> Any:
     """The trainer with the arm's own judge and optimizer in it."""
 
     class ArmTrainer(base):
+        def _start_label_noise(self, *ids: Any) -> None:
+            super()._start_label_noise(*ids)
+            self._replace_judge()
+
         def _start_over(self) -> None:
             super()._start_over()
+            self._replace_judge()
+
+        def _replace_judge(self) -> None:
+            plain = self._label_noise
             if arm.judge is not None:
-                plain = self._label_noise
                 self._label_noise = arm.judge(plain.mode, plain.preferences, plain.table)
                 self._label_noise.told = noise
 
@@ -340,6 +347,8 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     final = {name: curve[name][epoch] if name in curve else setup.score(name) for name in setup.sizes}
     per_epoch = {name: [scores["accuracy"] for scores in curve[name]] for name in curve}
     judge, aurocs = trainer._label_noise, {}
+    if not isinstance(judge, ARMS[cell.arm].judge or type(judge)):
+        raise RuntimeError(f"the judge of {cell.arm} was not the one that it is about")
     if judge is not None and setup.wrong.any():
         columns = {"suspicion": -judge.table.columns["heldout_logodds"]}
         columns |= {"loss_mean": judge.table.columns["loss_mean"]}
@@ -452,7 +461,8 @@ def run(args: argparse.Namespace) -> int:
 
 def train_all(todo: list[Cell], rows: list[dict[str, Any]], file: Any, processes: int) -> int:
     """Append a line per cell. Returns the exit code: 1 if a run failed."""
-    os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}  # for the workers, before they import torch
+    # for the workers, before they import torch
+    os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore::FutureWarning"}
     seconds, failed = defaultdict(list), 0  # per task, of what is known
     for row in rows:
         seconds[row["task"]].append(row["seconds"])
