@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from hf_poprisk import kernels_cpu
+
 # Elements that are worked on together on a CPU: a few of these fit a core's cache.
 _PIECE = 1 << 16
 
@@ -67,9 +69,13 @@ class Influence:
     def add(self, param: Tensor, example: int, h: Tensor, start: int = 0) -> None:
         """One example's gradient of rows ``start`` … of a parameter; h: [rows, …]."""
         for offset, piece in _pieces(h):
-            rows = len(piece) if piece.dim() else 1
-            found = self._sums_of(self._of_block(param, start + offset, rows), piece.reshape(1, -1))
-            self._into(found)[:, example] += found[:, 0]
+            self.add_some(param, example, piece[None], start + offset)
+
+    def add_some(self, param: Tensor, first: int, h: Tensor, start: int) -> None:
+        """Gradients of the rows ``start`` … of consecutive examples from ``first`` on; h: [n, rows, …]."""
+        rows = h.shape[1] if h.dim() > 1 else 1
+        found = self._sums_of(self._of_block(param, start, rows), h.reshape(len(h), -1))
+        self._into(found)[:, first : first + len(h)] += found
 
     def add_all(self, param: Tensor, h: Tensor) -> None:
         """Every example's gradient of a whole parameter; h: [N, *shape]."""
@@ -87,6 +93,10 @@ class Influence:
         """h: [R, numbers]. Returns [2, R]."""
         precondition, signal, bound, lr = block
         h = h.to(precondition.dtype)
+        if precondition.dim() == 1 and kernels_cpu.usable(h, precondition, signal):
+            found = kernels_cpu.weigh(h, precondition, signal, bound)
+            found[0] *= lr
+            return found
         energy = (h * precondition).clamp_(-bound, bound).mul_(h).sum(1)
         return torch.stack([lr * energy, (h * signal).sum(1)])
 

@@ -1,6 +1,7 @@
-"""One pass over memory on a CPU: numba loops for the three places where a step moves many bytes.
+"""One pass over memory on a CPU: numba loops for the places where a step moves many bytes.
 
     add_squares    adds several examples' h_i to G and their squares to Q: reads each h_i once
+    weigh          sums each h_i in Adam's metric: reads it once
     decide         reads G and Q, writes q over Q: 12 bytes per parameter
     gated_adamw    reads w, G, m, v, q and writes w, m, v: 32 bytes per parameter
 
@@ -44,6 +45,23 @@ def add_squares(h: Tensor, grad: Tensor, square: Tensor, first: bool, fresh: boo
     """
     numel = grad.numel()
     _loops().add_squares(h.view(len(h), numel).numpy(), _array(grad), _array(square), first, fresh)
+
+
+def weigh(h: Tensor, precondition: Tensor, signal: Tensor, bound: float) -> Tensor:
+    """``Σ_k h_ik clamp(P_k h_ik, ±c)`` and ``Σ_k S_k h_ik``, on one thread; see ``Influence``.
+
+    Args:
+        h: gradients of n examples, [n, numel].
+        precondition: P, [numel].
+        signal: S, [numel].
+        bound: c.
+
+    Returns:
+        [2, n] float32.
+    """
+    out = torch.empty(2, len(h))
+    _loops().weigh(h.numpy(), _array(precondition), _array(signal), np.float32(bound), out.numpy())
+    return out
 
 
 def decide(grad: Tensor, sq_sum: Tensor, num_examples: int, soft: bool) -> Tensor:
@@ -125,6 +143,7 @@ def _loops() -> Any:
 
     return SimpleNamespace(
         add_squares=compiled(_add_squares, "contract"),
+        weigh=compiled(_weigh, "contract", "reassoc", "nsz"),
         # Lets the sums be vectorised. Nothing else in it has two operations of a kind in a row; no
         # contraction, because g·g must be rounded before it is compared, as torch does: ties stay closed.
         decide=compiled(_decide, "reassoc", "nsz"),
@@ -149,6 +168,24 @@ def _add_squares(h, grad, square, first, fresh):  # type: ignore[no-untyped-def]
             for k in range(g.size):
                 g[k] += h_i[k]
                 q[k] += h_i[k] * h_i[k]
+
+
+def _weigh(h, precondition, signal, bound, out):  # type: ignore[no-untyped-def]
+    out[:] = _ZERO
+    for start in range(0, precondition.size, _TILE):
+        stop = start + _TILE
+        p, s = precondition[start:stop], signal[start:stop]
+        for i in range(h.shape[0]):
+            h_i = h[i, start:stop]
+            energy = agreement = _ZERO
+            for k in range(p.size):
+                moved = p[k] * h_i[k]
+                moved = bound if moved > bound else moved
+                moved = -bound if moved < -bound else moved
+                energy += moved * h_i[k]
+                agreement += s[k] * h_i[k]
+            out[0, i] += energy
+            out[1, i] += agreement
 
 
 def _decide(grad, sq_sum, low, high, scale, soft):  # type: ignore[no-untyped-def]

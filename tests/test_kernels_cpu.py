@@ -49,6 +49,20 @@ def test_add_squares(shape: tuple[int, ...], first: bool, fresh: bool, threads: 
     )
 
 
+@pytest.mark.parametrize("numel", [0, 1, 91, 2048, 5000])
+def test_weigh(numel: int) -> None:
+    h, precondition, signal = torch.randn(5, numel), torch.rand(numel) * 10, torch.randn(numel)
+    exact = h.double()
+    energy = (exact * (exact * precondition).clamp(-2.5, 2.5)).sum(1)
+    expected = torch.stack([energy, (exact * signal).sum(1)])
+    found = kernels_cpu.weigh(h, precondition, signal, 2.5)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-3)
+    if numel > 1:
+        h[2, 1] = torch.nan
+        found = kernels_cpu.weigh(h, precondition, signal, 2.5)
+        assert found.isnan().any(0).tolist() == [i == 2 for i in range(5)]
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("gate", ["hard", "soft"])
 def test_decide(gate: str, shape: tuple[int, ...], threads: int) -> None:

@@ -262,7 +262,8 @@ class Capture:
     ) -> None:
         """``grad = Σ_i h_i`` (if given) and ``Q += Σ_i h_i²``, h_i summed over the uses."""
         target, fresh = self._square_buffer(param)
-        plain = tokens is None and len(uses) == 1 and self._influence is None and target is not None
+        single = tokens is None and len(uses) == 1
+        plain = single and self._influence is None and target is not None
         if plain and uses[0][0].shape[:2] == (self.num_examples, 1):
             a, d = (x[:, 0] for x in uses[0])
             if grad is not None:
@@ -270,13 +271,14 @@ class Capture:
             wide_a, wide_d = (x.to(target.dtype).square() for x in (a, d))
             target.copy_(wide_d.T @ wide_a) if fresh else target.addmm_(wide_d.T, wide_a)
             return
-        if plain and grad is not None and grad.dtype == torch.float32:
+        if single and grad is not None and grad.dtype == torch.float32:
             a, d = uses[0]
-            if kernels.usable(a, d, grad, target) and self._fused_is_faster(param, a, d, grad):
+            if plain and kernels.usable(a, d, grad, target) and self._fused_is_faster(param, a, d, grad):
                 return kernels.weight_gradient(d, a, self.num_examples, grad, target, fresh)
-            one_thread = torch.get_num_threads() == 1  # on more of them torch's own passes are ahead
-            if one_thread and a.dtype == d.dtype == torch.float32 and kernels_cpu.usable(grad, target):
-                return self._side_by_side(a, d, grad, target, fresh)
+            # on more threads torch's own passes are ahead
+            quick = torch.get_num_threads() == 1 or self._influence is not None
+            if quick and a.dtype == d.dtype == torch.float32 and kernels_cpu.usable(grad):
+                return self._side_by_side(param, a, d, grad, target, fresh)
         self._one_by_one(param, uses, grad, target, fresh, tokens)
 
     def _fused_is_faster(self, param: Tensor, a: Tensor, d: Tensor, grad: Tensor) -> bool:
@@ -342,17 +344,25 @@ class Capture:
         else:
             squares.addcmul_(h, h)
 
-    def _side_by_side(self, a: Tensor, d: Tensor, grad: Tensor, target: Tensor, fresh: bool) -> None:
+    def _side_by_side(
+        self, param: Tensor, a: Tensor, d: Tensor, grad: Tensor, target: Tensor | None, fresh: bool
+    ) -> None:
         """``_one_by_one`` for one use, with several examples in a product: one pass over G and Q for all."""
-        n, rows = self.num_examples, min(self._rows_per_block(target), target.shape[0])
+        n, rows = self.num_examples, min(self._rows_per_block(param), param.shape[0])
         a, dt = _by_example(a, n), _by_example(d, n).transpose(1, 2)  # [N, tokens, in], [N, out, tokens]
-        some = max(1, _SIDE_BY_SIDE // (rows * target.shape[1]))
-        for start in range(0, target.shape[0], rows):
-            total, squares = grad[start : start + rows], target[start : start + rows]
+        some = max(1, _SIDE_BY_SIDE // (rows * param.shape[1]))
+        for start in range(0, param.shape[0], rows):
+            total = grad[start : start + rows]
             for i in range(0, n, some):
                 h = self._scratch_like(total.expand(min(some, n - i), *total.shape), total.dtype)
                 torch.bmm(dt[i : i + some, start : start + rows], a[i : i + some], out=h)
-                kernels_cpu.add_squares(h, total, squares, first=i == 0, fresh=fresh and i == 0)
+                if self._influence is not None:
+                    self._influence.add_some(param, i, h, start)
+                if target is None:
+                    torch.sum(h, 0, out=total) if i == 0 else total.add_(h.sum(0))
+                else:
+                    squares = target[start : start + rows]
+                    kernels_cpu.add_squares(h, total, squares, first=i == 0, fresh=fresh and i == 0)
 
     def _scratch_like(self, like: Tensor, dtype: torch.dtype) -> Tensor:
         key = (dtype, like.device)
