@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from hf_poprisk.arguments import PopRiskTrainingArguments
 from hf_poprisk.optimizer import PopRiskAdamW
 from hf_poprisk.record import load_record
+from hf_poprisk.risk import PopRiskEarlyStoppingCallback
 from hf_poprisk.trainer import PopRiskMixin, PopRiskTrainer
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ __all__ = [
     "PopRiskAdamW",
     "PopRiskDPOConfig",
     "PopRiskDPOTrainer",
+    "PopRiskEarlyStoppingCallback",
     "PopRiskMixin",
     "PopRiskRewardConfig",
     "PopRiskRewardTrainer",

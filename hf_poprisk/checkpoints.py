@@ -60,7 +60,8 @@ def damage(checkpoint: Path) -> str | None:
                     pass
             elif path.suffix == ".json":
                 json.loads(path.read_text(encoding="utf-8"))
-            elif path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):
+            torn = path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path)
+            if torn or path.suffix == ".parquet" and not path.read_bytes().endswith(b"PAR1"):
                 return f"{path.name} is cut off"
         except (OSError, ValueError, RecursionError, SafetensorError):
             return f"{path.name} is cut off"

@@ -14,10 +14,15 @@ rate, late in training), it is below zero although nothing is memorised.
 
 from __future__ import annotations
 
+import logging
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback
+
+logger = logging.getLogger(__name__)
 
 POPULATION, EMPIRICAL, SPREAD = "poprisk/gain_population", "poprisk/gain_empirical", "poprisk/gain_spread"
 TOTAL, RATIO = "poprisk/gain_total", "poprisk/gain_ratio"
@@ -101,3 +106,68 @@ class RiskMeter:
         if len(seen) > 1:
             logs[SPREAD] = (seen[:, 0].std() / math.sqrt(len(seen))).item()
         return logs
+
+
+class PopRiskEarlyStoppingCallback(TrainerCallback):
+    """Stops when the next batches no longer confirm what training teaches; needs no validation set.
+
+    It follows the sum of ``poprisk/gain_population`` from its highest point on, and stops when the sum has
+    fallen below that by ``threshold`` standard errors. Training stays where it is then: the gain is taken at
+    the end of each step, where it is lowest, so at its zero the loss of unseen examples still falls a little.
+
+    Args:
+        threshold: standard errors of the sum since its highest point.
+
+    Attributes:
+        stopped_at: the optimizer step; None if it has not stopped training.
+
+    Raises (in ``train``):
+        ValueError: ``poprisk_risk=false``, or logs that hold no spread.
+    """
+
+    def __init__(self, threshold: float = 3.0) -> None:
+        if not threshold > 0:
+            raise ValueError(f"threshold must be a number of standard errors > 0; got {threshold!r}.")
+        self.threshold = threshold
+        self.stopped_at: int | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not getattr(args, "poprisk_risk", False):
+            raise ValueError(
+                f"{type(self).__name__} reads {POPULATION} from the logs: set poprisk_risk=true, with one of "
+                "the trainers of hf_poprisk."
+            )
+        every = args.logging_steps if args.logging_strategy == "steps" else 2  # an epoch is longer
+        if args.logging_strategy == "no" or every == 1:
+            raise ValueError(
+                f"{type(self).__name__} needs the spread of the gain over the batches of a log: set "
+                "logging_strategy=steps and logging_steps=2 or more."
+            )
+        self.stopped_at, self._sum, self._variance, self._last = None, 0.0, 0.0, 0
+        for entry in state.log_history:  # of a run that is resumed
+            self._follow(entry, entry["step"])
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if logs is None or not self._follow(logs, state.global_step):
+            return
+        if state.global_step <= args.get_warmup_steps(state.max_steps):
+            return
+        error = math.sqrt(self._variance)
+        if self._sum < -self.threshold * error:
+            self.stopped_at = state.global_step
+            control.should_training_stop = True
+            logger.warning(
+                f"stopped at step {state.global_step}: since its highest point the population gain has "
+                f"summed to {self._sum:.2g} ± {error:.2g}, so the next batches do not confirm what is learned."
+            )
+
+    def _follow(self, entry: Any, step: int) -> bool:
+        """Add one log; False if it brings nothing to judge by."""
+        if POPULATION not in entry:
+            return False
+        steps, self._last = step - self._last, step
+        self._sum += steps * entry[POPULATION]
+        self._variance += (steps * entry.get(SPREAD, 0.0)) ** 2
+        if self._sum >= 0:
+            self._sum = self._variance = 0.0
+        return SPREAD in entry and self._variance > 0

@@ -583,10 +583,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         groups[row["task"], row["epochs"], row["noise"]][row["arm"]].append(row)
     out = [
-        "The learning rate of every arm is the one with the highest mean accuracy on CLEAN validation labels, "
-        "for all arms alike (* at the end of its grid); adamw-early chooses its epoch by noisy labels, 10 % of "
-        "the training set. Differences are paired over the seeds, each arm at its own rate. drop-told and "
-        "robust are told the true share of wrong labels. Times are medians over all runs, adamw = 1."
+        "The learning rate of every arm is the one with the highest mean accuracy on CLEAN validation "
+        "labels, for all arms alike (* at the end of its grid); adamw-early chooses its epoch by noisy "
+        "labels, 10 % of the training set. Differences are paired over the seeds, each arm at its own rate. "
+        "drop-told and robust are told the true share of wrong labels. Times are medians, adamw = 1."
     ]
     for (task, epochs, noise), found in sorted(groups.items()):
         expected = [
@@ -608,8 +608,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         versions = sorted({f"{name} {v}" for row in every for name, v in row["versions"].items()})
         out += [
             f"### {task}, {100 * noise:g} % wrong labels",
-            f"n = {n} training examples, {sizes['validation']} validation, {sizes['test']} test; {epochs} epochs "
-            f"of {TASKS[task].examples_per_step} examples per step; {len(seeds)} seeds; {', '.join(versions)}.",
+            f"n = {n} training examples, {sizes['validation']} validation, {sizes['test']} test; "
+            f"{epochs} epochs of {TASKS[task].examples_per_step} examples per step; {len(seeds)} seeds; "
+            f"{', '.join(versions)}.",
             f"`python recipes/label_noise.py {command}`",
             *remarks(arms, expected),
             "\n".join(

@@ -16,6 +16,7 @@ from transformers import Trainer
 
 import hf_poprisk
 from hf_poprisk import PopRiskTrainer, PopRiskTrainingArguments
+from hf_poprisk.checkpoints import damage
 from hf_poprisk.influence import Influence
 from hf_poprisk.label_noise import INDEX, TABLE_NAME, ExampleTable, LabelNoise, fit_noise
 from hf_poprisk.label_noise.judge import load_fits
@@ -553,9 +554,20 @@ def test_resuming_under_another_mode_is_refused(tmp_path: Path) -> None:
     changed = classify(tmp_path, examples(), poprisk_label_noise="weight", **options)
     with pytest.raises(ValueError, match="would change poprisk_label_noise from 'audit' to 'weight'"):
         changed.train(resume_from_checkpoint=True)
+    torn = tmp_path / "checkpoint-12" / TABLE_NAME
+    torn.write_bytes(torn.read_bytes()[:-10])
+    assert damage(torn.parent) == f"{TABLE_NAME} is cut off"
     other = classify(tmp_path, examples(32), poprisk_label_noise="audit", **options)
     with pytest.raises(ValueError, match="resume with the same data"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+
+
+def test_a_checkpoint_without_scores_is_refused(tmp_path: Path) -> None:
+    options = {"save_strategy": "epoch", "num_train_epochs": 2}
+    classify(tmp_path, examples(), optim="adamw_torch", poprisk_gate="hard", **options).train()
+    judged = classify(tmp_path, examples(), poprisk_label_noise="audit", **options)
+    with pytest.raises(ValueError, match="holds no label_noise.json: its examples were trained on without"):
+        judged.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
 
 
 def test_evaluation_sees_no_index(tmp_path: Path) -> None:

@@ -10,8 +10,14 @@ from models import tiny_model
 from test_checkpoints import causal
 from test_trainer import QUIET, rows
 from torch import Tensor, nn
+from transformers import TrainerControl, TrainerState
 
-from hf_poprisk import PopRiskAdamW, PopRiskTrainer, PopRiskTrainingArguments
+from hf_poprisk import (
+    PopRiskAdamW,
+    PopRiskEarlyStoppingCallback,
+    PopRiskTrainer,
+    PopRiskTrainingArguments,
+)
 from hf_poprisk.risk import RiskMeter, gains
 
 TRUTH = torch.linspace(-1, 1, 20, dtype=torch.float64)
@@ -164,3 +170,90 @@ def test_a_resumed_run_logs_the_same_gains(tmp_path: Path) -> None:
 def test_a_window_without_a_step_before_it_is_no_error() -> None:
     optimizer = PopRiskAdamW([nn.Parameter(torch.zeros(3))])
     assert gains(optimizer) is None
+
+
+# -- early stopping -------------------------------------------------------------------------------------
+
+
+def follow(gains_: list[float], spread: float, threshold: float = 3.0, **options: Any) -> int | None:
+    """Feed the callback logs of ten steps each; the step at which it stops."""
+    callback = PopRiskEarlyStoppingCallback(threshold)
+    settings = {"logging_steps": 10, "poprisk_risk": True, "max_steps": 10_000, **options}
+    args = PopRiskTrainingArguments("unused", use_cpu=True, report_to="none", **settings)
+    state, control = TrainerState(max_steps=10_000), TrainerControl()
+    callback.on_train_begin(args, state, control)
+    for number, gain in enumerate(gains_, 1):
+        state.global_step = 10 * number
+        logs = {"poprisk/gain_population": gain, "poprisk/gain_spread": spread}
+        callback.on_log(args, state, control, logs=logs)
+        if control.should_training_stop:
+            assert callback.stopped_at == state.global_step
+            return state.global_step
+    assert callback.stopped_at is None
+    return None
+
+
+def test_it_stops_when_the_gain_is_negative_beyond_its_error() -> None:
+    falling = [1.0] * 5 + [-0.5] * 20
+    # after n logs of −0.5 ± 0.5 the sum is −n/2 ± √n/2: three standard errors at n > 9
+    assert follow(falling, 0.5) == 150
+    assert follow(falling, 0.5, threshold=2.0) == 100
+    assert follow(falling, 0.05) == 60
+    assert follow([1.0] * 5 + [-0.5, 0.6] * 20, 0.5) is None  # the sum rises
+
+
+def test_it_does_not_stop_inside_the_warm_up() -> None:
+    assert follow([-1.0] * 30, 0.1, warmup_steps=200) == 210
+    assert follow([-1.0] * 30, 0.1) == 10
+
+
+def test_noise_about_zero_seldom_stops_it() -> None:
+    generator = torch.Generator().manual_seed(0)
+    stops = 0
+    for _ in range(50):
+        noise = 0.5 * torch.randn(40, generator=generator)
+        stops += follow((0.1 + noise).tolist(), 0.5) is not None
+    assert stops <= 2
+
+
+def test_a_resumed_run_goes_on_counting() -> None:
+    history = [
+        {"step": 10 * n, "poprisk/gain_population": -0.5, "poprisk/gain_spread": 0.5} for n in range(1, 10)
+    ]
+    callback, control = PopRiskEarlyStoppingCallback(), TrainerControl()
+    options = {"use_cpu": True, "report_to": "none", "poprisk_risk": True, "logging_steps": 10}
+    args = PopRiskTrainingArguments("unused", **options)
+    state = TrainerState(max_steps=1000, log_history=history, global_step=100)
+    callback.on_train_begin(args, state, control)
+    callback.on_log(args, state, control, logs={**history[-1], "step": 100})
+    assert callback.stopped_at == 100 and control.should_training_stop
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"poprisk_risk": False}, "set poprisk_risk=true"),
+        ({"logging_steps": 1}, "logging_steps=2 or more"),
+        ({"logging_strategy": "no"}, "logging_strategy=steps"),
+    ],
+)
+def test_what_it_cannot_read_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        follow([1.0], 0.1, **options)
+    with pytest.raises(ValueError, match="number of standard errors > 0"):
+        PopRiskEarlyStoppingCallback(0.0)
+
+
+def test_a_run_stops_and_says_why(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Labels that are pure noise: nothing that is learned is confirmed once they are known by heart."""
+    trainer = causal(tmp_path, poprisk_risk=True, save_strategy="no", max_steps=-1, logging_steps=4)
+    torch.manual_seed(0)
+    trainer.train_dataset = [
+        {**row, "labels": torch.randint(5, 300, row["labels"].shape)} for row in trainer.train_dataset
+    ]
+    trainer.args.num_train_epochs, trainer.args.learning_rate = 300, 1e-2
+    callback = PopRiskEarlyStoppingCallback()
+    trainer.add_callback(callback)
+    trainer.train()
+    assert callback.stopped_at == trainer.state.global_step < trainer.state.max_steps
+    assert "do not confirm what is learned" in caplog.text

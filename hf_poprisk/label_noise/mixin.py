@@ -116,12 +116,24 @@ class LabelNoiseMixin:
             self._label_noise.save(folder)
 
     def _load_label_noise(self, checkpoint: str | None) -> None:
-        """Go on from a checkpoint, or begin anew."""
+        """Go on from a checkpoint, or begin anew.
+
+        Raises:
+            ValueError: a checkpoint of a run that did not score its examples, or of other data.
+        """
         if self._label_noise is None:
             return
         self._start_over()
-        if checkpoint is not None and Path(checkpoint, FITS_NAME).is_file():
+        if checkpoint is None:
+            return
+        if Path(checkpoint, FITS_NAME).is_file():
             self._label_noise.load(checkpoint)
+        elif not self.args.poprisk_allow_change:
+            raise ValueError(
+                f"{checkpoint} holds no {FITS_NAME}: its examples were trained on without being scored, so "
+                "nothing is held out any more; set poprisk_label_noise=off, start over, or set "
+                "poprisk_allow_change=true."
+            )
 
     def _start_over(self) -> None:
         judge = self._label_noise
