@@ -158,7 +158,7 @@ class PopRiskEarlyStoppingCallback(TrainerCallback):
             control.should_training_stop = True
             logger.warning(
                 f"stopped at step {state.global_step}: since its highest point the population gain has "
-                f"summed to {self._sum:.2g} ± {error:.2g}, so the next batches do not confirm what is learned."
+                f"summed to {self._sum:.2g} ± {error:.2g}: the next batches do not confirm what is learned."
             )
 
     def _follow(self, entry: Any, step: int) -> bool:

@@ -39,7 +39,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
-from hf_poprisk import PopRiskAdamW, PopRiskTrainer, PopRiskTrainingArguments
+from hf_poprisk import (
+    PopRiskAdamW,
+    PopRiskEarlyStoppingCallback,
+    PopRiskTrainer,
+    PopRiskTrainingArguments,
+)
 from hf_poprisk.gate import null_openness
 from hf_poprisk.label_noise import LabelNoise
 
@@ -100,7 +105,8 @@ class Arm:
     label_noise: str = "off"
     judge: type[LabelNoise] | None = None
     optimizer: type[PopRiskAdamW] | None = None
-    early: bool = False
+    early: bool = False  # by a split of the training data
+    risk: bool = False  # early too, by the population gain
     loss_type: str = "sigmoid"
     dpo_only: bool = False
 
@@ -108,6 +114,7 @@ class Arm:
 ARMS = {
     "adamw": Arm(),
     "adamw-early": Arm(early=True),
+    "adamw-risk": Arm(risk=True),
     "hard": Arm(gate="hard"),
     "soft": Arm(gate="soft"),
     "random-mask": Arm(gate="hard", optimizer=RandomMaskAdamW),
@@ -190,7 +197,10 @@ class Cell:
             "poprisk_gate": ARMS[self.arm].gate,
             "poprisk_label_noise": ARMS[self.arm].label_noise,
             "disable_tqdm": True,
-            **dict.fromkeys(("eval_strategy", "save_strategy", "logging_strategy"), "no"),
+            "poprisk_risk": ARMS[self.arm].risk,
+            "logging_strategy": "steps" if ARMS[self.arm].risk else "no",
+            "logging_steps": 10,
+            **dict.fromkeys(("eval_strategy", "save_strategy"), "no"),
         }
 
 
@@ -340,8 +350,11 @@ def run_cell(cell: Cell) -> dict[str, Any]:
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(timer)
         trainer.add_callback(curves)
+        if ARMS[cell.arm].risk:
+            trainer.add_callback(PopRiskEarlyStoppingCallback())
         trainer.train()
-    epoch, curve = cell.epochs - 1, curves.scores
+    curve = curves.scores
+    epoch = min((len(scores) for scores in curve.values()), default=cell.epochs) - 1  # or stopped before
     if ARMS[cell.arm].early:  # the first of the best
         epoch = int(np.argmax([scores["accuracy"] for scores in curve["held"]]))
     final = {name: curve[name][epoch] if name in curve else setup.score(name) for name in setup.sizes}
