@@ -165,10 +165,13 @@ class Task:
     examples_per_step: int
     num_train: int = 0  # of a classification; 0: preferences
     shape: tuple[int, int, int] = (0, 0, 0)  # classes, clusters of each, dimensions
+    wrong: str = "uniform"  # another label at random; the next "class"; a "group" of neighbours, the next one
 
 
 TASKS = {
     "digits": Task(20, (3e-4, 1e-3, 3e-3, 1e-2), 48, 900, (10, 0, 64)),
+    "digits-class": Task(20, (3e-4, 1e-3, 3e-3, 1e-2), 48, 900, (10, 0, 64), "class"),
+    "digits-group": Task(20, (3e-4, 1e-3, 3e-3, 1e-2), 48, 900, (10, 0, 64), "group"),
     "gauss10": Task(20, (3e-4, 1e-3, 3e-3, 1e-2), 64, 1024, (10, 3, 32)),
     "gauss6": Task(20, (3e-4, 1e-3, 3e-3, 1e-2), 48, 1200, (6, 4, 24)),
     "dpo": Task(4, (1e-4, 3e-4, 1e-3), 16),
@@ -231,7 +234,7 @@ class Classifier(nn.Module):
 def draw(task: str, seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Inputs [n, d] and clean labels [n] of the training, validation and test sets."""
     rng, n = np.random.default_rng([seed, 0]), TASKS[task].num_train
-    if task == "digits":
+    if task.startswith("digits"):
         x, y = load_digits(return_X_y=True)
         order, end = rng.permutation(len(y)), n + 300
         x, y = x[order] / 16, y[order]
@@ -255,8 +258,11 @@ def classification(cell: Cell, folder: str) -> Setup:
     arm, task, sets = ARMS[cell.arm], TASKS[cell.task], draw(cell.task, cell.seed)
     x, labels = sets.pop("train")
     rng, n = np.random.default_rng([cell.seed, 1]), len(labels)
-    other = (labels + rng.integers(1, task.shape[0], size=n)) % task.shape[0]
-    wrong = rng.permutation(n).argsort() < round(cell.noise * n)
+    step = rng.integers(1, task.shape[0], size=n) if task.wrong == "uniform" else 1
+    other, order = (labels + step) % task.shape[0], rng.permutation(n)
+    if task.wrong == "group":
+        order = np.square(x - x[order[0]]).sum(1).argsort()
+    wrong = order.argsort() < round(cell.noise * n)
     labels = np.where(wrong, other, labels)
     kept, held = hold_out(n, arm.early, cell.seed)
     sets |= {name: (x[i], labels[i]) for name, i in (("wrong", kept[wrong[kept]]), ("held", held))}

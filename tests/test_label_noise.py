@@ -293,7 +293,7 @@ def test_a_stream_needs_an_index() -> None:
     stream = Dataset.from_dict({"a": [1]}).to_iterable_dataset()
     with pytest.raises(ValueError, match="needs a column example_index in a streamed"):
         with_index(stream)
-    with pytest.raises(ValueError, match="needs a column example_index in a streamed"):
+    with pytest.raises(ValueError, match="finds no example_index in the training examples"):
         IndexCollator(list)([{"a": 1}])
     assert with_index(Dataset.from_dict({INDEX: [1]}).to_iterable_dataset())[1] is None
 

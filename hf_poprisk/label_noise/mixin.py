@@ -53,7 +53,14 @@ class LabelNoiseMixin:
     def _take_rows(self, inputs: dict[str, Any]) -> Tensor | None:
         """Take the index out of a batch; the examples' rows in the table, [N]."""
         index = inputs.pop(INDEX, None)
-        return None if self._label_noise is None else self._label_noise.table.rows(index)
+        if self._label_noise is None:
+            return None
+        if index is None:
+            raise ValueError(
+                f"poprisk_label_noise finds no {INDEX} in the batch: leave get_train_dataloader as it is, "
+                "or let its collator be an IndexCollator."
+            )
+        return self._label_noise.table.rows(index)
 
     @contextmanager
     def _judging(self, rows: Tensor | None, optimizer: Any) -> Iterator[Influence | None]:
@@ -160,7 +167,7 @@ class IndexCollator:
     """A data collator that lets the examples' index through as a tensor, [N] int64.
 
     Raises:
-        ValueError: features without the index.
+        ValueError: features without it.
     """
 
     def __init__(self, collator: Any) -> None:
@@ -169,8 +176,8 @@ class IndexCollator:
     def __call__(self, features: list[Any]) -> Any:
         if not all(isinstance(feature, Mapping) and INDEX in feature for feature in features):
             raise ValueError(
-                f"poprisk_label_noise needs a column {INDEX} in a streamed training set, with an integer of "
-                "its own for every example."
+                f"poprisk_label_noise finds no {INDEX} in the training examples: a stream needs a column of "
+                "that name with an integer of its own for every example, and a transform must keep it."
             )
         index = [int(feature[INDEX]) for feature in features]
         batch = self.collator([{k: v for k, v in f.items() if k != INDEX} for f in features])
