@@ -137,6 +137,9 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     trainer.save_state()
+    if args.poprisk_label_noise != "off" and trainer.is_world_process_zero():
+        # for the audit: with the labels as they were trained on; pushes leave out _*
+        train.save_to_disk(Path(args.output_dir, "_training_data"))
 
     reference = trainer.ref_model
     if reference is None and not model_args.use_peft:  # precomputed log-probabilities: nothing was kept

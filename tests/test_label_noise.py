@@ -211,6 +211,12 @@ def test_the_posterior_is_bayes_rule() -> None:
     torch.testing.assert_close(fit.probability_right(zeta), right / (right + wrong))
 
 
+def test_at_a_rate_of_zero_every_label_is_right() -> None:
+    fit = fit_noise(np.linspace(0.5, 4.0, 100))
+    assert fit.rate == 0 and fit.tau > 10
+    assert fit.probability_right(torch.tensor([-300.0, 0.0, 5.0])).tolist() == [1.0] * 3
+
+
 def test_nothing_to_learn_from_puts_the_rate_at_its_limit() -> None:
     fit = fit_noise(np.random.default_rng(0).choice([-1.0, 1.0], 4000))
     assert fit.rate > 0.4 and fit.high == MAX_RATE

@@ -28,7 +28,7 @@ FITS_PER_EPOCH = 4
 _MEMORY = 0.5  # of an example's own effect, from one visit to the next
 # Nats per example and epoch: while held-out labels are still predicted better by more than this, the model is
 # not competent to judge, and what it has not learned yet would pass for wrong.
-_STILL_LEARNING = 0.01
+STILL_LEARNING = 0.01
 
 
 @dataclass
@@ -159,7 +159,7 @@ class LabelNoise:
         before = next((old for old in reversed(self.fits) if old.epoch <= epoch - 1 + 1e-6), fit)
         self.fits.append(fit)
         learned = fit.log_likelihood - before.log_likelihood
-        if self.judging_since is None and before is not fit and learned < _STILL_LEARNING:
+        if self.judging_since is None and before is not fit and learned < STILL_LEARNING:
             self.judging_since = step
 
     def pop_logs(self) -> dict[str, float]:

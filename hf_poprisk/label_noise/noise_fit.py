@@ -53,13 +53,15 @@ class NoiseFit:
     @property
     def capped(self) -> bool:
         """Whether ε̂ lies at the end of its range: the model cannot tell the labels apart (yet)."""
-        return self.rate > MAX_RATE - 1e-3
+        return self.rate > MAX_RATE - 0.01
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def probability_right(self, heldout: Tensor) -> Tensor:
         """Posterior probability that each label is right; heldout: ζ, any shape, floating point."""
+        if not self.rate:
+            return torch.ones_like(heldout)
         c = math.log(self.num_labels - 1)
         q = torch.sigmoid(self.tau * (heldout + c) - c)
         right, wrong = (1 - self.rate) * q, self.rate * (1 - q) / (self.num_labels - 1)

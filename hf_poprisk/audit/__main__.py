@@ -1,0 +1,3 @@
+from hf_poprisk.audit.cli import main
+
+main()
