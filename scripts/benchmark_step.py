@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from hf_poprisk import PopRiskAdamW, kernels_cpu
 from hf_poprisk.batched import BatchedGradients
+from hf_poprisk.influence import Influence
 
 VOCABULARY = 4096
 Step = Callable[[], None]
@@ -127,6 +128,22 @@ def batched(args: argparse.Namespace) -> tuple[Step, Squares]:
             loss_of(model, ids).backward()
 
     return _gated(model, optimizer, backward)
+
+
+def judged(args: argparse.Namespace) -> tuple[Step, None]:
+    """The sums that judge labels, with the gate off."""
+    model, ids = build(args)
+    optimizer = PopRiskAdamW(trainable(model).values(), gate="none")
+    layers = BatchedGradients(model, trainable(model).values())
+
+    def step() -> None:
+        influence = Influence(optimizer, len(ids))
+        with optimizer.batch(layers, len(ids), len(ids), influence):
+            loss_of(model, ids).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, None
 
 
 def _gated(model: nn.Module, optimizer: PopRiskAdamW, backward: Step) -> tuple[Step, Squares]:
@@ -228,11 +245,18 @@ ARMS: dict[str, Callable[[argparse.Namespace], tuple[Step, Squares | None]]] = {
     "plain, single examples": plain_micro_steps,
     "gate, single examples": micro_steps,
     "gate, batched": batched,
+    "label noise, batched": judged,
     "torch.func vmap": vmap,
     "Opacus": opacus,
     "BackPACK": backpack,
 }
-OURS = ("plain AdamW", "plain, single examples", "gate, single examples", "gate, batched")
+OURS = (
+    "plain AdamW",
+    "plain, single examples",
+    "gate, single examples",
+    "gate, batched",
+    "label noise, batched",
+)
 
 
 def error_of(squares: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
