@@ -162,6 +162,10 @@ class LabelNoise:
         if self.judging_since is None and before is not fit and learned < STILL_LEARNING:
             self.judging_since = step
 
+    def restart_epochs(self) -> None:
+        """Epochs are counted from zero again."""
+        self._quarters = 0
+
     def pop_logs(self) -> dict[str, float]:
         """The log entries since the last call."""
         logs: dict[str, float] = {}

@@ -153,6 +153,10 @@ class _Steps(TrainerCallback):
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.global_step:  # a second call of train() counts its epochs anew, and keeps the scores
+            self._trainer._label_noise.restart_epochs()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer._label_noise.maybe_fit(state.epoch, state.global_step)
 
