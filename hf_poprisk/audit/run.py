@@ -90,7 +90,7 @@ def load_run(folder: str | Path) -> Run:
         valid = mode in LABEL_NOISE_MODES and isinstance(preferences, bool)
         valid &= since is None or type(since) is int
         valid = valid and all(map(_is_fit, fits))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise AuditError(f"{folder / FITS_NAME} cannot be read ({one_line(error)}).") from error
     if not valid:
         raise AuditError(f"{folder / FITS_NAME} cannot be read (a value is out of its range).")

@@ -163,8 +163,8 @@ class LabelNoise:
             self.judging_since = step
 
     def restart_epochs(self) -> None:
-        """Epochs are counted from zero again."""
-        self._quarters = 0
+        """Steps and epochs are counted from zero again: the scores stay, the estimates begin anew."""
+        self.fits, self.judging_since, self._quarters = [], None, 0
 
     def pop_logs(self) -> dict[str, float]:
         """The log entries since the last call."""
