@@ -190,6 +190,11 @@ class PopRiskArgumentsMixin:
         return self
 
     @property
+    def plain_options(self) -> str:
+        """What makes the optimizer plain AdamW, for messages."""
+        return f"{_PREFIX}gate=none" + f", {_PREFIX}label_noise=off" * (self.poprisk_label_noise != "off")
+
+    @property
     def units_per_step(self) -> int:
         """Examples (or groups) per optimizer step over all ranks: the gate's b, a short last step aside."""
         args: Any = self
@@ -268,7 +273,7 @@ class PopRiskArgumentsMixin:
         ):
             if on:
                 raise ValueError(
-                    f"{name} is not supported by optim={OPTIM}: {way_out}, or set {_PREFIX}gate=none."
+                    f"{name} is not supported by optim={OPTIM}: {way_out}, or set {self.plain_options}."
                 )
 
     def _check_static_graph(self) -> None:

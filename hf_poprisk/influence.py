@@ -75,19 +75,22 @@ class Influence:
         """Gradients of the rows ``start`` … of consecutive examples from ``first`` on; h: [n, rows, …]."""
         rows = h.shape[1] if h.dim() > 1 else 1
         found = self._sums_of(self._of_block(param, start, rows), h.reshape(len(h), -1))
-        self._into(found)[:, first : first + len(h)] += found
+        sums = self._into(found)
+        sums[:, first : first + len(h)] += found.to(sums.device)
 
     def add_all(self, param: Tensor, h: Tensor) -> None:
         """Every example's gradient of a whole parameter; h: [N, *shape]."""
         found = self._sums_of(self._of_block(param, 0, None), h.reshape(self._num_examples, -1))
-        self._into(found).add_(found)
+        sums = self._into(found)
+        sums.add_(found.to(sums.device))
 
     def add_rows(self, param: Tensor, rows: Tensor, examples: Tensor, h: Tensor) -> None:
         """Gradients of single rows of a table; rows and examples: [R] int64, h: [R, width]."""
         precondition, signal, *rest = self._of_block(param, 0, None)
         block = (precondition.view(param.shape)[rows], signal.view(param.shape)[rows], *rest)
         found = self._sums_of(block, h)
-        self._into(found).index_add_(1, examples, found)
+        sums = self._into(found)
+        sums.index_add_(1, examples.to(sums.device), found.to(sums.device))
 
     def _sums_of(self, block: tuple[Tensor, Tensor, float, float], h: Tensor) -> Tensor:
         """h: [R, numbers]. Returns [2, R]."""

@@ -123,7 +123,8 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="hf_poprisk")
 
 
-os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of its parent's threads
+if hasattr(os, "register_at_fork"):  # a child has none of its parent's threads; not on Windows
+    os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 @cache

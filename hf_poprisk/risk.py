@@ -137,7 +137,8 @@ class PopRiskEarlyStoppingCallback(TrainerCallback):
                 f"{type(self).__name__} reads {POPULATION} from the logs: set poprisk_risk=true, with one of "
                 "the trainers of hf_poprisk."
             )
-        every = args.logging_steps if args.logging_strategy == "steps" else 2  # an epoch is longer
+        # the state has a share of the run as a number of steps; an epoch is longer than one step
+        every = (state.logging_steps or args.logging_steps) if args.logging_strategy == "steps" else 2
         if args.logging_strategy == "no" or every == 1:
             raise ValueError(
                 f"{type(self).__name__} needs the spread of the gain over the batches of a log: set "

@@ -67,6 +67,11 @@ class PopRiskMixin(HubMixin, CheckpointMixin, LabelNoiseMixin):
         if judged:
             check_datasets_installed()
             call.arguments["train_dataset"], ids = with_index(data)
+            if ids is None and config.world_size > 1:
+                raise ValueError(
+                    "poprisk_label_noise cannot tell the examples of a stream on several processes: train on "
+                    "one process, or on a data set that is no stream."
+                )
         self._risk = RiskMeter() if config.poprisk_risk else None
         super().__init__(*call.args, **call.kwargs)
         if judged:
@@ -110,8 +115,14 @@ class PopRiskMixin(HubMixin, CheckpointMixin, LabelNoiseMixin):
         return self.optimizer
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        self.args.check_training()
-        if self.args.optim == OPTIM and self.args.poprisk_gate != "none":
+        args_ = self.args
+        args_.check_training()
+        if args_.poprisk_label_noise != "off" and self._label_noise is None:
+            raise ValueError(
+                "poprisk_label_noise was set without a training set: give train_dataset when the trainer is "
+                "built."
+            )
+        if args_.optim == OPTIM and (args_.poprisk_gate != "none" or self._label_noise is not None):
             self._check_launch()
         return super().train(*args, **kwargs)  # type: ignore[misc]
 
@@ -120,8 +131,11 @@ class PopRiskMixin(HubMixin, CheckpointMixin, LabelNoiseMixin):
         for name, on in (("FSDP", self.is_fsdp_enabled), ("DeepSpeed", self.is_deepspeed_enabled)):
             if on:
                 raise ValueError(
-                    f"{name} is not supported by optim={OPTIM}: launch with DDP, or set poprisk_gate=none."
+                    f"{name} is not supported by optim={OPTIM}: launch with DDP, or set "
+                    f"{self.args.plain_options}."
                 )
+        if self.args.poprisk_gate == "none":
+            return  # copies of an example are booked once
         world, micro_batch = self.args.world_size, self.args.per_device_train_batch_size
         per_step = self.args.gradient_accumulation_steps * world * micro_batch
         size = len(self.train_dataset) if has_length(self.train_dataset) else per_step
@@ -301,10 +315,15 @@ class PopRiskMixin(HubMixin, CheckpointMixin, LabelNoiseMixin):
         self._fit_checked = self._count_checked = False
         if not self._needs_examples(optimizer) or args.poprisk_estimator == "group":
             return
+        model = self.accelerator.unwrap_model(self.model)
+        if self._label_noise is not None and _balances_experts(model):
+            raise ValueError(
+                "router_aux_loss_coef adds a term to the loss that is not about labels: set it to 0, or "
+                "poprisk_label_noise=off."
+            )
         if args.per_device_train_batch_size == 1:
             return
-        model = self.accelerator.unwrap_model(self.model)
-        _check_coupling(model)
+        _check_coupling(model, grouping=self._label_noise is None)
         for option in ("torch_compile", "use_liger_kernel"):
             if getattr(args, option, False):
                 return self._say_one_by_one(f"{option}=True")
@@ -392,14 +411,18 @@ def take_example(inputs: Mapping[str, Any], index: int, count: int, rows: int) -
     return taken
 
 
-def _check_coupling(model: nn.Module) -> None:
+def _balances_experts(model: nn.Module) -> bool:
+    config = getattr(model, "config", None)
+    return bool(getattr(config, "output_router_logits", False) and getattr(config, "router_aux_loss_coef", 0))
+
+
+def _check_coupling(model: nn.Module, grouping: bool) -> None:
     """Refuse what makes an example's gradient depend on the others in its micro-batch."""
-    way_out = "set per_device_train_batch_size=1, or poprisk_estimator=group"
+    way_out = "set per_device_train_batch_size=1" + ", or poprisk_estimator=group" * grouping
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise ValueError(f"{name} normalises over the examples of a micro-batch: {way_out}.")
-    config = getattr(model, "config", None)
-    if getattr(config, "output_router_logits", False) and getattr(config, "router_aux_loss_coef", 0):
+    if _balances_experts(model):
         raise ValueError(
             "router_aux_loss_coef balances the experts over the examples of a micro-batch: set it to 0, "
             f"or {way_out}."

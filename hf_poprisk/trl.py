@@ -47,7 +47,7 @@ class PopRiskDPOConfig(PopRiskArgumentsMixin, DPOConfig):
         if len(self.loss_type) > 1 or self.loss_type[0] not in _LOG_ODDS_LOSSES:
             raise ValueError(
                 f"{mode} needs a loss whose margin is the log-odds of the label, and loss_type="
-                f"{','.join(self.loss_type)} is none: use {' or '.join(_LOG_ODDS_LOSSES)}."
+                f"{','.join(self.loss_type)} is not one: use {' or '.join(_LOG_ODDS_LOSSES)}."
             )
         if self.use_weighting:
             raise ValueError(f"{mode} weighs the pairs itself: set use_weighting=False.")

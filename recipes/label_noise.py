@@ -18,6 +18,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -397,13 +398,19 @@ def run_cell(cell: Cell) -> dict[str, Any]:
 
 
 def prepare_worker() -> None:
-    """One thread, no chatter; Ctrl-C is the parent's."""
+    """One thread, no chatter; Ctrl-C is the parent's, and no worker outlives it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     logging.getLogger("hf_poprisk").setLevel(logging.ERROR)
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()  # a killed parent closes nothing: its workers would wait for ever
+    os._exit(1)
 
 
 def plan(args: argparse.Namespace) -> list[Cell]:

@@ -6,6 +6,7 @@ import re
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 
 from hf_poprisk import audit
 from hf_poprisk.audit import AuditError, Bin, auroc
+from hf_poprisk.audit.data import check_labels
 from hf_poprisk.label_noise import INDEX, TABLE_NAME, ExampleTable, LabelNoise, NoiseFit
 from hf_poprisk.label_noise.judge import FITS_NAME
 from hf_poprisk.label_noise.noise_fit import MAX_RATE
@@ -788,3 +790,18 @@ def test_errors_are_of_one_kind(run: Path) -> None:
     (run / TABLE_NAME).unlink()
     with pytest.raises(AuditError):
         audit.load_run(run)
+
+
+def test_data_from_before_the_labels_were_altered_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run, data = audit.load_run(save_run(folder)), pairs(flips=False)
+    check_labels(data, run)  # no record, nothing to say
+    record = {"data": {"examples": N, "altered_labels": 15}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hf_poprisk.audit.data.load_record", lambda folder: SimpleNamespace(config=record))
+        (folder / "poprisk_config.json").write_text("{}")
+        with pytest.raises(AuditError, match="15 labels of the run had been altered on purpose"):
+            check_labels(data, run)
+        check_labels(data.add_column("is_flipped", WRONG), run)
+        record["data"]["altered_labels"] = None
+        check_labels(data, run)

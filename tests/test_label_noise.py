@@ -2,7 +2,9 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from datasets import Dataset
 from models import preferences
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 import hf_poprisk
 from hf_poprisk import PopRiskTrainer, PopRiskTrainingArguments
@@ -405,7 +407,6 @@ def judged_from(trainer: Any, fits_at: int) -> None:
         if step >= fits_at and judge.fits:
             judge.judging_since = judge.judging_since or step
 
-    trainer._start_over = lambda: None
     judge.maybe_fit = maybe_fit
 
 
@@ -632,7 +633,15 @@ def test_warnings_say_what_the_numbers_are_not_worth(
     judge.mode = "weight"
     caplog.clear()
     judge.warn_at_end()
+    assert "because that takes two complete epochs first" in caplog.text
+    judge.fits.append(replace(judge.fits[0], epoch=2.0, rate=0.2, log_likelihood=-0.5))
+    caplog.clear()
+    judge.warn_at_end()
     assert "predicted better and better until the end" in caplog.text
+    judge.judging_since = 5
+    caplog.clear()
+    judge.warn_at_end()
+    assert "its last values are too low if labels are learned by heart" in caplog.text
 
 
 # -- refusals -------------------------------------------------------------------------------------------
@@ -647,8 +656,8 @@ def test_warnings_say_what_the_numbers_are_not_worth(
         ("", {"torch_compile": True}, "set torch_compile=False"),
         ("", {"optim": "adamw_torch"}, "has no effect with optim=adamw_torch"),
         ("", {"poprisk_estimator": "group", "poprisk_gate": "hard"}, "set poprisk_estimator=example"),
-        ("DPO", {"loss_type": ["ipo"]}, "loss_type=ipo is none: use sigmoid or sigmoid_norm"),
-        ("DPO", {"loss_type": ["sigmoid", "sft"]}, "loss_type=sigmoid,sft is none"),
+        ("DPO", {"loss_type": ["ipo"]}, "loss_type=ipo is not one: use sigmoid or sigmoid_norm"),
+        ("DPO", {"loss_type": ["sigmoid", "sft"]}, "loss_type=sigmoid,sft is not one"),
         ("DPO", {"use_weighting": True}, "set use_weighting=False"),
         ("DPO", {"f_divergence_type": "js_divergence"}, "use reverse_kl"),
         ("DPO", {"use_liger_kernel": True}, "set use_liger_kernel=False"),
@@ -685,3 +694,126 @@ def test_a_loss_without_log_odds_is_refused_before_a_step(tmp_path: Path) -> Non
         trainer.train()
     assert same(before, weights(trainer))
     assert not hasattr(Trainer, "_label_noise")
+
+
+# -- what a review found --------------------------------------------------------------------------------
+
+
+class Spoiled(Classifier):
+    """Gives one example of the sixth step a gradient that is not finite."""
+
+    calls = 0
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        out = super().forward(x, labels)
+        self.calls += 1
+        return {**out, "loss": out["loss"] * math.nan} if self.calls == 6 else out
+
+
+def test_a_step_that_is_left_out_is_no_visit(tmp_path: Path) -> None:
+    options = {"poprisk_gate": "hard", "save_strategy": "steps", "save_steps": 6, "num_train_epochs": 2}
+    trainer = classify(tmp_path, examples(), Spoiled(), poprisk_label_noise="audit", **options)
+    trainer.train()
+    table = trainer._label_noise.table
+    assert table.visits.sum() == 48 - 4 and sorted(table.visits.tolist())[:4] == [1] * 4
+    assert all(column.isfinite().all() for column in table.columns.values())
+    assert 0 < float(trainer._label_noise.clip_coefficient) <= 1
+    saved = json.loads((tmp_path / "checkpoint-6" / "label_noise.json").read_text())
+    assert 0 < saved["clip_coefficient"] <= 1
+
+
+def test_an_index_of_the_models_own_is_left_to_it_without_label_noise(tmp_path: Path) -> None:
+    class Indexed(Classifier):
+        def forward(self, x: Tensor, labels: Tensor, example_index: Tensor) -> dict[str, Tensor]:
+            assert example_index.shape == labels.shape
+            return super().forward(x, labels)
+
+    data = [{**e, INDEX: torch.tensor(i)} for i, e in enumerate(examples())]
+    trainer = classify(tmp_path, data, Indexed(), max_steps=2, optim="poprisk_adamw", poprisk_gate="hard")
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_a_loss_over_tokens_is_refused(tmp_path: Path) -> None:
+    class Tokens(Classifier):
+        def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            logits = self.net(x).repeat(3, 1)
+            return {"loss": F.cross_entropy(logits, labels.repeat(3)), "logits": logits}
+
+    trainer = classify(tmp_path, examples(), Tokens(), poprisk_label_noise="audit")
+    with pytest.raises(ValueError, match=r"it has 12 terms for 4 examples\): set poprisk_label_noise=off"):
+        trainer.train()
+
+
+def test_a_training_set_that_comes_later_is_refused(tmp_path: Path) -> None:
+    trainer = classify(tmp_path, None, poprisk_label_noise="weight")
+    trainer.train_dataset = examples()
+    with pytest.raises(ValueError, match="was set without a training set"):
+        trainer.train()
+
+
+def test_an_interrupted_step_leaves_no_visit(tmp_path: Path) -> None:
+    class Stop(TrainerCallback):
+        def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            raise KeyboardInterrupt
+
+    stop = Stop()
+    trainer = classify(tmp_path, examples(), poprisk_label_noise="audit", gradient_accumulation_steps=3)
+    trainer.add_callback(stop)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.remove_callback(stop)
+    trainer.model.zero_grad()
+    trainer.args.num_train_epochs = 1
+    trainer.train()
+    assert trainer._label_noise.table.visits.tolist() == [1] * 24
+
+
+def test_a_refusal_names_a_way_out_that_is_one(tmp_path: Path) -> None:
+    quiet = {**QUIET, "poprisk_label_noise": "weight", "auto_find_batch_size": True}
+    with pytest.raises(ValueError, match="or set poprisk_gate=none, poprisk_label_noise=off"):
+        PopRiskTrainingArguments(str(tmp_path), **quiet).check_training()
+
+    trainer = classify(tmp_path, examples(), poprisk_label_noise="weight")
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match="FSDP is not supported .* poprisk_label_noise=off"):
+        trainer.train()
+
+
+def test_experts_that_are_balanced_are_refused(tmp_path: Path) -> None:
+    model = Classifier()
+    model.config = SimpleNamespace(output_router_logits=True, router_aux_loss_coef=0.01)
+    trainer = classify(
+        tmp_path, examples(), model, poprisk_label_noise="audit", per_device_train_batch_size=1
+    )
+    with pytest.raises(ValueError, match="a term to the loss that is not about labels"):
+        trainer.create_optimizer()
+
+
+def test_an_index_hidden_by_a_format_is_read() -> None:
+    data = Dataset.from_dict({"a": [1, 2], INDEX: [4, 9]}).with_format("torch", columns=["a"])
+    assert with_index(data)[1].tolist() == [4, 9]
+
+
+def test_the_scores_are_left_without_save_model(tmp_path: Path) -> None:
+    classify(tmp_path, examples(), poprisk_label_noise="audit", num_train_epochs=2).train()
+    assert len(load_fits(tmp_path)) == 5 and (tmp_path / TABLE_NAME).is_file()
+
+
+def test_an_evaluation_on_the_training_set(tmp_path: Path) -> None:
+    data = Dataset.from_list([{"x": e["x"].tolist(), "labels": int(e["labels"])} for e in examples()])
+    trainer = classify(
+        tmp_path, data, poprisk_label_noise="audit", remove_unused_columns=False, num_train_epochs=1
+    )
+    trainer.train()
+    assert math.isfinite(trainer.evaluate(trainer.train_dataset)["eval_loss"])
+
+
+def test_a_stream_on_several_processes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"x": e["x"].tolist(), "labels": int(e["labels"]), INDEX: i} for i, e in enumerate(examples())]
+    monkeypatch.setattr(PopRiskTrainingArguments, "world_size", 2)
+    monkeypatch.setattr(PopRiskTrainingArguments, "check_training", lambda self: None)
+    with pytest.raises(ValueError, match="cannot tell the examples of a stream on several processes"):
+        classify(
+            tmp_path, Dataset.from_list(rows).to_iterable_dataset(), poprisk_label_noise="audit", max_steps=2
+        )

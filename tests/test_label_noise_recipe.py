@@ -1,7 +1,6 @@
 """The comparison of label-noise arms: one small cell of every arm, and the table of made-up rows."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
 import label_noise
-from common import RecipeError
 
 SCRIPT = Path(label_noise.__file__)
 
@@ -84,20 +82,24 @@ def test_the_table_chooses_by_validation_and_pairs_the_seeds(tmp_path: Path) -> 
     assert "oracle: best epoch on test* | 0.1 | | 0.500" in printed
 
 
-def test_a_foreign_line_and_senseless_options_are_refused(tmp_path: Path) -> None:
+def test_a_foreign_line_and_senseless_options_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "results.jsonl"
     path.write_text('{"a": 1}\n')
-    with pytest.raises(RecipeError, match="line 1 of .* is not of this script"):
-        label_noise.load_rows(path)
+    monkeypatch.chdir(tmp_path)
     for options, message in (
-        (["--tasks", "digits", "--noise", "0.6"], "--noise must lie in"),
-        (["--tasks", "digits", "--arms", "swap"], "the arm swap is for preference pairs"),
-        (["--tasks", "digits", "--processes", "0"], "--processes"),
+        (["table", "results.jsonl"], "line 1 of results.jsonl is not of this script"),
+        (["run", "--tasks", "digits", "--noise", "0.6"], "--noise must lie in"),
+        (["run", "--tasks", "digits", "--arms", "swap"], "the arm swap is for preference pairs"),
+        (["run", "--tasks", "digits", "--processes", "0"], "--processes"),
+        (["run", "--tasks", "dpo"], "`python scripts/prepare_tiny.py` makes it"),
     ):
-        done = subprocess.run(
-            [sys.executable, SCRIPT, "run", *options], capture_output=True, text=True, cwd=tmp_path
-        )
-        assert done.returncode == 2 and message in done.stderr, done.stderr
+        monkeypatch.setattr(sys, "argv", ["label_noise.py", *options])
+        with pytest.raises(SystemExit) as stopped:
+            label_noise.main()
+        printed = capsys.readouterr().err
+        assert stopped.value.code == 2 and message in printed and printed.count("\n") == 1
 
 
 def test_the_results_page_is_what_the_command_prints() -> None:

@@ -180,7 +180,8 @@ def follow(gains_: list[float], spread: float, threshold: float = 3.0, **options
     callback = PopRiskEarlyStoppingCallback(threshold)
     settings = {"logging_steps": 10, "poprisk_risk": True, "max_steps": 10_000, **options}
     args = PopRiskTrainingArguments("unused", use_cpu=True, report_to="none", **settings)
-    state, control = TrainerState(max_steps=10_000), TrainerControl()
+    state = TrainerState(max_steps=10_000, logging_steps=settings["logging_steps"])
+    control = TrainerControl()
     callback.on_train_begin(args, state, control)
     for number, gain in enumerate(gains_, 1):
         state.global_step = 10 * number
@@ -257,3 +258,13 @@ def test_a_run_stops_and_says_why(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     trainer.train()
     assert callback.stopped_at == trainer.state.global_step < trainer.state.max_steps
     assert "do not confirm what is learned" in caplog.text
+
+
+def test_a_share_of_the_run_may_be_one_step() -> None:
+    callback = PopRiskEarlyStoppingCallback()
+    options = {"use_cpu": True, "report_to": "none", "poprisk_risk": True, "logging_steps": 0.05}
+    args = PopRiskTrainingArguments("unused", **options)
+    with pytest.raises(ValueError, match="logging_steps=2 or more"):
+        callback.on_train_begin(args, TrainerState(logging_steps=1), TrainerControl())
+    callback.on_train_begin(args, TrainerState(logging_steps=5), TrainerControl())
+    assert callback.stopped_at is None

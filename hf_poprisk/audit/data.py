@@ -11,6 +11,7 @@ import numpy as np
 from hf_poprisk.audit.common import TEXT_LENGTH, TRUTH, AuditError, need, one_line, shorten
 from hf_poprisk.audit.run import Run
 from hf_poprisk.label_noise import INDEX
+from hf_poprisk.record import CONFIG_NAME, load_record
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -89,6 +90,25 @@ def find_rows(data: Dataset, run: Run) -> np.ndarray:
     if len(missing):
         raise AuditError(f"{INDEX} {missing[0]} is not in the data: give what was trained on.")
     return rows
+
+
+def check_labels(data: Dataset, run: Run) -> None:
+    """Refuse data with the labels from before they were altered.
+
+    Raises:
+        AuditError: the run's record tells of altered labels, and the data of none.
+    """
+    if not (run.folder / CONFIG_NAME).is_file() or TRUTH in data.column_names:
+        return
+    try:
+        altered = load_record(run.folder).config["data"]["altered_labels"]
+    except ValueError:
+        return  # of another version, or damaged: the record is not what is asked for
+    if altered:
+        raise AuditError(
+            f"{altered} labels of the run had been altered on purpose, and the data have no column {TRUTH}: "
+            "give what was trained on; recipes/dpo.py leaves it in the folder _training_data of its output."
+        )
 
 
 def known_flips(data: Dataset, rows: np.ndarray) -> np.ndarray | None:

@@ -17,11 +17,10 @@ from hf_poprisk.audit.scores import (
     chance_error,
     compare_with_truth,
     expected_error,
-    last_rise,
     most_contradicted,
 )
 from hf_poprisk.label_noise import NoiseFit
-from hf_poprisk.label_noise.judge import STILL_LEARNING
+from hf_poprisk.label_noise.judge import STILL_LEARNING, last_rise
 from hf_poprisk.label_noise.noise_fit import MAX_RATE
 
 if TYPE_CHECKING:

@@ -11,7 +11,6 @@ import torch
 from scipy.stats import rankdata
 
 from hf_poprisk.audit.run import Run
-from hf_poprisk.label_noise import NoiseFit
 
 BINS = 10
 
@@ -128,12 +127,6 @@ def chance_error(bins: Sequence[Bin]) -> float:
     """What ``expected_error`` would be on average if every prediction were right, from the normal law."""
     spread = sum(b.count * b.standard_error for b in bins)
     return math.sqrt(2 / math.pi) * spread / sum(b.count for b in bins)
-
-
-def last_rise(fits: Sequence[NoiseFit]) -> float:
-    """By how much the held-out log-likelihood rose in the last epoch, in nats per example; 0 before that."""
-    before = [fit for fit in fits if fit.epoch <= fits[-1].epoch - 1 + 1e-6]
-    return fits[-1].log_likelihood - before[-1].log_likelihood if before else 0.0
 
 
 def calibration(run: Run, bins: int = BINS) -> list[Bin]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_poprisk.influence import Influence
-from hf_poprisk.label_noise.log_odds import LogOddsTap
+from hf_poprisk.label_noise.log_odds import LogOddsError, LogOddsTap
 from hf_poprisk.label_noise.noise_fit import MAX_RATE, NoiseFit, fit_noise
 from hf_poprisk.label_noise.table import TABLE_NAME, ExampleTable
 from hf_poprisk.record import write_json
@@ -81,20 +81,25 @@ class LabelNoise:
         self._pending.pop()
 
     def _strength(self, visit: _Visit, log_odds: Tensor, num_labels: int) -> Tensor:
+        if len(log_odds) != len(visit.rows):
+            raise LogOddsError(f"it has {len(log_odds)} terms for {len(visit.rows)} examples")
         self._num_labels = num_labels
-        visit.heldout = log_odds - self.table.columns["own_effect"][visit.rows]
-        plain = visit.weight = torch.ones_like(log_odds)
+        device = log_odds.device  # of the head, where a model is spread over several
+        visit.heldout = log_odds.to(self.table.device) - self.table.columns["own_effect"][visit.rows]
+        visit.weight = torch.ones_like(visit.heldout)
         if self.judging_since is None:
-            return plain
+            return visit.weight.to(device)
         visit.weight = self.fits[-1].probability_right(visit.heldout)
         if self.mode == "audit":
-            return plain
-        return 2 * visit.weight - 1 if self.mode == "swap" else visit.weight
+            return torch.ones_like(log_odds)
+        return (2 * visit.weight - 1 if self.mode == "swap" else visit.weight).to(device)
 
     # -- an optimizer step ------------------------------------------------------------------------------
 
     def finish_step(self, gather: Callable[[Tensor], Tensor]) -> None:
         """Book the visits of one optimizer step; every rank must call it.
+
+        A step with a gradient that is not finite is left out by the optimizer, and is no visit.
 
         Args:
             gather: concatenates a [N, 6] tensor over the ranks; N may differ.
@@ -102,6 +107,8 @@ class LabelNoise:
         visits, self._pending = self._pending, []
         local = torch.cat([self._booked(visit) for visit in visits])
         every = gather(local)
+        if not every[:, 4:].isfinite().all():
+            return
         # padding copies of an example stand on several ranks; the first one counts
         rows, order = every[:, 0].long().sort(stable=True)
         first = torch.ones_like(rows, dtype=torch.bool)
@@ -128,13 +135,14 @@ class LabelNoise:
             raise RuntimeError("the gradient of the examples' log-odds was not seen in the backward.")
         device = self.table.device
         # h_i = slope_i · ∂z_i/∂θ: z_i moves by 1/slope_i of what the step lowers the loss by
-        own = -visit.influence.energy.to(device) / visit.tap.slopes.to(device)
+        energy = visit.influence.energy.to(device)
+        own = (-energy / visit.tap.slopes.to(device)).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         columns = (
             visit.rows,
             visit.tap.log_odds,
             visit.heldout,
             visit.weight,
-            own.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0),  # nothing was moved, or the step is left out
+            torch.where(energy.isfinite(), own, torch.nan),
             visit.influence.agreement,
         )
         return torch.stack([x.to(device, torch.float64) for x in columns if x is not None], 1)
@@ -156,15 +164,18 @@ class LabelNoise:
             return
         self._quarters = quarters
         fit = fit_noise(heldout, self._num_labels, step, epoch)
-        before = next((old for old in reversed(self.fits) if old.epoch <= epoch - 1 + 1e-6), fit)
         self.fits.append(fit)
-        learned = fit.log_likelihood - before.log_likelihood
-        if self.judging_since is None and before is not fit and learned < STILL_LEARNING:
+        if (
+            self.judging_since is None
+            and epoch >= self.fits[0].epoch + 1 - 1e-6
+            and last_rise(self.fits) < STILL_LEARNING
+        ):
             self.judging_since = step
 
     def restart_epochs(self) -> None:
         """Steps and epochs are counted from zero again: the scores stay, the estimates begin anew."""
         self.fits, self.judging_since, self._quarters = [], None, 0
+        self._pending.clear()  # of a step that was interrupted
 
     def pop_logs(self) -> dict[str, float]:
         """The log entries since the last call."""
@@ -188,6 +199,11 @@ class LabelNoise:
                 f"{name}: training ended within its first epoch, so the noise rate was not estimated and no "
                 "example was weighted: train for three epochs or more."
             )
+        elif self.judging_since is None and self.mode != "audit" and self.fits[-1].epoch < 2:
+            logger.warning(
+                f"{name}: no example was weighted, because that takes two complete epochs first: train for "
+                "three epochs or more."
+            )
         elif self.judging_since is None and self.mode != "audit":
             logger.warning(
                 f"{name}: no example was weighted, because held-out labels were predicted better and better "
@@ -198,6 +214,11 @@ class LabelNoise:
                 f"{name}: the estimated noise rate is at its limit of {MAX_RATE}: the model does not predict "
                 "held-out labels, for want of training or of signal, and its weights and suspicions mean "
                 "little; raise the learning rate or the number of epochs."
+            )
+        elif last_rise(self.fits) > STILL_LEARNING:
+            logger.warning(
+                f"{name}: held-out labels were still predicted better and better at the end, by which the "
+                "estimated noise rate falls: its last values are too low if labels are learned by heart."
             )
 
     # -- saving -----------------------------------------------------------------------------------------
@@ -225,6 +246,12 @@ class LabelNoise:
         self._sums = torch.tensor(content["interval"], dtype=torch.float64)
         self.fits = load_fits(folder)
         self.table.load(Path(folder, TABLE_NAME))
+
+
+def last_rise(fits: Sequence[NoiseFit]) -> float:
+    """Nats by which the held-out log-likelihood rose over the last epoch; 0 within the first two."""
+    before = next((fit for fit in reversed(fits) if fit.epoch <= fits[-1].epoch - 1 + 1e-6), None)
+    return 0.0 if before is None else fits[-1].log_likelihood - before.log_likelihood
 
 
 def load_fits(folder: str | Path) -> list[NoiseFit]:

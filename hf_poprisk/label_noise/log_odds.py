@@ -34,7 +34,8 @@ class LogOddsTap(TorchFunctionMode):
         num_labels: K, 2 for preferences.
         slopes: ``∂(accumulated loss)/∂z_i`` as it was backpropagated, [N], once the backward is done.
 
-    Raises (inside, as ``LogOddsError``): a loss whose log-odds are not the whole of it.
+    Raises (inside, as ``LogOddsError``): several such terms, class weights, label smoothing. What else is
+    added to the loss cannot be seen here.
     """
 
     def __init__(self, preferences: bool, strength: Callable[[Tensor, int], Tensor]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,9 +52,9 @@ class LabelNoiseMixin:
 
     def _take_rows(self, inputs: dict[str, Any]) -> Tensor | None:
         """Take the index out of a batch; the examples' rows in the table, [N]."""
-        index = inputs.pop(INDEX, None)
         if self._label_noise is None:
             return None
+        index = inputs.pop(INDEX, None)
         if index is None:
             raise ValueError(
                 f"poprisk_label_noise finds no {INDEX} in the batch: leave get_train_dataloader as it is, "
@@ -96,11 +96,19 @@ class LabelNoiseMixin:
             ) from error
         return result
 
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        prepared = super()._prepare_inputs(inputs)  # type: ignore[misc]
+        if self._label_noise is not None and isinstance(prepared, MutableMapping):
+            prepared.pop(INDEX, None)  # an evaluation on the training set
+        return prepared
+
     def _clip_grad_norm(self, model: Any) -> Any:
         norm = super()._clip_grad_norm(model)  # type: ignore[misc]
         if self._label_noise is not None:
-            coefficient = self.args.max_grad_norm / (torch.as_tensor(norm) + 1e-6)  # as torch clips
-            self._label_noise.clip_coefficient = coefficient.clamp(max=1.0)
+            norm_ = torch.as_tensor(norm)
+            coefficient = (self.args.max_grad_norm / (norm_ + 1e-6)).clamp(max=1.0)  # as torch clips
+            before = torch.as_tensor(self._label_noise.clip_coefficient, device=norm_.device)
+            self._label_noise.clip_coefficient = torch.where(norm_.isfinite(), coefficient, before)
         return norm
 
     def _book_visits(self) -> None:
@@ -123,16 +131,14 @@ class LabelNoiseMixin:
             self._label_noise.save(folder)
 
     def _load_label_noise(self, checkpoint: str | None) -> None:
-        """Go on from a checkpoint, or begin anew.
+        """Go on from a checkpoint.
 
         Raises:
             ValueError: a checkpoint of a run that did not score its examples, or of other data.
         """
-        if self._label_noise is None:
+        if self._label_noise is None or checkpoint is None:
             return
         self._start_over()
-        if checkpoint is None:
-            return
         if Path(checkpoint, FITS_NAME).is_file():
             self._label_noise.load(checkpoint)
         elif not self.args.poprisk_allow_change:
@@ -163,6 +169,8 @@ class _Steps(TrainerCallback):
     on_epoch_end = on_step_end  # a stream knows its end only when it is there
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.should_save:  # with or without save_model(), the scores are worth keeping
+            self._trainer._label_noise.save(args.output_dir)
         if state.is_world_process_zero:
             self._trainer._label_noise.warn_at_end()
 
@@ -224,7 +232,7 @@ def with_index(dataset: Any) -> tuple[Any, np.ndarray | None]:
         return _Indexed(dataset), np.arange(len(dataset))
     if INDEX not in columns:
         return dataset.add_column(INDEX, np.arange(len(dataset))), np.arange(len(dataset))
-    ids = np.asarray(dataset[INDEX])
+    ids = np.asarray(dataset.with_format(None)[INDEX])
     if not np.issubdtype(ids.dtype, np.integer) or ids.ndim != 1:
         raise ValueError(f"the column {INDEX} must hold integers; it holds {ids.dtype}.")
     return dataset, ids.astype(np.int64)
