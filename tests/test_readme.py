@@ -62,3 +62,23 @@ def test_every_file_readme_names_is_there() -> None:
     ):
         for arm in arms:
             assert (root / "recipes" / kind / arm / "poprisk.yaml").is_file()
+
+
+def test_the_judged_trainer_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(4, 3)
+
+    class Classifier(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+            logits = self.layer(x)
+            return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+    data = [{"x": torch.randn(4), "labels": torch.tensor(i % 3)} for i in range(24)]
+    names = run("judged", model=Classifier(), data=data)
+    assert names["trainer"]._label_noise.table.visits.tolist() == [6] * 24
+    assert (tmp_path / "judged" / "label_noise.parquet").is_file()
