@@ -115,14 +115,13 @@ class PopRiskMixin(HubMixin, CheckpointMixin, LabelNoiseMixin):
         return self.optimizer
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        args_ = self.args
-        args_.check_training()
-        if args_.poprisk_label_noise != "off" and self._label_noise is None:
+        self.args.check_training()
+        if self.args.poprisk_label_noise != "off" and self._label_noise is None:
             raise ValueError(
                 "poprisk_label_noise was set without a training set: give train_dataset when the trainer is "
                 "built."
             )
-        if args_.optim == OPTIM and (args_.poprisk_gate != "none" or self._label_noise is not None):
+        if self.args.optim == OPTIM and (self.args.poprisk_gate != "none" or self._label_noise is not None):
             self._check_launch()
         return super().train(*args, **kwargs)  # type: ignore[misc]
 

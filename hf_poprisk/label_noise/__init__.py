@@ -6,7 +6,8 @@ steps, halved at each visit:
 
     o_i = lr/B · ω_i (1 − p_i) · Σ_k (∂z_i/∂θ_k)² / (√v̂_k + ε)          C_i ← C_i/2 + o_i
 
-(ω_i the weight it was given, B the examples per step). Four times per epoch, from the end of the first on,
+(ω_i the weight it was given, B the examples per step; each term of the sum is bounded by what one step of
+Adam can be, see ``Influence``). Four times per epoch, from the end of the first on,
 a two-part model of all ζ estimates the share ε of wrong labels. Once the held-out likelihood of the labels
 no longer rises from one epoch to the next, an example weighs the probability w that its label is right
 (``weight``), or a pair is trained by 2w − 1, swapped where that is negative (``swap``). ``audit`` scores
