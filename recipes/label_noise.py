@@ -108,8 +108,14 @@ class Arm:
     optimizer: type[PopRiskAdamW] | None = None
     early: bool = False  # by a split of the training data
     risk: bool = False  # early too, by the population gain
-    loss_type: str = "sigmoid"
+    alpha: float | None = None  # of the streaming form; None: the exact gate
+    losses: Callable[[float], dict[str, float]] = lambda noise: {"sigmoid": 1.0}  # and their weights
     dpo_only: bool = False
+
+
+def conservative(noise: float) -> dict[str, float]:
+    """-(1-ε) log σ(z) - ε log σ(-z) out of TRL's losses: its ``sigmoid`` takes no label_smoothing."""
+    return {"sigmoid": 2 * (1 - noise), "robust": -(1 - 2 * noise)}
 
 
 ARMS = {
@@ -118,10 +124,13 @@ ARMS = {
     "adamw-risk": Arm(risk=True),
     "hard": Arm(gate="hard"),
     "soft": Arm(gate="soft"),
+    "ema-soft": Arm(gate="soft", alpha=1 / 19, dpo_only=True),  # (1-beta1)/(1+beta1)
+    "ema-soft-1": Arm(gate="soft", alpha=1.0, dpo_only=True),  # as published
     "random-mask": Arm(gate="hard", optimizer=RandomMaskAdamW),
     "drop-told": Arm(label_noise="audit", judge=DropTold),
-    "robust": Arm(loss_type="robust", dpo_only=True),
-    "ipo": Arm(loss_type="ipo", dpo_only=True),
+    "robust": Arm(losses=lambda noise: {"robust": 1.0}, dpo_only=True),
+    "conservative": Arm(losses=conservative, dpo_only=True),
+    "ipo": Arm(losses=lambda noise: {"ipo": 1.0}, dpo_only=True),
     "weight": Arm(label_noise="weight"),
     "swap": Arm(label_noise="swap", dpo_only=True),
     "weight+soft": Arm(gate="soft", label_noise="weight"),
@@ -193,12 +202,14 @@ class Cell:
 
     def options(self, folder: str) -> dict[str, Any]:
         """The training arguments that all tasks share."""
+        alpha = ARMS[self.arm].alpha
         return {
             "output_dir": folder,
             "learning_rate": self.learning_rate,
             "num_train_epochs": self.epochs,
             "seed": self.seed,
             "poprisk_gate": ARMS[self.arm].gate,
+            **({} if alpha is None else {"poprisk_estimator": "ema", "poprisk_ema_alpha": alpha}),
             "poprisk_label_noise": ARMS[self.arm].label_noise,
             "disable_tqdm": True,
             "poprisk_risk": ARMS[self.arm].risk,
@@ -305,8 +316,10 @@ def preferences(cell: Cell, folder: str) -> Setup:
     dpo.tqdm = lambda rows, **kwargs: rows  # one bar is enough
     arm, config = ARMS[cell.arm], Path(__file__).parent / "tiny" / cell.task / "poprisk.yaml"
     options = {**cell.options(folder), "flip_fraction": cell.noise, "flip_seed": cell.seed}
-    options |= {"loss_type": arm.loss_type, "label_smoothing": cell.noise if arm.loss_type == "robust" else 0}
+    losses = arm.losses(cell.noise)
+    options |= {"label_smoothing": cell.noise if "robust" in losses else 0}
     argv = [str(item) for name, value in options.items() for item in (f"--{name}", value)]
+    argv += ["--loss_type", *losses, "--loss_weights", *map(str, losses.values())]
     types = (dpo.DPOScriptArguments, PopRiskDPOConfig, ModelConfig)
     script_args, args, model_args = common.parse(types, ["--config", str(config), *argv])
     data = common.load_splits(script_args.dataset_name, None, False)
