@@ -9,35 +9,26 @@ and the order, the same for every arm. ``dpo`` is ``recipes/tiny/dpo`` with four
 """
 
 import argparse
-import fcntl
-import importlib.metadata
-import json
-import logging
-import multiprocessing
-import os
-import signal
 import sys
 import tempfile
-import threading
-import time
 from collections import defaultdict
 from collections.abc import Callable
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
-from dataclasses import asdict, astuple, dataclass
+from concurrent.futures import BrokenExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
 import common
-import datasets
 import numpy as np
+import sweep
 import torch
 import transformers
-from scipy import stats
+from controls import RandomMaskAdamW
 from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
+from sweep import mean_of, paired_difference
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from hf_poprisk import (
@@ -46,25 +37,12 @@ from hf_poprisk import (
     PopRiskTrainer,
     PopRiskTrainingArguments,
 )
-from hf_poprisk.gate import null_openness
 from hf_poprisk.label_noise import LabelNoise
 
 HELD_OUT = 0.1  # of the training examples, for early stopping
 
 
 # -- arms -------------------------------------------------------------------------------------------------
-
-
-class RandomMaskAdamW(PopRiskAdamW):
-    """Control: writes a random share of what was touched, as large as the hard gate's on noise."""
-
-    def _decide(self, grad: Tensor, sq_sum: Tensor, num_examples: int) -> Tensor:
-        if not hasattr(self, "_masks"):  # a source of its own: the order of the examples must not change
-            self._masks = torch.Generator().manual_seed(torch.initial_seed())
-        touched = sq_sum > 0
-        sums = super()._decide(grad, sq_sum, num_examples)
-        sq_sum.bernoulli_(null_openness(num_examples, "hard"), generator=self._masks).mul_(touched)
-        return sums
 
 
 class ShuffledWeights(LabelNoise):
@@ -361,9 +339,9 @@ class Curves(TrainerCallback):
             curve.append(self._score(name))
 
 
-def run_cell(cell: Cell) -> dict[str, Any]:
-    """Train once; returns the line of the results file."""
-    begin = time.perf_counter()
+def run_cell(place: dict[str, Any]) -> dict[str, Any]:
+    """Train once; takes the fields of a ``Cell`` and returns what came out."""
+    cell = Cell(**place)
     with tempfile.TemporaryDirectory() as folder:
         setup = (classification if TASKS[cell.task].num_train else preferences)(cell, folder)
         trainer, timer, curves = setup.trainer, common.StepTimer(), Curves(setup)
@@ -387,9 +365,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
         columns |= {"loss_mean": judge.table.columns["loss_mean"]}
         finite = {name: column.nan_to_num() for name, column in columns.items()}
         aurocs = {name: float(roc_auc_score(setup.wrong, column)) for name, column in finite.items()}
-    libraries = ("torch", "transformers", "trl", "peft", "numpy", "scikit-learn")
     return {
-        **asdict(cell),
         "validation_accuracy": final["validation"]["accuracy"],
         "test_accuracy": final["test"]["accuracy"],
         "test_margin": final["test"].get("margin"),
@@ -405,25 +381,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
         "sizes": {"train": len(setup.wrong), **setup.sizes},
         "steps": trainer.state.global_step,
         "seconds_per_step": timer.median,
-        "seconds": time.perf_counter() - begin,
-        "versions": {name: importlib.metadata.version(name) for name in libraries},
     }
-
-
-def prepare_worker() -> None:
-    """One thread, no chatter; Ctrl-C is the parent's, and no worker outlives it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(1)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    logging.getLogger("hf_poprisk").setLevel(logging.ERROR)
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()  # a killed parent closes nothing: its workers would wait for ever
-    os._exit(1)
 
 
 def plan(args: argparse.Namespace) -> list[Cell]:
@@ -461,81 +419,13 @@ def plan(args: argparse.Namespace) -> list[Cell]:
     return list(dict.fromkeys(cells))
 
 
-def key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[name] for name in Cell.__dataclass_fields__)
-
-
 def load_rows(path: Path) -> list[dict[str, Any]]:
-    """The finished runs, the first of each cell; what stands after the last end of line is a broken line.
-
-    Raises:
-        RecipeError: a line that no run has written.
-    """
-    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for number, line in enumerate(path.read_text().split("\n")[:-1], 1):
-        try:
-            row = json.loads(line)
-            rows.setdefault(key(row), row)
-        except (ValueError, KeyError, TypeError) as error:
-            raise common.RecipeError(f"line {number} of {path} is not of this script: remove it.") from error
-    return list(rows.values())
+    return sweep.load_rows(path, list(Cell.__dataclass_fields__))
 
 
 def run(args: argparse.Namespace) -> int:
-    cells = plan(args)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("a+b", buffering=0) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise common.RecipeError(f"another run is writing to {args.out}: wait for its end.") from error
-        rows = load_rows(args.out)
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
-        done = {key(row) for row in rows}
-        todo = [cell for cell in cells if astuple(cell) not in done]
-        print(f"{len(cells)} runs, {len(cells) - len(todo)} of them in {args.out} already.", flush=True)
-        return train_all(todo, rows, file, args.processes) if todo else 0
-
-
-def train_all(todo: list[Cell], rows: list[dict[str, Any]], file: Any, processes: int) -> int:
-    """Append a line per cell. Returns the exit code: 1 if a run failed."""
-    # for the workers, before they import torch
-    os.environ |= {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore::FutureWarning"}
-    seconds, failed = defaultdict(list), 0  # per task, of what is known
-    for row in rows:
-        seconds[row["task"]].append(row["seconds"])
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(processes, len(todo)), context, prepare_worker)
-    left = {pool.submit(run_cell, cell): cell for cell in todo}
-    bar = tqdm(
-        total=len(todo), unit="run", disable=False, bar_format="{desc}{bar}{n_fmt}/{total_fmt}{postfix}"
-    )
-    try:
-        for future in as_completed(list(left)):
-            cell = left.pop(future)
-            try:
-                row = future.result()
-                file.write((json.dumps(row) + "\n").encode())  # one write, which is all there or not at all
-                os.fsync(file.fileno())
-                seconds[cell.task].append(row["seconds"])
-            except BrokenExecutor:
-                raise
-            except Exception as error:
-                failed += 1
-                bar.write(f"failed: {cell}: {type(error).__name__}: {error}", file=sys.stderr)
-            known = fmean(fmean(times) for times in seconds.values()) if seconds else 0.0
-            wait = sum(fmean(seconds[c.task]) if c.task in seconds else known for c in left.values())
-            bar.set_postfix_str(f"about {wait / processes / 60:.1f} min left, last {cell.task} {cell.arm}")
-            bar.update()
-    except BaseException:
-        for worker in multiprocessing.active_children():
-            worker.terminate()
-        raise
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        bar.close()
-    return int(failed > 0)
+    cells = [asdict(cell) for cell in plan(args)]
+    return sweep.run_cells(cells, run_cell, args.out, args.processes, alike="task")
 
 
 # -- the table --------------------------------------------------------------------------------------------
@@ -544,11 +434,6 @@ HEADER = (
     "arm | learning rate | validation | test ± s.e. | difference to adamw [95 %] | wrong labels fitted | ε̂ "
     "| AUROC suspicion / mean loss | time per step"
 )
-
-
-def mean_of(rows: list[dict[str, Any]], name: str, digits: int = 3) -> str:
-    values = [row[name] for row in rows if row.get(name) is not None]
-    return f"{fmean(values):.{digits}f}" if values else "–"
 
 
 def best_rate(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -561,16 +446,6 @@ def best_rate(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return max(full, key=lambda at_rate: fmean(row["validation_accuracy"] for row in at_rate))
 
 
-def difference(rows: list[dict[str, Any]], base: list[dict[str, Any]]) -> str:
-    """Mean of the paired differences in test accuracy over the seeds, and its 95 % t interval."""
-    before = {row["seed"]: row["test_accuracy"] for row in base}
-    deltas = [row["test_accuracy"] - before[row["seed"]] for row in rows if row["seed"] in before]
-    if len(deltas) < 2:
-        return f"{deltas[0]:+.3f}" if deltas else "–"
-    half = stats.t.ppf(0.975, len(deltas) - 1) * stdev(deltas) / len(deltas) ** 0.5
-    return f"{fmean(deltas):+.3f} [{fmean(deltas) - half:+.3f}, {fmean(deltas) + half:+.3f}]"
-
-
 def table_row(
     name: str, rows: list[dict[str, Any]], best: list[dict[str, Any]], base: Any, per: float
 ) -> str:
@@ -579,7 +454,10 @@ def table_row(
     rate, rates = best[0]["learning_rate"], {row["learning_rate"] for row in rows}
     edge = "*" if len(rates) > 1 and rate in (min(rates), max(rates)) else ""
     entries = [name, f"{rate:g}{edge}", mean_of(best, "validation_accuracy"), f"{fmean(tests):.3f}{error}"]
-    entries += ["" if name == "adamw" or not base else difference(best, base), mean_of(best, "wrong_fitted")]
+    entries += [
+        "" if name == "adamw" or not base else paired_difference(best, base, "test_accuracy"),
+        mean_of(best, "wrong_fitted"),
+    ]
     entries += [mean_of(best, "noise_rate")]
     entries += [" / ".join(mean_of(best, f"auroc_{of}") for of in ("suspicion", "loss_mean"))]
     entries += [f"{median(row['seconds_per_step'] for row in rows) / per:.2f}" if per else "–"]

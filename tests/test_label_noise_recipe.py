@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ def test_every_arm_of_a_classification_runs(tmp_path: Path) -> None:
     found = {}
     for arm, spec in label_noise.ARMS.items():
         if not spec.dpo_only:
-            found[arm] = label_noise.run_cell(label_noise.Cell("digits", arm, 0.3, 3e-3, 0, 4))
+            found[arm] = label_noise.run_cell(asdict(label_noise.Cell("digits", arm, 0.3, 3e-3, 0, 4)))
     for arm, row in found.items():
         assert 0.5 < row["test_accuracy"] <= 1.0 and row["sizes"]["test"] == 597, arm
         judged = label_noise.ARMS[arm].label_noise != "off"

@@ -1,0 +1,56 @@
+"""Double descent: the test error of networks of growing width on handwritten digits with wrong labels."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from controls import Rows, fit
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+
+class Network(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.layers(x)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def run(cell: dict[str, Any]) -> dict[str, Any]:
+    """Error on clean validation and test labels at the end, and on the training labels as they are.
+
+    ``early`` keeps 10 % of the (noisy) labels apart and reports the step at which they are fitted best.
+    """
+    draw = torch.Generator().manual_seed(cell["seed"])
+    x, y = (torch.from_numpy(a) for a in load_digits(return_X_y=True))
+    order, n = torch.randperm(len(y), generator=draw), cell["num_train"]
+    x, y = (x[order] / 8 - 1).float(), y[order]
+    wrong = torch.randperm(n, generator=draw)[: round(cell["noise"] * n)]
+    labels = y[:n].clone()
+    labels[wrong] = (labels[wrong] + torch.randint(1, 10, (len(wrong),), generator=draw)) % 10
+    kept = n - n // 10 if cell.get("early") else n
+    sets = {
+        "train": (x[:kept], labels[:kept]),
+        "held": (x[kept:n], labels[kept:]),
+        "validation": (x[n : n + 400], y[n : n + 400]),
+        "test": (x[n + 400 :], y[n + 400 :]),
+    }
+    torch.manual_seed(cell["seed"])
+    model = Network(cell["width"])
+
+    @torch.no_grad()
+    def measure(step: int) -> dict[str, float]:
+        return {
+            f"{name}_errors": (model.layers(part).argmax(1) != truth).float().mean().item()
+            if len(part)
+            else 0.0
+            for name, (part, truth) in sets.items()
+        }
+
+    data = Rows(x=sets["train"][0], labels=sets["train"][1])
+    curves = fit(model, data, cell, measure, cell["every"])
+    at = int(np.argmin(curves["held_errors"])) if cell.get("early") else -1
+    return {f"{name}_error": curves[f"{name}_errors"][at] for name in sets} | curves

@@ -1,0 +1,112 @@
+"""Small experiments: the control that every gate must beat, and the loop that they share."""
+
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PrinterCallback, TrainerCallback, set_seed
+
+from hf_poprisk import PopRiskAdamW, PopRiskTrainer, PopRiskTrainingArguments
+from hf_poprisk.gate import null_openness
+
+
+class RandomMaskAdamW(PopRiskAdamW):
+    """Control: writes a random share of what was touched, as large as the hard gate's on noise."""
+
+    def _decide(self, grad: Tensor, sq_sum: Tensor, num_examples: int) -> Tensor:
+        if not hasattr(self, "_masks"):  # a source of its own: the order of the examples must not change
+            self._masks = torch.Generator().manual_seed(torch.initial_seed())
+        touched = sq_sum > 0
+        sums = super()._decide(grad, sq_sum, num_examples)
+        sq_sum.bernoulli_(null_openness(num_examples, "hard"), generator=self._masks).mul_(touched)
+        return sums
+
+
+class RandomMaskTrainer(PopRiskTrainer):
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
+        return RandomMaskAdamW, PopRiskTrainer.get_optimizer_cls_and_kwargs(args, model)[1]
+
+
+class Rows(torch.utils.data.Dataset):
+    """Tensors with one row per example, handed out a batch at a time."""
+
+    def __init__(self, **columns: Tensor) -> None:
+        self._columns = columns
+
+    def __len__(self) -> int:
+        return len(next(iter(self._columns.values())))
+
+    def __getitem__(self, row: int) -> dict[str, Tensor]:  # where labels are judged, rows are numbered
+        return {name: column[row] for name, column in self._columns.items()}
+
+    def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
+        return {name: column[rows] for name, column in self._columns.items()}
+
+
+def collate(batch: dict[str, Tensor] | list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return batch if isinstance(batch, dict) else torch.utils.data.default_collate(batch)
+
+
+class Watch(TrainerCallback):
+    """Calls ``measure(step)`` every so many steps; ends the training where that returns None."""
+
+    def __init__(self, measure: Callable[[int], dict[str, float] | None], every: int) -> None:
+        self._measure, self._every = measure, every
+        self.curves: dict[str, list[float]] = defaultdict(list)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % self._every == 0:
+            measured = self._measure(state.global_step)
+            if measured is None:
+                control.should_training_stop = True
+                return
+            for name, value in {"step": state.global_step, **measured}.items():
+                self.curves[name].append(value)
+
+
+def fit(
+    model: nn.Module,
+    data: Rows,
+    options: dict[str, Any],
+    measure: Callable[[int], dict[str, float] | None],
+    every: int,
+) -> dict[str, list[float]]:
+    """Train with ``PopRiskTrainer``.
+
+    Args:
+        options: of a cell; ``seed``, ``steps``, ``examples_per_step``, ``learning_rate`` and whatever else
+            is a training argument. ``random_mask`` puts the control in the place of the gate.
+        measure: step → what is to be recorded then, or None to stop.
+        every: steps between two measurements.
+
+    Returns:
+        The recorded curves, ``step`` among them.
+    """
+    names = {field for field in PopRiskTrainingArguments.__dataclass_fields__ if field in options}
+    trainer_class = RandomMaskTrainer if options.get("random_mask") else PopRiskTrainer
+    watch = Watch(measure, every)
+    set_seed(options["seed"])
+    with tempfile.TemporaryDirectory() as folder:
+        defaults = {"lr_scheduler_type": "constant", "weight_decay": 0.0, "max_grad_norm": 0.0}
+        args = PopRiskTrainingArguments(
+            **(defaults | {name: options[name] for name in names}),
+            output_dir=folder,
+            max_steps=options["steps"],
+            per_device_train_batch_size=options["examples_per_step"],
+            use_cpu=True,
+            disable_tqdm=True,
+            dataloader_drop_last=True,
+            remove_unused_columns=False,  # the batches are ready
+            **dict.fromkeys(("logging_strategy", "eval_strategy", "save_strategy"), "no"),
+            report_to="none",
+        )
+        trainer = trainer_class(
+            model=model, args=args, train_dataset=data, data_collator=collate, callbacks=[watch]
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return dict(watch.curves)
