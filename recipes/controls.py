@@ -6,11 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from common import RecipeError
 from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from hf_poprisk import PopRiskAdamW, PopRiskTrainer, PopRiskTrainingArguments
 from hf_poprisk.gate import null_openness
+
+OPTIONS = ("steps", "examples_per_step", "random_mask")  # of ``fit``, beside the training arguments
 
 
 class RandomMaskAdamW(PopRiskAdamW):
@@ -85,7 +88,12 @@ def fit(
 
     Returns:
         The recorded curves, ``step`` among them.
+
+    Raises:
+        RecipeError: fewer examples than a step takes.
     """
+    if len(data) < options["examples_per_step"]:
+        raise RecipeError(f"examples_per_step={options['examples_per_step']} of {len(data)} examples.")
     names = {field for field in PopRiskTrainingArguments.__dataclass_fields__ if field in options}
     trainer_class = RandomMaskTrainer if options.get("random_mask") else PopRiskTrainer
     watch = Watch(measure, every)

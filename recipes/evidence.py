@@ -8,7 +8,7 @@ are there; ``page`` draws ``recipes/results/NAME.png`` and writes the generated 
 ``recipes/RESULTS.md`` and README. An experiment is a YAML file with these keys:
 
     title, claim, verdict: words for the page
-    script:    the Python file beside it, with ``run(cell) -> dict``
+    script:    the Python file beside it, with ``run(cell) -> dict`` and the names of its ``OPTIONS``
     settings:  options that all runs share
     arms:      name → options that make the arm; the first one is the baseline
     grid:      option → values, the same for every arm; ``select`` chooses the best point, on average
@@ -36,7 +36,10 @@ from typing import Any
 import common
 import numpy as np
 import yaml
+from controls import OPTIONS
 from sweep import Row, key, load_rows, mean_of, paired_difference, run_cells
+
+from hf_poprisk import PopRiskTrainingArguments
 
 ROOT = Path(__file__).parent
 FIELDS = ("arm", "options", "seed")
@@ -63,7 +66,7 @@ class Experiment:
     def load(cls, path: Path) -> "Experiment":
         """
         Raises:
-            RecipeError: a key that is missing or unknown, or ``equal`` off the grid.
+            RecipeError: a missing or unknown key, an option that nothing reads, ``equal`` off the grid.
         """
         content = yaml.safe_load(path.read_text())
         if not isinstance(content, dict):
@@ -82,6 +85,13 @@ class Experiment:
                 raise common.RecipeError(
                     f"a report in {path} needs select, report and better, which is lower or higher."
                 )
+        if not (ROOT / "claims" / experiment.script).is_file():
+            raise common.RecipeError(f"script={experiment.script} is not beside {path}.")
+        read = {*module(experiment.script).OPTIONS, *OPTIONS, *PopRiskTrainingArguments.__dataclass_fields__}
+        given = {name for options in experiment.arms.values() for name in options}
+        given |= {*experiment.settings, *experiment.grid, *experiment.facets}
+        if given - read:
+            raise common.RecipeError(f"nothing reads {', '.join(sorted(given - read))} of {path}.")
         for name, values in experiment.grid.items():
             if not all(isinstance(value, int | float) for value in values):  # YAML takes 1e-3 for text
                 raise common.RecipeError(f"{name} in the grid of {path} must be numbers: write 1.0e-3.")
@@ -114,13 +124,18 @@ class Experiment:
         return [row for row in found if key(row, FIELDS) in asked]
 
 
-def work(script: str, cell: Row) -> Row:
-    """Run one cell in the experiment's script."""
+def module(script: str) -> Any:
     path = ROOT / "claims" / script
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.run(cell["options"] | {"seed": cell["seed"]})
+    assert spec is not None and spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def work(script: str, cell: Row) -> Row:
+    """Run one cell in the experiment's script."""
+    return module(script).run(cell["options"] | {"seed": cell["seed"]})
 
 
 # -- tables -----------------------------------------------------------------------------------------------
@@ -140,10 +155,6 @@ def best(rows: list[Row], names: Any, report: dict[str, str]) -> list[Row]:
     sign = 1 if report["better"] == "lower" else -1
     full = [points[point] for point in sorted(points) if len(points[point]) == most]
     return min(full, key=lambda at: sign * fmean(row[report["select"]] for row in at))
-
-
-def number(value: float) -> str:
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def digits(rows: list[Row], name: str) -> int:
@@ -325,13 +336,35 @@ def results_page() -> str:
     return replaced((ROOT / "RESULTS.md").read_text(), "\n\n".join(map(section, experiments())))
 
 
+def summary() -> str:
+    """The table of README: the first report of every experiment, each arm at its best settings."""
+    arms, lines = ("adamw", "hard", "soft"), []
+    for path in experiments():
+        experiment = Experiment.load(path)
+        report, rows = experiment.reports[0], experiment.rows()
+        places = digits(rows, report["report"])
+        entries = [experiment.title, report["report"].removeprefix("test_")]
+        for arm in arms:
+            mine = [row for row in rows if row["arm"] == arm]
+            shown = mine and not experiment.facets
+            chosen = best(mine, experiment.grid, report) if shown else []
+            entries.append(with_error(chosen, report["report"], places) if shown else "–")
+        lines.append([*entries, experiment.verdict.split(".")[0].strip("* ").lower()])
+    return markdown(["", "measured on test data", *arms, "the claim is"], lines)
+
+
+def readme() -> str:
+    return replaced((ROOT.parent / "README.md").read_text(), summary())
+
+
 def write_page() -> None:
     for path in experiments():
         experiment = Experiment.load(path)
         rows = experiment.rows()
         if rows:
             draw(experiment, rows, ROOT / "results" / f"{experiment.name}.png")
-    (ROOT / "RESULTS.md").write_text(results_page())
+    for page, content in ((ROOT / "RESULTS.md", results_page()), (ROOT.parent / "README.md", readme())):
+        page.write_text(content)
 
 
 def main() -> None:

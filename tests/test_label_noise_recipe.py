@@ -106,5 +106,5 @@ def test_a_foreign_line_and_senseless_options_are_refused(
 def test_the_results_page_is_what_the_command_prints() -> None:
     root = SCRIPT.parent
     rows = label_noise.load_rows(root / "results" / "label_noise.jsonl")
-    page = (root / "RESULTS.md").read_text()
+    page = (root / "LABEL_NOISE.md").read_text()
     assert page.partition("\n---\n\n")[2] == label_noise.table(rows) + "\n"

@@ -8,6 +8,8 @@ from controls import Rows, fit
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
+OPTIONS = ("num_train", "noise", "width", "early", "every")
+
 
 class Network(nn.Module):
     def __init__(self, width: int) -> None:

@@ -7,6 +7,7 @@ from controls import Rows, fit
 from torch import Tensor, nn
 
 THRESHOLD = 0.95  # of the held-out pairs
+OPTIONS = ("operation", "p", "train_share", "model", "width", "every")
 
 
 class Perceptron(nn.Module):

@@ -13,6 +13,8 @@ from controls import Rows, fit
 from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
 
+OPTIONS = ("size", "noise", "width", "features", "frequency", "early", "every")
+
 
 class Network(nn.Module):
     """Random Fourier features of the position, two hidden layers."""

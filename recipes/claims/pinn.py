@@ -13,6 +13,7 @@ from controls import Rows, fit
 from torch import Tensor, nn
 
 TARGET = 0.40  # relative L2 error
+OPTIONS = ("num_train", "noise", "width", "depth", "beta", "every")
 VALUE, IN_X, IN_T, INITIAL, LEFT, RIGHT = range(6)  # rows of an example
 
 

@@ -20,6 +20,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 LIBRARIES = ("tkinter", "asyncio", "email", "importlib")
 SIZES = {"train": 512, "validation": 200, "test": 320}
+OPTIONS = ("model", "dataset", "noise", "max_length", "epochs", "early")
 
 
 def docstrings() -> DatasetDict:
