@@ -16,6 +16,7 @@ class Perceptron(nn.Module):
     def __init__(self, p: int, width: int) -> None:
         super().__init__()
         self.embed = nn.Embedding(2 * p, 32)  # the second number has rows of its own
+        nn.init.normal_(self.embed.weight, std=0.1)  # with 1 it memorises first, and hardly any arm groks
         self.register_buffer("offset", torch.tensor([0, p]))
         self.layers = nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, p))
 
