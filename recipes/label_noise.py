@@ -537,6 +537,41 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n\n".join(out)
 
 
+def frontier(rows: list[dict[str, Any]], path: Path) -> None:
+    """Preferences: accuracy against KL, a line per arm over its learning rates, a panel per task."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    groups: Any = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    for row in rows:
+        if row["test_kl_per_token"] is not None:
+            groups[row["task"], row["noise"]][row["arm"]][row["learning_rate"]].append(row)
+    groups = {at: arms for at, arms in sorted(groups.items()) if len(arms) > 2}
+    if not groups:
+        raise common.RecipeError("no comparison of preferences is among the results: run the task dpo first.")
+    figure, axes = plt.subplots(
+        1, len(groups), figsize=(5.5 * len(groups), 4.5), squeeze=False, layout="constrained"
+    )
+    for axis, ((task, noise), arms) in zip(axes[0], groups.items(), strict=True):
+        for number, (arm, rates) in enumerate(arms.items()):
+            points = [
+                (fmean(row["test_kl_per_token"] for row in part), fmean(row["test_accuracy"] for row in part))
+                for _, part in sorted(rates.items())
+            ]
+            marker = "os^Dv<>PX*hd"[number % 12]
+            axis.plot(*zip(*points, strict=True), marker=marker, label=arm, lw=1, color=f"C{number % 10}")
+        axis.set(
+            xscale="log", xlabel="KL to the reference (nats per token)", ylabel="accuracy on clean test pairs"
+        )
+        axis.set_title(f"{task}, {100 * noise:g} % wrong labels")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -554,7 +589,9 @@ def main() -> None:
     training.add_argument("--adapter", choices=("none", "lora"), default="none", help="of dpo")
     training.add_argument("--out", type=Path, default=Path("outputs/label_noise/results.jsonl"))
     training.add_argument("--processes", type=int, default=1)
-    commands.add_parser("table", help="print Markdown").add_argument("results", type=Path)
+    printing = commands.add_parser("table", help="print Markdown")
+    printing.add_argument("results", type=Path)
+    printing.add_argument("--plot", type=Path, help="also draw accuracy against KL, of preferences")
     args = parser.parse_args()
     try:
         if args.command == "run":
@@ -562,6 +599,8 @@ def main() -> None:
         rows = load_rows(args.results)
         if not rows:
             raise common.RecipeError(f"{args.results} holds no finished run: start one first.")
+        if args.plot is not None:
+            frontier(rows, args.plot)
         print(table(rows))
     except (common.RecipeError, OSError, BrokenExecutor) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
