@@ -274,6 +274,10 @@ def test_report_with_truth(run: Path, saved: Path, capsys: pytest.CaptureFixture
             "warning: the estimate is at its limit",
         ),
         (
+            {"fits": [NoiseFit(0.2, 0.1, 0.3, 3.0, 10, -0.5, N)], "preferences": False},
+            "τ is at its limit of 3",
+        ),
+        (
             {"fits": FITS[:2]},
             "warning: held-out labels were predicted better and better until the end (by 0.095",
         ),
@@ -512,7 +516,8 @@ def written(capsys: Any, run: Path, data: Path, kind: str, to: Path) -> tuple[st
 def test_filtered(run: Path, saved: Path, tmp_path: Path, capsys: Any) -> None:
     out, data = written(capsys, run, saved, "filtered", tmp_path / "new" / "to")
     kept = [i for i, z in enumerate(log_odds()) if posterior(float(z)) >= 0.5]
-    assert data["prompt"][:] == [f"prompt {i}" for i in kept] and data.features == pairs().features
+    assert data["prompt"][:] == [f"prompt {i}" for i in kept] and data["example_index"][:] == kept
+    assert data.remove_columns("example_index").features == pairs().features
     assert 0 < len(kept) < N and f"({N - len(kept)} of 60 rows dropped)" in out
 
 
@@ -652,6 +657,11 @@ def test_targets_are_refused_before_any_work(tmp_path: Path, saved: Path, capsys
     assert refused(capsys, nowhere, *write, folder) == f"--to {folder} is not empty."
     assert refused(capsys, nowhere, *write, file) == f"--to {file} is a file."
     assert refused(capsys, nowhere, "--plot", folder) == f"--plot {folder} is a folder."
+    assert (
+        refused(capsys, nowhere, *write, file / "a" / "b") == f"--to {file}/a/b goes through a file, {file}."
+    )
+    assert f"--plot {file}/a.png goes through a file" in refused(capsys, nowhere, "--plot", file / "a.png")
+    assert f"--to {saved}/new lies inside the data" in refused(capsys, nowhere, *write, saved / "new")
     assert file.read_text() == "mine" and (folder / "mine").is_file()
 
 

@@ -81,6 +81,12 @@ def check_options(args: argparse.Namespace) -> None:
     ):
         if wrong:
             raise AuditError(sentence)
+    for option, target in (("--plot", args.plot), ("--to", args.to)):
+        for parent in target.absolute().parents if target else ():
+            if parent.is_file():
+                raise AuditError(f"{option} {target} goes through a file, {parent}.")
+    if args.to and Path(args.dataset).resolve() in args.to.resolve().parents:
+        raise AuditError(f"--to {args.to} lies inside the data, {args.dataset}: give another folder.")
     if args.to:
         check_target(args.to)
     need("rich", "the report")

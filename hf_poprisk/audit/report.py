@@ -21,7 +21,7 @@ from hf_poprisk.audit.scores import (
 )
 from hf_poprisk.label_noise import NoiseFit
 from hf_poprisk.label_noise.judge import STILL_LEARNING, last_rise
-from hf_poprisk.label_noise.noise_fit import MAX_RATE
+from hf_poprisk.label_noise.noise_fit import MAX_RATE, MAX_TAU_OF_CLASSES
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -81,6 +81,13 @@ def _summary(run: Run) -> list[RenderableType]:
             _warning(
                 f"the estimate is at its limit of {MAX_RATE}: the model does not predict held-out labels, "
                 "for want of training or of signal, and what follows means little."
+            )
+        ]
+    if fit.num_labels > 2 and fit.tau > 0.999 * MAX_TAU_OF_CLASSES:
+        out += [
+            _warning(
+                f"τ is at its limit of {MAX_TAU_OF_CLASSES:g}: the model is much less sure than it is right, "
+                "so the share may be off."
             )
         ]
     rise = last_rise(run.fits)

@@ -10,6 +10,7 @@ import numpy as np
 
 from hf_poprisk.audit.common import TRUTH, AuditError, beside
 from hf_poprisk.audit.run import Run
+from hf_poprisk.label_noise import INDEX
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -56,7 +57,8 @@ def check_write(run: Run, data: Dataset, rows: np.ndarray, kind: str) -> None:
 def write_data(run: Run, data: Dataset, rows: np.ndarray, kind: str, folder: str | Path) -> int:
     """Write a corrected copy with ``save_to_disk``; the folder appears whole or not at all.
 
-    ``filtered`` is without the rows whose posterior of being right is below 1/2, ``weighted`` has it in a
+    ``filtered`` is without the rows whose posterior of being right is below 1/2, and keeps positions in the
+    column ``example_index``, by which a second run can be compared with the first; ``weighted`` has it in a
     float32 column ``label_weight``, ``reflipped`` has those pairs swapped, scores included, and says so in a
     bool column ``reflipped``; a bool column ``is_flipped`` goes on telling which pairs are the wrong way
     round, so it changes with them.
@@ -80,7 +82,10 @@ def write_data(run: Run, data: Dataset, rows: np.ndarray, kind: str, folder: str
     target.parent.mkdir(parents=True, exist_ok=True)
     with beside(target) as temporary:
         if kind == "filtered":
-            data = data.select(np.flatnonzero(~wrong))
+            kept = np.flatnonzero(~wrong)
+            data = data.select(kept)
+            if INDEX not in data.column_names:
+                data = data.add_column(INDEX, kept)
         elif kind == "weighted":
             data = data.add_column("label_weight", weights.astype(np.float32))
         else:

@@ -22,7 +22,7 @@ MAX_RATE = 0.45  # beyond it the wrong labels could be taken for the right ones
 _LOG_TAU = (math.log(1e-3), math.log(1e3))
 # With K > 2 the q of an example's K labels add up to one at τ = 1 only, so a τ without bound would take every
 # label that is not the likeliest one for wrong. Models that learned from noise are underconfident: some room.
-_MAX_LOG_TAU_OF_CLASSES = math.log(3.0)
+MAX_TAU_OF_CLASSES = 3.0
 _STARTS = ((0.05, 0.0), (0.25, 0.0), (0.4, 1.0))
 
 
@@ -82,7 +82,7 @@ def fit_noise(heldout: np.ndarray, num_labels: int = 2, step: int = 0, epoch: fl
     if not len(heldout) or not np.isfinite(heldout).all():
         raise ValueError("the noise rate needs at least one example, and finite log-odds.")
     z = np.asarray(heldout, dtype=np.float64)
-    best, most = None, _LOG_TAU[1] if num_labels == 2 else _MAX_LOG_TAU_OF_CLASSES
+    best, most = None, _LOG_TAU[1] if num_labels == 2 else math.log(MAX_TAU_OF_CLASSES)
     for start in _STARTS:
         found = optimize.minimize(
             _objective,
