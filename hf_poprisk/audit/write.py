@@ -82,10 +82,9 @@ def write_data(run: Run, data: Dataset, rows: np.ndarray, kind: str, folder: str
     target.parent.mkdir(parents=True, exist_ok=True)
     with beside(target) as temporary:
         if kind == "filtered":
-            kept = np.flatnonzero(~wrong)
-            data = data.select(kept)
             if INDEX not in data.column_names:
-                data = data.add_column(INDEX, kept)
+                data = data.add_column(INDEX, np.arange(len(data)))
+            data = data.select(np.flatnonzero(~wrong))
         elif kind == "weighted":
             data = data.add_column("label_weight", weights.astype(np.float32))
         else:
