@@ -5,26 +5,30 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from common import RecipeError
 from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from hf_poprisk import PopRiskAdamW, PopRiskTrainer, PopRiskTrainingArguments
-from hf_poprisk.gate import null_openness
 
 OPTIONS = ("steps", "examples_per_step", "random_mask")  # of ``fit``, beside the training arguments
+TAKEN = ("max_steps", "output_dir", "per_device_train_batch_size", "gradient_accumulation_steps", "use_cpu")
+TAKEN += ("num_train_epochs", "disable_tqdm", "dataloader_drop_last", "remove_unused_columns", "report_to")
+TAKEN += ("logging_strategy", "eval_strategy", "save_strategy", "seed")  # which ``fit`` sets itself
 
 
 class RandomMaskAdamW(PopRiskAdamW):
-    """Control: writes a random share of what was touched, as large as the hard gate's on noise."""
+    """Control: writes a random part of what was touched, as large as the gate's, tensor by tensor."""
 
     def _decide(self, grad: Tensor, sq_sum: Tensor, num_examples: int) -> Tensor:
         if not hasattr(self, "_masks"):  # a source of its own: the order of the examples must not change
-            self._masks = torch.Generator().manual_seed(torch.initial_seed())
+            self._masks = torch.Generator(sq_sum.device).manual_seed(torch.initial_seed())
         touched = sq_sum > 0
         sums = super()._decide(grad, sq_sum, num_examples)
-        sq_sum.bernoulli_(null_openness(num_examples, "hard"), generator=self._masks).mul_(touched)
+        opened, live = sums[:2].tolist()
+        sq_sum.bernoulli_(min(opened / max(live, 1.0), 1.0), generator=self._masks).mul_(touched)
         return sums
 
 
@@ -71,6 +75,14 @@ class Watch(TrainerCallback):
                 self.curves[name].append(value)
 
 
+def stopped_early(curves: dict[str, list[float]], by: str) -> dict[str, list[float]]:
+    """The curves up to where ``by``, an error on held-out noisy data, is lowest; as they are without it."""
+    if by not in curves:
+        return curves
+    at = int(np.nanargmin(curves[by]))
+    return {name: values[: at + 1] for name, values in curves.items()}
+
+
 def fit(
     model: nn.Module,
     data: Rows,
@@ -84,16 +96,22 @@ def fit(
         options: of a cell; ``seed``, ``steps``, ``examples_per_step``, ``learning_rate`` and whatever else
             is a training argument. ``random_mask`` puts the control in the place of the gate.
         measure: step → what is to be recorded then, or None to stop.
-        every: steps between two measurements.
+        every: steps between two measurements; the last step is one of them.
 
     Returns:
         The recorded curves, ``step`` among them.
 
     Raises:
-        RecipeError: fewer examples than a step takes.
+        RecipeError: fewer examples than a step takes, a last step that would not be measured, or a mask in
+            place of no gate.
     """
     if len(data) < options["examples_per_step"]:
         raise RecipeError(f"examples_per_step={options['examples_per_step']} of {len(data)} examples.")
+    if options["steps"] % every:
+        raise RecipeError(f"steps={options['steps']} must be a multiple of every={every}.")
+    exact = options.get("poprisk_gate") != "none" and options.get("poprisk_estimator", "example") == "example"
+    if options.get("random_mask") and not exact:
+        raise RecipeError("random_mask takes the place of a gate: it needs one that is exact.")
     names = {field for field in PopRiskTrainingArguments.__dataclass_fields__ if field in options}
     trainer_class = RandomMaskTrainer if options.get("random_mask") else PopRiskTrainer
     watch = Watch(measure, every)

@@ -8,6 +8,7 @@ are there; ``page`` draws ``recipes/results/NAME.png`` and writes the generated 
 ``recipes/RESULTS.md`` and README. An experiment is a YAML file with these keys:
 
     title, claim, verdict: words for the page
+    short:     the verdict in README: supported, only at equal learning rate, or not supported here
     script:    the Python file beside it, with ``run(cell) -> dict`` and the names of its ``OPTIONS``
     settings:  options that all runs share
     arms:      name → options that make the arm; the first one is the baseline
@@ -15,15 +16,18 @@ are there; ``page`` draws ``recipes/results/NAME.png`` and writes the generated 
     facets:    option → values, reported one by one
     seeds:     one run each; they draw the data, the weights and the order, the same for every arm
     reports:   a table for each: select and report, results of validation and of test data, and which is
-               better, lower or higher; the figure takes the first
+               better, lower or higher; ``ratio: true`` compares by quotients, as for "times sooner". The
+               figure takes the first. A result may be None: never reached
     equal:     a point of the grid at which all arms are compared as well
     columns:   more results to print → their headings
-    curve:     x, y, and log axes, of the figure: lists among the results, or a facet and a result
+    curve:     x and y, lists among the results or a facet and a result; dashed, one more of them; x_label,
+               y_label; log, the axes that are
 """
 
 import argparse
 import importlib.util
 import itertools
+import math
 import sys
 from collections import defaultdict
 from concurrent.futures import BrokenExecutor
@@ -36,13 +40,15 @@ from typing import Any
 import common
 import numpy as np
 import yaml
-from controls import OPTIONS
+from controls import OPTIONS, TAKEN
+from scipy import stats
 from sweep import Row, key, load_rows, mean_of, paired_difference, run_cells
 
 from hf_poprisk import PopRiskTrainingArguments
 
 ROOT = Path(__file__).parent
 FIELDS = ("arm", "options", "seed")
+DICTIONARIES = ("arms", "curve", "settings", "grid", "facets", "equal", "columns")
 
 
 @dataclass(frozen=True)
@@ -51,12 +57,13 @@ class Experiment:
     title: str
     claim: str
     verdict: str
+    short: str
     script: str
     arms: dict[str, dict[str, Any]]
-    grid: dict[str, list[Any]]
     seeds: list[int]
-    reports: list[dict[str, str]]
+    reports: list[dict[str, Any]]
     curve: dict[str, Any]
+    grid: dict[str, list[Any]] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     facets: dict[str, list[Any]] = field(default_factory=dict)
     equal: dict[str, Any] = field(default_factory=dict)
@@ -80,18 +87,20 @@ class Experiment:
             if wrong:
                 raise common.RecipeError(f"{message} in {path}: {', '.join(sorted(wrong))}.")
         experiment = cls(name=path.stem, **content)
+        for name, kind in (("seeds", list), ("reports", list), *dict.fromkeys(DICTIONARIES, dict).items()):
+            value = getattr(experiment, name)
+            if not isinstance(value, kind) or (name in ("seeds", "reports", "arms", "curve") and not value):
+                what = "list" if kind is list else "mapping"
+                raise common.RecipeError(f"{name} in {path} must be a {what} with something in it.")
         for report in experiment.reports:
-            if set(report) != {"select", "report", "better"} or report["better"] not in ("lower", "higher"):
+            given = set(report) - {"ratio"}
+            if given != {"select", "report", "better"} or report["better"] not in ("lower", "higher"):
                 raise common.RecipeError(
                     f"a report in {path} needs select, report and better, which is lower or higher."
                 )
         if not (ROOT / "claims" / experiment.script).is_file():
             raise common.RecipeError(f"script={experiment.script} is not beside {path}.")
-        read = {*module(experiment.script).OPTIONS, *OPTIONS, *PopRiskTrainingArguments.__dataclass_fields__}
-        given = {name for options in experiment.arms.values() for name in options}
-        given |= {*experiment.settings, *experiment.grid, *experiment.facets}
-        if given - read:
-            raise common.RecipeError(f"nothing reads {', '.join(sorted(given - read))} of {path}.")
+        experiment._check_options(path)
         for name, values in experiment.grid.items():
             if not all(isinstance(value, int | float) for value in values):  # YAML takes 1e-3 for text
                 raise common.RecipeError(f"{name} in the grid of {path} must be numbers: write 1.0e-3.")
@@ -99,6 +108,21 @@ class Experiment:
             if value not in experiment.grid.get(name, []):
                 raise common.RecipeError(f"equal in {path} is not on the grid: {name}={value}.")
         return experiment
+
+    def _check_options(self, path: Path) -> None:
+        """Nothing that is written has no effect."""
+        shared = [*self.settings, *self.grid, *self.facets]
+        arms = [name for options in self.arms.values() for name in options]
+        arguments = set(PopRiskTrainingArguments.__dataclass_fields__) - set(TAKEN)
+        read = {*module(self.script).OPTIONS, *OPTIONS, *arguments}
+        unread = {*shared, *arms} - read
+        if unread:
+            raise common.RecipeError(f"nothing reads {', '.join(sorted(unread))} of {path}.")
+        twice = {name for name in shared if shared.count(name) > 1} | {*arms} & {*self.grid, *self.facets}
+        if twice:
+            raise common.RecipeError(f"{', '.join(sorted(twice))} is given in two places of {path}.")
+        if self.facets and (self.equal or self.columns):
+            raise common.RecipeError(f"equal and columns have no effect with the facets of {path}.")
 
     def cells(self) -> list[Row]:
         """Seed by seed: an interrupted comparison is a balanced one."""
@@ -148,13 +172,20 @@ def by(rows: list[Row], names: Any) -> dict[tuple[Any, ...], list[Row]]:
     return dict(groups)
 
 
-def best(rows: list[Row], names: Any, report: dict[str, str]) -> list[Row]:
-    """The rows of the grid point that validation prefers, among those with the most seeds."""
+def best(rows: list[Row], names: Any, report: dict[str, Any]) -> list[Row]:
+    """The rows of the grid point that validation prefers, among those with the most seeds.
+
+    Where the result is reached on more seeds is better; then the mean of those decides.
+    """
     points = by(rows, names)
     most = max(map(len, points.values()))
     sign = 1 if report["better"] == "lower" else -1
-    full = [points[point] for point in sorted(points) if len(points[point]) == most]
-    return min(full, key=lambda at: sign * fmean(row[report["select"]] for row in at))
+
+    def rank(point: tuple[Any, ...]) -> tuple[int, float]:
+        values = [row[report["select"]] for row in points[point] if row[report["select"]] is not None]
+        return -len(values), sign * fmean(values) if values else 0.0
+
+    return points[min((point for point in sorted(points) if len(points[point]) == most), key=rank)]
 
 
 def digits(rows: list[Row], name: str) -> int:
@@ -163,77 +194,88 @@ def digits(rows: list[Row], name: str) -> int:
 
 
 def with_error(rows: list[Row], name: str, places: int) -> str:
-    values = [row[name] for row in rows]
+    """Mean ± standard error; if some never got there, how many did, and the mean of those."""
+    values = [row[name] for row in rows if row[name] is not None]
+    if len(values) < len(rows):
+        return f"{len(values)} of {len(rows)}" + (f", at {fmean(values):.{places}f}" if values else "")
     error = f" ± {stdev(values) / len(values) ** 0.5:.{places}f}" if len(values) > 1 else ""
     return f"{fmean(values):.{places}f}{error}"
 
 
-def settings(row: Row, names: Any, experiment: Experiment, starred: bool = True) -> str:
+def compared(rows: list[Row], base: list[Row], report: dict[str, Any], places: int) -> str:
+    """Paired over the seeds; – where one of the runs never got there."""
+    name = report["report"]
+    if any(row[name] is None for row in (*rows, *base)):
+        return "–"
+    if not report.get("ratio"):
+        return paired_difference(rows, base, name, places)
+    logs = [[{"seed": row["seed"], name: math.log(row[name])} for row in part] for part in (rows, base)]
+    parts = paired_difference(*logs, name, 6).replace("[", "").replace("]", "").replace(",", "").split()
+    times = [f"{math.exp(float(part)):.2f}" for part in parts if part != "–"]
+    return "×" + times[0] + (f" [{times[1]}, {times[2]}]" if len(times) > 1 else "") if times else "–"
+
+
+def settings(row: Row, names: Any, experiment: Experiment) -> str:
     """The grid point of a row; * where it lies at the end of the grid."""
     parts = []
     for name in names:
         value, values = row["options"][name], experiment.grid[name]
-        edge = starred and len(values) > 2 and value in (values[0], values[-1])
+        edge = len(values) > 1 and value in (min(values), max(values))
         parts.append(f"{value:g}{'*' if edge else ''}")
     return " / ".join(parts)
 
 
-def table(experiment: Experiment, rows: list[Row], report: dict[str, str]) -> str:
+def table(experiment: Experiment, rows: list[Row], report: dict[str, Any]) -> str:
     """Markdown: an arm a row; with facets, a facet a row and an arm a column."""
     if experiment.facets:
         return facet_table(experiment, rows, report)
-    name = report["report"]
     arms = {arm: [row for row in rows if row["arm"] == arm] for arm in experiment.arms}
     arms = {arm: part for arm, part in arms.items() if part}
-    base_name, places = next(iter(experiment.arms)), digits(rows, name)
+    name, base_name, places = report["report"], next(iter(experiment.arms)), digits(rows, report["report"])
     base = best(arms[base_name], experiment.grid, report) if base_name in arms else []
-    compared = partial(paired_difference, name=name, digits=places)
 
     def at_equal(part: list[Row]) -> list[Row]:
         return [r for r in part if all(r["options"][k] == v for k, v in experiment.equal.items())]
 
-    header = ["arm", " / ".join(experiment.grid), report["select"], f"{name} ± s.e."]
-    header += [f"against {base_name} [95 %]", *experiment.columns.values()]
+    header = ["arm", *([" / ".join(experiment.grid)] * bool(experiment.grid)), report["select"]]
+    header += [f"{name} ± s.e.", f"against {base_name} [95 %]", *experiment.columns.values()]
     if experiment.equal:
         point = ", ".join(f"{k} {v:g}" for k, v in experiment.equal.items())
         header += [f"at {point}", f"against {base_name} there"]
     lines = []
     for arm, part in arms.items():
         chosen, same = best(part, experiment.grid, report), at_equal(part)
-        entries = [arm, settings(chosen[0], experiment.grid, experiment)]
+        entries = [arm, *([settings(chosen[0], experiment.grid, experiment)] * bool(experiment.grid))]
         entries += [mean_of(chosen, report["select"], places), with_error(chosen, name, places)]
-        entries += ["" if arm == base_name else compared(chosen, base)]
+        entries += ["" if arm == base_name else compared(chosen, base, report, places)]
         entries += [mean_of(chosen, more, digits(rows, more)) for more in experiment.columns]
         if experiment.equal:
             entries += [with_error(same, name, places) if same else "–"]
-            entries += ["" if arm == base_name else compared(same, at_equal(arms.get(base_name, [])))]
+            there = at_equal(arms.get(base_name, []))
+            entries += ["" if arm == base_name else compared(same, there, report, places)]
         lines.append(entries)
     return markdown(header, lines)
 
 
-def facet_table(experiment: Experiment, rows: list[Row], report: dict[str, str]) -> str:
-    base_name, places = next(iter(experiment.arms)), digits(rows, report["report"])
-    header, lines = [" / ".join(experiment.facets)], []
-    for arm in experiment.arms:
-        header += [f"{arm} ({' / '.join(experiment.grid)})"]
-        header += [] if arm == base_name else [f"{arm} against {base_name} [95 %]"]
+def facet_table(experiment: Experiment, rows: list[Row], report: dict[str, Any]) -> str:
+    name, base_name, places = report["report"], next(iter(experiment.arms)), digits(rows, report["report"])
+    chosen_by = partial(best, names=experiment.grid, report=report)
+    header, lines = [" / ".join(experiment.facets), base_name], []
+    for arm in list(experiment.arms)[1:]:
+        header += [arm, "difference [95 %]"]
     for facet, part in sorted(by(rows, experiment.facets).items()):
-        entries = [" / ".join(f"{value:g}" for value in facet)]
-        base = [row for row in part if row["arm"] == base_name]
+        entries, base = [" / ".join(f"{value:g}" for value in facet)], []
         for arm in experiment.arms:
             mine = [row for row in part if row["arm"] == arm]
-            if not mine:
-                entries += ["–"] * (1 + (arm != base_name))
-                continue
-            chosen = best(mine, experiment.grid, report)
-            point = settings(chosen[0], experiment.grid, experiment)
-            entries += [f"{with_error(chosen, report['report'], places)} ({point})"]
-            if arm != base_name:
-                entries += [
-                    paired_difference(chosen, best(base, experiment.grid, report), report["report"], places)
-                    if base
-                    else "–"
-                ]
+            chosen = chosen_by(mine) if mine else []
+            point = (
+                f" ({settings(chosen[0], experiment.grid, experiment)})" if chosen and experiment.grid else ""
+            )
+            entries += [with_error(chosen, name, places) + point if chosen else "–"]
+            if arm == base_name:
+                base = chosen
+            else:
+                entries += [compared(chosen, base, report, places) if chosen and base else "–"]
         lines.append(entries)
     return markdown(header, lines)
 
@@ -245,6 +287,12 @@ def markdown(header: list[str], lines: list[list[str]]) -> str:
 def missing(experiment: Experiment, rows: list[Row]) -> str:
     count = len(experiment.cells()) - len(rows)
     return f"**{count} of {len(experiment.cells())} runs are missing.**" if count else ""
+
+
+CHOSEN = (
+    "Each arm at the point of the same grid (* at its end) that is best on average on *clean* validation "
+    "data, which nobody has in practice; paired over the seeds."
+)
 
 
 def section(path: Path) -> str:
@@ -261,6 +309,7 @@ def section(path: Path) -> str:
         f"`python recipes/evidence.py run recipes/claims/{path.name}` — {len(rows)} runs, {seeds} seeds, "
         f"{minutes:.0f} minutes of one core; {versions}.",
         missing(experiment, rows),
+        CHOSEN * bool(experiment.grid),
         *(table(experiment, rows, report) for report in experiment.reports),
         f"![{experiment.title}](results/{experiment.name}.png)",
     ]
@@ -271,41 +320,44 @@ def section(path: Path) -> str:
 
 
 def draw(experiment: Experiment, rows: list[Row], path: Path) -> None:
-    """The curve of every arm at its best settings: the mean over seeds, and two standard errors."""
+    """Mean and 95 % interval over the seeds of every arm at its best settings.
+
+    A run that ended before the longest one stays where it was.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
-    x_name, y_name = experiment.curve["x"], experiment.curve["y"]
-    chosen_by = partial(best, names=experiment.grid, report=experiment.reports[0])
+    curve, grid = experiment.curve, experiment.grid
+    chosen_by = partial(best, names=grid, report=experiment.reports[0])
     for arm in experiment.arms:
         mine = [row for row in rows if row["arm"] == arm]
         if not mine:
             continue
-        if x_name in experiment.facets:
-            parts = sorted(by(mine, [x_name]).items())
-            x = np.array([facet[0] for facet, _ in parts])
-            chosen = [chosen_by(part) for _, part in parts]
-            mean = np.array([fmean(r[y_name] for r in part) for part in chosen])
-            error = np.array(
-                [
-                    np.std([r[y_name] for r in part], ddof=1) / len(part) ** 0.5 if len(part) > 1 else 0.0
-                    for part in chosen
-                ]
-            )
-        else:
-            chosen = chosen_by(mine)
-            length = min(len(row[x_name]) for row in chosen)
-            x = np.array(chosen[0][x_name][:length])
-            values = np.array([row[y_name][:length] for row in chosen])
-            mean = values.mean(0)
-            error = values.std(0, ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0 * mean
-        line = axis.plot(x, mean, label=arm)[0]
-        axis.fill_between(x, mean - 2 * error, mean + 2 * error, color=line.get_color(), alpha=0.2, lw=0)
-    axis.set(xlabel=experiment.curve.get("x_label", x_name), ylabel=experiment.curve.get("y_label", y_name))
-    for which in experiment.curve.get("log", ""):
+        color = None
+        for name, style in ((curve["y"], "-"), (curve.get("dashed"), ":")):
+            if name is None:
+                continue
+            if curve["x"] in experiment.facets:
+                parts = sorted(by(mine, [curve["x"]]).items())
+                x = [facet[0] for facet, _ in parts]
+                chosen = [chosen_by(part) for _, part in parts]
+                count = min(map(len, chosen))
+                values = np.array([[row[name] for row in part[:count]] for part in chosen]).T
+            else:
+                chosen = chosen_by(mine)
+                x = max((row[curve["x"]] for row in chosen), key=len)
+                values = np.array([row[name] + row[name][-1:] * (len(x) - len(row[name])) for row in chosen])
+            mean, n = values.mean(0), len(values)
+            line = axis.plot(x, mean, style, color=color, label=arm if style == "-" else None)[0]
+            color = line.get_color()
+            if n > 1 and style == "-":
+                half = stats.t.ppf(0.975, n - 1) * values.std(0, ddof=1) / n**0.5
+                axis.fill_between(x, mean - half, mean + half, color=color, alpha=0.15, lw=0)
+    axis.set(xlabel=curve.get("x_label", curve["x"]), ylabel=curve.get("y_label", curve["y"]))
+    for which in curve.get("log", ""):
         getattr(axis, f"set_{which}scale")("log")
     axis.legend(frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
@@ -349,7 +401,7 @@ def summary() -> str:
             shown = mine and not experiment.facets
             chosen = best(mine, experiment.grid, report) if shown else []
             entries.append(with_error(chosen, report["report"], places) if shown else "–")
-        lines.append([*entries, experiment.verdict.split(".")[0].strip("* ").lower()])
+        lines.append([*entries, experiment.short])
     return markdown(["", "measured on test data", *arms, "the claim is"], lines)
 
 

@@ -503,7 +503,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         "The learning rate of every arm is the one with the highest mean accuracy on CLEAN validation "
         "labels, for all arms alike (* at the end of its grid); adamw-early chooses its epoch by noisy "
         "labels, 10 % of the training set. Differences are paired over the seeds, each arm at its own rate. "
-        "drop-told and robust are told the true share of wrong labels. Times are medians, adamw = 1."
+        "drop-told, robust and conservative are told the true share of wrong labels. Times are medians, "
+        "adamw = 1."
     ]
     for (task, epochs, noise), found in sorted(groups.items()):
         expected = [

@@ -21,7 +21,7 @@ from hf_poprisk import PopRiskTrainer, PopRiskTrainingArguments
 from hf_poprisk.checkpoints import damage
 from hf_poprisk.influence import Influence
 from hf_poprisk.label_noise import INDEX, TABLE_NAME, ExampleTable, LabelNoise, fit_noise
-from hf_poprisk.label_noise.judge import load_fits
+from hf_poprisk.label_noise.judge import _Visit, load_fits
 from hf_poprisk.label_noise.log_odds import LogOddsError, LogOddsTap, class_log_odds
 from hf_poprisk.label_noise.mixin import IndexCollator, with_index
 from hf_poprisk.label_noise.noise_fit import MAX_RATE, _objective
@@ -406,6 +406,8 @@ def judged_from(trainer: Any, fits_at: int) -> None:
         fit(epoch, step)
         if step >= fits_at and judge.fits:
             judge.judging_since = judge.judging_since or step
+            if judge.fits and judge.fits[-1].capped:  # tiny models predict nothing
+                judge.fits[-1] = replace(judge.fits[-1], rate=0.4)
 
     judge.maybe_fit = maybe_fit
 
@@ -642,6 +644,30 @@ def test_warnings_say_what_the_numbers_are_not_worth(
     caplog.clear()
     judge.warn_at_end()
     assert "its last values are too low if labels are learned by heart" in caplog.text
+
+
+def test_who_predicts_nothing_judges_nobody() -> None:
+    """At its limit an estimate starts no weighting, and suspends it."""
+    rng, rows = np.random.default_rng(1), torch.arange(400)
+    judge = LabelNoise("weight", True, ExampleTable(np.arange(400)))
+    for epoch in (1.0, 2.0, 3.0):
+        judge.table.visit(rows, heldout_logodds=torch.tensor(rng.choice([-1.0, 1.0], 400)))
+        judge.maybe_fit(epoch, int(10 * epoch))
+    assert judge.fits[-1].capped and judge.judging_since is None
+    z = torch.where(rows < 80, -3.0, 3.0)
+    for epoch in (4.0, 5.0):
+        judge.table.visit(rows, heldout_logodds=z)
+        judge.maybe_fit(epoch, int(10 * epoch))
+    assert judge.judging_since == 50  # it rose by more than a little from the third epoch to the fourth
+
+    def weights() -> Tensor:
+        visit = _Visit(rows, None, None, None, None)
+        judge._strength(visit, z, 2)
+        return visit.weight
+
+    assert weights()[:80].max() < 0.3 < 0.9 < weights()[80:].min()
+    judge.fits.append(replace(judge.fits[-1], rate=MAX_RATE))
+    assert torch.equal(weights(), torch.ones(400))
 
 
 # -- refusals -------------------------------------------------------------------------------------------

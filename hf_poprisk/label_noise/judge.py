@@ -51,7 +51,8 @@ class LabelNoise:
     Attributes:
         fits: one ``NoiseFit`` per estimate, oldest first.
         judging_since: the optimizer step from which on weights are given: when the held-out log-likelihood
-            of the labels has stopped rising from one epoch to the next; None until then.
+            of the labels has stopped rising from one epoch to the next; None until then. While an estimate
+            is at its limit nobody is judged: the model does not predict held-out labels.
     """
 
     def __init__(self, mode: str, preferences: bool, table: ExampleTable) -> None:
@@ -87,7 +88,7 @@ class LabelNoise:
         device = log_odds.device  # of the head, where a model is spread over several
         visit.heldout = log_odds.to(self.table.device) - self.table.columns["own_effect"][visit.rows]
         visit.weight = torch.ones_like(visit.heldout)
-        if self.judging_since is None:
+        if self.judging_since is None or self.fits[-1].capped:
             return visit.weight.to(device)
         visit.weight = self.fits[-1].probability_right(visit.heldout)
         if self.mode == "audit":
@@ -167,6 +168,7 @@ class LabelNoise:
         self.fits.append(fit)
         if (
             self.judging_since is None
+            and not fit.capped
             and epoch >= self.fits[0].epoch + 1 - 1e-6
             and last_rise(self.fits) < STILL_LEARNING
         ):
@@ -204,7 +206,7 @@ class LabelNoise:
                 f"{name}: no example was weighted, because that takes two complete epochs first: train for "
                 "three epochs or more."
             )
-        elif self.judging_since is None and self.mode != "audit":
+        elif self.judging_since is None and self.mode != "audit" and not self.fits[-1].capped:
             logger.warning(
                 f"{name}: no example was weighted, because held-out labels were predicted better and better "
                 "until the end: train for more epochs."

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from controls import Rows, fit
+from controls import Rows, fit, stopped_early
 from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
 
@@ -66,14 +66,14 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
             f"{name}_psnrs": -10 * (values[rows] - clean[rows]).square().mean().log10().item()
             for name, rows in sets.items()
         }
-        return found | {
-            "held_error": (values[held] - noisy[held]).square().mean().item() if len(held) else 0.0
-        }
+        if len(held):
+            found["held_errors"] = (values[held] - noisy[held]).square().mean().item()
+        return found
 
-    curves = fit(model, Rows(points=points[kept], labels=noisy[kept]), cell, measure, cell["every"])
-    at = int(np.argmin(curves["held_error"])) if cell.get("early") else -1
+    data = Rows(points=points[kept], labels=noisy[kept])
+    curves = stopped_early(fit(model, data, cell, measure, cell["every"]), "held_errors")
     return {
-        **{f"{name}_psnr": curves[f"{name}_psnrs"][at] for name in sets},
+        **{f"{name}_psnr": curves[f"{name}_psnrs"][-1] for name in sets},
         "test_highest": max(curves["test_psnrs"]),
         "noisy_psnr": -10 * (noisy.clamp(0, 1) - clean).square().mean().log10().item(),
         **curves,

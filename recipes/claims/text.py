@@ -14,7 +14,7 @@ from typing import Any
 import common
 import numpy as np
 import torch
-from controls import Rows, fit
+from controls import Rows, fit, stopped_early
 from datasets import Dataset, DatasetDict
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -53,7 +53,7 @@ def docstrings() -> DatasetDict:
 def run(cell: dict[str, Any]) -> dict[str, Any]:
     """Accuracy on clean validation and test labels, and on the wrong training labels (what was memorised).
 
-    ``early`` keeps 10 % of the noisy labels apart and reports the epoch at which they are fitted best.
+    ``early`` keeps 10 % of the noisy labels apart and reports the epoch at which their loss is lowest.
     """
     common.require_path(cell["model"], "model")
     data = common.load_splits(cell["dataset"], None, False) if cell["dataset"] else docstrings()
@@ -71,7 +71,7 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
     held = rng.permutation(n)[: n // 10 if cell.get("early") else 0]
     kept = np.setdiff1d(np.arange(n), held)
     train = sets.pop("train")
-    sets |= {"wrong": pick(train, np.setdiff1d(wrong, held)), "held": pick(train, held)}
+    sets["wrong"] = pick(train, np.setdiff1d(wrong, held))
     torch.manual_seed(cell["seed"])
     model = AutoModelForSequenceClassification.from_pretrained(
         cell["model"], num_labels=classes, dtype=torch.float32
@@ -87,15 +87,16 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
             right = []
             for rows in torch.arange(len(part["labels"])).split(128):
                 batch = pick(part, rows)
-                right += [batch.pop("labels") == model(**batch).logits.argmax(1)] if len(rows) else []
-            found[f"{name}_accuracies"] = torch.cat(right).float().mean().item() if right else 0.0
+                right += [batch.pop("labels") == model(**batch).logits.argmax(1)]
+            found[f"{name}_accuracies"] = torch.cat(right).float().mean().item()
+        if len(held):
+            found["held_losses"] = model(**pick(train, held)).loss.item()
         model.train()
         return found | {"epoch": step / steps}
 
     options = cell | {"steps": cell["epochs"] * steps}
-    curves = fit(model, Rows(**pick(train, kept)), options, measure, steps)
-    at = int(np.argmax(curves["held_accuracies"])) if cell.get("early") else -1
-    found = {f"{name}_accuracy": curves[f"{name}_accuracies"][at] for name in sets}
+    curves = stopped_early(fit(model, Rows(**pick(train, kept)), options, measure, steps), "held_losses")
+    found = {f"{name}_accuracy": curves[f"{name}_accuracies"][-1] for name in sets}
     return found | {"text": hashlib.sha256("".join(data["train"]["text"]).encode()).hexdigest()[:16]} | curves
 
 
