@@ -1,22 +1,23 @@
 """From a recording: propagator, dissipation Gramian, signal channel and reservoir, what reaches test outputs.
 
-Between two records K, K_QS and B are taken as constant, at the mean of the two. With M = K^½ B K^½ and τ the sum
-of the learning rates in between, everything follows from what a mode of M at rate μ keeps of itself, r(μ):
+Between two records K, K_QS and B are taken as constant, at the mean of the two. With M = K^½ B K^½ and τ the
+sum of the learning rates in between, everything follows from what a mode of M at rate μ keeps of itself,
+r(μ):
 
     gradient descent    r = Π_j (1 − η_j μ)      as it is: nothing is lost to the size of its steps
-    flow                r = exp(−τ μ)            its limit of small steps: mini-batches, momentum, Adam (K is K_P)
+    flow                r = exp(−τ μ)            its limit of small steps: mini-batches, momentum, Adam (K_P)
 
     φ = (1 − r)/μ             F = K^½ φ(M) K^½            Δu = −F g
     ψ = (1 − r²)/(2μ)         W = K^½ ψ(M) K^½            ΔΦ = −gᵀW g
     χ = (τ − φ)/μ             𝒢 = K_QS (τ − B K^½ χ(M) K^½)      ΔU_Q = −𝒢 g
                               P = 1 − B F                 g ← P g
 
-Both rules share φ, ψ and χ: the sums over steps telescope to the integrals' form. So for a model linear in its
-parameters and a squared loss gradient descent is reproduced to rounding, however rarely it was recorded; ψ then holds
-the second-order term of the loss, η(1 − ημ/2) per step. Over several intervals, P = P_R … P_1,
-W = Σ P^T W_k P and 𝒢 = Σ 𝒢_k P with P up to each interval. ker W ⊆ ker 𝒢 carries over: if every ημ < 2 then each W_k is
-positive with the kernel of K_k, on which 𝒢_k = τ K_QS vanishes as well. Source: arXiv:2605.01172, definitions of P_g,
-W, 𝒢; the discretisation is ours.
+Both rules share φ, ψ and χ: the sums over steps telescope to the integrals' form. So for a model linear in
+its parameters and a squared loss gradient descent is reproduced to rounding, however rarely it was recorded;
+ψ then holds the second-order term of the loss, η(1 − ημ/2) per step. Over several intervals, P = P_R … P_1,
+W = Σ Pᵀ W_k P and 𝒢 = Σ 𝒢_k P with P up to each interval. ker W ⊆ ker 𝒢 carries over: if every ημ < 2 then
+each W_k is positive with the kernel of K_k, on which 𝒢_k = τ K_QS vanishes as well. Source: arXiv:2605.01172,
+definitions of P_g, W, 𝒢; the discretisation is ours.
 """
 
 from __future__ import annotations
@@ -175,7 +176,7 @@ class Split:
     channel: int
 
     def reservoir_share(self, direction: Tensor) -> float:
-        """How much of a direction [N] or [n, k] lies in the reservoir: a share of its squared length, 0 to 1."""
+        """The share, 0 to 1, of the squared length of a direction [N] or [n, k] that is in the reservoir."""
         parts = (self.vectors.T @ direction.reshape(-1).double()).square()
         return float(parts[self.channel :].sum() / parts.sum())
 
@@ -183,9 +184,9 @@ class Split:
 def split(gramian: Tensor, precision: torch.dtype = torch.float64) -> Split:
     """Cut the spectrum of W where it falls into two groups.
 
-    The tolerance is Otsu's threshold of the logarithms: the cut with the largest variance between its two sides.
-    Eigenvalues below rounding, N·eps of the largest, count as that. A spectrum that spans less than a factor of ten
-    is of one piece, all channel; of W = 0 all is reservoir.
+    The tolerance is Otsu's threshold of the logarithms: the cut with the largest variance between its two
+    sides. Eigenvalues below rounding, N·eps of the largest, count as that. A spectrum that spans less than a
+    factor of ten is of one piece, all channel; of W = 0 all is reservoir.
 
     Args:
         gramian: W [N, N].

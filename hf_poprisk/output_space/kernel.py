@@ -1,8 +1,9 @@
 """The empirical neural tangent kernel K = J Jᵀ of any model, J = ∂u/∂w, in memory of a chunk of outputs.
 
-One backward per output and no per-example tricks, so every architecture and every differentiable output works;
-the trainable parameters are those with ``requires_grad``, all of them or an adapter's. With a preconditioner P
-it is K_P = J P Jᵀ, the kernel that Adam descends by. Source: arXiv:2605.01172, section on output space.
+One backward per output and no per-example tricks, so every architecture and every differentiable output
+works; the trainable parameters are those with ``requires_grad``, all of them or an adapter's. With a
+preconditioner P it is K_P = J P Jᵀ, the kernel that Adam descends by. Source: arXiv:2605.01172, section on
+output space.
 """
 
 from __future__ import annotations

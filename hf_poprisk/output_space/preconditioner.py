@@ -29,8 +29,8 @@ def kind(optimizer: torch.optim.Optimizer) -> str:
     groups = optimizer.param_groups
     if not known or any(group.get("amsgrad") or group.get("maximize") for group in groups):
         raise ValueError(
-            f"OutputSpaceCallback cannot read the preconditioner of this {type(optimizer).__name__}: set optim "
-            "to sgd, adamw_torch or poprisk_adamw, without amsgrad and maximize."
+            f"OutputSpaceCallback cannot read the preconditioner of this {type(optimizer).__name__}: set "
+            "optim to sgd, adamw_torch or poprisk_adamw, without amsgrad and maximize."
         )
     if isinstance(optimizer, torch.optim.SGD):
         return NONE
@@ -48,9 +48,9 @@ def pace(optimizer: torch.optim.Optimizer) -> float:
 def scales(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
     """P per trainable parameter for the step about to be taken: its gradient is there, its moments are old.
 
-    Adam's is 1/(√v̂ + ε) with this step's gradient in v̂, times the gate's q where there is one (the streaming
-    gate decides inside the step and is left out), times the group's learning rate over the first group's. A
-    parameter without a gradient is not written: 0.
+    Adam's is 1/(√v̂ + ε) with this step's gradient in v̂, times the gate's q where there is one (the
+    streaming gate decides inside the step and is left out), times the group's learning rate over the first
+    group's. A parameter without a gradient is not written: 0.
     """
     first = float(optimizer.param_groups[0]["lr"])
     found: dict[Tensor, Tensor] = {}

@@ -27,27 +27,30 @@ class OutputSpaceCallback(TrainerCallback):
     """Records kernel, outputs and output gradients into ``output_dir/output_space.safetensors``.
 
     Before an optimizer step is taken, its kernel is that of the step itself: K_P with Adam's (and the gate's)
-    preconditioner of this very step. The end of training is recorded too, with the last step's preconditioner.
-    The layout is in ``hf_poprisk.output_space.recording``. The file is written whenever a checkpoint is, and
-    a run that is resumed from one goes on with it. On several processes each computes and the first writes.
+    preconditioner of this very step. The end of training is recorded too, with the last step's
+    preconditioner. The layout is in ``hf_poprisk.output_space.recording``. The file is written whenever a
+    checkpoint is, and a run that is resumed from one goes on with it. On several processes each computes and
+    the first writes.
 
-    The theory's gradient is that of the loss on the probe: let the probe be the training set, or a random part
-    of it that stands for the rest. Weight decay and clipping are no part of the theory, nor of a prediction.
+    The theory's gradient is that of the loss on the probe: let the probe be the training set, or a random
+    part of it that stands for the rest. Weight decay and clipping are no part of the theory, nor of a
+    prediction.
 
     Args:
-        task: outputs and losses, as ``ClassLogits()``, ``SquaredError()``, ``SequenceLogProb()``, ``DPOMargin(beta)``.
+        task: outputs and losses, as ``ClassLogits()``, ``SquaredError()``, ``SequenceLogProb()``,
+            ``DPOMargin(beta)``.
         probe: training examples as collated batches; one example each is fastest.
         test: held-out examples, likewise.
         steps: record every so many optimizer steps, or at these.
         chunk: outputs whose gradients are held at a time; see ``empirical_ntk``.
-        directions: name → [n, k] or [n], directions in output space to be followed, ``label noise`` for instance:
-            the output gradient of the labels given, minus that of the right labels.
+        directions: name → [n, k] or [n], directions in output space to be followed, ``label noise`` for
+            instance: the output gradient of the labels given, minus that of the right labels.
 
     Raises (on construction):
         ValueError: steps, directions or a probe that cannot be.
     Raises (in ``train``):
-        ValueError: an optimizer, a precision or sharded parameters that it cannot read, or directions of another
-            shape than the outputs.
+        ValueError: an optimizer, a precision or sharded parameters that it cannot read, or directions of
+            another shape than the outputs.
         RecordingError: a run resumed without the recording of its beginning.
     """
 
@@ -106,7 +109,7 @@ class OutputSpaceCallback(TrainerCallback):
         for name, value in self._directions.items():
             if value.numel() != n * k:
                 raise ValueError(
-                    f"the direction {name!r} has shape {tuple(value.shape)}; the outputs of the probe have {(n, k)}."
+                    f"the direction {name!r} has shape {tuple(value.shape)}; the probe's outputs {(n, k)}."
                 )
             shaped[name] = value.detach().cpu().to(dtype).reshape(n, k)
         return shaped
@@ -130,8 +133,8 @@ class OutputSpaceCallback(TrainerCallback):
         )
         if len(before.learning_rates) < step or not same:
             raise RecordingError(
-                f"{folder / FILE_NAME} is not the recording of the {step} steps before this checkpoint: resume from "
-                "an earlier one, or leave OutputSpaceCallback out."
+                f"{folder / FILE_NAME} is not the recording of the {step} steps before this checkpoint: "
+                "resume from an earlier one, or leave OutputSpaceCallback out."
             )
         before.until(step)
         self._recording = before

@@ -57,8 +57,8 @@ class Recording:
 
     Attributes:
         series: the tensors with one entry per record, as lists of R.
-        rule: how steps moved the outputs: ``gradient descent`` if every step was full-batch gradient descent on
-            the probe, else ``flow``: its limit of small steps, for mini-batches, momentum and Adam.
+        rule: how steps moved the outputs: ``gradient descent`` if every step was full-batch gradient descent
+            on the probe, else ``flow``: its limit of small steps, for mini-batches, momentum and Adam.
     """
 
     rule: str
@@ -105,7 +105,7 @@ def load_recording(folder: str | os.PathLike[str]) -> Recording:
     path = Path(folder) / FILE_NAME
     if not path.is_file():
         raise RecordingError(
-            f"{folder} holds no {FILE_NAME}: train with callbacks=[OutputSpaceCallback(...)] and that output_dir."
+            f"{folder} holds no {FILE_NAME}: train into it with callbacks=[OutputSpaceCallback(...)]."
         )
     try:
         with safe_open(path, "pt") as file:

@@ -70,8 +70,8 @@ class SequenceLogProb:
 class DPOMargin:
     """DPO: the reward margin of each pair [b, 1], and the sigmoid loss.
 
-    The batch is TRL's: rows ``[chosen…, rejected…]`` with ``completion_mask``, and the reference's log-probabilities
-    ``ref_chosen_logps`` and ``ref_rejected_logps`` [b] (``precompute_ref_log_probs=True``).
+    The batch is TRL's: rows ``[chosen…, rejected…]`` with ``completion_mask``, and the reference's
+    log-probabilities ``ref_chosen_logps`` and ``ref_rejected_logps`` [b] (``precompute_ref_log_probs=True``).
 
     Args:
         beta: as in the DPO config.
