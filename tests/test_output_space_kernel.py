@@ -26,10 +26,12 @@ def reference_jacobian(model: nn.Module, batches: list[Batch], outputs: Outputs)
             value = outputs(model, batch).reshape(-1)[j]
             grads = torch.autograd.grad(value, params, allow_unused=True)
             rows.append(
-                torch.cat([
-                    torch.zeros(p.numel()).double() if g is None else g.reshape(-1)
-                    for p, g in zip(params, grads, strict=True)
-                ])
+                torch.cat(
+                    [
+                        torch.zeros(p.numel()).double() if g is None else g.reshape(-1)
+                        for p, g in zip(params, grads, strict=True)
+                    ]
+                )
             )
     return torch.stack(rows)
 
@@ -39,9 +41,7 @@ def pairs(count: int, start: int = 0) -> list[Batch]:
     rows = token_examples(2 * (start + count))
     found = []
     for i in range(start, start + count):
-        batch = {
-            k: torch.cat([rows[2 * i][k], rows[2 * i + 1][k]]) for k in ("input_ids", "attention_mask")
-        }
+        batch = {k: torch.cat([rows[2 * i][k], rows[2 * i + 1][k]]) for k in ("input_ids", "attention_mask")}
         completion = batch["attention_mask"].clone()
         completion[:, :2] = 0
         reference = {"ref_chosen_logps": torch.tensor([-9.0]), "ref_rejected_logps": torch.tensor([-8.0 - i])}
@@ -68,7 +68,11 @@ def adapted() -> nn.Module:
 CASES = {
     "classes": (lambda: tiny_model("bert", dtype=torch.float64), ClassLogits(), classified),
     "sequences": (lambda: tiny_model(dtype=torch.float64), SequenceLogProb(), sequences),
-    "tied sequences": (lambda: tiny_model("gpt2", tied=True, dtype=torch.float64), SequenceLogProb(), sequences),
+    "tied sequences": (
+        lambda: tiny_model("gpt2", tied=True, dtype=torch.float64),
+        SequenceLogProb(),
+        sequences,
+    ),
     "pairs": (lambda: tiny_model("qwen2", dtype=torch.float64), DPOMargin(0.1), pairs),
     "adapter": (adapted, DPOMargin(0.1), pairs),
 }
