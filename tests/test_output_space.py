@@ -25,7 +25,8 @@ from hf_poprisk.output_space import (
     load_recording,
     split,
 )
-from hf_poprisk.output_space.dynamics import block_diagonal
+from hf_poprisk.output_space.analysis import analyse
+from hf_poprisk.output_space.dynamics import block_diagonal, nothing
 from hf_poprisk.output_space.recording import FILE_NAME, FLOW, GRADIENT_DESCENT
 
 N, M = 12, 5  # probe and test examples
@@ -166,8 +167,6 @@ def test_a_frozen_kernel_with_two_outputs_is_its_closed_form(tmp_path: Path) -> 
 @pytest.mark.parametrize("rule", [GRADIENT_DESCENT, FLOW])
 def test_the_reservoir_is_invisible_at_test_time_whatever_the_kernel_does(rule: str) -> None:
     """K, K_QS and B of four intervals that share nothing but a null space; B as uneven as a classifier's."""
-    from hf_poprisk.output_space.dynamics import nothing
-
     span, whole = torch.randn(N, 6).double(), nothing(N, M)
     for _ in range(4):
         features = torch.randn(6, 9).double()
@@ -198,31 +197,28 @@ def narrow(folder: Path, eta: float) -> Recording:
 
 
 def test_feature_learning_is_predicted_and_better_with_smaller_steps(tmp_path: Path) -> None:
-    """The error is proportional to the step, and far below that of the frozen kernel of lazy training."""
-    errors = []
+    """Where it ends within 5 % for every step, on the way with an error of second order in the step."""
+    ends, worst, fallen = [], [], []
     for eta in (1.6, 0.8, 0.4):
         run = narrow(tmp_path / str(eta), eta)
         kernels = run.series["kernel"]
         assert (kernels[-1] - kernels[0]).norm() > kernels[0].norm()  # it moves by more than its own norm
+        found = analyse(run)
+        ends.append(float(found.transfer_error[-1]))
+        worst.append(float(found.transfer_error.max()))
+        fallen.append(abs(float(found.predicted.sum() / found.measured.sum()) - 1))
         g, real = run.series["gradients"][0].reshape(-1), displacement(run, "test_outputs")
-        predicted = -cumulative(run)[-1].transfer @ g
-        errors.append(float((predicted - real).norm() / real.norm()))
-        frozen = evolve(
-            kernels[0],
-            run.series["cross_kernel"][0],
-            block_diagonal(run.series["curvatures"][0]),
-            run.learning_rates,
-            run.rule,
-        )
-        assert float((-frozen.transfer @ g - real).norm() / real.norm()) > 0.05 > 5 * errors[-1]
-    assert errors[0] < 0.05 and all(1.5 < a / b < 2.6 for a, b in zip(errors, errors[1:], strict=False)), (
-        errors
-    )
+        blocks = block_diagonal(run.series["curvatures"][0])
+        frozen = evolve(kernels[0], run.series["cross_kernel"][0], blocks, run.learning_rates, run.rule)
+        assert float((-frozen.transfer @ g - real).norm() / real.norm()) > 0.15  # lazy training is not it
+    assert max(ends) < 0.05 and worst[-1] < 0.05 and fallen[-1] < 0.01, (ends, worst, fallen)
+    for errors, least in ((ends, 1.5), (worst, 3.0), (fallen, 3.0)):
+        assert all(a / b > least for a, b in zip(errors, errors[1:], strict=False)), errors
 
 
 @pytest.mark.parametrize("optim", ["sgd", "adamw_torch", "poprisk_adamw"])
 def test_the_recorded_kernel_is_that_of_the_step_taken(tmp_path: Path, optim: str) -> None:
-    """Without momentum a step of a linear model moves test outputs by −η K_QS g, Adam's and the gate's too."""
+    """Without momentum a linear model's test outputs move by −η K_QS g, with Adam and the gate too."""
     train, test = examples(N, 3), examples(M, 3)
     callback = OutputSpaceCallback(HalfSquared(), one_each(train), one_each(test), 1)
     settings = {"optim": optim, "learning_rate": 0.05, "max_steps": 6, "adam_beta1": 0.0, "weight_decay": 0.0}

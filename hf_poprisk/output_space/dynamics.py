@@ -1,6 +1,6 @@
 """From a recording: propagator, dissipation Gramian, signal channel and reservoir, what reaches test outputs.
 
-Between two records K, K_QS and B are taken as constant, at the mean of the two. With M = K^½ B K^½ and τ the
+Between two records K, K_QS and B are taken as constant, at a mean of the two. With M = K^½ B K^½ and τ the
 sum of the learning rates in between, everything follows from what a mode of M at rate μ keeps of itself,
 r(μ):
 
@@ -140,14 +140,18 @@ def block_diagonal(blocks: Tensor) -> Tensor:
 
 
 def intervals(recording: Recording) -> Iterator[Evolution]:
-    """The evolution from each record to the next, R − 1 of them."""
-    kernels, crosses, blocks = (recording.series[name] for name in ("kernel", "cross_kernel", "curvatures"))
-    for i in range(len(recording.steps) - 1):
-        rates = recording.learning_rates[recording.steps[i] : recording.steps[i + 1]]
-        ends = [(part[i].double(), part[i + 1].double()) for part in (kernels, crosses, blocks)]
-        kernel, cross, block = ((a + b) / 2 for a, b in ends)
-        floor = kernels[i].dtype
-        yield evolve(kernel.to(floor), cross, block_diagonal(block), rates, recording.rule)
+    """The evolution from each record to the next, R − 1 of them.
+
+    A step of gradient descent moves u by the mean of J J_tᵀ along its path, not of J Jᵀ: the symmetric part
+    of that lies a quarter, not half of the way from K_t to K_{t+1}. With it what remains is second order in
+    the step.
+    """
+    series = recording.series
+    for i, (first, last) in enumerate(zip(recording.steps, recording.steps[1:], strict=False)):
+        later = 0.5 - 0.25 / (last - first) if recording.rule == GRADIENT_DESCENT else 0.5
+        kernel, cross = (torch.lerp(*series[name][i : i + 2], later) for name in ("kernel", "cross_kernel"))
+        curvature = block_diagonal((series["curvatures"][i] + series["curvatures"][i + 1]) / 2)
+        yield evolve(kernel, cross, curvature, recording.learning_rates[first:last], recording.rule)
 
 
 def cumulative(recording: Recording) -> list[Evolution]:
