@@ -78,7 +78,7 @@ def analyse(recording: Recording) -> Analysis:
             for name, value in directions.items()
             if value.any()
         },
-        alignment=_alignment(kernels, min(_LEADING, kernels.shape[1])),
+        alignment=_alignment(kernels, min(_LEADING, max(1, kernels.shape[1] // 2))),
         kernel_change=(kernels - kernels[0]).flatten(1).norm(dim=1) / kernels[0].norm(),
         gradients=g[:count],
         stable=evolutions[-1].stable,

@@ -1,0 +1,249 @@
+"""What the theory says of five kinds of training, looked at in output space.
+
+    python recipes/output_space.py                  # all of them, some minutes on one core
+    python recipes/output_space.py benign dpo       # some
+    python recipes/output_space.py page             # print OUTPUT_SPACE.md
+
+Every run goes through a stock ``Trainer`` (``dpo``: ours) with an ``OutputSpaceCallback`` and leaves its recording in
+``outputs/output_space/NAME``, to be looked at with ``python -m hf_poprisk.output_space``. The numbers go to
+``recipes/results/output_space.json`` and one plot each beside it. ``dpo`` needs ``outputs/tiny``, which ``python
+scripts/prepare_tiny.py`` makes.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import common
+import torch
+import transformers
+from matplotlib.figure import Figure
+from scipy.stats import spearmanr
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+from hf_poprisk.output_space import DPOMargin, OutputSpaceCallback, SquaredError, cumulative, load_recording
+from hf_poprisk.output_space.analysis import Analysis, analyse
+
+OUTPUTS = Path("outputs/output_space")
+RESULTS = Path(__file__).parent / "results" / "output_space.json"
+Rows = list[dict[str, Tensor]]
+
+
+class Regressor(nn.Module):
+    """Any network, with the loss of transformers' regression heads."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body.double()
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.body(x)
+        return {"loss": F.mse_loss(logits, labels.reshape(logits.shape)), "logits": logits}
+
+
+def rows(x: Tensor, y: Tensor) -> Rows:
+    return [{"x": a, "labels": b} for a, b in zip(x.double(), y.double(), strict=True)]
+
+
+def one_each(examples: Rows) -> Rows:
+    return [{k: v[None] for k, v in row.items()} for row in examples]
+
+
+def train(
+    name: str,
+    model: nn.Module,
+    data: tuple[Rows, Rows],
+    rate: float,
+    steps: int,
+    directions: dict[str, Tensor],
+    **settings: Any,
+) -> Path:
+    """Full-batch training, recorded at about 25 steps that are evenly spaced in log time."""
+    folder = OUTPUTS / name
+    when = {0, *(round(steps ** (i / 24)) for i in range(24))}
+    callback = OutputSpaceCallback(
+        SquaredError(), one_each(data[0]), one_each(data[1]), when, 256, directions
+    )
+    settings = {"optim": "sgd", "max_grad_norm": 0.0, **settings}
+    args = TrainingArguments(
+        output_dir=str(folder),
+        learning_rate=rate,
+        max_steps=steps,
+        per_device_train_batch_size=len(data[0]),
+        lr_scheduler_type="constant",
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        **settings,
+    )
+    trainer = Trainer(model, args, train_dataset=data[0], callbacks=[callback])
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return folder
+
+
+def seen_at_test(folder: Path, direction: str, than: str) -> list[float]:
+    """How much a unit of one direction moves test outputs, against a unit of another: at each record but the first."""
+    recording = load_recording(folder)
+    vectors = [recording.directions[name].reshape(-1).double() for name in (direction, than)]
+    found = []
+    for evolution in cumulative(recording)[1:]:
+        one, other = (float((evolution.transfer @ v).norm() / v.norm()) for v in vectors)
+        found.append(one / other)
+    return found
+
+
+def stable_rate(x: Tensor, share: float = 0.9) -> float:
+    """A share of the largest stable learning rate of least squares on features x [n, d]: loss curvature 2λ/n."""
+    return share * len(x) / float(torch.linalg.matrix_norm(x.double(), 2)) ** 2
+
+
+def benign() -> tuple[dict[str, Any], Figure]:
+    """Least squares with 5 strong and 2400 weak features, noisy labels, trained until it interpolates."""
+    torch.manual_seed(0)
+    n, strong, weak, noise, steps = 60, 5, 2400, 0.5, 1500
+    scale = torch.cat([torch.ones(strong), torch.full((weak,), 0.02)]).double()
+    x = torch.randn(n + 400, strong + weak).double() * scale
+    clean = x[:, :strong].sum(1) / strong**0.5
+    wrong = noise * torch.randn(n).double()
+    y = clean.clone()
+    y[:n] += wrong
+    model = Regressor(nn.Linear(strong + weak, 1, bias=False))
+    nn.init.zeros_(model.body.weight)
+    data = rows(x[:n], y[:n]), rows(x[n:], clean[n:])
+    directions = {"label noise": wrong, "signal": clean[:n]}
+    folder = train("benign", model, data, stable_rate(x[:n], 0.5), steps, directions)
+    found, visible = analyse(load_recording(folder)), seen_at_test(folder, "label noise", "signal")
+    best = int(found.test_losses.argmin())
+    early = int((found.reservoir["signal"] < 0.1).nonzero()[0])
+    row = {
+        "steps": found.steps.tolist(),
+        "noise_variance": noise**2,
+        "train_loss": found.losses[-1].item(),
+        "test_loss": found.test_losses[-1].item(),
+        "test_loss_start": found.test_losses[0].item(),
+        "test_loss_best": found.test_losses[best].item(),
+        "noise_in_reservoir": found.reservoir["label noise"].tolist(),
+        "signal_in_reservoir": found.reservoir["signal"].tolist(),
+        "noise_in_reservoir_when_signal_learned": found.reservoir["label noise"][early].item(),
+        "step_signal_learned": found.steps[early].item(),
+        "channel": [cut.channel for cut in found.splits],
+        "flatness_of_w": float(found.splits[-1].eigenvalues[0] / found.splits[-1].eigenvalues[-1]),
+        "noise_seen_at_test": visible,
+        "transfer_error": found.transfer_error.max().item(),
+    }
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    x_axis = found.steps[1:]
+    left.plot(x_axis, found.losses[1:], label="training loss (noisy labels)")
+    left.plot(x_axis, found.test_losses[1:], label="test loss (clean labels)")
+    left.set(xscale="log", yscale="log", xlabel="step", title="Benign overfitting")
+    right.plot(x_axis, row["noise_in_reservoir"][1:], label="label noise in the reservoir of W")
+    right.plot(x_axis, row["signal_in_reservoir"][1:], label="signal in the reservoir of W")
+    right.plot(x_axis, visible, "--", label="noise seen at test, signal = 1")
+    right.set(xscale="log", xlabel="step", ylim=(-0.03, 1.03), title="Where the noise is")
+    return row, _legends(figure)
+
+
+def descent() -> tuple[dict[str, Any], Figure]:
+    """Random ReLU features of growing width under a trained head, the same data and noise."""
+    torch.manual_seed(0)
+    n, inputs, noise, steps = 60, 12, 0.5, 3000
+    x = torch.randn(n + 400, inputs).double()
+    clean = x @ torch.ones(inputs).double() / inputs**0.5
+    wrong = noise * torch.randn(n).double()
+    y = clean.clone()
+    y[:n] += wrong
+    data, found = (rows(x[:n], y[:n]), rows(x[n:], clean[n:])), []
+    for width in (6, 15, 30, 45, 60, 80, 120, 240, 960):
+        torch.manual_seed(width)
+        body = nn.Sequential(nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, 1, bias=False)).double()
+        body[0].requires_grad_(False)
+        nn.init.zeros_(body[2].weight)
+        rate = stable_rate(body[:2](x[:n]))
+        directions = {"label noise": wrong, "signal": clean[:n]}
+        folder = train(f"descent-{width}", Regressor(body), data, rate, steps, directions)
+        run = analyse(load_recording(folder))
+        found.append({
+            "width": width,
+            "train_loss": run.losses[-1].item(),
+            "test_loss": run.test_losses[-1].item(),
+            "noise_in_reservoir": run.reservoir["label noise"][-1].item(),
+            "channel": run.splits[-1].channel,
+            "noise_seen_at_test": seen_at_test(folder, "label noise", "signal")[-1],
+            "transfer_error": run.transfer_error.max().item(),
+        })
+    widths = [entry["width"] for entry in found]
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, label in (("train_loss", "training loss"), ("test_loss", "test loss (clean labels)")):
+        left.plot(widths, [entry[name] for entry in found], "o-", label=label)
+    left.set(xscale="log", yscale="log", xlabel="width", title=f"Double descent, {n} examples")
+    right.plot(widths, [e["noise_in_reservoir"] for e in found], "o-", label="label noise in the reservoir of W")
+    right.plot(widths, [e["noise_seen_at_test"] for e in found], "o--", label="noise seen at test, signal = 1")
+    right.set(xscale="log", xlabel="width", title="Where the noise is")
+    for axis in (left, right):
+        axis.axvline(n, color="gray", linestyle=":", linewidth=1)
+    return {"examples": n, "widths": found}, _legends(figure)
+
+
+def bias() -> tuple[dict[str, Any], Figure]:
+    """A two-layer network on digits, below five against the rest: which modes the channel takes in first."""
+    torch.manual_seed(0)
+    n, steps = 120, 2500
+    images, labels = (torch.tensor(part) for part in load_digits(return_X_y=True))
+    picked = torch.randperm(len(images))[: n + 200]
+    x, y = (images[picked] - 8) / 8, (labels[picked] >= 5).double() * 2 - 1
+    body = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 1))
+    folder = train("bias", Regressor(body), (rows(x[:n], y[:n]), rows(x[n:], y[n:])), 0.005, steps, {"labels": y[:n]})
+    recording = load_recording(folder)
+    found = analyse(recording)
+    values, vectors = torch.linalg.eigh(recording.series["kernel"][0])
+    values, vectors = values.flip(0), vectors.flip(1)
+    # of a squared loss with curvature 2/n, vᵀWv/(n/4) is the share of the squared error along v that is gone
+    shares = torch.stack([
+        torch.einsum("ij,ik,kj->j", vectors, e.gramian, vectors) * 4 / n for e in cumulative(recording)
+    ])
+    half = [next((int(s) for s, x in zip(found.steps, column, strict=True) if x > 0.5), None) for column in shares.T]
+    filled = [i for i, step in enumerate(half) if step is not None]
+    row = {
+        "steps": found.steps.tolist(),
+        "kernel_change": found.kernel_change[-1].item(),
+        "channel": [cut.channel for cut in found.splits],
+        "filled_by_half": [(column > 0.5).sum().item() for column in shares],
+        "half_at": half,
+        "order": float(spearmanr(filled, [half[i] for i in filled]).statistic),
+        "labels_in_reservoir": found.reservoir["labels"].tolist(),
+        "transfer_error": found.transfer_error.max().item(),
+        "test_accuracy": _accuracy(recording.series["test_outputs"][-1], y[n:]),
+    }
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    image = left.pcolormesh(range(len(found.steps)), range(1, n + 1), shares.clamp(0, 1).T, shading="nearest")
+    left.set_xticks(range(0, len(found.steps), 4), found.steps[::4].tolist())
+    left.invert_yaxis()
+    left.set(xlabel="step", ylabel="mode of the first kernel", title="Share of a mode's squared error dissipated")
+    figure.colorbar(image, ax=left)
+    right.plot([i + 1 for i in filled], [half[i] for i in filled], "o", label="half of its error gone")
+    right.set(yscale="log", xlabel="mode of the first kernel, largest eigenvalue first", ylabel="step")
+    right.set_title("When a mode joins the channel")
+    return row, _legends(figure)
+
+
+def _accuracy(outputs: Tensor, labels: Tensor) -> float:
+    return (outputs.reshape(-1).sign() == labels.sign()).double().mean().item()
+
+
+def _legends(figure: Figure) -> Figure:
+    for axis in figure.axes:
+        if axis.get_legend_handles_labels()[0]:
+            axis.grid(alpha=0.25)
+            axis.legend(frameon=False, fontsize=9)
+    return figure
