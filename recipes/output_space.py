@@ -26,8 +26,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from hf_poprisk.output_space import DPOMargin, OutputSpaceCallback, SquaredError, cumulative, load_recording
-from hf_poprisk.output_space.analysis import Analysis, analyse
+from hf_poprisk import PopRiskDPOConfig, PopRiskDPOTrainer
+from hf_poprisk.output_space import (
+    DPOMargin,
+    OutputSpaceCallback,
+    Split,
+    SquaredError,
+    cumulative,
+    load_recording,
+    split,
+)
+from hf_poprisk.output_space.analysis import analyse
 
 OUTPUTS = Path("outputs/output_space")
 RESULTS = Path(__file__).parent / "results" / "output_space.json"
@@ -50,8 +59,9 @@ def rows(x: Tensor, y: Tensor) -> Rows:
     return [{"x": a, "labels": b} for a, b in zip(x.double(), y.double(), strict=True)]
 
 
-def one_each(examples: Rows) -> Rows:
-    return [{k: v[None] for k, v in row.items()} for row in examples]
+def together(examples: Rows) -> Rows:
+    """One batch of all: such small networks spend their time between operations."""
+    return [torch.utils.data.default_collate(examples)]
 
 
 def train(
@@ -61,13 +71,14 @@ def train(
     rate: float,
     steps: int,
     directions: dict[str, Tensor],
+    records: int = 25,
     **settings: Any,
 ) -> Path:
-    """Full-batch training, recorded at about 25 steps that are evenly spaced in log time."""
+    """Full-batch training, recorded at steps that are evenly spaced in log time."""
     folder = OUTPUTS / name
-    when = {0, *(round(steps ** (i / 24)) for i in range(24))}
+    when = {0, *(round(steps ** (i / (records - 1))) for i in range(records - 1))}
     callback = OutputSpaceCallback(
-        SquaredError(), one_each(data[0]), one_each(data[1]), when, 256, directions
+        SquaredError(), together(data[0]), together(data[1]), when, 256, directions
     )
     settings = {"optim": "sgd", "max_grad_norm": 0.0, **settings}
     args = TrainingArguments(
@@ -155,14 +166,14 @@ def benign() -> tuple[dict[str, Any], Figure]:
 def descent() -> tuple[dict[str, Any], Figure]:
     """Random ReLU features of growing width under a trained head, the same data and noise."""
     torch.manual_seed(0)
-    n, inputs, noise, steps = 60, 12, 0.5, 3000
+    n, inputs, noise, steps = 60, 12, 0.5, 1500
     x = torch.randn(n + 400, inputs).double()
     clean = x @ torch.ones(inputs).double() / inputs**0.5
     wrong = noise * torch.randn(n).double()
     y = clean.clone()
     y[:n] += wrong
     data, found = (rows(x[:n], y[:n]), rows(x[n:], clean[n:])), []
-    for width in (6, 15, 30, 45, 60, 80, 120, 240, 960):
+    for width in (6, 20, 40, 60, 90, 240, 960):
         torch.manual_seed(width)
         body = nn.Sequential(nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, 1, bias=False)).double()
         body[0].requires_grad_(False)
@@ -171,23 +182,29 @@ def descent() -> tuple[dict[str, Any], Figure]:
         directions = {"label noise": wrong, "signal": clean[:n]}
         folder = train(f"descent-{width}", Regressor(body), data, rate, steps, directions)
         run = analyse(load_recording(folder))
-        found.append({
-            "width": width,
-            "train_loss": run.losses[-1].item(),
-            "test_loss": run.test_losses[-1].item(),
-            "noise_in_reservoir": run.reservoir["label noise"][-1].item(),
-            "channel": run.splits[-1].channel,
-            "noise_seen_at_test": seen_at_test(folder, "label noise", "signal")[-1],
-            "transfer_error": run.transfer_error.max().item(),
-        })
+        found.append(
+            {
+                "width": width,
+                "train_loss": run.losses[-1].item(),
+                "test_loss": run.test_losses[-1].item(),
+                "noise_in_reservoir": run.reservoir["label noise"][-1].item(),
+                "channel": run.splits[-1].channel,
+                "noise_seen_at_test": seen_at_test(folder, "label noise", "signal")[-1],
+                "transfer_error": run.transfer_error.max().item(),
+            }
+        )
     widths = [entry["width"] for entry in found]
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, label in (("train_loss", "training loss"), ("test_loss", "test loss (clean labels)")):
         left.plot(widths, [entry[name] for entry in found], "o-", label=label)
     left.set(xscale="log", yscale="log", xlabel="width", title=f"Double descent, {n} examples")
-    right.plot(widths, [e["noise_in_reservoir"] for e in found], "o-", label="label noise in the reservoir of W")
-    right.plot(widths, [e["noise_seen_at_test"] for e in found], "o--", label="noise seen at test, signal = 1")
+    right.plot(
+        widths, [e["noise_in_reservoir"] for e in found], "o-", label="label noise in the reservoir of W"
+    )
+    right.plot(
+        widths, [e["noise_seen_at_test"] for e in found], "o--", label="noise seen at test, signal = 1"
+    )
     right.set(xscale="log", xlabel="width", title="Where the noise is")
     for axis in (left, right):
         axis.axvline(n, color="gray", linestyle=":", linewidth=1)
@@ -202,16 +219,21 @@ def bias() -> tuple[dict[str, Any], Figure]:
     picked = torch.randperm(len(images))[: n + 200]
     x, y = (images[picked] - 8) / 8, (labels[picked] >= 5).double() * 2 - 1
     body = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 1))
-    folder = train("bias", Regressor(body), (rows(x[:n], y[:n]), rows(x[n:], y[n:])), 0.005, steps, {"labels": y[:n]})
+    folder = train(
+        "bias", Regressor(body), (rows(x[:n], y[:n]), rows(x[n:], y[n:])), 0.005, steps, {"labels": y[:n]}
+    )
     recording = load_recording(folder)
     found = analyse(recording)
     values, vectors = torch.linalg.eigh(recording.series["kernel"][0])
     values, vectors = values.flip(0), vectors.flip(1)
     # of a squared loss with curvature 2/n, vᵀWv/(n/4) is the share of the squared error along v that is gone
-    shares = torch.stack([
-        torch.einsum("ij,ik,kj->j", vectors, e.gramian, vectors) * 4 / n for e in cumulative(recording)
-    ])
-    half = [next((int(s) for s, x in zip(found.steps, column, strict=True) if x > 0.5), None) for column in shares.T]
+    shares = torch.stack(
+        [torch.einsum("ij,ik,kj->j", vectors, e.gramian, vectors) * 4 / n for e in cumulative(recording)]
+    )
+    half = [
+        next((int(s) for s, x in zip(found.steps, column, strict=True) if x > 0.5), None)
+        for column in shares.T
+    ]
     filled = [i for i, step in enumerate(half) if step is not None]
     row = {
         "steps": found.steps.tolist(),
@@ -229,12 +251,174 @@ def bias() -> tuple[dict[str, Any], Figure]:
     image = left.pcolormesh(range(len(found.steps)), range(1, n + 1), shares.clamp(0, 1).T, shading="nearest")
     left.set_xticks(range(0, len(found.steps), 4), found.steps[::4].tolist())
     left.invert_yaxis()
-    left.set(xlabel="step", ylabel="mode of the first kernel", title="Share of a mode's squared error dissipated")
+    left.set(
+        xlabel="step", ylabel="mode of the first kernel", title="Share of a mode's squared error dissipated"
+    )
     figure.colorbar(image, ax=left)
     right.plot([i + 1 for i in filled], [half[i] for i in filled], "o", label="half of its error gone")
     right.set(yscale="log", xlabel="mode of the first kernel, largest eigenvalue first", ylabel="step")
     right.set_title("When a mode joins the channel")
     return row, _legends(figure)
+
+
+class SumNetwork(nn.Module):
+    """Two one-hot numbers through one layer of squares: it can add modulo p exactly."""
+
+    def __init__(self, p: int, width: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(2 * p, width, bias=False), nn.Linear(width, p, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).square())
+
+
+def grokking() -> tuple[dict[str, Any], Figure]:
+    """Addition modulo 11 from 70 % of the table, AdamW with weight decay: memorised first, understood later."""
+    torch.manual_seed(0)
+    p, steps = 11, 1000
+    a, b = torch.cartesian_prod(torch.arange(p), torch.arange(p)).T
+    x = torch.cat([F.one_hot(a, p), F.one_hot(b, p)], 1).double()
+    y = F.one_hot((a + b) % p, p).double()
+    order = torch.randperm(p * p)
+    x, y, n = x[order], y[order], round(0.7 * p * p)
+    signal = y[:n] - 1 / p
+    settings = {"optim": "adamw_torch", "weight_decay": 1.0}
+    data = rows(x[:n], y[:n]), rows(x[n:], y[n:])
+    folder = train(
+        "grokking", Regressor(SumNetwork(p, 64)), data, 0.01, steps, {"signal": signal}, 17, **settings
+    )
+    recording = load_recording(folder)
+    found = analyse(recording)
+    v = signal.reshape(-1) / signal.norm()
+    kernels = [kernel.double() for kernel in recording.series["kernel"]]
+    cuts = [split(kernel) for kernel in kernels]
+    guesses = [
+        _kernel_regression(*pair, signal) for pair in zip(cuts, recording.series["cross_kernel"], strict=True)
+    ]
+    accuracy = [
+        [_hits(outputs, labels) for outputs in recording.series[name]]
+        for name, labels in (("outputs", y[:n]), ("test_outputs", y[n:]))
+    ]
+    row = {
+        "steps": found.steps.tolist(),
+        "train_accuracy": accuracy[0],
+        "test_accuracy": accuracy[1],
+        "signal_in_kernel_channel": [1 - cut.reservoir_share(v) for cut in cuts],
+        "kernel_channel": [cut.channel for cut in cuts],
+        "kernel_test_accuracy": [_hits(guess, y[n:]) for guess in guesses],
+        "signal_in_reservoir": found.reservoir["signal"].tolist(),
+        "channel": [cut.channel for cut in found.splits],
+        "outputs": len(v),
+        "kernel_change": found.kernel_change[-1].item(),
+        "transfer_error": found.transfer_error.tolist(),
+    }
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for values, label in zip(accuracy, ("training", "test"), strict=True):
+        left.plot(found.steps[1:], values[1:], label=label)
+    left.plot(
+        found.steps[1:], row["kernel_test_accuracy"][1:], "--", label="test, regression with the kernel"
+    )
+    left.set(xscale="log", xlabel="step", ylabel="accuracy", title="Grokking, addition modulo 11")
+    inside = row["signal_in_kernel_channel"]
+    right.plot(found.steps[1:], inside[1:], label="signal in the channel of the kernel of the moment")
+    right.plot(found.steps[1:], row["signal_in_reservoir"][1:], label="signal in the reservoir of W")
+    right.set(xscale="log", xlabel="step", ylim=(-0.03, 1.03), title="Where the signal is")
+    return row, _legends(figure)
+
+
+def _kernel_regression(kernel: Split, cross_kernel: Tensor, targets: Tensor) -> Tensor:
+    """What ridge regression with the kernel of the moment says of the test examples, [m, k]."""
+    ridge = 1e-3 * kernel.eigenvalues.mean()
+    parts = kernel.vectors.T @ targets.reshape(-1) / (kernel.eigenvalues + ridge)
+    return (cross_kernel @ kernel.vectors @ parts).reshape(-1, targets.shape[1])
+
+
+def _hits(outputs: Tensor, labels: Tensor) -> float:
+    return (outputs.argmax(1) == labels.argmax(1)).double().mean().item()
+
+
+def dpo() -> tuple[dict[str, Any], Figure]:
+    """The embedded model on preference pairs with flipped labels, AdamW and the hard gate."""
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    found = {}
+    for arm, gate, style in (("adamw", "none", "-"), ("gated", "hard", "--")):
+        folder, flipped = _train_pairs(arm, gate)
+        recording = load_recording(folder)
+        run = analyse(recording)
+        cut = run.splits[-1]
+        u = torch.stack(recording.series["outputs"]).double().squeeze(-1)
+        moved = u[-1] - u[0]
+        parts = cut.vectors * (cut.vectors.T @ moved)  # [pair, mode]
+        groups = {"clean": ~flipped, "flipped": flipped}
+        found[arm] = {
+            "channel": cut.channel,
+            "flips_in_reservoir": run.reservoir["label noise"][-1].item(),
+            "test_accuracy": (recording.series["test_outputs"][-1] > 0).double().mean().item(),
+            "transfer_error": run.transfer_error[-1].item(),
+            "kernel_change": run.kernel_change[-1].item(),
+            **{f"{name}_fitted": (u[-1][group] > 0).double().mean().item() for name, group in groups.items()},
+            **{f"{name}_margin": u[-1][group].mean().item() for name, group in groups.items()},
+            **{
+                f"{name}_margin_in_channel": parts[group][:, : cut.channel].sum(1).mean().item()
+                for name, group in groups.items()
+            },
+            **{f"{name}_by_mode": parts[group].mean(0).cumsum(0).tolist() for name, group in groups.items()},
+        }
+        for (name, group), color in zip(groups.items(), ("#2f5d9b", "#d9773c"), strict=True):
+            label = f"{name} pairs, {arm}"
+            left.plot(run.steps, u[:, group].mean(1), style, color=color, label=label)
+            curve = [0.0, *found[arm][f"{name}_by_mode"]]
+            right.plot(range(len(curve)), curve, style, color=color, label=label)
+    left.set(xlabel="step", ylabel="mean reward margin as labelled", title="Noisy DPO, 30 % flipped")
+    right.set(xlabel="leading eigenvectors of W", ylabel="mean margin that they carry")
+    right.set_title("The margins in the eigenbasis of W")
+    return found, _legends(figure)
+
+
+def _train_pairs(arm: str, gate: str) -> tuple[Path, Tensor]:
+    """18 steps of 16 pairs on 96 training pairs; the folder, and which pairs are flipped [n]."""
+    folder = OUTPUTS / f"dpo-{arm}"
+    data = common.load_splits("outputs/tiny/preferences", None, False)
+    pairs = common.flip_preferences(data["train"].select(range(96)), 0.3, 0)
+    flipped = torch.tensor(pairs["is_flipped"])
+    args = PopRiskDPOConfig(
+        output_dir=str(folder),
+        poprisk_gate=gate,
+        learning_rate=3e-4,
+        warmup_steps=0.1,
+        weight_decay=0.0,
+        max_steps=18,
+        per_device_train_batch_size=16,
+        precompute_ref_log_probs=True,
+        model_init_kwargs={"dtype": "float32"},
+        max_length=160,
+        gradient_checkpointing=False,
+        bf16=False,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = PopRiskDPOTrainer(
+        "outputs/tiny/model", args=args, train_dataset=pairs, eval_dataset=data["test"].select(range(48))
+    )
+    trainer.remove_callback(PrinterCallback)
+    probe, test = (
+        [trainer.data_collator([row]) for row in part]
+        for part in (trainer.train_dataset, trainer.eval_dataset)
+    )
+    noise = -flipped.float()  # softplus(−u) was to be softplus(u): its gradient is off by −1
+    trainer.add_callback(
+        # often at first, where Adam's preconditioner changes fastest
+        OutputSpaceCallback(
+            DPOMargin(args.beta), probe, test, [0, 1, 2, 4, 7, 11, 15], 96, {"label noise": noise}
+        )
+    )
+    trainer.train()
+    return folder, flipped
 
 
 def _accuracy(outputs: Tensor, labels: Tensor) -> float:
