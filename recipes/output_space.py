@@ -4,10 +4,10 @@
     python recipes/output_space.py benign dpo       # some
     python recipes/output_space.py page             # print OUTPUT_SPACE.md
 
-Every run goes through a stock ``Trainer`` (``dpo``: ours) with an ``OutputSpaceCallback`` and leaves its recording in
-``outputs/output_space/NAME``, to be looked at with ``python -m hf_poprisk.output_space``. The numbers go to
-``recipes/results/output_space.json`` and one plot each beside it. ``dpo`` needs ``outputs/tiny``, which ``python
-scripts/prepare_tiny.py`` makes.
+Every run goes through a stock ``Trainer`` (``dpo``: ours) with an ``OutputSpaceCallback`` and leaves its
+recording in ``outputs/output_space/NAME``, to be looked at with ``python -m hf_poprisk.output_space``. The
+numbers go to ``recipes/results/output_space.json`` and one plot each beside it. ``dpo`` needs
+``outputs/tiny``, which ``python scripts/prepare_tiny.py`` makes.
 """
 
 import json
@@ -101,7 +101,7 @@ def train(
 
 
 def seen_at_test(folder: Path, direction: str, than: str) -> list[float]:
-    """How much a unit of one direction moves test outputs, against a unit of another: at each record but the first."""
+    """How much a unit of one direction moves test outputs, against a unit of another, from record two on."""
     recording = load_recording(folder)
     vectors = [recording.directions[name].reshape(-1).double() for name in (direction, than)]
     found = []
@@ -111,8 +111,18 @@ def seen_at_test(folder: Path, direction: str, than: str) -> list[float]:
     return found
 
 
+def gone(folder: Path, direction: str) -> list[float]:
+    """At each record, the share of the squared error along a direction that training has dissipated.
+
+    Of a squared loss of one output, whose curvature is 2/n: vᵀWv / (n/4) for a unit v.
+    """
+    recording = load_recording(folder)
+    v = recording.directions[direction].reshape(-1).double()
+    return [float(v @ e.gramian @ v / v.square().sum()) * 4 / len(v) for e in cumulative(recording)]
+
+
 def stable_rate(x: Tensor, share: float = 0.9) -> float:
-    """A share of the largest stable learning rate of least squares on features x [n, d]: loss curvature 2λ/n."""
+    """A share of the largest stable learning rate of least squares on x [n, d], of loss curvature 2λ/n."""
     return share * len(x) / float(torch.linalg.matrix_norm(x.double(), 2)) ** 2
 
 
@@ -133,21 +143,27 @@ def benign() -> tuple[dict[str, Any], Figure]:
     folder = train("benign", model, data, stable_rate(x[:n], 0.5), steps, directions)
     found, visible = analyse(load_recording(folder)), seen_at_test(folder, "label noise", "signal")
     best = int(found.test_losses.argmin())
-    early = int((found.reservoir["signal"] < 0.1).nonzero()[0])
+    full = next(i for i, cut in enumerate(found.splits) if cut.channel == n)
+    noise_gone = gone(folder, "label noise")
     row = {
-        "steps": found.steps.tolist(),
+        "examples": n,
         "noise_variance": noise**2,
         "train_loss": found.losses[-1].item(),
         "test_loss": found.test_losses[-1].item(),
-        "test_loss_start": found.test_losses[0].item(),
         "test_loss_best": found.test_losses[best].item(),
-        "noise_in_reservoir": found.reservoir["label noise"].tolist(),
-        "signal_in_reservoir": found.reservoir["signal"].tolist(),
-        "noise_in_reservoir_when_signal_learned": found.reservoir["label noise"][early].item(),
-        "step_signal_learned": found.steps[early].item(),
-        "channel": [cut.channel for cut in found.splits],
+        "step_best": found.steps[best].item(),
+        "channel_best": found.splits[best].channel,
+        "noise_in_reservoir_best": found.reservoir["label noise"][best].item(),
+        "signal_in_reservoir_best": found.reservoir["signal"][best].item(),
+        "noise_gone_best": noise_gone[best],
+        "step_full": found.steps[full].item(),
+        "noise_gone_full": noise_gone[full],
+        "noise_gone_end": noise_gone[-1],
+        "channel_end": found.splits[-1].channel,
+        "noise_in_reservoir_end": found.reservoir["label noise"][-1].item(),
         "flatness_of_w": float(found.splits[-1].eigenvalues[0] / found.splits[-1].eigenvalues[-1]),
-        "noise_seen_at_test": visible,
+        "noise_seen_first": visible[0],
+        "noise_seen_end": visible[-1],
         "transfer_error": found.transfer_error.max().item(),
     }
     figure = Figure(figsize=(11, 3.6), layout="constrained")
@@ -156,15 +172,16 @@ def benign() -> tuple[dict[str, Any], Figure]:
     left.plot(x_axis, found.losses[1:], label="training loss (noisy labels)")
     left.plot(x_axis, found.test_losses[1:], label="test loss (clean labels)")
     left.set(xscale="log", yscale="log", xlabel="step", title="Benign overfitting")
-    right.plot(x_axis, row["noise_in_reservoir"][1:], label="label noise in the reservoir of W")
-    right.plot(x_axis, row["signal_in_reservoir"][1:], label="signal in the reservoir of W")
+    for name in ("label noise", "signal"):
+        right.plot(x_axis, found.reservoir[name][1:], label=f"{name} in the reservoir of W")
+    right.plot(x_axis, noise_gone[1:], ":", label="noise that is fitted (of its square)")
     right.plot(x_axis, visible, "--", label="noise seen at test, signal = 1")
     right.set(xscale="log", xlabel="step", ylim=(-0.03, 1.03), title="Where the noise is")
     return row, _legends(figure)
 
 
 def descent() -> tuple[dict[str, Any], Figure]:
-    """Random ReLU features of growing width under a trained head, the same data and noise."""
+    """Random tanh features of growing width under a trained head, the same data and noise."""
     torch.manual_seed(0)
     n, inputs, noise, steps = 60, 12, 0.5, 1500
     x = torch.randn(n + 400, inputs).double()
@@ -175,9 +192,10 @@ def descent() -> tuple[dict[str, Any], Figure]:
     data, found = (rows(x[:n], y[:n]), rows(x[n:], clean[n:])), []
     for width in (6, 20, 40, 60, 90, 240, 960):
         torch.manual_seed(width)
-        body = nn.Sequential(nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, 1, bias=False)).double()
-        body[0].requires_grad_(False)
-        nn.init.zeros_(body[2].weight)
+        body = nn.Sequential(nn.Linear(inputs, width, bias=False), nn.Tanh(), nn.Linear(width, 1, bias=False))
+        body = body.double().requires_grad_(False)
+        nn.init.normal_(body[0].weight)
+        nn.init.zeros_(body[2].weight.requires_grad_())
         rate = stable_rate(body[:2](x[:n]))
         directions = {"label noise": wrong, "signal": clean[:n]}
         folder = train(f"descent-{width}", Regressor(body), data, rate, steps, directions)
@@ -236,13 +254,20 @@ def bias() -> tuple[dict[str, Any], Figure]:
     ]
     filled = [i for i, step in enumerate(half) if step is not None]
     row = {
-        "steps": found.steps.tolist(),
+        "examples": n,
+        "steps": steps,
         "kernel_change": found.kernel_change[-1].item(),
-        "channel": [cut.channel for cut in found.splits],
-        "filled_by_half": [(column > 0.5).sum().item() for column in shares],
-        "half_at": half,
+        "stable": found.stable,
+        "filled": len(filled),
         "order": float(spearmanr(filled, [half[i] for i in filled]).statistic),
-        "labels_in_reservoir": found.reservoir["labels"].tolist(),
+        "first_at": half[0],
+        "tenth_at": half[9],
+        "last_at": half[filled[-1]],
+        "channel_first": found.splits[1].channel,
+        "channel_end": found.splits[-1].channel,
+        "labels_in_reservoir_first": found.reservoir["labels"][1].item(),
+        "labels_in_reservoir_end": found.reservoir["labels"][-1].item(),
+        "alignment_end": found.alignment[-1, -1].item(),
         "transfer_error": found.transfer_error.max().item(),
         "test_accuracy": _accuracy(recording.series["test_outputs"][-1], y[n:]),
     }
@@ -273,7 +298,7 @@ class SumNetwork(nn.Module):
 
 
 def grokking() -> tuple[dict[str, Any], Figure]:
-    """Addition modulo 11 from 70 % of the table, AdamW with weight decay: memorised first, understood later."""
+    """Addition modulo 11 from 70 % of the table, AdamW with weight decay: memorised, then understood."""
     torch.manual_seed(0)
     p, steps = 11, 1000
     a, b = torch.cartesian_prod(torch.arange(p), torch.arange(p)).T
@@ -300,17 +325,18 @@ def grokking() -> tuple[dict[str, Any], Figure]:
         for name, labels in (("outputs", y[:n]), ("test_outputs", y[n:]))
     ]
     row = {
+        "examples": n,
+        "outputs": len(v),
         "steps": found.steps.tolist(),
         "train_accuracy": accuracy[0],
         "test_accuracy": accuracy[1],
+        "kernel_test_accuracy": [_hits(guess, y[n:]) for guess in guesses],
         "signal_in_kernel_channel": [1 - cut.reservoir_share(v) for cut in cuts],
         "kernel_channel": [cut.channel for cut in cuts],
-        "kernel_test_accuracy": [_hits(guess, y[n:]) for guess in guesses],
         "signal_in_reservoir": found.reservoir["signal"].tolist(),
         "channel": [cut.channel for cut in found.splits],
-        "outputs": len(v),
         "kernel_change": found.kernel_change[-1].item(),
-        "transfer_error": found.transfer_error.tolist(),
+        "transfer_error": found.transfer_error[-1].item(),
     }
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -431,3 +457,42 @@ def _legends(figure: Figure) -> Figure:
             axis.grid(alpha=0.25)
             axis.legend(frameon=False, fontsize=9)
     return figure
+
+
+KINDS: tuple[Callable[[], tuple[dict[str, Any], Figure]], ...] = (benign, descent, bias, grokking, dpo)
+
+
+def main(argv: Sequence[str]) -> None:
+    known = {kind.__name__: kind for kind in KINDS}
+    wrong = [name for name in argv if name not in (*known, "page")]
+    if wrong or "page" in argv and len(argv) > 1:
+        raise common.RecipeError(
+            f"unknown: {' '.join(wrong or argv)}; give some of {', '.join(known)}, or page, or nothing."
+        )
+    if argv == ["page"]:
+        print(page(json.loads(RESULTS.read_text())), end="")
+        return
+    chosen = list(argv) or list(known)
+    if "dpo" in chosen:
+        common.require_path("outputs/tiny/model", "the model")
+    transformers.utils.logging.set_verbosity_error()
+    for name in chosen:
+        print(f"{name}: {known[name].__doc__}", flush=True)
+        row, figure = known[name]()
+        results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+        common.write_json(RESULTS, {**results, name: _rounded(row)})
+        figure.savefig(RESULTS.with_name(f"output_space_{name}.png"), dpi=80)
+        print(json.dumps(_rounded(row), indent=2))
+
+
+def _rounded(value: Any) -> Any:
+    """Six digits, so that the file does not depend on the last bits."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _rounded(entry) for key, entry in value.items()}
+    return [_rounded(entry) for entry in value] if isinstance(value, list) else value
+
+
+if __name__ == "__main__":
+    common.run(lambda: main(sys.argv[1:]))

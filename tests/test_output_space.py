@@ -248,6 +248,22 @@ def test_momentum_is_counted_and_mini_batches_flow(tmp_path: Path) -> None:
     assert float((predicted - real).norm() / real.norm()) < 0.05
 
 
+def test_only_full_batch_descent_on_the_probe_is_called_that(tmp_path: Path) -> None:
+    train, test = examples(N, 2), examples(M, 2)
+    for settings, probe, rule in (
+        ({}, train, GRADIENT_DESCENT),
+        ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}, train, GRADIENT_DESCENT),
+        ({"max_grad_norm": 1.0}, train, FLOW),
+        ({"weight_decay": 0.1, "optim_args": "weight_decay=0.1"}, train, FLOW),
+        ({}, train[:5], FLOW),
+    ):
+        callback = OutputSpaceCallback(HalfSquared(), one_each(probe), one_each(test))
+        args = TrainingArguments(**arguments(tmp_path, **{"optim": "sgd", "max_steps": 1, **settings}))
+        Trainer(Regression(nn.Linear(2, 1)), args, train_dataset=train, callbacks=[callback]).train()
+        run = load_recording(tmp_path)
+        assert run.rule == rule and run.steps == [0, 1], settings
+
+
 def test_a_resumed_run_has_the_recording_of_the_whole(tmp_path: Path) -> None:
     train, test = examples(N, 3), examples(M, 3)
 
