@@ -12,6 +12,7 @@ numbers go to ``recipes/results/output_space.json`` and one plot each beside it.
 
 import json
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from hf_poprisk.output_space import (
     Split,
     SquaredError,
     cumulative,
+    empirical_ntk,
     load_recording,
     split,
 )
@@ -40,6 +42,7 @@ from hf_poprisk.output_space.analysis import analyse
 
 OUTPUTS = Path("outputs/output_space")
 RESULTS = Path(__file__).parent / "results" / "output_space.json"
+TEMPLATE = Path(__file__).with_name("output_space_template.md")
 Rows = list[dict[str, Tensor]]
 
 
@@ -226,7 +229,7 @@ def descent() -> tuple[dict[str, Any], Figure]:
     right.set(xscale="log", xlabel="width", title="Where the noise is")
     for axis in (left, right):
         axis.axvline(n, color="gray", linestyle=":", linewidth=1)
-    return {"examples": n, "widths": found}, _legends(figure)
+    return {"examples": n, "steps": steps, "widths": found}, _legends(figure)
 
 
 def bias() -> tuple[dict[str, Any], Figure]:
@@ -338,6 +341,15 @@ def grokking() -> tuple[dict[str, Any], Figure]:
         "kernel_change": found.kernel_change[-1].item(),
         "transfer_error": found.transfer_error[-1].item(),
     }
+    fitted = row["train_accuracy"].index(1.0)
+    entered = next(i for i, share in enumerate(row["signal_in_kernel_channel"]) if share > 0.9)
+    row |= {
+        "step_fitted": row["steps"][fitted],
+        "inside_fitted": row["signal_in_kernel_channel"][fitted],
+        "inside_end": row["signal_in_kernel_channel"][-1],
+        "step_inside": row["steps"][entered],
+        "test_inside": row["test_accuracy"][entered],
+    }
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for values, label in zip(accuracy, ("training", "test"), strict=True):
@@ -368,54 +380,58 @@ def dpo() -> tuple[dict[str, Any], Figure]:
     """The embedded model on preference pairs with flipped labels, AdamW and the hard gate."""
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    found = {}
+    found: dict[str, Any] = {}
     for arm, gate, style in (("adamw", "none", "-"), ("gated", "hard", "--")):
-        folder, flipped = _train_pairs(arm, gate)
-        recording = load_recording(folder)
+        trainer, flipped = _train_pairs(arm, gate)
+        recording = load_recording(trainer.args.output_dir)
         run = analyse(recording)
         cut = run.splits[-1]
         u = torch.stack(recording.series["outputs"]).double().squeeze(-1)
         moved = u[-1] - u[0]
         parts = cut.vectors * (cut.vectors.T @ moved)  # [pair, mode]
-        groups = {"clean": ~flipped, "flipped": flipped}
+        groups, tenth = {"clean": ~flipped, "flipped": flipped}, len(moved) // 10
         found[arm] = {
             "channel": cut.channel,
+            "flatness_of_w": float(cut.eigenvalues[0] / cut.eigenvalues[-1]),
             "flips_in_reservoir": run.reservoir["label noise"][-1].item(),
             "test_accuracy": (recording.series["test_outputs"][-1] > 0).double().mean().item(),
             "transfer_error": run.transfer_error[-1].item(),
-            "kernel_change": run.kernel_change[-1].item(),
-            **{f"{name}_fitted": (u[-1][group] > 0).double().mean().item() for name, group in groups.items()},
-            **{f"{name}_margin": u[-1][group].mean().item() for name, group in groups.items()},
-            **{
-                f"{name}_margin_in_channel": parts[group][:, : cut.channel].sum(1).mean().item()
-                for name, group in groups.items()
-            },
-            **{f"{name}_by_mode": parts[group].mean(0).cumsum(0).tolist() for name, group in groups.items()},
         }
+        for name, group in groups.items():
+            found[arm] |= {
+                f"{name}_fitted": (u[-1][group] > 0).double().mean().item(),
+                f"{name}_margin": u[-1][group].mean().item(),
+                f"{name}_margin_in_channel": parts[group][:, : cut.channel].sum(1).mean().item(),
+                f"{name}_margin_in_leading": parts[group][:, :tenth].sum(1).mean().item(),
+            }
         for (name, group), color in zip(groups.items(), ("#2f5d9b", "#d9773c"), strict=True):
             label = f"{name} pairs, {arm}"
             left.plot(run.steps, u[:, group].mean(1), style, color=color, label=label)
-            curve = [0.0, *found[arm][f"{name}_by_mode"]]
+            curve = [0.0, *parts[group].mean(0).cumsum(0).tolist()]
             right.plot(range(len(curve)), curve, style, color=color, label=label)
     left.set(xlabel="step", ylabel="mean reward margin as labelled", title="Noisy DPO, 30 % flipped")
     right.set(xlabel="leading eigenvectors of W", ylabel="mean margin that they carry")
     right.set_title("The margins in the eigenbasis of W")
-    return found, _legends(figure)
+    many = [trainer.data_collator([row]) for row in trainer.train_dataset.select(range(300))]
+    start = time.process_time()
+    empirical_ntk(trainer.model, many, DPOMargin().outputs)
+    sizes = {"pairs": len(flipped), "flipped": int(flipped.sum()), "test_pairs": len(trainer.eval_dataset)}
+    timed = {"kernel_pairs": len(many), "kernel_seconds": time.process_time() - start}
+    timed["parameters"] = sum(p.numel() for p in trainer.model.parameters())
+    return {**sizes, "steps": trainer.state.global_step, **timed, **found}, _legends(figure)
 
 
-def _train_pairs(arm: str, gate: str) -> tuple[Path, Tensor]:
-    """18 steps of 16 pairs on 96 training pairs; the folder, and which pairs are flipped [n]."""
-    folder = OUTPUTS / f"dpo-{arm}"
+def _train_pairs(arm: str, gate: str) -> tuple[PopRiskDPOTrainer, Tensor]:
+    """One epoch of 16 pairs a step; the trainer, and which of the 96 pairs of the probe are flipped."""
     data = common.load_splits("outputs/tiny/preferences", None, False)
-    pairs = common.flip_preferences(data["train"].select(range(96)), 0.3, 0)
-    flipped = torch.tensor(pairs["is_flipped"])
+    pairs = common.flip_preferences(data["train"], 0.3, 0)
+    flipped = torch.tensor(pairs["is_flipped"][:96])
     args = PopRiskDPOConfig(
-        output_dir=str(folder),
+        output_dir=str(OUTPUTS / f"dpo-{arm}"),
         poprisk_gate=gate,
         learning_rate=3e-4,
-        warmup_steps=0.1,
         weight_decay=0.0,
-        max_steps=18,
+        num_train_epochs=1,
         per_device_train_batch_size=16,
         precompute_ref_log_probs=True,
         model_init_kwargs={"dtype": "float32"},
@@ -432,19 +448,17 @@ def _train_pairs(arm: str, gate: str) -> tuple[Path, Tensor]:
         "outputs/tiny/model", args=args, train_dataset=pairs, eval_dataset=data["test"].select(range(48))
     )
     trainer.remove_callback(PrinterCallback)
-    probe, test = (
-        [trainer.data_collator([row]) for row in part]
-        for part in (trainer.train_dataset, trainer.eval_dataset)
-    )
+    parts = trainer.train_dataset.select(range(96)), trainer.eval_dataset
+    probe, test = ([trainer.data_collator([row]) for row in part] for part in parts)
     noise = -flipped.float()  # softplus(−u) was to be softplus(u): its gradient is off by −1
     trainer.add_callback(
         # often at first, where Adam's preconditioner changes fastest
         OutputSpaceCallback(
-            DPOMargin(args.beta), probe, test, [0, 1, 2, 4, 7, 11, 15], 96, {"label noise": noise}
+            DPOMargin(args.beta), probe, test, [0, 1, 3, 7, 13, 21], 96, {"label noise": noise}
         )
     )
     trainer.train()
-    return folder, flipped
+    return trainer, flipped
 
 
 def _accuracy(outputs: Tensor, labels: Tensor) -> float:
@@ -457,6 +471,69 @@ def _legends(figure: Figure) -> Figure:
             axis.grid(alpha=0.25)
             axis.legend(frameon=False, fontsize=9)
     return figure
+
+
+def page(results: dict[str, Any]) -> str:
+    """OUTPUT_SPACE.md: the template, filled with the numbers of the results file."""
+    kinds = {
+        "descent": (
+            {
+                "width": ("width", "d"),
+                "train_loss": ("training loss", ".2g"),
+                "test_loss": ("test loss", ".3g"),
+                "channel": ("channel of W", "d"),
+                "noise_in_reservoir": ("noise in the reservoir", ".0%"),
+                "noise_seen_at_test": ("noise seen at test", ".2f"),
+            },
+            results["descent"]["widths"],
+        ),
+        "grokking": (
+            {
+                "steps": ("step", "d"),
+                "train_accuracy": ("training accuracy", ".2f"),
+                "test_accuracy": ("test accuracy", ".2f"),
+                "kernel_test_accuracy": ("kernel regression", ".2f"),
+                "signal_in_kernel_channel": ("signal in the kernel's channel", ".0%"),
+                "signal_in_reservoir": ("signal in the reservoir of W", ".0%"),
+            },
+            _columns(results["grokking"]),
+        ),
+        "dpo": (
+            {
+                "arm": ("", "s"),
+                "test_accuracy": ("held-out accuracy", ".3f"),
+                "clean_fitted": ("clean fitted", ".0%"),
+                "flipped_fitted": ("flipped fitted", ".0%"),
+                "clean_margin": ("clean margin", ".3f"),
+                "flipped_margin": ("flipped margin", ".3f"),
+                "clean_margin_in_leading": ("clean, leading tenth", ".3f"),
+                "flipped_margin_in_leading": ("flipped, leading tenth", ".3f"),
+                "channel": ("channel of W", "d"),
+                "flips_in_reservoir": ("flips in the reservoir", ".0%"),
+                "transfer_error": ("error of the prediction", ".0%"),
+            },
+            [
+                {"arm": title, **results["dpo"][arm]}
+                for arm, title in (("adamw", "AdamW"), ("gated", "hard gate"))
+            ],
+        ),
+    }
+    tables = {f"{kind}_table": _table(*content) for kind, content in kinds.items()}
+    return TEMPLATE.read_text(encoding="utf-8").format(**results, **tables)
+
+
+def _columns(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Lists of one length, as rows."""
+    lists = {name: values for name, values in row.items() if isinstance(values, list)}
+    return [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
+
+
+def _table(columns: dict[str, tuple[str, str]], entries: list[dict[str, Any]]) -> str:
+    """Markdown; name → title and format."""
+    head = [title for title, _ in columns.values()]
+    body = [[format(entry[name], form) for name, (_, form) in columns.items()] for entry in entries]
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 KINDS: tuple[Callable[[], tuple[dict[str, Any], Figure]], ...] = (benign, descent, bias, grokking, dpo)

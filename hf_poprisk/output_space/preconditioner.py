@@ -50,7 +50,7 @@ def scales(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tens
 
     Adam's is 1/(√v̂ + ε) with this step's gradient in v̂, times the gate's q where there is one (the
     streaming gate decides inside the step and is left out), times the group's learning rate over the first
-    group's. A parameter without a gradient is not written: 0.
+    group's. What no gradient has touched is not written: 0.
     """
     first = float(optimizer.param_groups[0]["lr"])
     found: dict[Tensor, Tensor] = {}
@@ -76,7 +76,7 @@ def _adam(optimizer: torch.optim.Optimizer, group: dict[str, Any], p: Tensor) ->
     if "exp_avg_sq" in state:
         second += beta2 * state["exp_avg_sq"]
     root = (second / (1 - beta2 ** (step.item() + 1))).sqrt_().add_(group["eps"])
-    inverse = root.reciprocal_()
+    inverse = root.reciprocal_().mul_(second != 0)  # 1/ε would stand where no gradient ever was
     if isinstance(optimizer, PopRiskAdamW) and optimizer.needs_examples and optimizer._is_gated(p, step):
         inverse *= optimizer._openness[p]
     return inverse
