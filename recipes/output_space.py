@@ -124,15 +124,15 @@ def gone(folder: Path, direction: str) -> list[float]:
     return [float(v @ e.gramian @ v / v.square().sum()) * 4 / len(v) for e in cumulative(recording)]
 
 
-def stable_rate(x: Tensor, share: float = 0.9) -> float:
-    """A share of the largest stable learning rate of least squares on x [n, d], of loss curvature 2λ/n."""
-    return share * len(x) / float(torch.linalg.matrix_norm(x.double(), 2)) ** 2
+def stable_rate(x: Tensor) -> float:
+    """Nine tenths of the largest stable learning rate of least squares on x [n, d], of loss curvature 2λ/n."""
+    return 0.9 * len(x) / float(torch.linalg.matrix_norm(x.double(), 2)) ** 2
 
 
 def benign() -> tuple[dict[str, Any], Figure]:
     """Least squares with 5 strong and 2400 weak features, noisy labels, trained until it interpolates."""
     torch.manual_seed(0)
-    n, strong, weak, noise, steps = 60, 5, 2400, 0.5, 1500
+    n, strong, weak, noise, steps = 60, 5, 2400, 0.5, 500
     scale = torch.cat([torch.ones(strong), torch.full((weak,), 0.02)]).double()
     x = torch.randn(n + 400, strong + weak).double() * scale
     clean = x[:, :strong].sum(1) / strong**0.5
@@ -143,7 +143,7 @@ def benign() -> tuple[dict[str, Any], Figure]:
     nn.init.zeros_(model.body.weight)
     data = rows(x[:n], y[:n]), rows(x[n:], clean[n:])
     directions = {"label noise": wrong, "signal": clean[:n]}
-    folder = train("benign", model, data, stable_rate(x[:n], 0.5), steps, directions)
+    folder = train("benign", model, data, stable_rate(x[:n]), steps, directions)
     found, visible = analyse(load_recording(folder)), seen_at_test(folder, "label noise", "signal")
     best = int(found.test_losses.argmin())
     full = next(i for i, cut in enumerate(found.splits) if cut.channel == n)
