@@ -125,7 +125,7 @@ def gone(folder: Path, direction: str) -> list[float]:
 
 
 def stable_rate(x: Tensor) -> float:
-    """Nine tenths of the largest stable learning rate of least squares on x [n, d], of loss curvature 2λ/n."""
+    """Nine tenths of the largest stable learning rate of least squares on x [n, d]: its curvature is 2λ/n."""
     return 0.9 * len(x) / float(torch.linalg.matrix_norm(x.double(), 2)) ** 2
 
 

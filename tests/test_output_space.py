@@ -253,6 +253,7 @@ def test_only_full_batch_descent_on_the_probe_is_called_that(tmp_path: Path) -> 
     for settings, probe, rule in (
         ({}, train, GRADIENT_DESCENT),
         ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}, train, GRADIENT_DESCENT),
+        ({"per_device_train_batch_size": 5, "gradient_accumulation_steps": 3}, train, FLOW),
         ({"max_grad_norm": 1.0}, train, FLOW),
         ({"weight_decay": 0.1, "optim_args": "weight_decay=0.1"}, train, FLOW),
         ({}, train[:5], FLOW),
@@ -262,6 +263,9 @@ def test_only_full_batch_descent_on_the_probe_is_called_that(tmp_path: Path) -> 
         Trainer(Regression(nn.Linear(2, 1)), args, train_dataset=train, callbacks=[callback]).train()
         run = load_recording(tmp_path)
         assert run.rule == rule and run.steps == [0, 1], settings
+        if rule == GRADIENT_DESCENT:  # and then it is
+            g, (interval,) = run.series["gradients"][0].reshape(-1), intervals(run)
+            torch.testing.assert_close(-interval.transfer @ g, displacement(run, "test_outputs"))
 
 
 def test_a_resumed_run_has_the_recording_of_the_whole(tmp_path: Path) -> None:

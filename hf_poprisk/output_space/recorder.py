@@ -117,13 +117,17 @@ class OutputSpaceCallback(TrainerCallback):
     @staticmethod
     def _descends(args: Any, optimizer: torch.optim.Optimizer, n: int, loader: Any) -> bool:
         """Whether every step is full-batch gradient descent on a probe that is the training set."""
-        per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        together = args.train_batch_size * args.world_size
         try:
             size = len(loader.dataset)
         except (AttributeError, TypeError):  # a stream
             return False
         plain = not any(group["momentum"] or group["weight_decay"] for group in optimizer.param_groups)
-        return plain and not args.max_grad_norm and size == n and per_step >= size
+        whole = together * args.gradient_accumulation_steps >= size == n
+        even = (
+            size % args.world_size == 0 and size % min(size, together) == 0
+        )  # else examples weigh differently
+        return plain and whole and even and not args.max_grad_norm
 
     def _resume(self, folder: Path, step: int) -> None:
         before = load_recording(folder)
