@@ -412,7 +412,7 @@ def dpo() -> tuple[dict[str, Any], Figure]:
     left.set(xlabel="step", ylabel="mean reward margin as labelled", title="Noisy DPO, 30 % flipped")
     right.set(xlabel="leading eigenvectors of W", ylabel="mean margin that they carry")
     right.set_title("The margins in the eigenbasis of W")
-    many = [trainer.data_collator([row]) for row in trainer.train_dataset.select(range(300))]
+    many = [trainer.data_collator([row]) for row in trainer.train_dataset] * 3
     start = time.process_time()
     empirical_ntk(trainer.model, many, DPOMargin().outputs)
     sizes = {"pairs": len(flipped), "flipped": int(flipped.sum()), "test_pairs": len(trainer.eval_dataset)}
@@ -422,17 +422,18 @@ def dpo() -> tuple[dict[str, Any], Figure]:
 
 
 def _train_pairs(arm: str, gate: str) -> tuple[PopRiskDPOTrainer, Tensor]:
-    """One epoch of 16 pairs a step; the trainer, and which of the 96 pairs of the probe are flipped."""
+    """12 steps of all of 96 training pairs; the trainer, and which of them are flipped, [n] bool."""
     data = common.load_splits("outputs/tiny/preferences", None, False)
-    pairs = common.flip_preferences(data["train"], 0.3, 0)
-    flipped = torch.tensor(pairs["is_flipped"][:96])
+    pairs = common.flip_preferences(data["train"].select(range(96)), 0.3, 0)
+    flipped = torch.tensor(pairs["is_flipped"])
     args = PopRiskDPOConfig(
         output_dir=str(OUTPUTS / f"dpo-{arm}"),
         poprisk_gate=gate,
         learning_rate=3e-4,
         weight_decay=0.0,
-        num_train_epochs=1,
+        max_steps=12,
         per_device_train_batch_size=16,
+        gradient_accumulation_steps=6,
         precompute_ref_log_probs=True,
         model_init_kwargs={"dtype": "float32"},
         max_length=160,
@@ -448,14 +449,12 @@ def _train_pairs(arm: str, gate: str) -> tuple[PopRiskDPOTrainer, Tensor]:
         "outputs/tiny/model", args=args, train_dataset=pairs, eval_dataset=data["test"].select(range(48))
     )
     trainer.remove_callback(PrinterCallback)
-    parts = trainer.train_dataset.select(range(96)), trainer.eval_dataset
+    parts = trainer.train_dataset, trainer.eval_dataset
     probe, test = ([trainer.data_collator([row]) for row in part] for part in parts)
     noise = -flipped.float()  # softplus(−u) was to be softplus(u): its gradient is off by −1
     trainer.add_callback(
         # often at first, where Adam's preconditioner changes fastest
-        OutputSpaceCallback(
-            DPOMargin(args.beta), probe, test, [0, 1, 3, 7, 13, 21], 96, {"label noise": noise}
-        )
+        OutputSpaceCallback(DPOMargin(args.beta), probe, test, [1, 2, 4, 6, 9], 96, {"label noise": noise})
     )
     trainer.train()
     return trainer, flipped

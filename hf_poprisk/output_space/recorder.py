@@ -32,9 +32,9 @@ class OutputSpaceCallback(TrainerCallback):
     checkpoint is, and a run that is resumed from one goes on with it. On several processes each computes and
     the first writes.
 
-    The theory's gradient is that of the loss on the probe: let the probe be the training set, or a random
-    part of it that stands for the rest. Weight decay and clipping are no part of the theory, nor of a
-    prediction.
+    The theory's gradient is that of the loss on the probe: let the probe be the training set. A part of it
+    stands for the rest, but there each example's effect on itself counts for too much, as if it were trained
+    on more often. Weight decay and clipping are no part of the theory, nor of a prediction.
 
     Args:
         task: outputs and losses, as ``ClassLogits()``, ``SquaredError()``, ``SequenceLogProb()``,
