@@ -132,7 +132,7 @@ def stable_rate(x: Tensor) -> float:
 def benign() -> tuple[dict[str, Any], Figure]:
     """Least squares with 5 strong and 2400 weak features, noisy labels, trained until it interpolates."""
     torch.manual_seed(0)
-    n, strong, weak, noise, steps = 60, 5, 2400, 0.5, 500
+    n, strong, weak, noise, steps = 60, 5, 2400, 0.5, 800
     scale = torch.cat([torch.ones(strong), torch.full((weak,), 0.02)]).double()
     x = torch.randn(n + 400, strong + weak).double() * scale
     clean = x[:, :strong].sum(1) / strong**0.5
@@ -143,7 +143,7 @@ def benign() -> tuple[dict[str, Any], Figure]:
     nn.init.zeros_(model.body.weight)
     data = rows(x[:n], y[:n]), rows(x[n:], clean[n:])
     directions = {"label noise": wrong, "signal": clean[:n]}
-    folder = train("benign", model, data, stable_rate(x[:n]), steps, directions)
+    folder = train("benign", model, data, stable_rate(x[:n]) / 2, steps, directions)
     found, visible = analyse(load_recording(folder)), seen_at_test(folder, "label noise", "signal")
     best = int(found.test_losses.argmin())
     full = next(i for i, cut in enumerate(found.splits) if cut.channel == n)

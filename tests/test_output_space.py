@@ -320,7 +320,8 @@ def test_the_cut_of_a_spectrum() -> None:
 
     assert cut(5, 4, 3, 1e-3, 1e-4) == 3
     assert cut(5, 1, 0.5, 0, 0, 0) == 3
-    assert cut(5, 4, 3, 2) == 4  # of one piece
+    assert cut(5, 4, 3, 2.6) == 4  # of one piece
+    assert cut(5, 4.9, 2.2, 2) == 2
     assert cut(0, 0, 0) == 0 and cut(1, 0) == 1
     w = torch.diag(torch.tensor([4.0, 0.0]).double())
     assert split(w).reservoir_share(torch.tensor([[3.0], [4.0]])) == pytest.approx(16 / 25)
