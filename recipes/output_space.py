@@ -341,15 +341,6 @@ def grokking() -> tuple[dict[str, Any], Figure]:
         "kernel_change": found.kernel_change[-1].item(),
         "transfer_error": found.transfer_error[-1].item(),
     }
-    fitted = row["train_accuracy"].index(1.0)
-    entered = next(i for i, share in enumerate(row["signal_in_kernel_channel"]) if share > 0.9)
-    row |= {
-        "step_fitted": row["steps"][fitted],
-        "inside_fitted": row["signal_in_kernel_channel"][fitted],
-        "inside_end": row["signal_in_kernel_channel"][-1],
-        "step_inside": row["steps"][entered],
-        "test_inside": row["test_accuracy"][entered],
-    }
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for values, label in zip(accuracy, ("training", "test"), strict=True):
@@ -393,6 +384,9 @@ def dpo() -> tuple[dict[str, Any], Figure]:
         found[arm] = {
             "channel": cut.channel,
             "flatness_of_w": float(cut.eigenvalues[0] / cut.eigenvalues[-1]),
+            "channel_first": run.splits[1].channel,
+            "flips_in_reservoir_first": run.reservoir["label noise"][1].item(),
+            "loss_explained": float(run.predicted.sum() / run.measured.sum()),
             "flips_in_reservoir": run.reservoir["label noise"][-1].item(),
             "test_accuracy": (recording.series["test_outputs"][-1] > 0).double().mean().item(),
             "transfer_error": run.transfer_error[-1].item(),
@@ -492,7 +486,8 @@ def page(results: dict[str, Any]) -> str:
                 "train_accuracy": ("training accuracy", ".2f"),
                 "test_accuracy": ("test accuracy", ".2f"),
                 "kernel_test_accuracy": ("kernel regression", ".2f"),
-                "signal_in_kernel_channel": ("signal in the kernel's channel", ".0%"),
+                "kernel_channel": ("channel of the kernel", "d"),
+                "signal_in_kernel_channel": ("signal in it", ".0%"),
                 "signal_in_reservoir": ("signal in the reservoir of W", ".0%"),
             },
             _columns(results["grokking"]),
@@ -517,8 +512,15 @@ def page(results: dict[str, Any]) -> str:
             ],
         ),
     }
+    rows_of = _columns(results["grokking"])
+    moments = {
+        "fitted": next(row for row in rows_of if row["train_accuracy"] == 1),
+        "inside": next(row for row in rows_of if row["signal_in_kernel_channel"] > 0.9),
+        "empty": next(row for row in rows_of if row["signal_in_reservoir"] < 0.01),
+        "last": rows_of[-1],
+    }
     tables = {f"{kind}_table": _table(*content) for kind, content in kinds.items()}
-    return TEMPLATE.read_text(encoding="utf-8").format(**results, **tables)
+    return TEMPLATE.read_text(encoding="utf-8").format(**results, **tables, **moments)
 
 
 def _columns(row: dict[str, Any]) -> list[dict[str, Any]]:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from hf_poprisk.output_space.recording import GRADIENT_DESCENT, Recording
 
-_FLAT = 2.0  # a spectrum whose extremes differ by less is of one piece
+_FLAT = 10**0.5  # a spectrum whose extremes differ by less is of one piece
 
 
 @dataclass(frozen=True)
@@ -189,8 +189,8 @@ def split(gramian: Tensor, precision: torch.dtype = torch.float64) -> Split:
     """Cut the spectrum of W where it falls into two groups.
 
     The tolerance is Otsu's threshold of the logarithms: the cut with the largest variance between its two
-    sides. Eigenvalues below rounding, N·eps of the largest, count as that. A spectrum that spans less than a
-    factor of two is of one piece, all channel; of W = 0 all is reservoir.
+    sides. Eigenvalues below rounding, N·eps of the largest, count as that. A spectrum within half a
+    decade is of one piece, all channel; of W = 0 all is reservoir.
 
     Args:
         gramian: W [N, N].
