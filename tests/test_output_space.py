@@ -273,8 +273,8 @@ def test_a_resumed_run_has_the_recording_of_the_whole(tmp_path: Path) -> None:
 
     def go(folder: Path, steps: int, resume: Path | None = None) -> Recording:
         torch.manual_seed(0)
-        callback = OutputSpaceCallback(HalfSquared(), one_each(train), one_each(test), 3)
-        settings = {"max_steps": steps, "optim": "adamw_torch", "save_strategy": "steps", "save_steps": 5}
+        callback = OutputSpaceCallback(HalfSquared(), one_each(train), one_each(test), [3, 8])
+        settings = {"max_steps": steps, "optim": "adamw_torch", "save_strategy": "steps", "save_steps": 3}
         args = TrainingArguments(**arguments(folder, **settings, lr_scheduler_type="linear"))
         body = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
         trainer = Trainer(Regression(body), args, train_dataset=train, callbacks=[callback])
@@ -282,15 +282,15 @@ def test_a_resumed_run_has_the_recording_of_the_whole(tmp_path: Path) -> None:
         return load_recording(folder)
 
     whole = go(tmp_path / "a", 11)
-    assert whole.steps == [0, 3, 6, 9, 11]
-    for checkpoint in ("checkpoint-5", "checkpoint-10"):
+    assert whole.steps == [0, 3, 8, 11]
+    for checkpoint in ("checkpoint-3", "checkpoint-9"):
         again = go(tmp_path / "a", 11, tmp_path / "a" / checkpoint)
         assert again.steps == whole.steps and again.learning_rates == whole.learning_rates
         for name, values in whole.series.items():
             assert all(torch.equal(a, b) for a, b in zip(values, again.series[name], strict=True)), name
     (tmp_path / "a" / FILE_NAME).unlink()
     with pytest.raises(RecordingError, match="holds no output_space"):
-        go(tmp_path / "a", 11, tmp_path / "a" / "checkpoint-5")
+        go(tmp_path / "a", 11, tmp_path / "a" / "checkpoint-3")
 
 
 def test_preference_pairs_of_the_stock_trainer(tmp_path: Path) -> None:
