@@ -14,6 +14,7 @@ from trl import DPOConfig, DPOTrainer
 
 from hf_poprisk import PopRiskTrainer, PopRiskTrainingArguments
 from hf_poprisk.output_space import (
+    ClassLogits,
     DPOMargin,
     OutputSpaceCallback,
     Recording,
@@ -235,6 +236,27 @@ def test_the_recorded_kernel_is_that_of_the_step_taken(tmp_path: Path, optim: st
             torch.testing.assert_close(-rate * run.series[kernel][i] @ g, moved, rtol=1e-6, atol=1e-9)
     ranks = [int(torch.linalg.matrix_rank(k)) for k in run.series["kernel"]]
     assert (min(ranks) < 4) == (optim == "poprisk_adamw")  # a closed gate takes directions away
+
+
+def test_recording_changes_nothing_in_a_judged_and_gated_run(tmp_path: Path) -> None:
+    class Classifier(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.2))
+
+        def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            logits = self.layers(x)
+            return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+    data = [{"x": torch.randn(4), "labels": torch.tensor(i % 3)} for i in range(24)]
+    settings = {"per_device_train_batch_size": 8, "num_train_epochs": 2, "poprisk_label_noise": "audit"}
+    args, weights = PopRiskTrainingArguments(**arguments(tmp_path, **settings)), []
+    for callbacks in ([OutputSpaceCallback(ClassLogits(), one_each(data), one_each(data[:4]), 2)], []):
+        torch.manual_seed(0)
+        model = Classifier()
+        PopRiskTrainer(model, args=args, train_dataset=data, callbacks=callbacks).train()
+        weights.append(model.layers[0].weight.detach())
+    assert torch.equal(*weights) and load_recording(tmp_path).steps == [0, 2, 4, 6]
 
 
 def test_momentum_is_counted_and_mini_batches_flow(tmp_path: Path) -> None:
