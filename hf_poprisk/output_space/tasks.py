@@ -6,7 +6,7 @@ A task is any object with two methods::
     losses(outputs, batch) -> [b]            each example's loss Φ_i, a function of its row alone
 
 ``forward`` is called like the model. The training loss is the mean of Φ_i over the examples; a task describes
-a run if that is what its trainer minimises. Source: arXiv:2605.01172; ``METHOD`` notation: u, Φ, g = ∇Φ(u).
+a run if that is what its trainer minimises. Notation of arXiv:2605.01172: outputs u, loss Φ, g = ∇Φ(u).
 """
 
 from __future__ import annotations
