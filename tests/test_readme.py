@@ -10,6 +10,8 @@ from models import tiny_model, token_examples
 from torch.utils.data import DataLoader
 
 from hf_poprisk import PopRiskAdamW
+from hf_poprisk.output_space import load_recording
+from hf_poprisk.output_space.analysis import analyse
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -64,9 +66,7 @@ def test_every_file_readme_names_is_there() -> None:
             assert (root / "recipes" / kind / arm / "poprisk.yaml").is_file()
 
 
-def test_the_judged_trainer_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
+def classifier() -> torch.nn.Module:
     layer = torch.nn.Linear(4, 3)
 
     class Classifier(torch.nn.Module):
@@ -78,7 +78,23 @@ def test_the_judged_trainer_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             logits = self.layer(x)
             return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
 
+    return Classifier()
+
+
+def test_the_judged_trainer_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
     data = [{"x": torch.randn(4), "labels": torch.tensor(i % 3)} for i in range(24)]
-    names = run("judged", model=Classifier(), data=data)
+    names = run("judged", model=classifier(), data=data)
     assert names["trainer"]._label_noise.table.visits.tolist() == [6] * 24
     assert (tmp_path / "judged" / "label_noise.parquet").is_file()
+
+
+def test_the_recorded_run_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = [{"x": torch.randn(4), "labels": i % 3} for i in range(32)]
+    run("output space", model=classifier(), train_data=data[:24], test_data=data[24:])
+    recording = load_recording("seen")
+    assert recording.steps == list(range(0, 31, 3)) and recording.rule == "gradient descent"
+    assert recording.series["outputs"][0].shape == (24, 3)
+    assert analyse(recording).transfer_error.max() < 0.05

@@ -1,0 +1,35 @@
+"""A network in output space: kernel, signal channel, reservoir, and what of training reaches test examples.
+
+    recorder = OutputSpaceCallback(ClassLogits(), probe, test, steps=20)
+    Trainer(..., callbacks=[recorder]).train()
+    python -m hf_poprisk.output_space OUTPUT_DIR
+
+Source: E. Litman and G. Guo, "A Theory of Generalization in Deep Learning", arXiv:2605.01172.
+"""
+
+from hf_poprisk.output_space.dynamics import Evolution, Split, cumulative, evolve, intervals, split
+from hf_poprisk.output_space.kernel import empirical_ntk, kernel_product, kernels
+from hf_poprisk.output_space.recorder import OutputSpaceCallback
+from hf_poprisk.output_space.recording import Recording, RecordingError, load_recording
+from hf_poprisk.output_space.tasks import ClassLogits, DPOMargin, SequenceLogProb, SquaredError, Task
+
+__all__ = [
+    "ClassLogits",
+    "DPOMargin",
+    "Evolution",
+    "OutputSpaceCallback",
+    "Recording",
+    "RecordingError",
+    "SequenceLogProb",
+    "Split",
+    "SquaredError",
+    "Task",
+    "cumulative",
+    "empirical_ntk",
+    "evolve",
+    "intervals",
+    "kernel_product",
+    "kernels",
+    "load_recording",
+    "split",
+]

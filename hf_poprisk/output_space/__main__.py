@@ -1,0 +1,3 @@
+from hf_poprisk.output_space.cli import main
+
+main()

@@ -1,0 +1,82 @@
+"""What multiplies the gradient in a step: the diagonal P of K_P = J P Jᵀ, read from the optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_poprisk.optimizer import PopRiskAdamW
+
+NONE, ADAM, GATED = "none", "adam", "gated adam"
+
+
+def bare(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer inside accelerate's wrapper."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def kind(optimizer: torch.optim.Optimizer) -> str:
+    """``none`` for SGD, ``adam`` or ``gated adam``.
+
+    Raises:
+        ValueError: an optimizer whose step is not a diagonal times the gradient, as far as we know.
+    """
+    known = isinstance(optimizer, torch.optim.SGD | torch.optim.Adam)  # AdamW is an Adam in torch
+    groups = optimizer.param_groups
+    if not known or any(group.get("amsgrad") or group.get("maximize") for group in groups):
+        raise ValueError(
+            f"OutputSpaceCallback cannot read the preconditioner of this {type(optimizer).__name__}: set "
+            "optim to sgd, adamw_torch or poprisk_adamw, without amsgrad and maximize."
+        )
+    if isinstance(optimizer, torch.optim.SGD):
+        return NONE
+    return GATED if isinstance(optimizer, PopRiskAdamW) and optimizer.needs_examples else ADAM
+
+
+def pace(optimizer: torch.optim.Optimizer) -> float:
+    """How far a unit of gradient moves the weights in the end, per learning rate: SGD's momentum adds up."""
+    group = optimizer.param_groups[0]
+    momentum = group.get("momentum", 0.0)
+    return (1 - group.get("dampening", 0.0)) / (1 - momentum) if momentum else 1.0
+
+
+@torch.no_grad()
+def scales(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """P per trainable parameter for the step about to be taken: its gradient is there, its moments are old.
+
+    Adam's is 1/(√v̂ + ε) with this step's gradient in v̂, times the gate's q where there is one (the
+    streaming gate decides inside the step and is left out), times the group's learning rate over the first
+    group's. What no gradient has touched is not written: 0.
+    """
+    first = float(optimizer.param_groups[0]["lr"])
+    found: dict[Tensor, Tensor] = {}
+    for group in optimizer.param_groups:
+        ratio = float(group["lr"]) / first if first else 1.0
+        for p in group["params"]:
+            if p.grad is None:
+                found[p] = torch.zeros_like(p)
+            elif isinstance(optimizer, torch.optim.SGD):
+                found[p] = torch.full_like(p, ratio)
+            else:
+                found[p] = _adam(optimizer, group, p).mul_(ratio)
+    # frozen when the optimizer was made: never written
+    named = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    return {name: found[p] if p in found else torch.zeros_like(p) for name, p in named}
+
+
+def _adam(optimizer: torch.optim.Optimizer, group: dict[str, Any], p: Tensor) -> Tensor:
+    beta2, state = group["betas"][1], optimizer.state.get(p, {})
+    step = torch.as_tensor(state.get("step", 0.0))
+    square = p.grad.float().square() if p.dtype != torch.float64 else p.grad.square()
+    second = square * (1 - beta2)
+    if "exp_avg_sq" in state:
+        second += beta2 * state["exp_avg_sq"]
+    root = (second / (1 - beta2 ** (step.item() + 1))).sqrt_().add_(group["eps"])
+    inverse = root.reciprocal_().mul_(second != 0)  # 1/ε would stand where no gradient ever was
+    if isinstance(optimizer, PopRiskAdamW) and optimizer.needs_examples and optimizer._is_gated(p, step):
+        inverse *= optimizer._openness[p]
+    return inverse

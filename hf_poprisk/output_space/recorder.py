@@ -1,0 +1,211 @@
+"""A callback that records a run in output space, for any trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from hf_poprisk.output_space.kernel import evaluate, kernels
+from hf_poprisk.output_space.preconditioner import NONE, bare, kind, pace, scales
+from hf_poprisk.output_space.recording import (
+    FILE_NAME,
+    FLOW,
+    GRADIENT_DESCENT,
+    Recording,
+    RecordingError,
+    load_recording,
+)
+from hf_poprisk.output_space.tasks import Batch, Task, loss_terms
+
+
+class OutputSpaceCallback(TrainerCallback):
+    """Records kernel, outputs and output gradients into ``output_dir/output_space.safetensors``.
+
+    Before an optimizer step is taken, its kernel is that of the step itself: K_P with Adam's (and the gate's)
+    preconditioner of this very step. The end of training is recorded too, with the last step's
+    preconditioner. The layout is in ``hf_poprisk.output_space.recording``. The file is written whenever a
+    checkpoint is, and a run that is resumed from one goes on with it. On several processes each computes and
+    the first writes.
+
+    The theory's gradient is that of the loss on the probe: let the probe be the training set. A part of it
+    stands for the rest, but there each example's effect on itself counts for too much, as if it were trained
+    on more often. Weight decay and clipping are no part of the theory, nor of a prediction.
+
+    Args:
+        task: outputs and losses, as ``ClassLogits()``, ``SquaredError()``, ``SequenceLogProb()``,
+            ``DPOMargin(beta)``.
+        probe: training examples as collated batches; one example each is fastest.
+        test: held-out examples, likewise.
+        steps: record every so many optimizer steps, or at these.
+        chunk: outputs whose gradients are held at a time; see ``empirical_ntk``.
+        directions: name → [n, k] or [n], directions in output space to be followed, ``label noise`` for
+            instance: the output gradient of the labels given, minus that of the right labels.
+
+    Raises (on construction):
+        ValueError: steps, directions or a probe that cannot be.
+    Raises (in ``train``):
+        ValueError: an optimizer, a precision or sharded parameters that it cannot read, or directions of
+            another shape than the outputs.
+        RecordingError: a run resumed without the recording of its beginning.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        probe: Sequence[Batch],
+        test: Sequence[Batch],
+        steps: int | Collection[int] = 10,
+        chunk: int = 64,
+        directions: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        wanted = [steps] if isinstance(steps, int) else list(steps)
+        if any(not isinstance(s, int) or s < 0 for s in wanted) or steps == 0:
+            raise ValueError(
+                f"steps must be a number ≥ 1 of optimizer steps, or a list of steps; got {steps!r}."
+            )
+        if not probe or not test:
+            raise ValueError("probe and test need at least one batch each.")
+        if chunk < 1:
+            raise ValueError(f"chunk must be a number of outputs ≥ 1; got {chunk}.")
+        self.task, self.probe, self.test, self.chunk = task, list(probe), list(test), chunk
+        self._every = steps if isinstance(steps, int) else None
+        self._steps = set(wanted) if self._every is None else set()
+        self._directions = dict(directions or {})
+        self._scales: dict[str, Tensor] | None = None
+        self._recording: Recording | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model, optimizer = kwargs["model"], bare(kwargs["optimizer"])
+        for name in ("fsdp", "deepspeed", "fp16"):
+            if getattr(args, name, None):
+                raise ValueError(
+                    f"OutputSpaceCallback does not support {name}: leave it off, or the callback."
+                )
+        found = kind(optimizer)
+        device = next(model.parameters()).device
+        self._batches = [
+            [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()} for batch in batches]
+            for batches in (self.probe, self.test)
+        ]
+        outputs = evaluate(model, self._batches[0], self.task.outputs)
+        n, k = sum(map(len, outputs)), outputs[0].shape[-1]
+        exact = found == NONE and self._descends(args, optimizer, n, kwargs.get("train_dataloader"))
+        self._recording = Recording(
+            GRADIENT_DESCENT if exact else FLOW,
+            _describe(optimizer, args),
+            found,
+            self._shaped(n, k, outputs[0].dtype),
+        )
+        if state.global_step > 0:
+            self._resume(Path(args.output_dir), state.global_step)
+
+    def _shaped(self, n: int, k: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        shaped = {}
+        for name, value in self._directions.items():
+            if value.numel() != n * k:
+                raise ValueError(
+                    f"the direction {name!r} has shape {tuple(value.shape)}; the probe's outputs {(n, k)}."
+                )
+            shaped[name] = value.detach().cpu().to(dtype).reshape(n, k)
+        return shaped
+
+    @staticmethod
+    def _descends(args: Any, optimizer: torch.optim.Optimizer, n: int, loader: Any) -> bool:
+        """Whether every step is full-batch gradient descent on a probe that is the training set."""
+        together = args.train_batch_size * args.world_size
+        try:
+            size = len(loader.dataset)
+        except (AttributeError, TypeError):  # a stream
+            return False
+        plain = not any(group["momentum"] or group["weight_decay"] for group in optimizer.param_groups)
+        whole = together * args.gradient_accumulation_steps >= size == n
+        even = (
+            size % args.world_size == 0 and size % min(size, together) == 0
+        )  # else examples weigh differently
+        return plain and whole and even and not args.max_grad_norm
+
+    def _resume(self, folder: Path, step: int) -> None:
+        before = load_recording(folder)
+        fresh = self._recording
+        same = fresh is not None and all(
+            getattr(before, name) == getattr(fresh, name) for name in ("rule", "preconditioner")
+        )
+        if len(before.learning_rates) < step or not same:
+            raise RecordingError(
+                f"{folder / FILE_NAME} is not the recording of the {step} steps before this checkpoint: "
+                "resume from an earlier one, or leave OutputSpaceCallback out."
+            )
+        before.until(step)
+        self._recording = before
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model, optimizer, step = kwargs["model"], bare(kwargs["optimizer"]), state.global_step
+        due = step % self._every == 0 if self._every is not None else step in self._steps
+        due = due or step == 0
+        if due or self._scales is None or step == state.max_steps - 1:  # the end takes those of the last step
+            self._scales = scales(optimizer, model)
+        if due:
+            self._record(model, step)
+        self._recording.learning_rates.append(float(optimizer.param_groups[0]["lr"]) * pace(optimizer))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if control.should_save:  # before the checkpoint, so that none is without its recording
+            self._save(args, state)
+
+    on_epoch_end = on_step_end
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._save(args, state)  # checkpoints that an evaluation asked for
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._recording.learning_rates and self._recording.steps[-1] < state.global_step:
+            self._record(kwargs["model"], state.global_step)
+        self._save(args, state)
+
+    def _record(self, model: nn.Module, step: int) -> None:
+        values: dict[str, Tensor] = {}
+        terms = []
+        for batches in self._batches:
+            found = evaluate(model, batches, self.task.outputs)
+            terms.append(
+                [(u, *loss_terms(self.task, u, batch)) for u, batch in zip(found, batches, strict=True)]
+            )
+        (u, losses, g, b), (u_test, test_losses, *_) = (
+            map(torch.cat, zip(*part, strict=True)) for part in terms
+        )
+        dtype, n = u.dtype if u.dtype == torch.float64 else torch.float32, len(u)
+        kernel, cross = kernels(model, *self._batches, self.task.outputs, self.chunk, self._scales)
+        values = {
+            "kernel": kernel,
+            "cross_kernel": cross,
+            "outputs": u,
+            "test_outputs": u_test,
+            "gradients": g / n,
+            "curvatures": b / n,
+            "losses": losses.mean(),
+            "test_losses": test_losses.mean(),
+        }
+        self._recording.add(step, {name: value.to(dtype) for name, value in values.items()})
+
+    def _save(self, args: Any, state: Any) -> None:
+        if state.is_world_process_zero and self._recording.steps:
+            self._recording.save(Path(args.output_dir))
+
+
+def _describe(optimizer: torch.optim.Optimizer, args: Any) -> str:
+    """In words, for the report."""
+    group = optimizer.param_groups[0]
+    parts = [type(optimizer).__name__]
+    if kind(optimizer) == NONE:
+        parts += [f"momentum {group['momentum']}"] if group["momentum"] else []
+    else:
+        parts.append(f"betas {group['betas'][0]}, {group['betas'][1]}")
+    parts += [f"weight decay {group['weight_decay']}"] if group["weight_decay"] else []
+    parts += [f"gate {optimizer.gate}"] if hasattr(optimizer, "gate") else []
+    parts += [f"clipping at {args.max_grad_norm}"] if args.max_grad_norm else []
+    return ", ".join(parts)

@@ -1,0 +1,111 @@
+"""One self-contained HTML page about a recorded run: the numbers in words, and the figures."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from pathlib import Path
+
+from torch import Tensor
+
+from hf_poprisk.output_space.analysis import Analysis
+from hf_poprisk.output_space.plots import figures
+from hf_poprisk.output_space.recording import GRADIENT_DESCENT, Recording
+
+_STYLE = """
+body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif }
+img { width: 100% } h2 { margin-top: 2.5rem } p, li { max-width: 48rem }
+"""
+
+
+def sentences(recording: Recording, analysis: Analysis) -> dict[str, list[str]]:
+    """Title of a figure → what its numbers say; ``""`` is about the run."""
+    n, k = recording.series["outputs"][0].shape
+    m, records = len(recording.series["test_outputs"][0]), len(analysis.steps)
+    begin, end = analysis.steps[0].item(), analysis.steps[-1].item()
+    cut, error = analysis.splits[-1], analysis.transfer_error
+    loss, test_loss = analysis.losses.tolist(), analysis.test_losses.tolist()
+    fall, explained = -analysis.measured.sum().item(), -analysis.predicted.sum().item()
+    plain = recording.preconditioner == "none"
+    kernel = "K = J Jᵀ" if plain else f"K_P = J P Jᵀ, P of {recording.preconditioner}"
+    about = [
+        f"{records} records from step {begin} to {end}; {n} probe and {m} test examples with {k} "
+        f"output{'s' if k > 1 else ''} each; optimizer {recording.optimizer}; kernel {kernel}.",
+        "Every step was full-batch gradient descent on the probe, and is followed as it was."
+        if recording.rule == GRADIENT_DESCENT
+        else "Steps are followed by their limit of small steps on the probe: mini-batches, the delay of "
+        "momentum, clipping, weight decay and what the training set holds beyond the probe are not.",
+    ]
+    if not analysis.stable:
+        about.append(
+            "Some steps were larger than 2/μ for the fastest mode of the probe: the picture of a frozen "
+            "kernel overshoots there, W is not positive, and no prediction below holds."
+        )
+    return {
+        "": about,
+        "Where the loss went": [
+            f"The probe's loss went from {loss[0]:.4g} to {loss[-1]:.4g}, the test loss from "
+            f"{test_loss[0]:.4g} to {test_loss[-1]:.4g}.",
+            f"The sum of gᵀWg over the intervals is {explained:.4g}, the measured fall {fall:.4g}.",
+        ],
+        "Signal channel and reservoir": [
+            f"At the end the signal channel has {cut.channel} of {len(cut.vectors)} directions: the "
+            f"eigenvalues of W above {cut.tolerance:.3g}, where the spectrum is cut (Otsu's threshold of the "
+            "logarithms).",
+            *(_in_reservoir(name, share, analysis) for name, share in analysis.reservoir.items()),
+        ],
+        "What reached the test examples": [
+            "Predicted by −𝒢 g of the first record, the displacement of the test outputs at the end is off "
+            f"by {100 * error[-1].item():.3g} % of its length; the largest error on the way is "
+            f"{100 * error.max().item():.3g} %."
+        ],
+        "How the kernel turned": [
+            f"The kernel changed by {analysis.kernel_change[-1].item():.3g} times its own norm. Its "
+            f"{analysis.alignment.shape[1]} leading eigenvectors keep "
+            f"{100 * analysis.alignment[-1, -1].item():.0f} % of the space that they spanned at the start."
+        ],
+        "Error by mode": [
+            "Each row is an eigenvector of the last W, the largest eigenvalue on top; the color is the "
+            "squared output gradient along it."
+        ],
+    }
+
+
+def _in_reservoir(name: str, share: Tensor, analysis: Analysis) -> str:
+    low = int(share[1:].argmin()) + 1
+    return (
+        f"Of the {name}, {100 * share[-1].item():.1f} % lies in the reservoir at the end (lowest: "
+        f"{100 * share[low].item():.1f} % at step {analysis.steps[low].item()})."
+    )
+
+
+def page(recording: Recording, analysis: Analysis, title: str) -> str:
+    """The HTML, with its figures inside."""
+    texts, parts = sentences(recording, analysis), []
+    drawn = figures(analysis)
+    for name, lines in texts.items():
+        parts += [f"<h2>{html.escape(name)}</h2>"] if name else []
+        parts += [f"<p>{html.escape(line)}</p>" for line in lines]
+        if name:
+            buffer = io.BytesIO()
+            drawn[name].savefig(buffer, format="png", dpi=110)
+            data = base64.b64encode(buffer.getvalue()).decode()
+            parts.append(f'<img alt="{html.escape(name)}" src="data:image/png;base64,{data}">')
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f"<style>{_STYLE}</style>\n<h1>{html.escape(title)}</h1>\n" + "\n".join(parts) + "\n"
+        "<p>Definitions: E. Litman and G. Guo, A Theory of Generalization in Deep Learning, "
+        "arXiv:2605.01172.</p>"
+        "</html>\n"
+    )
+
+
+def write_page(path: Path, text: str) -> None:
+    """Beside its place, then renamed: a reader never sees half of it."""
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

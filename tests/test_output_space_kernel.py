@@ -1,0 +1,164 @@
+"""The kernel against the slow textbook: one full Jacobian, all outputs at once, in float64."""
+
+import pytest
+import torch
+from models import tiny_model, token_examples
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from hf_poprisk.output_space import (
+    ClassLogits,
+    DPOMargin,
+    SequenceLogProb,
+    empirical_ntk,
+    kernel_product,
+    kernels,
+)
+from hf_poprisk.output_space.tasks import Batch, Outputs, loss_terms
+
+
+def reference_jacobian(model: nn.Module, batches: list[Batch], outputs: Outputs) -> Tensor:
+    """[N, P] float64: every output differentiated by every trainable parameter, nothing shared or saved."""
+    rows = []
+    params = [p for p in model.parameters() if p.requires_grad]
+    for batch in batches:
+        for j in range(outputs(model, batch).numel()):
+            value = outputs(model, batch).reshape(-1)[j]
+            grads = torch.autograd.grad(value, params, allow_unused=True)
+            rows.append(
+                torch.cat(
+                    [
+                        torch.zeros(p.numel()).double() if g is None else g.reshape(-1)
+                        for p, g in zip(params, grads, strict=True)
+                    ]
+                )
+            )
+    return torch.stack(rows)
+
+
+def pairs(count: int, start: int = 0) -> list[Batch]:
+    """Preference pairs as TRL collates them, one to a batch."""
+    rows = token_examples(2 * (start + count))
+    found = []
+    for i in range(start, start + count):
+        batch = {k: torch.cat([rows[2 * i][k], rows[2 * i + 1][k]]) for k in ("input_ids", "attention_mask")}
+        completion = batch["attention_mask"].clone()
+        completion[:, :2] = 0
+        reference = {"ref_chosen_logps": torch.tensor([-9.0]), "ref_rejected_logps": torch.tensor([-8.0 - i])}
+        found.append({**batch, "completion_mask": completion, **reference})
+    return found
+
+
+def sequences(count: int) -> list[Batch]:
+    return list(token_examples(count))
+
+
+def classified(count: int) -> list[Batch]:
+    return [{**row, "labels": torch.tensor([i % 3])} for i, row in enumerate(token_examples(count))]
+
+
+def adapted() -> nn.Module:
+    model = get_peft_model(
+        tiny_model(dtype=torch.float64),
+        LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False),
+    )
+    return model.double()
+
+
+CASES = {
+    "classes": (lambda: tiny_model("bert", dtype=torch.float64), ClassLogits(), classified),
+    "sequences": (lambda: tiny_model(dtype=torch.float64), SequenceLogProb(), sequences),
+    "tied sequences": (
+        lambda: tiny_model("gpt2", tied=True, dtype=torch.float64),
+        SequenceLogProb(),
+        sequences,
+    ),
+    "pairs": (lambda: tiny_model("qwen2", dtype=torch.float64), DPOMargin(0.1), pairs),
+    "adapter": (adapted, DPOMargin(0.1), pairs),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_kernel_is_the_textbook_one(case: str) -> None:
+    make, task, data = CASES[case]
+    model, batches = make().eval(), data(7)
+    probe, test = batches[:5], batches[5:]
+    j, j_test = (reference_jacobian(model, part, task.outputs) for part in (probe, test))
+    close = {"rtol": 1e-10, "atol": 1e-10 * float((j @ j.T).abs().max())}
+    torch.testing.assert_close(empirical_ntk(model, probe, task.outputs, chunk=2), j @ j.T, **close)
+    generator = torch.Generator().manual_seed(1)
+    scales = {
+        name: torch.rand(p.shape, generator=generator, dtype=torch.float64)
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+    p = torch.cat([s.reshape(-1) for s in scales.values()])
+    for chunk in (3, 100):
+        kernel, cross = kernels(model, probe, test, task.outputs, chunk, scales)
+        torch.testing.assert_close(kernel, j * p @ j.T, **close)
+        torch.testing.assert_close(cross, j_test * p @ j.T, **close)
+    v = torch.randn(len(j), generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(kernel_product(model, probe, v, task.outputs), j @ j.T @ v, **close)
+    found = kernel_product(model, probe, v, task.outputs, test, scales)
+    torch.testing.assert_close(found, j_test * p @ j.T @ v, **close)
+
+
+def test_chunks_of_every_size_give_one_kernel() -> None:
+    """Batches of several examples, outputs of one example in different chunks, more test than probe."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+
+    def outputs(forward: object, batch: Batch) -> Tensor:
+        return forward(batch["x"])
+
+    probe, test = ([{"x": torch.randn(b, 3).double()} for b in sizes] for sizes in ((1, 2, 1), (3, 2, 1)))
+    j, j_test = (reference_jacobian(model, part, outputs) for part in (probe, test))
+    for chunk in range(1, 14):
+        kernel, cross = kernels(model, probe, test, outputs, chunk)
+        torch.testing.assert_close(kernel, j @ j.T, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(cross, j_test @ j.T, rtol=1e-12, atol=1e-12)
+
+
+def test_no_more_than_two_chunks_of_gradients_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Linear(50, 4)
+    size, made = sum(p.numel() for p in model.parameters()), []
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *shape, **kw: made.append(shape) or zeros(*shape, **kw))
+    empirical_ntk(model, [{"x": torch.randn(1, 50)}] * 10, lambda f, b: f(b["x"]), chunk=8)
+    gradients = [shape for shape in made if len(shape) == 2 and shape[1] == size]
+    assert {shape[0] for shape in gradients} == {8} and len(gradients) == 1 + 4 + 3 + 2 + 1
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = tiny_model().train()
+    model.model.layers[0].eval()
+    before = [module.training for module in model.modules()]
+    hooked: list[str] = []
+    for name, p in model.named_parameters():
+        p.register_hook(lambda grad, name=name: hooked.append(name))
+    empirical_ntk(model, sequences(2), SequenceLogProb().outputs)
+    assert [module.training for module in model.modules()] == before
+    assert not hooked and all(p.grad is None for p in model.parameters())
+
+
+def test_curvature_and_gradient_of_the_losses() -> None:
+    u, labels = torch.randn(4, 3).double(), {"labels": torch.tensor([0, 1, 2, 0])}
+    losses, g, b = loss_terms(ClassLogits(), u, labels)
+    p = u.softmax(1)
+    torch.testing.assert_close(g, p - torch.eye(3)[labels["labels"]].double())
+    torch.testing.assert_close(b, torch.diag_embed(p) - p[:, :, None] * p[:, None, :])
+    torch.testing.assert_close(losses, -p.gather(1, labels["labels"][:, None]).squeeze(1).log())
+    _, g, b = loss_terms(SequenceLogProb(), u[:, :1], {"labels": torch.zeros(4, 6, dtype=torch.long)})
+    assert bool((g == -1 / 5).all()) and not b.any()
+
+
+def test_what_cannot_be_is_refused() -> None:
+    model, outputs = nn.Linear(2, 1), lambda f, b: f(b["x"])
+    probe = [{"x": torch.ones(1, 2)}]
+    with pytest.raises(ValueError, match="chunk must be"):
+        empirical_ntk(model, probe, outputs, chunk=0)
+    with pytest.raises(ValueError, match="at least one example"):
+        empirical_ntk(model, [], outputs)
+    with pytest.raises(ValueError, match="the probe has 1 outputs"):
+        kernel_product(model, probe, torch.ones(2), outputs)
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        empirical_ntk(model.requires_grad_(False), probe, outputs)

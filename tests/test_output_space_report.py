@@ -1,0 +1,106 @@
+"""The report on a recorded run, and what the command line refuses."""
+
+import base64
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from test_output_space import Regression, examples, record
+from torch import nn
+
+from hf_poprisk.output_space import load_recording
+from hf_poprisk.output_space.analysis import analyse
+from hf_poprisk.output_space.cli import main
+from hf_poprisk.output_space.recording import FILE_NAME
+from hf_poprisk.output_space.report import sentences
+
+FIGURES = ["Where the loss went", "Signal channel and reservoir", "What reached the test examples"]
+FIGURES += ["How the kernel turned", "Error by mode"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run <b>")
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+    record(folder, Regression(body), examples(12, 3), examples(5, 3), 2, learning_rate=0.1, max_steps=9)
+    return folder
+
+
+class Page(HTMLParser):
+    """Headings and sources of what a browser would load."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.sources: list[str] = []
+        self.tags: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
+
+
+def test_the_page_is_whole_and_needs_nothing_else(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([str(run)])
+    printed, text = capsys.readouterr().out, (run / "output_space.html").read_text()
+    found = Page(text)
+    assert len(found.sources) == 5 and found.tags.count("b") == 0  # the folder's name is escaped
+    for source in found.sources:
+        assert base64.b64decode(source.removeprefix("data:image/png;base64,")).startswith(b"\x89PNG")
+    assert re.findall("<h2>(.*?)</h2>", text) == FIGURES
+    recording = load_recording(run)
+    analysis = analyse(recording)
+    assert "6 records from step 0 to 9; 12 probe and 5 test examples with 1 output each" in printed
+    assert "full-batch gradient descent on the probe, and is followed as it was" in printed
+    assert f"off by {100 * float(analysis.transfer_error[-1]):.3g} %" in printed
+    assert f"has {analysis.splits[-1].channel} of 12 directions" in printed
+    for line in printed.splitlines()[:2]:
+        assert line in text
+    assert sorted(p.name for p in run.iterdir()) == ["output_space.html", FILE_NAME]
+
+
+def test_the_analysis_says_what_happened(run: Path) -> None:
+    recording = load_recording(run)
+    analysis = analyse(recording)
+    torch.testing.assert_close(analysis.predicted, analysis.measured, rtol=0.05, atol=1e-4)
+    assert analysis.transfer_error.max() < 0.01 and analysis.stable
+    assert analysis.alignment.shape == (6, 6) and analysis.kernel_change[0] == 0
+    torch.testing.assert_close(analysis.alignment[0], torch.ones(6).double())
+    assert analysis.alignment.min() > 0 and analysis.alignment.max() < 1 + 1e-9
+    total = torch.stack(recording.series["gradients"]).flatten(1).square().sum(1)
+    torch.testing.assert_close(analysis.error_by_mode.sum(1), total)
+
+
+def test_steps_too_large_for_the_theory_are_said(tmp_path: Path) -> None:
+    train = examples(6, 2)
+    recording = record(tmp_path, Regression(nn.Linear(2, 1)), train, train, 1, learning_rate=4.0, max_steps=3)
+    analysis = analyse(recording)
+    assert not analysis.stable and "no prediction below holds" in sentences(recording, analysis)[""][-1]
+
+
+def test_bad_input_is_one_sentence(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / FILE_NAME).write_bytes((run / FILE_NAME).read_bytes()[:-9])
+    (tmp_path / "f.html").mkdir()
+    for options, message in (
+        ([str(tmp_path / "none")], "holds no output_space.safetensors"),
+        ([str(tmp_path)], "is damaged"),
+        ([str(run), "--to", str(tmp_path / "page.pdf")], "must be a file that ends in .html"),
+        ([str(run), "--to", str(tmp_path / "f.html")], "must be a file that ends in .html"),
+        ([str(run), "--to", str(tmp_path / "none" / "page.html")], "does not exist"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(options)
+        printed = capsys.readouterr()
+        assert stopped.value.code == 2 and message in printed.err and printed.err.count("\n") == 1
+        assert not printed.out
+    assert not list(tmp_path.glob("*page*"))
+
+
+def test_importing_needs_neither_trl_nor_matplotlib() -> None:
+    code = "import sys, hf_poprisk.output_space.cli; print({'trl', 'matplotlib'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
