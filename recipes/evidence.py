@@ -8,7 +8,7 @@ are there; ``page`` draws ``recipes/results/NAME.png`` and writes the generated 
 ``recipes/RESULTS.md`` and README. An experiment is a YAML file with these keys:
 
     title, claim, verdict: words for the page
-    short:     the verdict in README: supported, only at equal learning rate, or not supported here
+    short:     the verdict in README: supported, supported only at equal learning rate, not supported here
     script:    the Python file beside it, with ``run(cell) -> dict`` and the names of its ``OPTIONS``
     settings:  options that all runs share
     arms:      name → options that make the arm; the first one is the baseline
@@ -38,6 +38,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 import common
+import label_noise
 import numpy as np
 import yaml
 from controls import OPTIONS, TAKEN
@@ -390,19 +391,30 @@ def results_page() -> str:
 
 def summary() -> str:
     """The table of README: the first report of every experiment, each arm at its best settings."""
-    arms, lines = ("adamw", "hard", "soft"), []
+    lines = []
     for path in experiments():
         experiment = Experiment.load(path)
-        report, rows = experiment.reports[0], experiment.rows()
-        places = digits(rows, report["report"])
-        entries = [experiment.title, report["report"].removeprefix("test_")]
-        for arm in arms:
-            mine = [row for row in rows if row["arm"] == arm]
-            shown = mine and not experiment.facets
-            chosen = best(mine, experiment.grid, report) if shown else []
-            entries.append(with_error(chosen, report["report"], places) if shown else "–")
-        lines.append([*entries, experiment.short])
-    return markdown(["", "measured on test data", *arms, "the claim is"], lines)
+        report, grid, rows = experiment.reports[0], experiment.grid, experiment.rows()
+        line = [experiment.title, report["report"].removeprefix("test_").replace("_", " ")]
+        values = ["–"] * len(SHOWN) if experiment.facets else at_their_best(rows, grid, report)
+        lines.append([*line, *values, experiment.short])
+    rows = label_noise.load_rows(ROOT / "results" / "label_noise.jsonl")
+    report = {"select": "validation_accuracy", "report": "test_accuracy", "better": "higher"}
+    for entry in yaml.safe_load((ROOT / "label_noise.yaml").read_text()):
+        found = [row for row in rows if all(row[name] == entry[name] for name in ("task", "noise"))]
+        found = [row | {"options": {"learning_rate": row["learning_rate"]}} for row in found]
+        line = [entry["title"], "accuracy", *at_their_best(found, ["learning_rate"], report), entry["short"]]
+        lines.append(line)
+    return markdown(["", "on test data", *SHOWN, "the claim is"], lines)
+
+
+SHOWN = ("adamw", "hard", "soft", "random-mask")
+
+
+def at_their_best(rows: list[Row], grid: Any, report: dict[str, Any]) -> list[str]:
+    arms = ([row for row in rows if row["arm"] == arm] for arm in SHOWN)
+    places = digits(rows, report["report"])
+    return [with_error(best(arm, grid, report), report["report"], places) if arm else "–" for arm in arms]
 
 
 def readme() -> str:

@@ -279,6 +279,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "results").mkdir()
     for script in RECIPES.glob("claims/*.py"):
         (tmp_path / "claims" / script.name).write_text(script.read_text())
+    (tmp_path / "results" / "label_noise.jsonl").touch()
+    (tmp_path / "label_noise.yaml").write_text("[]")
     monkeypatch.setattr(evidence, "ROOT", tmp_path)
     return tmp_path
 
