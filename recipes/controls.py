@@ -77,7 +77,7 @@ class Watch(TrainerCallback):
 
 def stopped_early(curves: dict[str, list[float]], by: str) -> dict[str, list[float]]:
     """The curves up to where ``by``, an error on held-out noisy data, is lowest; as they are without it."""
-    if by not in curves:
+    if by not in curves or np.isnan(curves[by]).all():
         return curves
     at = int(np.nanargmin(curves[by]))
     return {name: values[: at + 1] for name, values in curves.items()}

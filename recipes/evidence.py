@@ -3,13 +3,15 @@
     python recipes/evidence.py run recipes/claims/grokking-add.yaml --processes 2
     python recipes/evidence.py page
 
-``run`` appends one line of JSON per training run to ``recipes/results/NAME.jsonl`` and skips the runs that
-are there; ``page`` draws ``recipes/results/NAME.png`` and writes the generated parts of
+``run`` appends one line of JSON per training run to ``recipes/results/NAME.jsonl``, skips the runs that are
+there, and prints the tables; an experiment of your own, a YAML file elsewhere, has its script and its results
+beside it. ``page`` draws ``recipes/results/NAME.png`` and writes the generated parts of
 ``recipes/RESULTS.md`` and README. An experiment is a YAML file with these keys:
 
     title, claim, verdict: words for the page
     short:     the verdict in README: supported, supported only at equal learning rate, not supported here
-    script:    the Python file beside it, with ``run(cell) -> dict`` and the names of its ``OPTIONS``
+    script:    the Python file beside it, with ``run(cell) -> dict``, and the names of its ``OPTIONS`` and of
+               its ``RESULTS``
     settings:  options that all runs share
     arms:      name → options that make the arm; the first one is the baseline
     grid:      option → values, the same for every arm; ``select`` chooses the best point, on average
@@ -28,6 +30,7 @@ import argparse
 import importlib.util
 import itertools
 import math
+import re
 import sys
 from collections import defaultdict
 from concurrent.futures import BrokenExecutor
@@ -54,7 +57,7 @@ DICTIONARIES = ("arms", "curve", "settings", "grid", "facets", "equal", "columns
 
 @dataclass(frozen=True)
 class Experiment:
-    name: str
+    path: Path
     title: str
     claim: str
     verdict: str
@@ -80,14 +83,14 @@ class Experiment:
         if not isinstance(content, dict):
             raise common.RecipeError(f"{path} is not an experiment: see `python recipes/evidence.py --help`.")
         known = {f.name: f.default_factory is f.default for f in fields(cls)}
-        needed = {name for name, required in known.items() if required} - {"name"}
+        needed = {name for name, required in known.items() if required} - {"path"}
         for wrong, message in (
-            (set(content) - set(known) | {"name"} & set(content), "unknown"),
+            (set(content) - set(known) | {"path"} & set(content), "unknown"),
             (needed - set(content), "missing"),
         ):
             if wrong:
                 raise common.RecipeError(f"{message} in {path}: {', '.join(sorted(wrong))}.")
-        experiment = cls(name=path.stem, **content)
+        experiment = cls(path=path, **content)
         for name, kind in (("seeds", list), ("reports", list), *dict.fromkeys(DICTIONARIES, dict).items()):
             value = getattr(experiment, name)
             if not isinstance(value, kind) or (name in ("seeds", "reports", "arms", "curve") and not value):
@@ -99,12 +102,17 @@ class Experiment:
                 raise common.RecipeError(
                     f"a report in {path} needs select, report and better, which is lower or higher."
                 )
-        if not (ROOT / "claims" / experiment.script).is_file():
-            raise common.RecipeError(f"script={experiment.script} is not beside {path}.")
+        script = path.parent / str(experiment.script)
+        if script.suffix != ".py" or not script.is_file():
+            raise common.RecipeError(f"script={experiment.script} is not a Python file beside {path}.")
         experiment._check_options(path)
-        for name, values in experiment.grid.items():
-            if not all(isinstance(value, int | float) for value in values):  # YAML takes 1e-3 for text
-                raise common.RecipeError(f"{name} in the grid of {path} must be numbers: write 1.0e-3.")
+        experiment._check_results(path)
+        for name, values in (experiment.grid | experiment.facets).items():
+            numbers = isinstance(values, list) and all(isinstance(value, int | float) for value in values)
+            if not values or not numbers:
+                raise common.RecipeError(
+                    f"{name} in the grid or the facets of {path} must be a list of numbers."
+                )
         for name, value in experiment.equal.items():
             if value not in experiment.grid.get(name, []):
                 raise common.RecipeError(f"equal in {path} is not on the grid: {name}={value}.")
@@ -112,10 +120,16 @@ class Experiment:
 
     def _check_options(self, path: Path) -> None:
         """Nothing that is written has no effect."""
+        if not all(isinstance(options, dict) for options in self.arms.values()):
+            raise common.RecipeError(f"every arm of {path} needs options: {{poprisk_gate: none}} is AdamW.")
+        for options in (self.settings, *self.arms.values()):
+            for name, value in options.items():
+                if isinstance(value, str) and re.fullmatch(r"[-+.\d]+e[-+]?\d+", value):
+                    raise common.RecipeError(f"{name} in {path} is text to YAML: write 1.0e-3 for 1e-3.")
         shared = [*self.settings, *self.grid, *self.facets]
         arms = [name for options in self.arms.values() for name in options]
         arguments = set(PopRiskTrainingArguments.__dataclass_fields__) - set(TAKEN)
-        read = {*module(self.script).OPTIONS, *OPTIONS, *arguments}
+        read = {*module(path.parent / self.script).OPTIONS, *OPTIONS, *arguments}
         unread = {*shared, *arms} - read
         if unread:
             raise common.RecipeError(f"nothing reads {', '.join(sorted(unread))} of {path}.")
@@ -124,6 +138,23 @@ class Experiment:
             raise common.RecipeError(f"{', '.join(sorted(twice))} is given in two places of {path}.")
         if self.facets and (self.equal or self.columns):
             raise common.RecipeError(f"equal and columns have no effect with the facets of {path}.")
+
+    def _check_results(self, path: Path) -> None:
+        """What tables and figure show is there, before it is computed."""
+        if not all(type(seed) is int for seed in self.seeds) or len(set(self.seeds)) < len(self.seeds):
+            raise common.RecipeError(f"seeds in {path} must be different whole numbers.")
+        unknown = set(self.curve) - {"x", "y", "dashed", "x_label", "y_label", "log"}
+        if unknown or not {"x", "y"} <= set(self.curve) or set(self.curve.get("log", "")) - {"x", "y"}:
+            raise common.RecipeError(
+                f"curve in {path} has x, y, dashed, x_label, y_label, and log: x, y or xy."
+            )
+        shown = {self.curve[name] for name in ("x", "y", "dashed") if name in self.curve} - set(self.facets)
+        shown |= {*self.columns, *(report[name] for report in self.reports for name in ("select", "report"))}
+        missing = shown - set(module(path.parent / self.script).RESULTS)
+        if missing:
+            raise common.RecipeError(
+                f"{self.script} returns no {', '.join(sorted(missing))}, shown by {path}."
+            )
 
     def cells(self) -> list[Row]:
         """Seed by seed: an interrupted comparison is a balanced one."""
@@ -140,7 +171,9 @@ class Experiment:
 
     @property
     def results(self) -> Path:
-        return ROOT / "results" / f"{self.name}.jsonl"
+        """Beside the experiment, if it is not one of the repository's."""
+        own = self.path.resolve().parent == (ROOT / "claims").resolve()
+        return ROOT / "results" / f"{self.path.stem}.jsonl" if own else self.path.with_suffix(".jsonl")
 
     def rows(self) -> list[Row]:
         """The finished runs of this experiment as it is written now."""
@@ -149,8 +182,7 @@ class Experiment:
         return [row for row in found if key(row, FIELDS) in asked]
 
 
-def module(script: str) -> Any:
-    path = ROOT / "claims" / script
+def module(path: Path) -> Any:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     loaded = importlib.util.module_from_spec(spec)
@@ -158,9 +190,11 @@ def module(script: str) -> Any:
     return loaded
 
 
-def work(script: str, cell: Row) -> Row:
-    """Run one cell in the experiment's script."""
-    return module(script).run(cell["options"] | {"seed": cell["seed"]})
+def work(script: Path, cell: Row) -> Row:
+    """Run one cell in the experiment's script; a result that is not finite counts as None."""
+    found = module(script).run(cell["options"] | {"seed": cell["seed"]})
+    lost = {name for name, value in found.items() if isinstance(value, float) and not math.isfinite(value)}
+    return found | dict.fromkeys(lost)
 
 
 # -- tables -----------------------------------------------------------------------------------------------
@@ -312,7 +346,7 @@ def section(path: Path) -> str:
         missing(experiment, rows),
         CHOSEN * bool(experiment.grid),
         *(table(experiment, rows, report) for report in experiment.reports),
-        f"![{experiment.title}](results/{experiment.name}.png)",
+        f"![{experiment.title}](results/{path.stem}.png)",
     ]
     return "\n\n".join(filter(None, out))
 
@@ -426,7 +460,7 @@ def write_page() -> None:
         experiment = Experiment.load(path)
         rows = experiment.rows()
         if rows:
-            draw(experiment, rows, ROOT / "results" / f"{experiment.name}.png")
+            draw(experiment, rows, experiment.results.with_suffix(".png"))
     for page, content in ((ROOT / "RESULTS.md", results_page()), (ROOT.parent / "README.md", readme())):
         page.write_text(content)
 
@@ -456,7 +490,13 @@ def main() -> None:
             if wrong:
                 raise common.RecipeError(f"{name} {' '.join(map(str, wrong))}: not in {args.experiment}.")
         cells = [c for c in experiment.cells() if c["arm"] in arms and c["seed"] in seeds]
-        sys.exit(run_cells(cells, partial(work, experiment.script), experiment.results, args.processes))
+        script = experiment.path.resolve().parent / experiment.script
+        code = run_cells(cells, partial(work, script), experiment.results, args.processes)
+        rows = experiment.rows()
+        if rows:
+            print("", missing(experiment, rows), sep="\n")
+            print(*(table(experiment, rows, report) for report in experiment.reports), sep="\n\n")
+        sys.exit(code)
     except (common.RecipeError, OSError, yaml.YAMLError, BrokenExecutor) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     except KeyboardInterrupt:

@@ -62,7 +62,7 @@ def run_cells(
         The exit code: 1 if a run failed.
 
     Raises:
-        RecipeError: another process writes to the file, or it holds something else.
+        RecipeError: another process writes to the file, it holds something else, or a run raised one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     fields = list(cells[0])
@@ -102,7 +102,7 @@ def _run_all(
                 file.write((json.dumps(row) + "\n").encode())  # one write, which is all there or not at all
                 os.fsync(file.fileno())
                 seconds[cell[alike]].append(row["seconds"])
-            except BrokenExecutor:
+            except (BrokenExecutor, common.RecipeError):  # the others would say the same
                 raise
             except Exception as error:
                 failed += 1

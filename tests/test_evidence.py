@@ -51,9 +51,10 @@ def test_every_arm_of_every_experiment_runs(
 
     monkeypatch.setattr(controls, "fit", watched)
     for arm, cell in {cell["arm"]: cell for cell in reversed(experiment.cells())}.items():
-        found = evidence.work(experiment.script, cell | {"options": cell["options"] | small})
+        found = evidence.work(path.parent / experiment.script, cell | {"options": cell["options"] | small})
         names = [name for report in experiment.reports for name in (report["select"], report["report"])]
         assert all(isinstance(found[name], int | float | None) for name in (*names, *experiment.columns)), arm
+        assert set(evidence.module(path.parent / experiment.script).RESULTS) <= set(found)
         assert len(found[experiment.curve["y"]] if experiment.curve["x"] not in experiment.facets else [1])
     same = {frozenset((a, b)) for a in ends for b in ends if a != b and torch.equal(ends[a], ends[b])}
     assert same <= {frozenset(("adamw", "weight"))}  # the model is too small to judge
@@ -252,7 +253,7 @@ EXPERIMENT = {
     "seeds": [0, 1],
     "reports": [{"select": "validation_error", "report": "test_error", "better": "lower"}],
     "equal": {"learning_rate": 0.1},
-    "curve": {"x": "step", "y": "curve"},
+    "curve": {"x": "step", "y": "test_errors"},
 }
 
 
@@ -264,7 +265,7 @@ def made_up(options: dict[str, Any], arm: str, seed: int, validation: float, tes
         "validation_error": validation,
         "test_error": test,
         "step": [1, 2],
-        "curve": [test, test],
+        "test_errors": [test, test],
         "seconds": 30.0,
         "versions": {"torch": "2"},
     }
@@ -355,8 +356,8 @@ def test_a_finished_run_stays_where_it_was(place: Path, monkeypatch: pytest.Monk
     import matplotlib.axes
 
     rows = [made_up({"learning_rate": 0.1}, "adamw", seed, 0.0, 0.0) for seed in (0, 1)]
-    rows[0] |= {"step": [1, 2, 3], "curve": [0.0, 0.2, 0.4]}
-    rows[1] |= {"step": [1], "curve": [1.0]}
+    rows[0] |= {"step": [1, 2, 3], "test_errors": [0.0, 0.2, 0.4]}
+    rows[1] |= {"step": [1], "test_errors": [1.0]}
     experiment = evidence.Experiment.load(write(place, rows))
     drawn: list[Any] = []
     plot = matplotlib.axes.Axes.plot
@@ -381,6 +382,7 @@ def test_run_resumes_and_page_is_written(
             evidence.main()
         printed = capfd.readouterr()
         assert stopped.value.code == 0 and expected in printed.out, printed.err
+        assert "| adamw | 0.01 |" in printed.out
     rows = evidence.Experiment.load(path).rows()
     assert len(rows) == 4 and all(0 < row["test_error"] < 1 and row["seconds"] > 0 for row in rows)
     monkeypatch.setattr(sys, "argv", ["evidence.py", "page"])
@@ -393,14 +395,44 @@ def test_run_resumes_and_page_is_written(
     assert "| A title | error | 0." in readme and "| supported |" in readme
 
 
+def test_an_experiment_of_ones_own_lies_elsewhere(tmp_path: Path, place: Path) -> None:
+    here = tmp_path / "mine"
+    here.mkdir()
+    written = write(place, [])
+    (here / "one.yaml").write_text(written.read_text())
+    with pytest.raises(common.RecipeError, match="not a Python file beside"):
+        evidence.Experiment.load(here / "one.yaml")
+    (here / "double_descent.py").write_text((RECIPES / "claims/double_descent.py").read_text())
+    assert evidence.Experiment.load(here / "one.yaml").results == here / "one.jsonl"
+    assert evidence.Experiment.load(written).results == place / "results" / "one.jsonl"
+
+
+def test_what_is_not_finite_is_no_result(tmp_path: Path) -> None:
+    script = tmp_path / "s.py"
+    script.write_text("def run(cell): return {'a': float('nan'), 'b': 1.0, 'c': [float('nan')]}\n")
+    found = evidence.work(script, {"options": {}, "seed": 0})
+    assert found["a"] is None and found["b"] == 1.0 and math.isnan(found["c"][0])
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
         ({"seed": [1]}, "unknown in {}: seed"),
-        ({"grid": {"learning_rate": ["1e-3"]}}, "must be numbers: write 1.0e-3"),
+        (
+            {"grid": {"learning_rate": ["1e-3"]}},
+            "learning_rate in the grid or the facets of {} must be a list of numbers",
+        ),
+        ({"grid": {"learning_rate": 0.1}}, "must be a list of numbers"),
+        ({"settings": {"learning_rate": "1e-3"}, "grid": {}, "equal": {}}, "is text to YAML: write 1.0e-3"),
+        ({"arms": {"adamw": None}}, "every arm of {} needs options"),
+        ({"seeds": [0, 0]}, "seeds in {} must be different whole numbers"),
+        ({"curve": {"x": "step", "y": "test_errors", "xlable": "a"}}, "curve in {} has x, y, dashed"),
+        ({"curve": {"x": "step", "y": "test_errors", "log": "z"}}, "curve in {} has x, y, dashed"),
+        ({"curve": {"x": "step", "y": "test_eror"}}, "double_descent.py returns no test_eror, shown by {}"),
+        ({"columns": {"trian_error": "a"}}, "returns no trian_error"),
         ({"equal": {"learning_rate": 0.5}}, "equal in {} is not on the grid: learning_rate=0.5"),
         ({"reports": [{"select": "a", "report": "b", "better": "up"}]}, "which is lower or higher"),
-        ({"script": "none.py"}, "script=none.py is not beside {}"),
+        ({"script": "none.py"}, "script=none.py is not a Python file beside {}"),
         ({"arms": {"adamw": {"poprisk_gat": "none"}}}, "nothing reads poprisk_gat of {}"),
         ({"settings": {"max_steps": 3}}, "nothing reads max_steps of {}"),
         ({"arms": {"adamw": {"learning_rate": 0.1}}}, "learning_rate is given in two places of {}"),
@@ -454,4 +486,6 @@ def test_the_results_page_is_what_the_command_writes() -> None:
 def test_a_missing_model_is_said() -> None:
     cell = evidence.Experiment.load(RECIPES / "claims/text-noise.yaml").cells()[0]
     with pytest.raises(common.RecipeError, match=r"model=outputs/none is not a folder"):
-        evidence.work("text.py", cell | {"options": cell["options"] | {"model": "outputs/none"}})
+        evidence.work(
+            RECIPES / "claims/text.py", cell | {"options": cell["options"] | {"model": "outputs/none"}}
+        )

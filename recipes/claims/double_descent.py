@@ -8,6 +8,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 OPTIONS = ("num_train", "noise", "width", "early", "every")
+RESULTS = tuple(f"{name}_error{s}" for name in ("train", "validation", "test") for s in ("", "s")) + ("step",)
 
 
 class Network(nn.Module):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 THRESHOLD = 0.95  # of the held-out pairs
 OPTIONS = ("operation", "p", "train_share", "model", "width", "every")
+RESULTS = ("validation_steps", "test_steps", "step", "train_accuracy", "validation_accuracy", "test_accuracy")
 
 
 class Perceptron(nn.Module):

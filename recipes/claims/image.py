@@ -14,6 +14,15 @@ from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
 
 OPTIONS = ("size", "noise", "width", "features", "frequency", "early", "every")
+RESULTS = (
+    "validation_psnr",
+    "test_psnr",
+    "test_highest",
+    "noisy_psnr",
+    "step",
+    "validation_psnrs",
+    "test_psnrs",
+)
 
 
 class Network(nn.Module):

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 TARGET = 0.40  # relative L2 error
 OPTIONS = ("num_train", "noise", "width", "depth", "beta", "early", "every")
+RESULTS = ("validation_iterations", "test_iterations", "validation_error", "test_error", "test_lowest")
+RESULTS += ("step", "validation_errors", "test_errors")
 VALUE, IN_X, IN_T, INITIAL, LEFT, RIGHT = range(6)  # rows of an example
 
 

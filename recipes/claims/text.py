@@ -21,6 +21,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 LIBRARIES = ("tkinter", "asyncio", "email", "importlib")
 SIZES = {"train": 512, "validation": 200, "test": 320}
 OPTIONS = ("model", "dataset", "noise", "max_length", "epochs", "early")
+RESULTS = ("step", "epoch") + tuple(
+    f"{name}_accurac{s}" for name in ("validation", "test", "wrong") for s in ("y", "ies")
+)
 
 
 def docstrings() -> DatasetDict:
