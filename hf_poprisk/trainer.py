@@ -21,6 +21,7 @@ from hf_poprisk.checkpoints import CheckpointMixin, describe_data
 from hf_poprisk.hub import HubMixin
 from hf_poprisk.influence import Influence
 from hf_poprisk.label_noise.mixin import LabelNoiseMixin, check_datasets_installed, with_index
+from hf_poprisk.label_noise.sample import take_sample
 from hf_poprisk.optimizer import PopRiskAdamW, matching
 from hf_poprisk.risk import RiskMeter
 
@@ -67,6 +68,7 @@ class PopRiskMixin(HubMixin, CheckpointMixin, LabelNoiseMixin):
         if judged:
             check_datasets_installed()
             call.arguments["train_dataset"], ids = with_index(data)
+            sample = take_sample(data, ids)  # before the trainer makes tokens of it
             if ids is None and config.world_size > 1:
                 raise ValueError(
                     "poprisk_label_noise cannot tell the examples of a stream on several processes: train on "
@@ -75,7 +77,7 @@ class PopRiskMixin(HubMixin, CheckpointMixin, LabelNoiseMixin):
         self._risk = RiskMeter() if config.poprisk_risk else None
         super().__init__(*call.args, **call.kwargs)
         if judged:
-            self._start_label_noise(ids)
+            self._start_label_noise(ids, sample)
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:

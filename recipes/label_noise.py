@@ -132,7 +132,7 @@ def trainer_class(base: Any, arm: Arm, noise: float) -> Any:
         def _replace_judge(self) -> None:
             plain = self._label_noise
             if arm.judge is not None:
-                self._label_noise = arm.judge(plain.mode, plain.preferences, plain.table)
+                self._label_noise = arm.judge(plain.mode, plain.preferences, plain.table, plain.sample)
                 self._label_noise.told = noise
 
         @staticmethod

@@ -24,6 +24,7 @@ from hf_poprisk.audit.data import check_labels
 from hf_poprisk.label_noise import INDEX, TABLE_NAME, ExampleTable, LabelNoise, NoiseFit
 from hf_poprisk.label_noise.judge import FITS_NAME
 from hf_poprisk.label_noise.noise_fit import MAX_RATE
+from hf_poprisk.label_noise.sample import take_sample
 
 N = 60
 WRONG = np.arange(N) % 4 == 1  # a quarter of the labels
@@ -51,11 +52,12 @@ def save_run(
     preferences: bool = True,
     since: int | None = 32,
     never: tuple[int, ...] = (),
+    sample: Any = None,
 ) -> Path:
     """What training leaves; the rows ``never`` were not visited."""
     heldout = log_odds() if heldout is None else heldout.astype(np.float32)
     table = ExampleTable(np.arange(len(heldout)) if ids is None else ids)
-    judge = LabelNoise(mode, preferences, table)
+    judge = LabelNoise(mode, preferences, table, sample)
     rows = torch.tensor([i for i in range(len(heldout)) if i not in never])
     z = torch.from_numpy(heldout)[rows]
     # the training loss is blurred, so that its AUROC is another
@@ -663,6 +665,25 @@ def test_targets_are_refused_before_any_work(tmp_path: Path, saved: Path, capsys
     assert f"--plot {file}/a.png goes through a file" in refused(capsys, nowhere, "--plot", file / "a.png")
     assert f"--to {saved}/new lies inside the data" in refused(capsys, nowhere, *write, saved / "new")
     assert file.read_text() == "mine" and (folder / "mine").is_file()
+
+
+def test_rows_in_another_order_are_refused(tmp_path: Path, saved: Path, capsys: Any) -> None:
+    sample = take_sample(pairs(), np.arange(N))
+    assert len(sample) == N and set(sample["0"]) == set(pairs().column_names)
+    run = save_run(tmp_path / "run", sample=sample)
+    assert "estimated share" in command(capsys, run, "--dataset", saved)
+    pairs().shuffle(seed=1).save_to_disk(str(tmp_path / "shuffled"))
+    says = refused(
+        capsys, run, "--dataset", tmp_path / "shuffled", "--write", "filtered", "--to", tmp_path / "to"
+    )
+    assert "the data are not those of the run: 'prompt' of the row with example_index 0" in says
+    assert not (tmp_path / "to").exists()
+    more = pairs().remove_columns("prompt").add_column("mine", [1] * N)  # others are passed over
+    more.save_to_disk(str(tmp_path / "more"))
+    assert "estimated share" in command(capsys, run, "--dataset", tmp_path / "more")
+    moved = pairs().add_column("example_index", np.arange(N)).shuffle(seed=1)  # known by their index
+    moved.save_to_disk(str(tmp_path / "moved"))
+    assert "estimated share" in command(capsys, run, "--dataset", tmp_path / "moved")
 
 
 def test_options_of_saved_data_without_effect(run: Path, saved: Path, capsys: Any) -> None:

@@ -21,7 +21,7 @@ from hf_poprisk import PopRiskTrainer, PopRiskTrainingArguments
 from hf_poprisk.checkpoints import damage
 from hf_poprisk.influence import Influence
 from hf_poprisk.label_noise import INDEX, TABLE_NAME, ExampleTable, LabelNoise, fit_noise
-from hf_poprisk.label_noise.judge import _Visit, load_fits
+from hf_poprisk.label_noise.judge import FITS_NAME, _Visit, load_fits
 from hf_poprisk.label_noise.log_odds import LogOddsError, LogOddsTap, class_log_odds
 from hf_poprisk.label_noise.mixin import IndexCollator, with_index
 from hf_poprisk.label_noise.noise_fit import MAX_RATE, _objective
@@ -431,6 +431,10 @@ def test_pairs_are_weighted_by_their_posterior(kind: str, mode: str, llama_dir: 
     strength = expected if mode == "weight" else 2 * expected - 1
     slope = torch.where(strength < 0, strength.abs() * torch.sigmoid(z), -strength * torch.sigmoid(-z))
     torch.testing.assert_close(later.tap.slopes, slope / 4, rtol=1e-4, atol=1e-6)
+    sample = json.loads((tmp_path / FITS_NAME).read_text())["sample"]
+    assert len(sample) == 16 and {"prompt", "chosen", "rejected"} <= set(
+        sample["0"]
+    )  # before they are tokens
     logs = [entry for entry in trainer.state.log_history if "poprisk/weight_mean" in entry]
     assert logs and ("poprisk/swapped" in logs[-1]) == (mode == "swap")
     assert logs[-1]["poprisk/noise_rate_low"] <= logs[-1]["poprisk/noise_rate"]

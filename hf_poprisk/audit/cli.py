@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_poprisk.audit.common import AuditError, need, one_line
-from hf_poprisk.audit.data import check_labels, find_rows, known_flips, load_data
+from hf_poprisk.audit.data import check_labels, check_rows, find_rows, known_flips, load_data
 from hf_poprisk.audit.figure import plot
 from hf_poprisk.audit.report import report
 from hf_poprisk.audit.run import load_run
@@ -109,6 +109,7 @@ def audit(args: argparse.Namespace, console: Console | None = None) -> None:
         data = load_data(args.dataset, args.split, args.config_name)
         rows = find_rows(data, run)
         check_labels(data, run)
+        check_rows(data, rows, run)
         flips = known_flips(data, rows)
         if len(data) > len(rows):
             done += [f"{len(data) - len(rows)} rows of the data are not in the run."]

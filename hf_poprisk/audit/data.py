@@ -11,6 +11,7 @@ import numpy as np
 from hf_poprisk.audit.common import TEXT_LENGTH, TRUTH, AuditError, need, one_line, shorten
 from hf_poprisk.audit.run import Run
 from hf_poprisk.label_noise import INDEX
+from hf_poprisk.label_noise.sample import first_difference
 from hf_poprisk.record import CONFIG_NAME, load_record
 
 if TYPE_CHECKING:
@@ -90,6 +91,26 @@ def find_rows(data: Dataset, run: Run) -> np.ndarray:
     if len(missing):
         raise AuditError(f"{INDEX} {missing[0]} is not in the data: give what was trained on.")
     return rows
+
+
+def check_rows(data: Dataset, rows: np.ndarray, run: Run) -> None:
+    """Refuse data whose rows are not those that the run was trained on, in that order.
+
+    Args:
+        rows: as ``find_rows`` gives them, [n].
+
+    Raises:
+        AuditError: names the first row and the column that differ.
+    """
+    row_of = dict(zip(run.ids.tolist(), rows.tolist(), strict=True))
+    known = {index: columns for index, columns in run.sample.items() if int(index) in row_of}
+    different = first_difference(known, data, row_of)
+    if different is not None:
+        index, column = different
+        raise AuditError(
+            f"the data are not those of the run: {column!r} of the row with {INDEX} {index} was another "
+            "one in training; give the data with the same labels, in the same order."
+        )
 
 
 def check_labels(data: Dataset, run: Run) -> None:

@@ -13,6 +13,7 @@ import torch
 from hf_poprisk.audit.common import AuditError, need, one_line
 from hf_poprisk.label_noise import INDEX, LABEL_NOISE_MODES, TABLE_NAME, NoiseFit
 from hf_poprisk.label_noise.judge import FITS_NAME, load_fits
+from hf_poprisk.label_noise.sample import Sample
 
 _SCORES = ("heldout_logodds", "loss_mean", "suspicion")
 
@@ -32,6 +33,7 @@ class Run:
         heldout: ζ, held-out log-odds of the observed label in nats, [n] float64.
         loss_mean: −log σ(z) in nats, averaged over the visits, [n] float64.
         suspicion: [n] float64; the higher, the more suspect.
+        sample: some of the rows that it was trained on, hashed.
     """
 
     folder: Path
@@ -44,6 +46,7 @@ class Run:
     heldout: np.ndarray
     loss_mean: np.ndarray
     suspicion: np.ndarray
+    sample: Sample
 
     @property
     def fit(self) -> NoiseFit | None:
@@ -89,12 +92,14 @@ def load_run(folder: str | Path) -> Run:
         mode, preferences, since = (content[k] for k in ("mode", "preferences", "judging_since"))
         valid = mode in LABEL_NOISE_MODES and isinstance(preferences, bool)
         valid &= since is None or type(since) is int
-        valid = valid and all(map(_is_fit, fits))
+        sample = content.get("sample", {})
+        valid = valid and all(map(_is_fit, fits)) and _is_sample(sample)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise AuditError(f"{folder / FITS_NAME} cannot be read ({one_line(error)}).") from error
     if not valid:
         raise AuditError(f"{folder / FITS_NAME} cannot be read (a value is out of its range).")
-    return Run(folder, mode, preferences, since, fits, **_load_table(folder / TABLE_NAME))
+    table = _load_table(folder / TABLE_NAME)
+    return Run(folder, mode, preferences, since, fits, sample=sample, **table)
 
 
 def _is_fit(fit: NoiseFit) -> bool:
@@ -102,6 +107,12 @@ def _is_fit(fit: NoiseFit) -> bool:
     if not all(type(value) in (int, float) and math.isfinite(value) for value in values):
         return False
     return 0 <= fit.low <= fit.rate <= fit.high < 1 and fit.tau > 0 and fit.num_labels >= 2
+
+
+def _is_sample(sample: object) -> bool:
+    if not isinstance(sample, dict):
+        return False
+    return all(index.lstrip("-").isdigit() and isinstance(columns, dict) for index, columns in sample.items())
 
 
 def _load_table(path: Path) -> dict[str, np.ndarray]:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from hf_poprisk.influence import Influence
 from hf_poprisk.label_noise.log_odds import LogOddsError, LogOddsTap
 from hf_poprisk.label_noise.noise_fit import MAX_RATE, NoiseFit, fit_noise
+from hf_poprisk.label_noise.sample import Sample
 from hf_poprisk.label_noise.table import TABLE_NAME, ExampleTable
 from hf_poprisk.record import write_json
 
@@ -47,6 +48,7 @@ class LabelNoise:
         mode: ``audit``, ``weight`` or ``swap``.
         preferences: an example is a preference pair.
         table: its rows are kept up to date.
+        sample: of the training data, for the audit.
 
     Attributes:
         fits: one ``NoiseFit`` per estimate, oldest first.
@@ -55,8 +57,10 @@ class LabelNoise:
             is at its limit nobody is judged: the model does not predict held-out labels.
     """
 
-    def __init__(self, mode: str, preferences: bool, table: ExampleTable) -> None:
-        self.mode, self.preferences, self.table = mode, preferences, table
+    def __init__(
+        self, mode: str, preferences: bool, table: ExampleTable, sample: Sample | None = None
+    ) -> None:
+        self.mode, self.preferences, self.table, self.sample = mode, preferences, table, sample or {}
         self.fits: list[NoiseFit] = []
         self.judging_since: int | None = None
         self.clip_coefficient: Tensor | float = 1.0
@@ -236,6 +240,7 @@ class LabelNoise:
             "clip_coefficient": float(self.clip_coefficient),
             "interval": self._sums.tolist(),
             "fits": [fit.to_dict() for fit in self.fits],
+            "sample": self.sample,
         }
         write_json(Path(folder, FITS_NAME), content)
         self.table.save(Path(folder, TABLE_NAME))

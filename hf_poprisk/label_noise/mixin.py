@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from hf_poprisk.influence import Influence
 from hf_poprisk.label_noise.judge import FITS_NAME, LabelNoise
 from hf_poprisk.label_noise.log_odds import LogOddsError, LogOddsTap
+from hf_poprisk.label_noise.sample import Sample
 from hf_poprisk.label_noise.table import INDEX, TABLE_NAME, ExampleTable
 
 
@@ -27,10 +28,10 @@ class LabelNoiseMixin:
     _label_noise: LabelNoise | None = None
     _tap: LogOddsTap | None = None  # around the forward in progress
 
-    def _start_label_noise(self, ids: np.ndarray | None) -> None:
+    def _start_label_noise(self, ids: np.ndarray | None, sample: Sample) -> None:
         """After the trainer is built; ids as ``with_index`` gave them."""
         table = ExampleTable(ids, self.accelerator.device)
-        self._label_noise = LabelNoise(self.args.poprisk_label_noise, self._preferences, table)
+        self._label_noise = LabelNoise(self.args.poprisk_label_noise, self._preferences, table, sample)
         self.add_callback(_Steps(self))
 
     # -- data -------------------------------------------------------------------------------------------
@@ -152,7 +153,7 @@ class LabelNoiseMixin:
         judge = self._label_noise
         ids = None if judge.table.streamed else judge.table.ids.numpy()
         table = ExampleTable(ids, self.accelerator.device)
-        self._label_noise = LabelNoise(judge.mode, judge.preferences, table)
+        self._label_noise = LabelNoise(judge.mode, judge.preferences, table, judge.sample)
 
 
 class _Steps(TrainerCallback):
