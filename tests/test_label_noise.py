@@ -406,8 +406,8 @@ def judged_from(trainer: Any, fits_at: int) -> None:
         fit(epoch, step)
         if step >= fits_at and judge.fits:
             judge.judging_since = judge.judging_since or step
-            if judge.fits and judge.fits[-1].capped:  # tiny models predict nothing
-                judge.fits[-1] = replace(judge.fits[-1], rate=0.4)
+            if judge.fits:  # tiny models predict nothing
+                judge.fits[-1] = replace(judge.fits[-1], rate=0.4, log_likelihood=-0.5)
 
     judge.maybe_fit = maybe_fit
 
@@ -635,7 +635,7 @@ def test_warnings_say_what_the_numbers_are_not_worth(
     judge.maybe_fit(1.0, 10)
     caplog.clear()
     judge.warn_at_end()
-    assert judge.fits[-1].capped and "at its limit of 0.45" in caplog.text
+    assert judge.fits[-1].capped and "does not predict held-out labels" in caplog.text
     judge.mode = "weight"
     caplog.clear()
     judge.warn_at_end()
@@ -651,7 +651,7 @@ def test_warnings_say_what_the_numbers_are_not_worth(
 
 
 def test_who_predicts_nothing_judges_nobody() -> None:
-    """At its limit an estimate starts no weighting, and suspends it."""
+    """As long as held-out labels are predicted by chance nobody is weighted; whatever the rate is."""
     rng, rows = np.random.default_rng(1), torch.arange(400)
     judge = LabelNoise("weight", True, ExampleTable(np.arange(400)))
     for epoch in (1.0, 2.0, 3.0):
@@ -671,6 +671,8 @@ def test_who_predicts_nothing_judges_nobody() -> None:
 
     assert weights()[:80].max() < 0.3 < 0.9 < weights()[80:].min()
     judge.fits.append(replace(judge.fits[-1], rate=MAX_RATE))
+    assert weights()[:80].max() < 0.3  # so much noise may be true
+    judge.fits.append(replace(judge.fits[-1], log_likelihood=-math.log(2)))
     assert torch.equal(weights(), torch.ones(400))
 
 

@@ -53,8 +53,8 @@ class LabelNoise:
     Attributes:
         fits: one ``NoiseFit`` per estimate, oldest first.
         judging_since: the optimizer step from which on weights are given: when the held-out log-likelihood
-            of the labels has stopped rising from one epoch to the next; None until then. While an estimate
-            is at its limit nobody is judged: the model does not predict held-out labels.
+            of the labels has stopped rising from one epoch to the next; None until then. While held-out
+            labels are predicted no better than by chance nobody is judged.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class LabelNoise:
         device = log_odds.device  # of the head, where a model is spread over several
         visit.heldout = log_odds.to(self.table.device) - self.table.columns["own_effect"][visit.rows]
         visit.weight = torch.ones_like(visit.heldout)
-        if self.judging_since is None or self.fits[-1].capped:
+        if self.judging_since is None or not _competent(self.fits[-1]):
             return visit.weight.to(device)
         visit.weight = self.fits[-1].probability_right(visit.heldout)
         if self.mode == "audit":
@@ -172,7 +172,7 @@ class LabelNoise:
         self.fits.append(fit)
         if (
             self.judging_since is None
-            and not fit.capped
+            and _competent(fit)
             and epoch >= self.fits[0].epoch + 1 - 1e-6
             and last_rise(self.fits) < STILL_LEARNING
         ):
@@ -210,16 +210,16 @@ class LabelNoise:
                 f"{name}: no example was weighted, because that takes two complete epochs first: train for "
                 "three epochs or more."
             )
-        elif self.judging_since is None and self.mode != "audit" and not self.fits[-1].capped:
+        elif self.judging_since is None and self.mode != "audit" and _competent(self.fits[-1]):
             logger.warning(
                 f"{name}: no example was weighted, because held-out labels were predicted better and better "
                 "until the end: train for more epochs."
             )
-        elif self.fits[-1].capped:
+        elif self.fits[-1].capped or not _competent(self.fits[-1]):
             logger.warning(
-                f"{name}: the estimated noise rate is at its limit of {MAX_RATE}: the model does not predict "
-                "held-out labels, for want of training or of signal, and its weights and suspicions mean "
-                "little; raise the learning rate or the number of epochs."
+                f"{name}: the model does not predict held-out labels, for want of training or of signal (the "
+                f"estimated noise rate is {self.fits[-1].rate:.2f}, its limit {MAX_RATE}); its weights and "
+                "suspicions mean little; raise the learning rate or the number of epochs."
             )
         elif last_rise(self.fits) > STILL_LEARNING:
             logger.warning(
@@ -253,6 +253,11 @@ class LabelNoise:
         self._sums = torch.tensor(content["interval"], dtype=torch.float64)
         self.fits = load_fits(folder)
         self.table.load(Path(folder, TABLE_NAME))
+
+
+def _competent(fit: NoiseFit) -> bool:
+    """Whether held-out labels are predicted better than by chance: else everybody would look wrong."""
+    return fit.log_likelihood > STILL_LEARNING - math.log(fit.num_labels)
 
 
 def last_rise(fits: Sequence[NoiseFit]) -> float:
