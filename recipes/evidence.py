@@ -45,7 +45,6 @@ import label_noise
 import numpy as np
 import yaml
 from controls import OPTIONS, TAKEN
-from scipy import stats
 from sweep import Row, key, load_rows, mean_of, paired_difference, run_cells
 
 from hf_poprisk import PopRiskTrainingArguments
@@ -347,6 +346,7 @@ def section(path: Path) -> str:
         CHOSEN * bool(experiment.grid),
         *(table(experiment, rows, report) for report in experiment.reports),
         f"![{experiment.title}](results/{path.stem}.png)",
+        "Each arm at its best settings; bands are standard errors.",
     ]
     return "\n\n".join(filter(None, out))
 
@@ -355,7 +355,7 @@ def section(path: Path) -> str:
 
 
 def draw(experiment: Experiment, rows: list[Row], path: Path) -> None:
-    """Mean and 95 % interval over the seeds of every arm at its best settings.
+    """Mean and standard error over the seeds of every arm at its best settings.
 
     A run that ended before the longest one stays where it was.
     """
@@ -389,7 +389,7 @@ def draw(experiment: Experiment, rows: list[Row], path: Path) -> None:
             line = axis.plot(x, mean, style, color=color, label=arm if style == "-" else None)[0]
             color = line.get_color()
             if n > 1 and style == "-":
-                half = stats.t.ppf(0.975, n - 1) * values.std(0, ddof=1) / n**0.5
+                half = values.std(0, ddof=1) / n**0.5
                 axis.fill_between(x, mean - half, mean + half, color=color, alpha=0.15, lw=0)
     axis.set(xlabel=curve.get("x_label", curve["x"]), ylabel=curve.get("y_label", curve["y"]))
     for which in curve.get("log", ""):
