@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import save_tiny_model
+from models import save_tiny_model, tiny_model, token_examples
 from test_output_space_kernel import pairs
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
@@ -19,6 +19,7 @@ from hf_poprisk.output_space import (
     OutputSpaceCallback,
     Recording,
     RecordingError,
+    SequenceLogProb,
     SquaredError,
     cumulative,
     evolve,
@@ -257,6 +258,37 @@ def test_recording_changes_nothing_in_a_judged_and_gated_run(tmp_path: Path) -> 
         PopRiskTrainer(model, args=args, train_dataset=data, callbacks=callbacks).train()
         weights.append(model.layers[0].weight.detach())
     assert torch.equal(*weights) and load_recording(tmp_path).steps == [0, 2, 4, 6]
+
+
+def test_a_step_that_is_left_out_leaves_the_recording_readable(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(Regression):
+        def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            found = super().forward(x, labels)
+            if self.training and trainer.state.global_step in (2, 3):
+                found["loss"] = found["loss"] * math.nan
+            return found
+
+    train, test = examples(N, 3), examples(M, 3)
+    callback = OutputSpaceCallback(HalfSquared(), one_each(train), one_each(test), 1)
+    args, model = PopRiskTrainingArguments(**arguments(tmp_path, max_steps=6)), Broken(nn.Linear(3, 1))
+    trainer = PopRiskTrainer(model, args=args, train_dataset=train, callbacks=[callback])
+    trainer.train()
+    run = load_recording(tmp_path)
+    assert run.steps == [0, 1, 4, 5, 6] and caplog.text.count("is not recorded") == 1
+    assert [rate == 0 for rate in run.learning_rates] == [False, False, True, True, False, False]
+
+
+def test_an_example_whose_loss_is_not_finite_is_refused_before_training(tmp_path: Path) -> None:
+    rows = list(token_examples(3))
+    bad = [*rows[:2], {**rows[2], "labels": torch.full_like(rows[2]["labels"], -100)}]
+    data = [{k: v[0] for k, v in row.items()} for row in rows]
+    args = TrainingArguments(**arguments(tmp_path, max_steps=1, per_device_train_batch_size=1))
+    for probe, test, name in ((bad, rows, "probe"), (rows, bad, "test")):
+        callback = OutputSpaceCallback(SequenceLogProb(), probe, test)
+        with pytest.raises(ValueError, match=f"example 2 of {name} has .* not finite"):
+            Trainer(tiny_model(), args, train_dataset=data, callbacks=[callback]).train()
 
 
 def test_momentum_is_counted_and_mini_batches_flow(tmp_path: Path) -> None:

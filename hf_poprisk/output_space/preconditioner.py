@@ -44,6 +44,11 @@ def pace(optimizer: torch.optim.Optimizer) -> float:
     return (1 - group.get("dampening", 0.0)) / (1 - momentum) if momentum else 1.0
 
 
+def left_out(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the step about to be taken will not be: PopRiskAdamW's, by a gradient that is not finite."""
+    return isinstance(optimizer, PopRiskAdamW) and optimizer._skip_step
+
+
 @torch.no_grad()
 def scales(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
     """P per trainable parameter for the step about to be taken: its gradient is there, its moments are old.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from hf_poprisk.output_space.kernel import evaluate, kernels
-from hf_poprisk.output_space.preconditioner import NONE, bare, kind, pace, scales
+from hf_poprisk.output_space.preconditioner import NONE, bare, kind, left_out, pace, scales
 from hf_poprisk.output_space.recording import (
     FILE_NAME,
     FLOW,
@@ -22,15 +23,17 @@ from hf_poprisk.output_space.recording import (
 )
 from hf_poprisk.output_space.tasks import Batch, Task, loss_terms
 
+logger = logging.getLogger(__name__)
+
 
 class OutputSpaceCallback(TrainerCallback):
     """Records kernel, outputs and output gradients into ``output_dir/output_space.safetensors``.
 
     Before an optimizer step is taken, its kernel is that of the step itself: K_P with Adam's (and the gate's)
     preconditioner of this very step. The end of training is recorded too, with the last step's
-    preconditioner. The layout is in ``hf_poprisk.output_space.recording``. The file is written whenever a
-    checkpoint is, and a run that is resumed from one goes on with it. On several processes each computes and
-    the first writes.
+    preconditioner. What is not finite is left out, with a warning. The layout is in
+    ``hf_poprisk.output_space.recording``. The file is written whenever a checkpoint is, and a run that is
+    resumed from one goes on with it. On several processes each computes and the first writes.
 
     The theory's gradient is that of the loss on the probe: let the probe be the training set. A part of it
     stands for the rest, but there each example's effect on itself counts for too much, as if it were trained
@@ -49,8 +52,8 @@ class OutputSpaceCallback(TrainerCallback):
     Raises (on construction):
         ValueError: steps, directions or a probe that cannot be.
     Raises (in ``train``):
-        ValueError: an optimizer, a precision or sharded parameters that it cannot read, or directions of
-            another shape than the outputs.
+        ValueError: an optimizer, a precision or sharded parameters that it cannot read, directions of
+            another shape than the outputs, or an example whose loss is not finite.
         RecordingError: a run resumed without the recording of its beginning.
     """
 
@@ -78,6 +81,7 @@ class OutputSpaceCallback(TrainerCallback):
         self._directions = dict(directions or {})
         self._scales: dict[str, Tensor] | None = None
         self._recording: Recording | None = None
+        self._said_not_finite = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model, optimizer = kwargs["model"], bare(kwargs["optimizer"])
@@ -92,17 +96,36 @@ class OutputSpaceCallback(TrainerCallback):
             [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()} for batch in batches]
             for batches in (self.probe, self.test)
         ]
-        outputs = evaluate(model, self._batches[0], self.task.outputs)
-        n, k = sum(map(len, outputs)), outputs[0].shape[-1]
+        outputs = self._finite_terms(model)[0]
+        n, k = outputs.shape
         exact = found == NONE and self._descends(args, optimizer, n, kwargs.get("train_dataloader"))
         self._recording = Recording(
             GRADIENT_DESCENT if exact else FLOW,
             _describe(optimizer, args),
             found,
-            self._shaped(n, k, outputs[0].dtype),
+            self._shaped(n, k, outputs.dtype),
         )
         if state.global_step > 0:
             self._resume(Path(args.output_dir), state.global_step)
+
+    def _finite_terms(self, model: nn.Module) -> tuple[Tensor, ...]:
+        """``_terms`` of the probe; no example, test examples neither, may have one that is not finite."""
+        of_probe, of_test = (self._terms(model, batches) for batches in self._batches)
+        for name, terms in (("probe", of_probe), ("test", of_test)):
+            finite = torch.stack([x.flatten(1).isfinite().all(1) for x in (terms[0], *terms[2:])]).all(0)
+            wrong = (~(finite & terms[1].isfinite())).nonzero().flatten().tolist()
+            if wrong:
+                raise ValueError(
+                    f"example {wrong[0]} of {name} has outputs or a loss that are not finite: leave it out "
+                    f"of {name} (a sequence needs a label other than -100)."
+                )
+        return of_probe
+
+    def _terms(self, model: nn.Module, batches: Sequence[Batch]) -> tuple[Tensor, ...]:
+        """Of each example: outputs [b, k], loss [b], its gradient [b, k] and curvature [b, k, k] in them."""
+        found = zip(evaluate(model, batches, self.task.outputs), batches, strict=True)
+        parts = [(u, *loss_terms(self.task, u, batch)) for u, batch in found]
+        return tuple(map(torch.cat, zip(*parts, strict=True)))
 
     def _shaped(self, n: int, k: int, dtype: torch.dtype) -> dict[str, Tensor]:
         shaped = {}
@@ -146,12 +169,13 @@ class OutputSpaceCallback(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model, optimizer, step = kwargs["model"], bare(kwargs["optimizer"]), state.global_step
         due = step % self._every == 0 if self._every is not None else step in self._steps
-        due = due or step == 0
+        due = due or not self._recording.steps
         if due or self._scales is None or step == state.max_steps - 1:  # the end takes those of the last step
             self._scales = scales(optimizer, model)
         if due:
             self._record(model, step)
-        self._recording.learning_rates.append(float(optimizer.param_groups[0]["lr"]) * pace(optimizer))
+        rate = 0.0 if left_out(optimizer) else float(optimizer.param_groups[0]["lr"]) * pace(optimizer)
+        self._recording.learning_rates.append(rate)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if control.should_save:  # before the checkpoint, so that none is without its recording
@@ -168,16 +192,8 @@ class OutputSpaceCallback(TrainerCallback):
         self._save(args, state)
 
     def _record(self, model: nn.Module, step: int) -> None:
-        values: dict[str, Tensor] = {}
-        terms = []
-        for batches in self._batches:
-            found = evaluate(model, batches, self.task.outputs)
-            terms.append(
-                [(u, *loss_terms(self.task, u, batch)) for u, batch in zip(found, batches, strict=True)]
-            )
-        (u, losses, g, b), (u_test, test_losses, *_) = (
-            map(torch.cat, zip(*part, strict=True)) for part in terms
-        )
+        u, losses, g, b = self._terms(model, self._batches[0])
+        u_test, test_losses, *_ = self._terms(model, self._batches[1])
         dtype, n = u.dtype if u.dtype == torch.float64 else torch.float32, len(u)
         kernel, cross = kernels(model, *self._batches, self.task.outputs, self.chunk, self._scales)
         values = {
@@ -190,6 +206,11 @@ class OutputSpaceCallback(TrainerCallback):
             "losses": losses.mean(),
             "test_losses": test_losses.mean(),
         }
+        if not all(bool(value.isfinite().all()) for value in values.values()):
+            if not self._said_not_finite:
+                logger.warning("step %d is not recorded, as it is not finite; this is said once.", step)
+            self._said_not_finite = True
+            return
         self._recording.add(step, {name: value.to(dtype) for name, value in values.items()})
 
     def _save(self, args: Any, state: Any) -> None:

@@ -3,8 +3,8 @@
 ``output_space.safetensors`` in the output folder, schema version 1, with n probe examples, m test examples,
 k outputs per example, N = n·k, M = m·k, R records and T optimizer steps::
 
-    steps               [R] int64       optimizer steps taken before the record, ascending from 0
-    learning_rates      [T] float64     of every optimizer step, of the first parameter group
+    steps               [R] int64       optimizer steps taken before the record, ascending
+    learning_rates      [T] float64     of every optimizer step, of the first parameter group; 0 if left out
     kernel              [R, N, N]       K_P = J P Jᵀ on the probe, in the dtype of the outputs
     cross_kernel        [R, M, N]       K_QS = J_Q P J_Sᵀ, test against probe
     outputs             [R, n, k]       u
@@ -153,4 +153,4 @@ def _check(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str
     need(bool((steps.diff() > 0).all()) and int(steps[-1]) <= len(rates), "its steps are not in order")
     numbers = [tensors[name] for name in (*shapes, "learning_rates") if name != "steps"]
     if not all(bool(x.isfinite().all()) for x in numbers):
-        raise RecordingError(f"{path} holds numbers that are not finite: lower the learning rate of the run.")
+        raise RecordingError(f"{path} holds numbers that are not finite: record the run again.")
