@@ -347,6 +347,33 @@ def test_a_resumed_run_has_the_recording_of_the_whole(tmp_path: Path) -> None:
         go(tmp_path / "a", 11, tmp_path / "a" / "checkpoint-3")
 
 
+def test_a_run_resumed_with_another_recorder_is_refused_before_training(tmp_path: Path) -> None:
+    train, test, noise = examples(N, 3), examples(M, 3), torch.randn(N)
+
+    def go(probe: list[Any], test: list[Any], noise: dict[str, Tensor], resume: bool = True) -> None:
+        callback = OutputSpaceCallback(HalfSquared(), one_each(probe), one_each(test), 1, 64, noise)
+        settings = {"max_steps": 3 if resume else 2, "save_strategy": "steps", "save_steps": 2}
+        args = TrainingArguments(**arguments(tmp_path, **settings))
+        trainer = Trainer(Regression(nn.Linear(3, 1)), args, train_dataset=train, callbacks=[callback])
+        trainer.train(resume_from_checkpoint=resume and str(tmp_path / "checkpoint-2"))
+
+    go(train, test, {"noise": noise}, resume=False)
+    before = (tmp_path / FILE_NAME).read_bytes()
+    for other in (
+        (train[:8], test, {}),
+        (examples(N, 3), test, {"noise": noise}),
+        (train, examples(M, 3), {"noise": noise}),
+        (train, test[:2], {"noise": noise}),
+        (train, test, {}),
+        (train, test, {"noise": -noise}),
+    ):
+        with pytest.raises(RecordingError, match="another optimizer, batch size, probe, test or directions"):
+            go(*other)
+        assert (tmp_path / FILE_NAME).read_bytes() == before
+    go(train, test, {"noise": noise})
+    assert load_recording(tmp_path).steps == [0, 1, 2, 3]
+
+
 def test_preference_pairs_of_the_stock_trainer(tmp_path: Path) -> None:
     from models import preferences
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -54,7 +55,8 @@ class OutputSpaceCallback(TrainerCallback):
     Raises (in ``train``):
         ValueError: an optimizer, a precision or sharded parameters that it cannot read, directions of
             another shape than the outputs, or an example whose loss is not finite.
-        RecordingError: a run resumed without the recording of its beginning.
+        RecordingError: a run resumed without the recording of its beginning, or with other examples or
+            directions.
     """
 
     def __init__(
@@ -103,6 +105,7 @@ class OutputSpaceCallback(TrainerCallback):
             GRADIENT_DESCENT if exact else FLOW,
             _describe(optimizer, args),
             found,
+            _digest(self.probe, self.test),
             self._shaped(n, k, outputs.dtype),
         )
         if state.global_step > 0:
@@ -153,15 +156,19 @@ class OutputSpaceCallback(TrainerCallback):
         return plain and whole and even and not args.max_grad_norm
 
     def _resume(self, folder: Path, step: int) -> None:
-        before = load_recording(folder)
-        fresh = self._recording
-        same = fresh is not None and all(
-            getattr(before, name) == getattr(fresh, name) for name in ("rule", "preconditioner")
-        )
-        if len(before.learning_rates) < step or not same:
+        before, fresh = load_recording(folder), self._recording
+        same = all(getattr(before, x) == getattr(fresh, x) for x in ("rule", "preconditioner", "examples"))
+        same = same and before.directions.keys() == fresh.directions.keys()
+        same = same and all(torch.equal(v, before.directions[k]) for k, v in fresh.directions.items())
+        if not same:
             raise RecordingError(
-                f"{folder / FILE_NAME} is not the recording of the {step} steps before this checkpoint: "
-                "resume from an earlier one, or leave OutputSpaceCallback out."
+                f"{folder / FILE_NAME} was recorded with another optimizer, batch size, probe, test or "
+                "directions: resume with those of its beginning, or leave OutputSpaceCallback out."
+            )
+        if len(before.learning_rates) < step:
+            raise RecordingError(
+                f"{folder / FILE_NAME} does not hold the {step} steps before this checkpoint: resume from an "
+                "earlier one, or leave OutputSpaceCallback out."
             )
         before.until(step)
         self._recording = before
@@ -216,6 +223,19 @@ class OutputSpaceCallback(TrainerCallback):
     def _save(self, args: Any, state: Any) -> None:
         if state.is_world_process_zero and self._recording.steps:
             self._recording.save(Path(args.output_dir))
+
+
+def _digest(*parts: Sequence[Batch]) -> str:
+    """A hash of the examples; without a reference's log-probabilities, whose last bits may differ."""
+    found = hashlib.sha256()
+    for batches in parts:
+        found.update(b"part")
+        for batch in batches:
+            for name, value in sorted(batch.items()):
+                if isinstance(value, Tensor) and not name.startswith("ref_"):
+                    found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+                    found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def _describe(optimizer: torch.optim.Optimizer, args: Any) -> str:

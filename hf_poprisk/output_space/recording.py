@@ -14,8 +14,8 @@ k outputs per example, N = n·k, M = m·k, R records and T optimizer steps::
     losses, test_losses [R]             Φ on the probe and on the test examples
     directions.NAME     [n, k]          a direction in output space that the user named
 
-and the metadata ``schema_version``, ``rule`` (``gradient descent`` or ``flow``), ``optimizer`` (in words) and
-``preconditioner`` (``none``, ``adam``, ``gated adam``).
+and the metadata ``schema_version``, ``rule`` (``gradient descent`` or ``flow``), ``optimizer`` (in words),
+``preconditioner`` (``none``, ``adam``, ``gated adam``) and ``examples`` (a hash of probe and test).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SERIES = (
     "losses",
     "test_losses",
 )
-_META = ("rule", "optimizer", "preconditioner")
+_META = ("rule", "optimizer", "preconditioner", "examples")
 _DIRECTION = "directions."
 
 
@@ -64,6 +64,7 @@ class Recording:
     rule: str
     optimizer: str
     preconditioner: str
+    examples: str = ""
     directions: dict[str, Tensor] = field(default_factory=dict)
     steps: list[int] = field(default_factory=list)
     learning_rates: list[float] = field(default_factory=list)
