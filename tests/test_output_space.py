@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from models import save_tiny_model, tiny_model, token_examples
+from models import preferences, save_tiny_model, tiny_model, token_examples
 from test_output_space_kernel import pairs
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import PretrainedConfig, Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer
 
 from hf_poprisk import PopRiskTrainer, PopRiskTrainingArguments
@@ -322,6 +322,51 @@ def test_only_full_batch_descent_on_the_probe_is_called_that(tmp_path: Path) -> 
             torch.testing.assert_close(-interval.transfer @ g, displacement(run, "test_outputs"))
 
 
+def test_a_step_that_is_not_that_of_the_loss_on_the_probe_flows(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What counting examples does not see: dropout, label smoothing, other examples, a change on the way."""
+
+    class Weighted(Regression):
+        def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            found = super().forward(x, labels)
+            if trainer.state.global_step == 2:
+                found["loss"] = found["loss"] * 1.001
+            return found
+
+    class Classifier(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head, self.config = nn.Linear(4, 3), PretrainedConfig()
+
+        def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+            logits = self.head(x)
+            loss = {} if labels is None else {"loss": nn.functional.cross_entropy(logits, labels)}
+            return {**loss, "logits": logits}
+
+    train = examples(N, 3)
+    labelled = [{"x": torch.randn(4), "labels": torch.tensor(i % 3)} for i in range(N)]
+    dropping = Regression(nn.Sequential(nn.Dropout(0.3), nn.Linear(3, 1)))
+    plain = Regression(nn.Linear(3, 1))
+    for model, task, data, probe, settings, off in (
+        (dropping, HalfSquared(), train, train, {}, 0),
+        (plain, HalfSquared(), train, examples(N, 3), {}, 0),
+        (Weighted(nn.Linear(3, 1)), HalfSquared(), train, train, {}, 2),
+        (Classifier(), ClassLogits(), labelled, labelled, {"label_smoothing_factor": 0.3}, 0),
+        (Classifier(), ClassLogits(), labelled, labelled, {}, None),
+        (plain, HalfSquared(), train, train, {"learning_rate": 1.0, "max_steps": 300}, None),  # to rounding
+    ):
+        caplog.clear()
+        callback = OutputSpaceCallback(task, one_each(probe), one_each(data[:2]), 1)
+        args = TrainingArguments(**arguments(tmp_path, **{"optim": "sgd", "max_steps": 4, **settings}))
+        trainer = Trainer(model, args, train_dataset=data, callbacks=[callback])
+        trainer.train()
+        run = load_recording(tmp_path)
+        assert run.rule == (GRADIENT_DESCENT if off is None else FLOW), (type(model), settings)
+        assert (f"gradient of step {off} is not that of" in run.optimizer) == (off is not None)
+        assert caplog.text.count("the loss on the probe") == (off is not None)
+
+
 def test_a_resumed_run_has_the_recording_of_the_whole(tmp_path: Path) -> None:
     train, test = examples(N, 3), examples(M, 3)
 
@@ -375,8 +420,6 @@ def test_a_run_resumed_with_another_recorder_is_refused_before_training(tmp_path
 
 
 def test_preference_pairs_of_the_stock_trainer(tmp_path: Path) -> None:
-    from models import preferences
-
     model = save_tiny_model(tmp_path / "model", "llama")
     args = DPOConfig(
         **arguments(tmp_path, max_steps=2, per_device_train_batch_size=2, learning_rate=1e-3),
@@ -393,6 +436,21 @@ def test_preference_pairs_of_the_stock_trainer(tmp_path: Path) -> None:
     assert run.series["outputs"][0].abs().max() < 1e-4  # the model is its reference
     torch.testing.assert_close(run.series["losses"][0], torch.tensor(math.log(2)), rtol=1e-4, atol=1e-5)
     assert run.series["losses"][-1] < run.series["losses"][0] and run.preconditioner == "adam"
+
+
+def test_a_loss_of_dpo_that_is_not_the_tasks_is_refused(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model", "llama")
+    for settings, message in (
+        ({"beta": 0.5}, r"DPOMargin has beta 0.1, the trainer 0.5"),
+        ({"loss_type": ["ipo"]}, r"does not know the loss_type \['ipo'\]"),
+    ):
+        args = DPOConfig(
+            **arguments(tmp_path, max_steps=1, **settings), model_init_kwargs={"dtype": "float32"}
+        )
+        trainer = DPOTrainer(str(model), args=args, train_dataset=preferences(4))
+        trainer.add_callback(OutputSpaceCallback(DPOMargin(), pairs(2), pairs(2)))
+        with pytest.raises(ValueError, match=message):
+            trainer.train()
 
 
 def test_the_cut_of_a_spectrum() -> None:
@@ -422,12 +480,14 @@ def test_what_cannot_be_recorded_is_refused(tmp_path: Path) -> None:
             OutputSpaceCallback(**{"task": HalfSquared(), "probe": rows, "test": rows, **wrong})
     for settings, more, message in (
         ({"optim": "adafactor"}, {}, "cannot read the preconditioner of this Adafactor"),
+        ({"poprisk_estimator": "ema"}, {}, "cannot read a gate of poprisk_estimator='ema'"),
         ({"optim": "sgd"}, {"directions": {"noise": torch.ones(3)}}, r"shape \(3,\); the probe's outputs"),
     ):
         callback = OutputSpaceCallback(HalfSquared(), rows, rows, 1, **more)
-        args = TrainingArguments(**arguments(tmp_path, max_steps=1, **settings))
+        args = PopRiskTrainingArguments(**arguments(tmp_path, max_steps=1, **settings))
+        model = Regression(nn.Linear(3, 1))
         with pytest.raises(ValueError, match=message):
-            Trainer(Regression(nn.Linear(3, 1)), args, train_dataset=train, callbacks=[callback]).train()
+            PopRiskTrainer(model, args=args, train_dataset=train, callbacks=[callback]).train()
     with pytest.raises(RecordingError, match="holds no output_space"):
         load_recording(tmp_path)
     (tmp_path / FILE_NAME).write_bytes(b"nonsense")

@@ -23,7 +23,8 @@ def kind(optimizer: torch.optim.Optimizer) -> str:
     """``none`` for SGD, ``adam`` or ``gated adam``.
 
     Raises:
-        ValueError: an optimizer whose step is not a diagonal times the gradient, as far as we know.
+        ValueError: an optimizer whose step is not a diagonal times the gradient, as far as we know, or whose
+            gate is decided inside the step.
     """
     known = isinstance(optimizer, torch.optim.SGD | torch.optim.Adam)  # AdamW is an Adam in torch
     groups = optimizer.param_groups
@@ -34,6 +35,11 @@ def kind(optimizer: torch.optim.Optimizer) -> str:
         )
     if isinstance(optimizer, torch.optim.SGD):
         return NONE
+    if isinstance(optimizer, PopRiskAdamW) and optimizer.gate != "none" and optimizer.estimator == "ema":
+        raise ValueError(
+            "OutputSpaceCallback cannot read a gate of poprisk_estimator='ema', which is decided inside the "
+            "step: set poprisk_estimator to example or group, or poprisk_gate to none."
+        )
     return GATED if isinstance(optimizer, PopRiskAdamW) and optimizer.needs_examples else ADAM
 
 
@@ -53,9 +59,8 @@ def left_out(optimizer: torch.optim.Optimizer) -> bool:
 def scales(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
     """P per trainable parameter for the step about to be taken: its gradient is there, its moments are old.
 
-    Adam's is 1/(√v̂ + ε) with this step's gradient in v̂, times the gate's q where there is one (the
-    streaming gate decides inside the step and is left out), times the group's learning rate over the first
-    group's. What no gradient has touched is not written: 0.
+    Adam's is 1/(√v̂ + ε) with this step's gradient in v̂, times the gate's q where there is one, times
+    the group's learning rate over the first group's. What no gradient has touched is not written: 0.
     """
     first = float(optimizer.param_groups[0]["lr"])
     found: dict[Tensor, Tensor] = {}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from hf_poprisk.output_space.kernel import evaluate, kernels
+from hf_poprisk.output_space.kernel import evaluate, kernels, output_pull
 from hf_poprisk.output_space.preconditioner import NONE, bare, kind, left_out, pace, scales
 from hf_poprisk.output_space.recording import (
     FILE_NAME,
@@ -22,7 +22,7 @@ from hf_poprisk.output_space.recording import (
     RecordingError,
     load_recording,
 )
-from hf_poprisk.output_space.tasks import Batch, Task, loss_terms
+from hf_poprisk.output_space.tasks import Batch, DPOMargin, Task, loss_terms
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +53,8 @@ class OutputSpaceCallback(TrainerCallback):
     Raises (on construction):
         ValueError: steps, directions or a probe that cannot be.
     Raises (in ``train``):
-        ValueError: an optimizer, a precision or sharded parameters that it cannot read, directions of
-            another shape than the outputs, or an example whose loss is not finite.
+        ValueError: an optimizer, a DPO loss, a precision or sharded parameters that it cannot read,
+            directions of another shape than the outputs, or an example whose loss is not finite.
         RecordingError: a run resumed without the recording of its beginning, or with other examples or
             directions.
     """
@@ -92,6 +92,7 @@ class OutputSpaceCallback(TrainerCallback):
                 raise ValueError(
                     f"OutputSpaceCallback does not support {name}: leave it off, or the callback."
                 )
+        self._check_loss(args)
         found = kind(optimizer)
         device = next(model.parameters()).device
         self._batches = [
@@ -110,6 +111,18 @@ class OutputSpaceCallback(TrainerCallback):
         )
         if state.global_step > 0:
             self._resume(Path(args.output_dir), state.global_step)
+
+    def _check_loss(self, args: Any) -> None:
+        """Raise ``ValueError`` for a DPO whose loss is not the task's."""
+        if not isinstance(self.task, DPOMargin) or not hasattr(args, "beta"):
+            return
+        if args.beta != self.task.beta:
+            raise ValueError(f"DPOMargin has beta {self.task.beta}, the trainer {args.beta}: give both one.")
+        if args.loss_type not in ("sigmoid", ["sigmoid"]):
+            raise ValueError(
+                f"DPOMargin does not know the loss_type {args.loss_type}: set loss_type to sigmoid, or give "
+                "OutputSpaceCallback a task of your own."
+            )
 
     def _finite_terms(self, model: nn.Module) -> tuple[Tensor, ...]:
         """``_terms`` of the probe; no example, test examples neither, may have one that is not finite."""
@@ -142,7 +155,7 @@ class OutputSpaceCallback(TrainerCallback):
 
     @staticmethod
     def _descends(args: Any, optimizer: torch.optim.Optimizer, n: int, loader: Any) -> bool:
-        """Whether every step is full-batch gradient descent on a probe that is the training set."""
+        """Whether every step may be full-batch gradient descent on a probe that is the training set."""
         together = args.train_batch_size * args.world_size
         try:
             size = len(loader.dataset)
@@ -155,9 +168,34 @@ class OutputSpaceCallback(TrainerCallback):
         )  # else examples weigh differently
         return plain and whole and even and not args.max_grad_norm
 
+    def _check_descent(self, model: nn.Module, step: int) -> None:
+        """Followed as gradient descent only while the step's gradient is Jᵀg, that of the loss on the probe.
+
+        It is not with dropout, label smoothing, weights, another loss or other examples. The difference is
+        relative to the gradient at the first record, as both sink to rounding at the end.
+        """
+        series = self._recording.series
+        sizes = [len(u) for u in evaluate(model, self._batches[0], self.task.outputs)]
+        g = series["gradients"][-1].split(sizes)
+        expected = output_pull(model, self._batches[0], g, self.task.outputs)
+        params = [p for p in model.parameters() if p.requires_grad]
+        real = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+        first = series["gradients"][0].reshape(-1)
+        whole = max(float(first @ series["kernel"][0] @ first), 0.0) ** 0.5 or 1.0
+        gap = float((torch.cat([x.reshape(-1) for x in real]).to(expected) - expected).norm())
+        rounding = max(torch.finfo(x.dtype).eps for x in (params[0], g[0]))
+        if gap > rounding**0.5 * whole:
+            self._recording.rule = FLOW
+            off = (
+                f"the gradient of step {step} is not that of the loss on the probe: off by {gap / whole:.2g}"
+            )
+            self._recording.optimizer += f" ({off})"
+            logger.warning("%s: the run is followed by its limit of small steps.", off)
+
     def _resume(self, folder: Path, step: int) -> None:
         before, fresh = load_recording(folder), self._recording
-        same = all(getattr(before, x) == getattr(fresh, x) for x in ("rule", "preconditioner", "examples"))
+        same = all(getattr(before, x) == getattr(fresh, x) for x in ("preconditioner", "examples"))
+        same = same and (before.rule == fresh.rule or fresh.rule == GRADIENT_DESCENT)  # it fell to flow later
         same = same and before.directions.keys() == fresh.directions.keys()
         same = same and all(torch.equal(v, before.directions[k]) for k, v in fresh.directions.items())
         if not same:
@@ -181,6 +219,8 @@ class OutputSpaceCallback(TrainerCallback):
             self._scales = scales(optimizer, model)
         if due:
             self._record(model, step)
+            if self._recording.rule == GRADIENT_DESCENT and step in self._recording.steps[-1:]:
+                self._check_descent(model, step)
         rate = 0.0 if left_out(optimizer) else float(optimizer.param_groups[0]["lr"]) * pace(optimizer)
         self._recording.learning_rates.append(rate)
 
