@@ -39,8 +39,8 @@ def sentences(recording: Recording, analysis: Analysis) -> dict[str, list[str]]:
     ]
     if not analysis.stable:
         about.append(
-            "Some steps were larger than 2/μ for the fastest mode of the probe: the picture of a frozen "
-            "kernel overshoots there, W is not positive, and no prediction below holds."
+            "Some steps were larger than 2/μ for the fastest mode of the probe, where gradient descent on a "
+            "frozen kernel overshoots: no prediction below holds."
         )
     return {
         "": about,
