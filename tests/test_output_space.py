@@ -9,7 +9,7 @@ import torch
 from models import preferences, save_tiny_model, tiny_model, token_examples
 from test_output_space_kernel import pairs
 from torch import Tensor, nn
-from transformers import PretrainedConfig, Trainer, TrainingArguments
+from transformers import PretrainedConfig, Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer
 
 from hf_poprisk import PopRiskTrainer, PopRiskTrainingArguments
@@ -29,6 +29,7 @@ from hf_poprisk.output_space import (
 )
 from hf_poprisk.output_space.analysis import analyse
 from hf_poprisk.output_space.dynamics import block_diagonal, nothing
+from hf_poprisk.output_space.preconditioner import scales
 from hf_poprisk.output_space.recording import FILE_NAME, FLOW, GRADIENT_DESCENT
 
 N, M = 12, 5  # probe and test examples
@@ -465,6 +466,46 @@ def test_the_cut_of_a_spectrum() -> None:
     assert cut(0, 0, 0) == 0 and cut(1, 0) == 1
     w = torch.diag(torch.tensor([4.0, 0.0]).double())
     assert split(w).reservoir_share(torch.tensor([[3.0], [4.0]])) == pytest.approx(16 / 25)
+
+
+class Stop(TrainerCallback):
+    """After seven steps."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step == 7
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adamw_torch", "poprisk_adamw"])
+def test_a_run_that_stops_early_ends_with_its_last_kernel(tmp_path: Path, optim: str) -> None:
+    train, test, ends = examples(N, 3), examples(M, 3), []
+    for steps, callbacks in ((7, []), (100, [Stop()])):
+        torch.manual_seed(0)
+        recorder = OutputSpaceCallback(HalfSquared(), one_each(train), one_each(test), [0])
+        settings = {"optim": optim, "learning_rate": 0.05, "max_steps": steps}
+        body = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+        args = PopRiskTrainingArguments(**arguments(tmp_path, **settings))
+        model, every = Regression(body), [recorder, *callbacks]
+        PopRiskTrainer(model, args=args, train_dataset=train, callbacks=every).train()
+        run = load_recording(tmp_path)
+        assert run.steps == [0, 7]
+        ends.append(run.series["kernel"][-1])
+    torch.testing.assert_close(*ends, rtol=1e-12, atol=0)
+
+
+def test_the_scales_of_a_step_are_the_same_before_and_after_it() -> None:
+    model, optimizers = nn.Linear(3, 2), (torch.optim.AdamW, torch.optim.SGD)
+    for make in optimizers:
+        groups = [{"params": [model.weight], "lr": 0.1}, {"params": [model.bias], "lr": 0.05}]
+        optimizer = make(groups, lr=0.1)
+        for _ in range(3):
+            model(torch.randn(4, 3)).square().sum().backward()
+            before = scales(optimizer, model)
+            optimizer.step()
+            optimizer.zero_grad()
+            after = scales(optimizer, model, taken=True)
+            for name, value in before.items():
+                torch.testing.assert_close(after[name], value)
+        assert scales(make(model.parameters(), lr=0.1), model) is None or make is not torch.optim.SGD
 
 
 def test_what_cannot_be_recorded_is_refused(tmp_path: Path) -> None:

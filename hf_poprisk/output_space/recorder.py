@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from hf_poprisk.output_space.kernel import evaluate, kernels, output_pull
-from hf_poprisk.output_space.preconditioner import NONE, bare, kind, left_out, pace, scales
+from hf_poprisk.output_space.preconditioner import GATED, NONE, bare, kind, left_out, pace, scales
 from hf_poprisk.output_space.recording import (
     FILE_NAME,
     FLOW,
@@ -215,13 +215,18 @@ class OutputSpaceCallback(TrainerCallback):
         model, optimizer, step = kwargs["model"], bare(kwargs["optimizer"]), state.global_step
         due = step % self._every == 0 if self._every is not None else step in self._steps
         due = due or not self._recording.steps
-        if due or self._scales is None or step == state.max_steps - 1:  # the end takes those of the last step
+        out = left_out(optimizer)
+        if (
+            due or self._recording.preconditioner == GATED and not out
+        ):  # its last q is gone when training ends
             self._scales = scales(optimizer, model)
         if due:
             self._record(model, step)
             if self._recording.rule == GRADIENT_DESCENT and step in self._recording.steps[-1:]:
                 self._check_descent(model, step)
-        rate = 0.0 if left_out(optimizer) else float(optimizer.param_groups[0]["lr"]) * pace(optimizer)
+        if self._recording.preconditioner != GATED:
+            self._scales = None  # as large as the parameters
+        rate = 0.0 if out else float(optimizer.param_groups[0]["lr"]) * pace(optimizer)
         self._recording.learning_rates.append(rate)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -234,7 +239,11 @@ class OutputSpaceCallback(TrainerCallback):
         self._save(args, state)  # checkpoints that an evaluation asked for
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._recording.learning_rates and self._recording.steps[-1] < state.global_step:
+        gated, steps = self._recording.preconditioner == GATED, self._recording.steps
+        known = self._scales is not None or not gated  # a gated run may be resumed at its end
+        if known and self._recording.learning_rates and steps[-1:] < [state.global_step]:
+            if not gated:
+                self._scales = scales(bare(kwargs["optimizer"]), kwargs["model"], taken=True)
             self._record(kwargs["model"], state.global_step)
         self._save(args, state)
 
