@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, DistributedType, PartialState
 from models import preferences, save_tiny_model, tiny_model, token_examples
 from test_output_space_kernel import pairs
 from torch import Tensor, nn
@@ -534,6 +535,22 @@ def test_what_cannot_be_recorded_is_refused(tmp_path: Path) -> None:
     (tmp_path / FILE_NAME).write_bytes(b"nonsense")
     with pytest.raises(RecordingError, match="is damaged"):
         load_recording(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, value", [("distributed_type", DistributedType.FSDP), ("_mixed_precision", "fp16")]
+)
+def test_what_accelerate_launch_sets_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    rows = one_each(examples(4, 3))
+    trainer = Trainer(Regression(nn.Linear(3, 1)), TrainingArguments(**arguments(tmp_path)))
+    trainer.create_optimizer()
+    shared = PartialState if name == "distributed_type" else AcceleratorState
+    monkeypatch.setitem(shared._shared_state, name, value)
+    recorder, given = OutputSpaceCallback(HalfSquared(), rows, rows), (trainer.args, trainer.state, None)
+    with pytest.raises(ValueError, match=f"does not support {value.lower()}: leave it off"):
+        recorder.on_train_begin(*given, model=trainer.model, optimizer=trainer.optimizer)
 
 
 def test_a_damaged_recording_is_refused(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -87,8 +88,9 @@ class OutputSpaceCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model, optimizer = kwargs["model"], bare(kwargs["optimizer"])
-        for name in ("fsdp", "deepspeed", "fp16"):
-            if getattr(args, name, None):
+        running = AcceleratorState()  # accelerate launch sets what args do not show
+        for name in (running.distributed_type.value.lower(), running.mixed_precision):
+            if name in ("fsdp", "deepspeed", "megatron_lm", "fp16", "fp8"):
                 raise ValueError(
                     f"OutputSpaceCallback does not support {name}: leave it off, or the callback."
                 )
