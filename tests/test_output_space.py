@@ -553,6 +553,24 @@ def test_what_accelerate_launch_sets_is_seen(
         recorder.on_train_begin(*given, model=trainer.model, optimizer=trainer.optimizer)
 
 
+def test_a_recording_too_large_is_refused_and_one_checkpoint_is_one_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, test, writes = examples(N, 3), examples(M, 3), []
+    save = Recording.save
+    monkeypatch.setattr(Recording, "save", lambda run, to: writes.append(len(run.steps)) or save(run, to))
+    settings = {"save_strategy": "steps", "save_steps": 2, "learning_rate": 0.1, "max_steps": 4}
+    run = record(tmp_path, Regression(nn.Linear(3, 1)), train, test, 1, **settings)
+    assert writes == [2, 4, 5]
+    size = sum(x.nbytes for name in ("kernel", "cross_kernel") for x in run.series[name])
+    monkeypatch.setattr("hf_poprisk.output_space.recorder._LIMIT", size - 1)
+    with pytest.raises(ValueError, match=rf"5 records of {N} × {N + M} numbers .* set steps= to fewer"):
+        record(tmp_path, Regression(nn.Linear(3, 1)), train, test, 1, **settings)
+    record(tmp_path, Regression(nn.Linear(3, 1)), train, test, [1, 3, 99], **settings)
+    monkeypatch.setattr("hf_poprisk.output_space.recorder._LIMIT", size)
+    record(tmp_path, Regression(nn.Linear(3, 1)), train, test, 1, **settings)
+
+
 def test_a_damaged_recording_is_refused(tmp_path: Path) -> None:
     train, test = examples(4, 3), examples(3, 3)
     run = record(tmp_path, Regression(nn.Linear(3, 1)), train, test, 1, max_steps=2)

@@ -27,6 +27,8 @@ from hf_poprisk.output_space.tasks import Batch, DPOMargin, Task, loss_terms
 
 logger = logging.getLogger(__name__)
 
+_LIMIT = 8e9  # bytes of a recording, which is held in memory and written whole
+
 
 class OutputSpaceCallback(TrainerCallback):
     """Records kernel, outputs and output gradients into ``output_dir/output_space.safetensors``.
@@ -54,7 +56,8 @@ class OutputSpaceCallback(TrainerCallback):
     Raises (on construction):
         ValueError: steps, directions or a probe that cannot be.
     Raises (in ``train``):
-        ValueError: an optimizer, a DPO loss, a precision or sharded parameters that it cannot read,
+        ValueError: a recording of more than 8 GB, an optimizer, a DPO loss, a precision or sharded
+            parameters that it cannot read,
             directions of another shape than the outputs, or an example whose loss is not finite.
         RecordingError: a run resumed without the recording of its beginning, or with other examples or
             directions.
@@ -85,6 +88,7 @@ class OutputSpaceCallback(TrainerCallback):
         self._scales: dict[str, Tensor] | None = None
         self._recording: Recording | None = None
         self._said_not_finite = False
+        self._saved = (0, 0)  # how much of it is in the file
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model, optimizer = kwargs["model"], bare(kwargs["optimizer"])
@@ -101,8 +105,9 @@ class OutputSpaceCallback(TrainerCallback):
             [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()} for batch in batches]
             for batches in (self.probe, self.test)
         ]
-        outputs = self._finite_terms(model)[0]
+        outputs, others = (terms[0] for terms in self._finite_terms(model))
         n, k = outputs.shape
+        self._check_size(state.max_steps, outputs, others)
         exact = found == NONE and self._descends(args, optimizer, n, kwargs.get("train_dataloader"))
         self._recording = Recording(
             GRADIENT_DESCENT if exact else FLOW,
@@ -111,6 +116,7 @@ class OutputSpaceCallback(TrainerCallback):
             _digest(self.probe, self.test),
             self._shaped(n, k, outputs.dtype),
         )
+        self._saved = (0, 0)
         if state.global_step > 0:
             self._resume(Path(args.output_dir), state.global_step)
 
@@ -126,10 +132,22 @@ class OutputSpaceCallback(TrainerCallback):
                 "OutputSpaceCallback a task of your own."
             )
 
-    def _finite_terms(self, model: nn.Module) -> tuple[Tensor, ...]:
-        """``_terms`` of the probe; no example, test examples neither, may have one that is not finite."""
-        of_probe, of_test = (self._terms(model, batches) for batches in self._batches)
-        for name, terms in (("probe", of_probe), ("test", of_test)):
+    def _check_size(self, max_steps: int, outputs: Tensor, test_outputs: Tensor) -> None:
+        """Say how large the recording will be; raise ``ValueError`` if that is too much."""
+        due = range(0, max_steps, self._every) if self._every else {0, *self._steps}
+        records, n, m = sum(step < max_steps for step in due) + 1, outputs.numel(), test_outputs.numel()
+        size = records * n * (n + m) * (8 if outputs.dtype == torch.float64 else 4)
+        what = f"{records} records of {n} × {n + m} numbers are {size / 1e9:.2g} GB in memory and on disk"
+        if size > _LIMIT:
+            raise ValueError(
+                f"{what}, more than {_LIMIT / 1e9:.2g}: set steps= to fewer records, or give a smaller probe."
+            )
+        logger.info("%s at the end.", what)
+
+    def _finite_terms(self, model: nn.Module) -> list[tuple[Tensor, ...]]:
+        """``_terms`` of probe and test; no example may have one that is not finite."""
+        found = [self._terms(model, batches) for batches in self._batches]
+        for name, terms in zip(("probe", "test"), found, strict=True):
             finite = torch.stack([x.flatten(1).isfinite().all(1) for x in (terms[0], *terms[2:])]).all(0)
             wrong = (~(finite & terms[1].isfinite())).nonzero().flatten().tolist()
             if wrong:
@@ -137,7 +155,7 @@ class OutputSpaceCallback(TrainerCallback):
                     f"example {wrong[0]} of {name} has outputs or a loss that are not finite: leave it out "
                     f"of {name} (a sequence needs a label other than -100)."
                 )
-        return of_probe
+        return found
 
     def _terms(self, model: nn.Module, batches: Sequence[Batch]) -> tuple[Tensor, ...]:
         """Of each example: outputs [b, k], loss [b], its gradient [b, k] and curvature [b, k, k] in them."""
@@ -272,8 +290,10 @@ class OutputSpaceCallback(TrainerCallback):
         self._recording.add(step, {name: value.to(dtype) for name, value in values.items()})
 
     def _save(self, args: Any, state: Any) -> None:
-        if state.is_world_process_zero and self._recording.steps:
+        now = len(self._recording.steps), len(self._recording.learning_rates)
+        if state.is_world_process_zero and self._recording.steps and now != self._saved:
             self._recording.save(Path(args.output_dir))
+        self._saved = now
 
 
 def _digest(*parts: Sequence[Batch]) -> str:
