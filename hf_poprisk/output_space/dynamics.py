@@ -143,8 +143,8 @@ def intervals(recording: Recording) -> Iterator[Evolution]:
     """The evolution from each record to the next, R − 1 of them.
 
     A step of gradient descent moves u by the mean of J J_tᵀ along its path, not of J Jᵀ: the symmetric part
-    of that lies a quarter, not half of the way from K_t to K_{t+1}. With it what remains is second order in
-    the step.
+    of that lies a quarter, not half of the way from K_t to K_{t+1}. With it the loss is followed to second
+    order in the step, displacements to first: the antisymmetric part is left out.
     """
     series = recording.series
     for i, (first, last) in enumerate(zip(recording.steps, recording.steps[1:], strict=False)):
