@@ -299,6 +299,22 @@ def test_the_recorded_kernel_is_that_of_the_step_taken(tmp_path: Path, optim: st
     assert (min(ranks) < 4) == (optim == "poprisk_adamw")  # a closed gate takes directions away
 
 
+def test_groups_with_learning_rates_of_their_own_are_in_the_kernel(tmp_path: Path) -> None:
+    train, test = examples(N, 3), examples(M, 3)
+    model = Regression(nn.Linear(3, 1))
+    groups = [{"params": [model.body.weight], "lr": 0.05}, {"params": [model.body.bias], "lr": 0.5}]
+    callback = OutputSpaceCallback(HalfSquared(), one_each(train), one_each(test), 1)
+    args = TrainingArguments(**arguments(tmp_path, max_steps=3))
+    optimizers = torch.optim.SGD(groups), None
+    Trainer(model, args, train_dataset=train, callbacks=[callback], optimizers=optimizers).train()
+    run = load_recording(tmp_path)
+    assert run.rule == GRADIENT_DESCENT and run.learning_rates == [0.05] * 3
+    for i in range(3):
+        g, u = run.series["gradients"][i].reshape(-1), run.series["test_outputs"]
+        moved = (u[i + 1] - u[i]).reshape(-1)
+        torch.testing.assert_close(-0.05 * run.series["cross_kernel"][i] @ g, moved, rtol=1e-6, atol=1e-9)
+
+
 def test_recording_changes_nothing_in_a_judged_and_gated_run(tmp_path: Path) -> None:
     class Classifier(nn.Module):
         def __init__(self) -> None:
@@ -496,6 +512,30 @@ def test_preference_pairs_of_the_stock_trainer(tmp_path: Path) -> None:
     assert run.series["outputs"][0].abs().max() < 1e-4  # the model is its reference
     torch.testing.assert_close(run.series["losses"][0], torch.tensor(math.log(2)), rtol=1e-4, atol=1e-5)
     assert run.series["losses"][-1] < run.series["losses"][0] and run.preconditioner == "adam"
+
+
+def test_margins_are_those_of_the_trainer_and_move_by_the_kernel(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model", "llama")
+    settings = {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 0.01, "optim": "sgd"}
+    args = DPOConfig(
+        **arguments(tmp_path, **settings, beta=0.3, logging_steps=1, bf16=False),
+        precompute_ref_log_probs=True,
+        model_init_kwargs={"dtype": "float32"},
+    )
+    trainer = DPOTrainer(str(model), args=args, train_dataset=preferences(4), eval_dataset=preferences(6))
+    data = trainer.train_dataset, trainer.eval_dataset
+    probe, test = ([trainer.data_collator([row]) for row in part] for part in data)
+    trainer.add_callback(OutputSpaceCallback(DPOMargin(0.3), probe, test, 1))
+    trainer.train()
+    run = load_recording(tmp_path)
+    assert run.rule == GRADIENT_DESCENT
+    margins = [log["rewards/margins"] for log in trainer.state.log_history if "rewards/margins" in log]
+    assert margins[2] > 1e-4
+    assert [float(u.mean()) for u in run.series["outputs"][:3]] == pytest.approx(margins, rel=1e-2, abs=1e-5)
+    for i, rate in enumerate(run.learning_rates):
+        g, u = run.series["gradients"][i].reshape(-1), run.series["test_outputs"]
+        moved, predicted = (u[i + 1] - u[i]).reshape(-1), -rate * run.series["cross_kernel"][i] @ g
+        assert float((moved - predicted).norm() / moved.norm()) < 0.05
 
 
 def test_a_loss_of_dpo_that_is_not_the_tasks_is_refused(tmp_path: Path) -> None:
