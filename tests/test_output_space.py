@@ -579,15 +579,17 @@ def test_a_run_that_stops_early_ends_with_its_last_kernel(tmp_path: Path, optim:
     train, test, ends = examples(N, 3), examples(M, 3), []
     for steps, callbacks in ((7, []), (100, [Stop()])):
         torch.manual_seed(0)
-        recorder = OutputSpaceCallback(HalfSquared(), one_each(train), one_each(test), [0])
+        recorder = OutputSpaceCallback(HalfSquared(), one_each(train), one_each(test), [0, 6])
         settings = {"optim": optim, "learning_rate": 0.05, "max_steps": steps}
         body = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
         args = PopRiskTrainingArguments(**arguments(tmp_path, **settings))
         model, every = Regression(body), [recorder, *callbacks]
         PopRiskTrainer(model, args=args, train_dataset=train, callbacks=every).train()
         run = load_recording(tmp_path)
-        assert run.steps == [0, 7]
+        assert run.steps == [0, 6, 7]
         ends.append(run.series["kernel"][-1])
+        grown = ends[-1].norm() / run.series["kernel"][1].norm()  # the weights moved, P is that of step 6
+        assert 0.8 < float(grown) < 1.25
     torch.testing.assert_close(*ends, rtol=1e-12, atol=0)
 
 

@@ -12,7 +12,7 @@ import torch
 from test_output_space import Regression, examples, record
 from torch import nn
 
-from hf_poprisk.output_space import RecordingError, load_recording
+from hf_poprisk.output_space import RecordingError, cumulative, load_recording
 from hf_poprisk.output_space.analysis import analyse
 from hf_poprisk.output_space.cli import main
 from hf_poprisk.output_space.recording import FILE_NAME, FLOW
@@ -72,6 +72,12 @@ def test_the_analysis_says_what_happened(run: Path) -> None:
     assert analysis.alignment.shape == (6, 6) and analysis.kernel_change[0] == 0
     torch.testing.assert_close(analysis.alignment[0], torch.ones(6).double())
     assert analysis.alignment.min() > 0 and analysis.alignment.max() < 1 + 1e-9
+    whole, cut = cumulative(recording)[-1].transfer, analysis.splits[-1]
+    g = recording.series["gradients"][0].reshape(-1)
+    inside = cut.vectors[:, : cut.channel] @ cut.vectors[:, : cut.channel].T @ g
+    seen = (whole @ (g - inside)).norm() / (whole @ g).norm()
+    torch.testing.assert_close(analysis.visible["initial error"][-1], seen)
+    assert 0 < seen < 1
     total = torch.stack(recording.series["gradients"]).flatten(1).square().sum(1)
     torch.testing.assert_close(analysis.error_by_mode.sum(1), total)
 

@@ -26,6 +26,8 @@ class Analysis:
         displacement, transfer: the test outputs' way from the first record to each, real and −𝒢 g, [R, M].
         splits: channel and reservoir of W from the first record to each, R of them.
         reservoir: direction → its share in the reservoir, [R]; ``initial error`` is g at the first record.
+        visible: direction → ‖𝒢v‖ of its part in the reservoir over that of the whole, [R]: 0 where the
+            reservoir is ker W, more where the spectrum is cut through.
         alignment: [R, r]: the mean squared cosine between the 1, 2, … r leading eigenvectors of the kernel at
             the first record and at each; 1 where the eigenspaces are the first ones, r/N for random ones.
         kernel_change: ‖K − K₀‖/‖K₀‖ of each record, Frobenius, [R].
@@ -41,6 +43,7 @@ class Analysis:
     transfer: Tensor
     splits: list[Split]
     reservoir: dict[str, Tensor]
+    visible: dict[str, Tensor]
     alignment: Tensor
     kernel_change: Tensor
     gradients: Tensor
@@ -69,6 +72,9 @@ def analyse(recording: Recording) -> Analysis:
     g, outputs = series["gradients"].flatten(1), series["test_outputs"].flatten(1)
     precision = recording.series["kernel"][0].dtype
     whole = nothing(g.shape[1], outputs.shape[1])
+    directions = {"initial error": g[0], **recording.directions}
+    directions = {k: v.reshape(-1).double() for k, v in directions.items() if v.any()}
+    visible = {name: [0.0] for name in directions}
     cuts, transfer, predicted = [split(whole.gramian, precision)], [whole.transfer @ g[0]], []
     for i, part in enumerate(intervals(recording)):
         whole = whole.then(part)
@@ -80,11 +86,15 @@ def analyse(recording: Recording) -> Analysis:
         predicted.append(-float(g[i] @ part.gramian @ g[i]))
         cuts.append(split(whole.gramian, precision))
         transfer.append(-(whole.transfer @ g[0]))
+        for name, v in directions.items():
+            hidden = cuts[-1].vectors[:, cuts[-1].channel :]
+            seen = whole.transfer @ torch.stack([hidden @ (hidden.T @ v), v], 1)
+            part, all_of_it = seen.norm(dim=0).tolist()
+            visible[name].append(part / all_of_it if all_of_it else 0.0)
     if not whole.gramian.any():
         raise RecordingError(
             "nothing moved between the first record and the last: train on, until a learning rate is above 0."
         )
-    directions = {"initial error": g[0], **recording.directions}
     alignment, kernel_change = _turned(recording.series["kernel"])
     return Analysis(
         steps=torch.tensor(recording.steps),
@@ -98,8 +108,8 @@ def analyse(recording: Recording) -> Analysis:
         reservoir={
             name: torch.tensor([cut.reservoir_share(value) for cut in cuts])
             for name, value in directions.items()
-            if value.any()
         },
+        visible={name: torch.tensor(values, dtype=torch.float64) for name, values in visible.items()},
         alignment=alignment,
         kernel_change=kernel_change,
         gradients=g,
