@@ -430,7 +430,7 @@ def test_a_step_that_is_not_that_of_the_loss_on_the_probe_flows(
         (Weighted(nn.Linear(3, 1)), HalfSquared(), train, train, {}, 2),
         (Classifier(), ClassLogits(), labelled, labelled, {"label_smoothing_factor": 0.3}, 0),
         (Classifier(), ClassLogits(), labelled, labelled, {}, None),
-        (plain, HalfSquared(), train, train, {"learning_rate": 1.0, "max_steps": 300}, None),  # to rounding
+        (plain, HalfSquared(), train, train, {"learning_rate": 1.0, "max_steps": 100}, None),  # to rounding
     ):
         caplog.clear()
         callback = OutputSpaceCallback(task, one_each(probe), one_each(data[:2]), 1)
