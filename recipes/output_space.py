@@ -157,6 +157,7 @@ def benign() -> tuple[dict[str, Any], Figure]:
         "step_best": found.steps[best].item(),
         "channel_best": found.splits[best].channel,
         "noise_in_reservoir_best": found.reservoir["label noise"][best].item(),
+        "noise_seen_from_reservoir_best": found.visible["label noise"][best].item(),
         "signal_in_reservoir_best": found.reservoir["signal"][best].item(),
         "noise_gone_best": noise_gone[best],
         "step_full": found.steps[full].item(),
@@ -209,6 +210,7 @@ def descent() -> tuple[dict[str, Any], Figure]:
                 "train_loss": run.losses[-1].item(),
                 "test_loss": run.test_losses[-1].item(),
                 "noise_in_reservoir": run.reservoir["label noise"][-1].item(),
+                "noise_seen_from_reservoir": run.visible["label noise"][-1].item(),
                 "channel": run.splits[-1].channel,
                 "noise_seen_at_test": seen_at_test(folder, "label noise", "signal")[-1],
                 "transfer_error": run.transfer_error.max().item(),
@@ -247,25 +249,28 @@ def bias() -> tuple[dict[str, Any], Figure]:
     found = analyse(recording)
     values, vectors = torch.linalg.eigh(recording.series["kernel"][0])
     values, vectors = values.flip(0), vectors.flip(1)
-    # of a squared loss with curvature 2/n, vᵀWv/(n/4) is the share of the squared error along v that is gone
-    shares = torch.stack(
+    g = torch.stack(recording.series["gradients"]).flatten(1).double() @ vectors
+    left_of = (g / g[0]).square()  # [record, mode] of the squared error
+    first, last = _halved(left_of, found.steps.tolist())
+    # W has the eigenvalue n/4 for what is gone of a squared loss of curvature 2/n
+    by_w = 1 - torch.stack(
         [torch.einsum("ij,ik,kj->j", vectors, e.gramian, vectors) * 4 / n for e in cumulative(recording)]
     )
-    half = [
-        next((int(s) for s, x in zip(found.steps, column, strict=True) if x > 0.5), None)
-        for column in shares.T
-    ]
-    filled = [i for i, step in enumerate(half) if step is not None]
+    predicted, _ = _halved(by_w, found.steps.tolist())
     row = {
         "examples": n,
         "steps": steps,
         "kernel_change": found.kernel_change[-1].item(),
         "stable": found.stable,
-        "filled": len(filled),
-        "order": float(spearmanr(filled, [half[i] for i in filled]).statistic),
-        "first_at": half[0],
-        "tenth_at": half[9],
-        "last_at": half[filled[-1]],
+        "halved": len(first),
+        "order": _order(first),
+        "halved_for_good": len(last),
+        "order_for_good": _order(last),
+        "grown": int((left_of[-1] > 1).sum()),
+        "halved_by_w": len(predicted),
+        "order_by_w": _order(predicted),
+        "first_at": first[0],
+        "tenth_at": first[9],
         "channel_first": found.splits[1].channel,
         "channel_end": found.splits[-1].channel,
         "labels_in_reservoir_first": found.reservoir["labels"][1].item(),
@@ -276,17 +281,40 @@ def bias() -> tuple[dict[str, Any], Figure]:
     }
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    image = left.pcolormesh(range(len(found.steps)), range(1, n + 1), shares.clamp(0, 1).T, shading="nearest")
+    gone_of = (1 - left_of).clamp(0, 1).T
+    image = left.pcolormesh(range(len(found.steps)), range(1, n + 1), gone_of, shading="nearest")
     left.set_xticks(range(0, len(found.steps), 4), found.steps[::4].tolist())
     left.invert_yaxis()
     left.set(
-        xlabel="step", ylabel="mode of the first kernel", title="Share of a mode's squared error dissipated"
+        xlabel="step", ylabel="mode of the first kernel", title="Share of a mode's squared error that is gone"
     )
     figure.colorbar(image, ax=left)
-    right.plot([i + 1 for i in filled], [half[i] for i in filled], "o", label="half of its error gone")
+    for moments, style, label in (
+        (first, "o", "half of its error is gone"),
+        (last, "o", "and stays so"),
+        (predicted, ".", "by W alone"),
+    ):
+        right.plot([i + 1 for i in moments], list(moments.values()), style, label=label, alpha=0.7)
     right.set(yscale="log", xlabel="mode of the first kernel, largest eigenvalue first", ylabel="step")
-    right.set_title("When a mode joins the channel")
+    right.set_title("When a mode is learned")
     return row, _legends(figure)
+
+
+def _halved(left_of: Tensor, steps: list[int]) -> tuple[dict[int, int], dict[int, int]]:
+    """Mode → the first record at which its squared error [record, mode] is below half; and for good."""
+    first: dict[int, int] = {}
+    last: dict[int, int] = {}
+    for mode, column in enumerate((left_of < 0.5).T.tolist()):
+        if True in column:
+            first[mode] = steps[column.index(True)]
+        if column[-1]:
+            last[mode] = steps[len(column) - column[::-1].index(False)]
+    return first, last
+
+
+def _order(moments: dict[int, int]) -> float:
+    """How far the moments are in the order of the modes, Spearman."""
+    return float(spearmanr(list(moments), list(moments.values())).statistic)
 
 
 class SumNetwork(nn.Module):
@@ -388,6 +416,8 @@ def dpo() -> tuple[dict[str, Any], Figure]:
             "flips_in_reservoir_first": run.reservoir["label noise"][1].item(),
             "loss_explained": float(run.predicted.sum() / run.measured.sum()),
             "flips_in_reservoir": run.reservoir["label noise"][-1].item(),
+            "flips_seen_from_reservoir": run.visible["label noise"][-1].item(),
+            "margin_in_smallest": float(parts[:, -1].mean() / moved.mean()),
             "test_accuracy": (recording.series["test_outputs"][-1] > 0).double().mean().item(),
             "transfer_error": run.transfer_error[-1].item(),
         }
@@ -397,6 +427,7 @@ def dpo() -> tuple[dict[str, Any], Figure]:
                 f"{name}_margin": u[-1][group].mean().item(),
                 f"{name}_margin_in_channel": parts[group][:, : cut.channel].sum(1).mean().item(),
                 f"{name}_margin_in_leading": parts[group][:, :tenth].sum(1).mean().item(),
+                f"{name}_share_in_leading": float(parts[group][:, :tenth].sum() / moved[group].sum()),
             }
         for (name, group), color in zip(groups.items(), ("#2f5d9b", "#d9773c"), strict=True):
             label = f"{name} pairs, {arm}"
@@ -476,6 +507,7 @@ def page(results: dict[str, Any]) -> str:
                 "test_loss": ("test loss", ".3g"),
                 "channel": ("channel of W", "d"),
                 "noise_in_reservoir": ("noise in the reservoir", ".0%"),
+                "noise_seen_from_reservoir": ("seen of it from there", ".0%"),
                 "noise_seen_at_test": ("noise seen at test", ".2f"),
             },
             results["descent"]["widths"],
@@ -500,10 +532,11 @@ def page(results: dict[str, Any]) -> str:
                 "flipped_fitted": ("flipped fitted", ".0%"),
                 "clean_margin": ("clean margin", ".3f"),
                 "flipped_margin": ("flipped margin", ".3f"),
-                "clean_margin_in_leading": ("clean, leading tenth", ".3f"),
-                "flipped_margin_in_leading": ("flipped, leading tenth", ".3f"),
+                "clean_share_in_leading": ("clean, leading tenth", ".0%"),
+                "flipped_share_in_leading": ("flipped, leading tenth", ".0%"),
                 "channel": ("channel of W", "d"),
                 "flips_in_reservoir": ("flips in the reservoir", ".0%"),
+                "flips_seen_from_reservoir": ("seen of them from there", ".0%"),
                 "transfer_error": ("error of the prediction", ".0%"),
             },
             [

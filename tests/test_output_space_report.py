@@ -12,10 +12,10 @@ import torch
 from test_output_space import Regression, examples, record
 from torch import nn
 
-from hf_poprisk.output_space import load_recording
+from hf_poprisk.output_space import RecordingError, cumulative, load_recording
 from hf_poprisk.output_space.analysis import analyse
 from hf_poprisk.output_space.cli import main
-from hf_poprisk.output_space.recording import FILE_NAME
+from hf_poprisk.output_space.recording import FILE_NAME, FLOW
 from hf_poprisk.output_space.report import sentences
 
 FIGURES = ["Where the loss went", "Signal channel and reservoir", "What reached the test examples"]
@@ -72,15 +72,37 @@ def test_the_analysis_says_what_happened(run: Path) -> None:
     assert analysis.alignment.shape == (6, 6) and analysis.kernel_change[0] == 0
     torch.testing.assert_close(analysis.alignment[0], torch.ones(6).double())
     assert analysis.alignment.min() > 0 and analysis.alignment.max() < 1 + 1e-9
+    whole, cut = cumulative(recording)[-1].transfer, analysis.splits[-1]
+    g = recording.series["gradients"][0].reshape(-1)
+    inside = cut.vectors[:, : cut.channel] @ cut.vectors[:, : cut.channel].T @ g
+    seen = (whole @ (g - inside)).norm() / (whole @ g).norm()
+    torch.testing.assert_close(analysis.visible["initial error"][-1], seen)
+    assert 0 < seen < 1
     total = torch.stack(recording.series["gradients"]).flatten(1).square().sum(1)
     torch.testing.assert_close(analysis.error_by_mode.sum(1), total)
 
 
-def test_steps_too_large_for_the_theory_are_said(tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", [{}, {"max_grad_norm": 1e9}])
+def test_steps_too_large_for_the_theory_are_said(tmp_path: Path, settings: dict[str, float]) -> None:
     train = examples(6, 2)
-    recording = record(tmp_path, Regression(nn.Linear(2, 1)), train, train, 1, learning_rate=4.0, max_steps=3)
+    model = Regression(nn.Linear(2, 1))
+    recording = record(tmp_path, model, train, train, 1, learning_rate=4.0, max_steps=3, **settings)
+    assert (recording.rule == FLOW) == bool(settings)
     analysis = analyse(recording)
     assert not analysis.stable and "no prediction below holds" in sentences(recording, analysis)[""][-1]
+
+
+def test_nothing_moved_or_too_much_is_one_sentence(run: Path, tmp_path: Path) -> None:
+    recording = load_recording(run)
+    rates = recording.learning_rates
+    recording.learning_rates = [0.0, 0.0, *rates[2:]]
+    assert not analyse(recording).splits[1].channel  # a warm-up that begins at 0
+    recording.save(tmp_path)
+    main([str(tmp_path)])
+    for wrong, message in ((0.0, "nothing moved"), (1e200, "from step 0 to 2 the picture")):
+        recording.learning_rates = [wrong] * len(rates)
+        with pytest.raises(RecordingError, match=message):
+            analyse(recording)
 
 
 def test_bad_input_is_one_sentence(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

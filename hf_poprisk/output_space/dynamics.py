@@ -42,7 +42,7 @@ class Evolution:
         displacement: F [N, N]: the probe's outputs move by −F g.
         gramian: W [N, N], symmetric: the loss falls by gᵀW g.
         transfer: 𝒢 [M, N]: the test outputs move by −𝒢 g.
-        stable: whether no step overshot, ημ < 2, which W ≥ 0 needs.
+        stable: whether no step overshot, ημ < 2: gradient descent's W ≥ 0 needs it, and a flow never sees it.
     """
 
     propagator: Tensor
@@ -97,7 +97,7 @@ def evolve(
         displacement,
         (basis * psi) @ basis.T,
         cross_kernel @ (kept - curvature @ (basis * chi) @ basis.T),
-        rule != GRADIENT_DESCENT or max(learning_rates, default=0.0) * float(rates.max()) < 2,
+        max(learning_rates, default=0.0) * float(rates.max()) < 2,
     )
 
 
@@ -143,8 +143,8 @@ def intervals(recording: Recording) -> Iterator[Evolution]:
     """The evolution from each record to the next, R − 1 of them.
 
     A step of gradient descent moves u by the mean of J J_tᵀ along its path, not of J Jᵀ: the symmetric part
-    of that lies a quarter, not half of the way from K_t to K_{t+1}. With it what remains is second order in
-    the step.
+    of that lies a quarter, not half of the way from K_t to K_{t+1}. With it the loss is followed to second
+    order in the step, displacements to first: the antisymmetric part is left out.
     """
     series = recording.series
     for i, (first, last) in enumerate(zip(recording.steps, recording.steps[1:], strict=False)):

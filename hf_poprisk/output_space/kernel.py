@@ -122,6 +122,21 @@ def kernel_product(
         return torch.stack(products).cpu()
 
 
+def output_pull(
+    model: nn.Module, batches: Sequence[Batch], gradients: Sequence[Tensor], outputs: Outputs
+) -> Tensor:
+    """Jᵀ g, one backward per batch: the parameters' gradient of a loss whose gradient in the outputs is g.
+
+    Args:
+        gradients: of each batch's outputs, [b, k].
+
+    Returns:
+        [P] over the trainable parameters in the model's order, of their precision, at least float32.
+    """
+    with _Jacobian(model, outputs, None).ready() as jacobian:
+        return jacobian.transposed(batches, gradients)
+
+
 def evaluate(model: nn.Module, batches: Sequence[Batch], outputs: Outputs) -> list[Tensor]:
     """The outputs [b, k] of every batch, in ``eval`` mode and without gradients."""
     with evaluating(model), torch.no_grad():
@@ -179,6 +194,18 @@ class _Jacobian:
         if self._roots is not None:
             found *= self._roots
         return found
+
+    @torch.enable_grad()
+    def transposed(self, batches: Sequence[Batch], vectors: Sequence[Tensor]) -> Tensor:
+        """Jᵀ v [parameters], v in one piece per batch and in the precision of the outputs."""
+        params = list(self._params.values())
+        total = torch.zeros(self.size, dtype=self.dtype, device=self.device)
+        for batch, vector in zip(batches, vectors, strict=True):
+            values = self._outputs(self._forward(), batch).reshape(-1)
+            grads = torch.autograd.grad(values, params, vector.reshape(-1).to(values), allow_unused=True)
+            pairs = zip(params, grads, strict=True)
+            total += torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1) for p, g in pairs])
+        return total
 
 
 @contextmanager

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from hf_poprisk.output_space.kernel import evaluate, kernels
-from hf_poprisk.output_space.preconditioner import NONE, bare, kind, pace, scales
+from hf_poprisk.output_space.kernel import evaluate, kernels, output_pull
+from hf_poprisk.output_space.preconditioner import GATED, NONE, bare, kind, left_out, pace, scales
 from hf_poprisk.output_space.recording import (
     FILE_NAME,
     FLOW,
@@ -20,7 +23,11 @@ from hf_poprisk.output_space.recording import (
     RecordingError,
     load_recording,
 )
-from hf_poprisk.output_space.tasks import Batch, Task, loss_terms
+from hf_poprisk.output_space.tasks import Batch, DPOMargin, Task, loss_terms
+
+logger = logging.getLogger(__name__)
+
+_LIMIT = 8e9  # bytes of a recording, which is held in memory and written whole
 
 
 class OutputSpaceCallback(TrainerCallback):
@@ -28,9 +35,9 @@ class OutputSpaceCallback(TrainerCallback):
 
     Before an optimizer step is taken, its kernel is that of the step itself: K_P with Adam's (and the gate's)
     preconditioner of this very step. The end of training is recorded too, with the last step's
-    preconditioner. The layout is in ``hf_poprisk.output_space.recording``. The file is written whenever a
-    checkpoint is, and a run that is resumed from one goes on with it. On several processes each computes and
-    the first writes.
+    preconditioner. What is not finite is left out, with a warning. The layout is in
+    ``hf_poprisk.output_space.recording``. The file is written whenever a checkpoint is, and a run that is
+    resumed from one goes on with it. On several processes each computes and the first writes.
 
     The theory's gradient is that of the loss on the probe: let the probe be the training set. A part of it
     stands for the rest, but there each example's effect on itself counts for too much, as if it were trained
@@ -49,9 +56,11 @@ class OutputSpaceCallback(TrainerCallback):
     Raises (on construction):
         ValueError: steps, directions or a probe that cannot be.
     Raises (in ``train``):
-        ValueError: an optimizer, a precision or sharded parameters that it cannot read, or directions of
-            another shape than the outputs.
-        RecordingError: a run resumed without the recording of its beginning.
+        ValueError: a recording of more than 8 GB, an optimizer, a DPO loss, a precision or sharded
+            parameters that it cannot read,
+            directions of another shape than the outputs, or an example whose loss is not finite.
+        RecordingError: a run resumed without the recording of its beginning, or with other examples or
+            directions.
     """
 
     def __init__(
@@ -78,31 +87,81 @@ class OutputSpaceCallback(TrainerCallback):
         self._directions = dict(directions or {})
         self._scales: dict[str, Tensor] | None = None
         self._recording: Recording | None = None
+        self._said_not_finite = False
+        self._saved = (0, 0)  # how much of it is in the file
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model, optimizer = kwargs["model"], bare(kwargs["optimizer"])
-        for name in ("fsdp", "deepspeed", "fp16"):
-            if getattr(args, name, None):
+        running = AcceleratorState()  # accelerate launch sets what args do not show
+        for name in (running.distributed_type.value.lower(), running.mixed_precision):
+            if name in ("fsdp", "deepspeed", "megatron_lm", "fp16", "fp8"):
                 raise ValueError(
                     f"OutputSpaceCallback does not support {name}: leave it off, or the callback."
                 )
+        self._check_loss(args)
         found = kind(optimizer)
         device = next(model.parameters()).device
         self._batches = [
             [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()} for batch in batches]
             for batches in (self.probe, self.test)
         ]
-        outputs = evaluate(model, self._batches[0], self.task.outputs)
-        n, k = sum(map(len, outputs)), outputs[0].shape[-1]
+        outputs, others = (terms[0] for terms in self._finite_terms(model))
+        n, k = outputs.shape
+        self._check_size(state.max_steps, outputs, others)
         exact = found == NONE and self._descends(args, optimizer, n, kwargs.get("train_dataloader"))
         self._recording = Recording(
             GRADIENT_DESCENT if exact else FLOW,
             _describe(optimizer, args),
             found,
-            self._shaped(n, k, outputs[0].dtype),
+            _digest(self.probe, self.test),
+            self._shaped(n, k, outputs.dtype),
         )
+        self._saved = (0, 0)
         if state.global_step > 0:
             self._resume(Path(args.output_dir), state.global_step)
+
+    def _check_loss(self, args: Any) -> None:
+        """Raise ``ValueError`` for a DPO whose loss is not the task's."""
+        if not isinstance(self.task, DPOMargin) or not hasattr(args, "beta"):
+            return
+        if args.beta != self.task.beta:
+            raise ValueError(f"DPOMargin has beta {self.task.beta}, the trainer {args.beta}: give both one.")
+        if args.loss_type not in ("sigmoid", ["sigmoid"]):
+            raise ValueError(
+                f"DPOMargin does not know the loss_type {args.loss_type}: set loss_type to sigmoid, or give "
+                "OutputSpaceCallback a task of your own."
+            )
+
+    def _check_size(self, max_steps: int, outputs: Tensor, test_outputs: Tensor) -> None:
+        """Say how large the recording will be; raise ``ValueError`` if that is too much."""
+        due = range(0, max_steps, self._every) if self._every else {0, *self._steps}
+        records, n, m = sum(step < max_steps for step in due) + 1, outputs.numel(), test_outputs.numel()
+        size = records * n * (n + m) * (8 if outputs.dtype == torch.float64 else 4)
+        what = f"{records} records of {n} × {n + m} numbers are {size / 1e9:.2g} GB in memory and on disk"
+        if size > _LIMIT:
+            raise ValueError(
+                f"{what}, more than {_LIMIT / 1e9:.2g}: set steps= to fewer records, or give a smaller probe."
+            )
+        logger.info("%s at the end.", what)
+
+    def _finite_terms(self, model: nn.Module) -> list[tuple[Tensor, ...]]:
+        """``_terms`` of probe and test; no example may have one that is not finite."""
+        found = [self._terms(model, batches) for batches in self._batches]
+        for name, terms in zip(("probe", "test"), found, strict=True):
+            finite = torch.stack([x.flatten(1).isfinite().all(1) for x in (terms[0], *terms[2:])]).all(0)
+            wrong = (~(finite & terms[1].isfinite())).nonzero().flatten().tolist()
+            if wrong:
+                raise ValueError(
+                    f"example {wrong[0]} of {name} has outputs or a loss that are not finite: leave it out "
+                    f"of {name} (a sequence needs a label other than -100)."
+                )
+        return found
+
+    def _terms(self, model: nn.Module, batches: Sequence[Batch]) -> tuple[Tensor, ...]:
+        """Of each example: outputs [b, k], loss [b], its gradient [b, k] and curvature [b, k, k] in them."""
+        found = zip(evaluate(model, batches, self.task.outputs), batches, strict=True)
+        parts = [(u, *loss_terms(self.task, u, batch)) for u, batch in found]
+        return tuple(map(torch.cat, zip(*parts, strict=True)))
 
     def _shaped(self, n: int, k: int, dtype: torch.dtype) -> dict[str, Tensor]:
         shaped = {}
@@ -116,7 +175,7 @@ class OutputSpaceCallback(TrainerCallback):
 
     @staticmethod
     def _descends(args: Any, optimizer: torch.optim.Optimizer, n: int, loader: Any) -> bool:
-        """Whether every step is full-batch gradient descent on a probe that is the training set."""
+        """Whether every step may be full-batch gradient descent on a probe that is the training set."""
         together = args.train_batch_size * args.world_size
         try:
             size = len(loader.dataset)
@@ -129,16 +188,45 @@ class OutputSpaceCallback(TrainerCallback):
         )  # else examples weigh differently
         return plain and whole and even and not args.max_grad_norm
 
+    def _check_descent(self, model: nn.Module, step: int) -> None:
+        """Followed as gradient descent only while the step's gradient is Jᵀg, that of the loss on the probe.
+
+        It is not with dropout, label smoothing, weights, another loss or other examples. The difference is
+        relative to the gradient at the first record, as both sink to rounding at the end.
+        """
+        series = self._recording.series
+        sizes = [len(u) for u in evaluate(model, self._batches[0], self.task.outputs)]
+        g = series["gradients"][-1].split(sizes)
+        expected = output_pull(model, self._batches[0], g, self.task.outputs)
+        params = [p for p in model.parameters() if p.requires_grad]
+        real = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+        first = series["gradients"][0].reshape(-1)
+        whole = max(float(first @ series["kernel"][0] @ first), 0.0) ** 0.5 or 1.0
+        gap = float((torch.cat([x.reshape(-1) for x in real]).to(expected) - expected).norm())
+        rounding = max(torch.finfo(x.dtype).eps for x in (params[0], g[0]))
+        if gap > rounding**0.5 * whole:
+            self._recording.rule = FLOW
+            off = (
+                f"the gradient of step {step} is not that of the loss on the probe: off by {gap / whole:.2g}"
+            )
+            self._recording.optimizer += f" ({off})"
+            logger.warning("%s: the run is followed by its limit of small steps.", off)
+
     def _resume(self, folder: Path, step: int) -> None:
-        before = load_recording(folder)
-        fresh = self._recording
-        same = fresh is not None and all(
-            getattr(before, name) == getattr(fresh, name) for name in ("rule", "preconditioner")
-        )
-        if len(before.learning_rates) < step or not same:
+        before, fresh = load_recording(folder), self._recording
+        same = all(getattr(before, x) == getattr(fresh, x) for x in ("preconditioner", "examples"))
+        same = same and (before.rule == fresh.rule or fresh.rule == GRADIENT_DESCENT)  # it fell to flow later
+        same = same and before.directions.keys() == fresh.directions.keys()
+        same = same and all(torch.equal(v, before.directions[k]) for k, v in fresh.directions.items())
+        if not same:
             raise RecordingError(
-                f"{folder / FILE_NAME} is not the recording of the {step} steps before this checkpoint: "
-                "resume from an earlier one, or leave OutputSpaceCallback out."
+                f"{folder / FILE_NAME} was recorded with another optimizer, batch size, probe, test or "
+                "directions: resume with those of its beginning, or leave OutputSpaceCallback out."
+            )
+        if len(before.learning_rates) < step:
+            raise RecordingError(
+                f"{folder / FILE_NAME} does not hold the {step} steps before this checkpoint: resume from an "
+                "earlier one, or leave OutputSpaceCallback out."
             )
         before.until(step)
         self._recording = before
@@ -146,12 +234,20 @@ class OutputSpaceCallback(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model, optimizer, step = kwargs["model"], bare(kwargs["optimizer"]), state.global_step
         due = step % self._every == 0 if self._every is not None else step in self._steps
-        due = due or step == 0
-        if due or self._scales is None or step == state.max_steps - 1:  # the end takes those of the last step
+        due = due or not self._recording.steps
+        out = left_out(optimizer)
+        if (
+            due or self._recording.preconditioner == GATED and not out
+        ):  # its last q is gone when training ends
             self._scales = scales(optimizer, model)
         if due:
             self._record(model, step)
-        self._recording.learning_rates.append(float(optimizer.param_groups[0]["lr"]) * pace(optimizer))
+            if self._recording.rule == GRADIENT_DESCENT and step in self._recording.steps[-1:]:
+                self._check_descent(model, step)
+        if self._recording.preconditioner != GATED:
+            self._scales = None  # as large as the parameters
+        rate = 0.0 if out else float(optimizer.param_groups[0]["lr"]) * pace(optimizer)
+        self._recording.learning_rates.append(rate)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if control.should_save:  # before the checkpoint, so that none is without its recording
@@ -163,21 +259,17 @@ class OutputSpaceCallback(TrainerCallback):
         self._save(args, state)  # checkpoints that an evaluation asked for
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._recording.learning_rates and self._recording.steps[-1] < state.global_step:
+        gated, steps = self._recording.preconditioner == GATED, self._recording.steps
+        known = self._scales is not None or not gated  # a gated run may be resumed at its end
+        if known and self._recording.learning_rates and steps[-1:] < [state.global_step]:
+            if not gated:
+                self._scales = scales(bare(kwargs["optimizer"]), kwargs["model"], taken=True)
             self._record(kwargs["model"], state.global_step)
         self._save(args, state)
 
     def _record(self, model: nn.Module, step: int) -> None:
-        values: dict[str, Tensor] = {}
-        terms = []
-        for batches in self._batches:
-            found = evaluate(model, batches, self.task.outputs)
-            terms.append(
-                [(u, *loss_terms(self.task, u, batch)) for u, batch in zip(found, batches, strict=True)]
-            )
-        (u, losses, g, b), (u_test, test_losses, *_) = (
-            map(torch.cat, zip(*part, strict=True)) for part in terms
-        )
+        u, losses, g, b = self._terms(model, self._batches[0])
+        u_test, test_losses, *_ = self._terms(model, self._batches[1])
         dtype, n = u.dtype if u.dtype == torch.float64 else torch.float32, len(u)
         kernel, cross = kernels(model, *self._batches, self.task.outputs, self.chunk, self._scales)
         values = {
@@ -190,11 +282,31 @@ class OutputSpaceCallback(TrainerCallback):
             "losses": losses.mean(),
             "test_losses": test_losses.mean(),
         }
+        if not all(bool(value.isfinite().all()) for value in values.values()):
+            if not self._said_not_finite:
+                logger.warning("step %d is not recorded, as it is not finite; this is said once.", step)
+            self._said_not_finite = True
+            return
         self._recording.add(step, {name: value.to(dtype) for name, value in values.items()})
 
     def _save(self, args: Any, state: Any) -> None:
-        if state.is_world_process_zero and self._recording.steps:
+        now = len(self._recording.steps), len(self._recording.learning_rates)
+        if state.is_world_process_zero and self._recording.steps and now != self._saved:
             self._recording.save(Path(args.output_dir))
+        self._saved = now
+
+
+def _digest(*parts: Sequence[Batch]) -> str:
+    """A hash of the examples; without a reference's log-probabilities, whose last bits may differ."""
+    found = hashlib.sha256()
+    for batches in parts:
+        found.update(b"part")
+        for batch in batches:
+            for name, value in sorted(batch.items()):
+                if isinstance(value, Tensor) and not name.startswith("ref_"):
+                    found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+                    found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def _describe(optimizer: torch.optim.Optimizer, args: Any) -> str:

@@ -3,8 +3,8 @@
 ``output_space.safetensors`` in the output folder, schema version 1, with n probe examples, m test examples,
 k outputs per example, N = n·k, M = m·k, R records and T optimizer steps::
 
-    steps               [R] int64       optimizer steps taken before the record, ascending from 0
-    learning_rates      [T] float64     of every optimizer step, of the first parameter group
+    steps               [R] int64       optimizer steps taken before the record, ascending
+    learning_rates      [T] float64     of every optimizer step, of the first parameter group; 0 if left out
     kernel              [R, N, N]       K_P = J P Jᵀ on the probe, in the dtype of the outputs
     cross_kernel        [R, M, N]       K_QS = J_Q P J_Sᵀ, test against probe
     outputs             [R, n, k]       u
@@ -14,8 +14,8 @@ k outputs per example, N = n·k, M = m·k, R records and T optimizer steps::
     losses, test_losses [R]             Φ on the probe and on the test examples
     directions.NAME     [n, k]          a direction in output space that the user named
 
-and the metadata ``schema_version``, ``rule`` (``gradient descent`` or ``flow``), ``optimizer`` (in words) and
-``preconditioner`` (``none``, ``adam``, ``gated adam``).
+and the metadata ``schema_version``, ``rule`` (``gradient descent`` or ``flow``), ``optimizer`` (in words),
+``preconditioner`` (``none``, ``adam``, ``gated adam``) and ``examples`` (a hash of probe and test).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SERIES = (
     "losses",
     "test_losses",
 )
-_META = ("rule", "optimizer", "preconditioner")
+_META = ("rule", "optimizer", "preconditioner", "examples")
 _DIRECTION = "directions."
 
 
@@ -64,6 +64,7 @@ class Recording:
     rule: str
     optimizer: str
     preconditioner: str
+    examples: str = ""
     directions: dict[str, Tensor] = field(default_factory=dict)
     steps: list[int] = field(default_factory=list)
     learning_rates: list[float] = field(default_factory=list)
@@ -153,4 +154,4 @@ def _check(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str
     need(bool((steps.diff() > 0).all()) and int(steps[-1]) <= len(rates), "its steps are not in order")
     numbers = [tensors[name] for name in (*shapes, "learning_rates") if name != "steps"]
     if not all(bool(x.isfinite().all()) for x in numbers):
-        raise RecordingError(f"{path} holds numbers that are not finite: lower the learning rate of the run.")
+        raise RecordingError(f"{path} holds numbers that are not finite: record the run again.")

@@ -39,8 +39,8 @@ def sentences(recording: Recording, analysis: Analysis) -> dict[str, list[str]]:
     ]
     if not analysis.stable:
         about.append(
-            "Some steps were larger than 2/μ for the fastest mode of the probe: the picture of a frozen "
-            "kernel overshoots there, W is not positive, and no prediction below holds."
+            "Some steps were larger than 2/μ for the fastest mode of the probe, where gradient descent on a "
+            "frozen kernel overshoots: no prediction below holds."
         )
     return {
         "": about,
@@ -76,7 +76,8 @@ def _in_reservoir(name: str, share: Tensor, analysis: Analysis) -> str:
     low = int(share[1:].argmin()) + 1
     return (
         f"Of the {name}, {100 * share[-1].item():.1f} % lies in the reservoir at the end (lowest: "
-        f"{100 * share[low].item():.1f} % at step {analysis.steps[low].item()})."
+        f"{100 * share[low].item():.1f} % at step {analysis.steps[low].item()}); this part moves the test "
+        f"outputs {analysis.visible[name][-1].item():.2g} times as far as the whole."
     )
 
 
