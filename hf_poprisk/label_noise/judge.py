@@ -256,8 +256,12 @@ class LabelNoise:
 
 
 def _competent(fit: NoiseFit) -> bool:
-    """Whether held-out labels are predicted better than by chance: else everybody would look wrong."""
-    return fit.log_likelihood > STILL_LEARNING - math.log(fit.num_labels)
+    """Whether held-out labels are predicted better than by chance: else everybody would look wrong.
+
+    By a tenth of what can be known, and beyond luck: a likelihood-ratio test at 5 %.
+    """
+    gain = fit.log_likelihood + math.log(fit.num_labels)
+    return fit.explained > 0.1 and 2 * fit.num_examples * gain > 3.84
 
 
 def last_rise(fits: Sequence[NoiseFit]) -> float:

@@ -55,6 +55,17 @@ class NoiseFit:
         """Whether ε̂ lies at the end of its range: the model cannot tell the labels apart (yet)."""
         return self.rate > MAX_RATE - 0.01
 
+    @property
+    def explained(self) -> float:
+        """How much of what can be known of held-out labels is predicted: 0 is chance.
+
+        1 is a model that is wrong on the share ε̂ of the labels, and sure of all of them.
+        """
+        right, wrong = 1 - self.rate, self.rate
+        best = right * math.log(right) + (wrong * math.log(wrong / (self.num_labels - 1)) if wrong else 0.0)
+        chance = -math.log(self.num_labels)
+        return (self.log_likelihood - chance) / (best - chance)
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
