@@ -548,25 +548,31 @@ def frontier(rows: list[dict[str, Any]], path: Path) -> None:
     groups: Any = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for row in rows:
         if row["test_kl_per_token"] is not None:
-            groups[row["task"], row["noise"]][row["arm"]][row["learning_rate"]].append(row)
-    groups = {at: arms for at, arms in sorted(groups.items()) if len(arms) > 2}
+            groups[row["task"], row["epochs"], row["noise"]][row["arm"]][row["learning_rate"]].append(row)
+    groups = {at: arms for at, arms in sorted(groups.items()) if len(arms) > 1}
     if not groups:
-        raise common.RecipeError("no comparison of preferences is among the results: run the task dpo first.")
-    figure, axes = plt.subplots(
-        1, len(groups), figsize=(5.5 * len(groups), 4.5), squeeze=False, layout="constrained"
-    )
-    for axis, ((task, noise), arms) in zip(axes[0], groups.items(), strict=True):
-        for number, (arm, rates) in enumerate(arms.items()):
+        raise common.RecipeError(
+            "no two arms with preferences are among the results: run the task dpo first."
+        )
+    size = (5 * len(groups), 4.5)
+    figure, axes = plt.subplots(1, len(groups), figsize=size, squeeze=False, layout="constrained")
+    for axis, ((task, epochs, noise), arms) in zip(axes[0], groups.items(), strict=True):
+        for arm, rates in arms.items():
             points = [
-                (fmean(row["test_kl_per_token"] for row in part), fmean(row["test_accuracy"] for row in part))
+                (
+                    fmean(row["test_kl_per_token"] for row in part),
+                    fmean(row["test_accuracy"] for row in part),
+                    stdev(row["test_accuracy"] for row in part) / len(part) ** 0.5 if len(part) > 1 else 0.0,
+                )
                 for _, part in sorted(rates.items())
             ]
-            marker = "os^Dv<>PX*hd"[number % 12]
-            axis.plot(*zip(*points, strict=True), marker=marker, label=arm, lw=1, color=f"C{number % 10}")
+            number, (x, y, error) = list(ARMS).index(arm), zip(*points, strict=True)
+            style = {"color": f"C{number % 10}", "marker": "os^Dv<>PX*hdp8H"[number % 15], "lw": 1}
+            axis.errorbar(x, y, error, label=arm, elinewidth=0.5, **style)
         axis.set(
             xscale="log", xlabel="KL to the reference (nats per token)", ylabel="accuracy on clean test pairs"
         )
-        axis.set_title(f"{task}, {100 * noise:g} % wrong labels")
+        axis.set_title(f"{task}, {100 * noise:g} % wrong labels, {epochs} epochs")
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=110, metadata={"Software": None})

@@ -108,3 +108,16 @@ def test_the_results_page_is_what_the_command_prints() -> None:
     rows = label_noise.load_rows(root / "results" / "label_noise.jsonl")
     page = (root / "LABEL_NOISE.md").read_text()
     assert page.partition("\n---\n\n")[2] == label_noise.table(rows) + "\n"
+
+
+def test_accuracy_is_drawn_against_kl(tmp_path: Path) -> None:
+    rows = [
+        row(arm, rate, seed, 0.7, 0.8, task="dpo", test_kl_per_token=rate)
+        for arm in ("adamw", "swap")
+        for rate in (0.1, 0.2)
+        for seed in (0, 1)
+    ]
+    label_noise.frontier(rows, tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 5000
+    with pytest.raises(label_noise.common.RecipeError, match="no two arms with preferences"):
+        label_noise.frontier(rows[:4], tmp_path / "b.png")
