@@ -45,7 +45,7 @@ import label_noise
 import numpy as np
 import yaml
 from controls import OPTIONS, TAKEN
-from sweep import Row, key, load_rows, mean_of, paired_difference, run_cells
+from sweep import Row, key, load_rows, mean_of, paired_difference, paired_quotient, run_cells
 
 from hf_poprisk import PopRiskTrainingArguments
 
@@ -241,12 +241,9 @@ def compared(rows: list[Row], base: list[Row], report: dict[str, Any], places: i
     name = report["report"]
     if any(row[name] is None for row in (*rows, *base)):
         return "–"
-    if not report.get("ratio"):
-        return paired_difference(rows, base, name, places)
-    logs = [[{"seed": row["seed"], name: math.log(row[name])} for row in part] for part in (rows, base)]
-    parts = paired_difference(*logs, name, 6).replace("[", "").replace("]", "").replace(",", "").split()
-    times = [f"{math.exp(float(part)):.2f}" for part in parts if part != "–"]
-    return "×" + times[0] + (f" [{times[1]}, {times[2]}]" if len(times) > 1 else "") if times else "–"
+    if report.get("ratio"):
+        return paired_quotient(rows, base, name)
+    return paired_difference(rows, base, name, places)
 
 
 def settings(row: Row, names: Any, experiment: Experiment) -> str:

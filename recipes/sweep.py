@@ -4,6 +4,7 @@ import fcntl
 import importlib.metadata
 import json
 import logging
+import math
 import multiprocessing
 import os
 import signal
@@ -149,14 +150,33 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
+def paired(rows: Sequence[Row], base: Sequence[Row], name: str, of: Callable[[float], float]) -> list[float]:
+    """Mean over the seeds of ``of`` of ``rows`` minus that of ``base``, and the ends of its 95 % t interval.
+
+    Empty without a common seed; of a single one the mean alone.
+    """
+    before = {row["seed"]: of(row[name]) for row in base}
+    deltas = [of(row[name]) - before[row["seed"]] for row in rows if row["seed"] in before]
+    if len(deltas) < 2:
+        return deltas
+    mean, half = fmean(deltas), stats.t.ppf(0.975, len(deltas) - 1) * stdev(deltas) / len(deltas) ** 0.5
+    return [mean, mean - half, mean + half]
+
+
+def in_brackets(values: Sequence[str]) -> str:
+    """A value, its interval in brackets if there is one; – for none."""
+    return values[0] + (f" [{', '.join(values[1:])}]" if values[1:] else "") if values else "–"
+
+
 def paired_difference(rows: Sequence[Row], base: Sequence[Row], name: str, digits: int = 3) -> str:
     """Mean over the seeds of ``rows`` minus ``base``, and its 95 % t interval."""
-    before = {row["seed"]: row[name] for row in base}
-    deltas = [row[name] - before[row["seed"]] for row in rows if row["seed"] in before]
-    if len(deltas) < 2:
-        return f"{deltas[0]:+.{digits}f}" if deltas else "–"
-    mean, half = fmean(deltas), stats.t.ppf(0.975, len(deltas) - 1) * stdev(deltas) / len(deltas) ** 0.5
-    return f"{mean:+.{digits}f} [{mean - half:+.{digits}f}, {mean + half:+.{digits}f}]"
+    return in_brackets([f"{value:+.{digits}f}" for value in paired(rows, base, name, float)])
+
+
+def paired_quotient(rows: Sequence[Row], base: Sequence[Row], name: str) -> str:
+    """Geometric mean over the seeds of ``rows`` over ``base``, and its 95 % t interval."""
+    found = in_brackets([f"{math.exp(value):.2f}" for value in paired(rows, base, name, math.log)])
+    return found if found == "–" else f"×{found}"
 
 
 def mean_of(rows: Sequence[Row], name: str, digits: int = 3) -> str:
