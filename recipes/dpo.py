@@ -50,6 +50,62 @@ class DPOScriptArguments(ScriptArguments):
     flip_seed: int = field(default=0, metadata={"help": "Which pairs are swapped."})
 
 
+ARGUMENTS = (DPOScriptArguments, PopRiskDPOConfig, ModelConfig)
+
+
+def load(script_args: DPOScriptArguments) -> tuple[Dataset, dict[str, Dataset]]:
+    """The training pairs with their labels as they are, and the held-out splits.
+
+    Returns:
+        The training split; ``test``, and ``validation`` where the recipe names one.
+
+    Raises:
+        RecipeError: no such data set or split, or an empty completion.
+    """
+    data = load_splits(script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming)
+    train = split(data, script_args.dataset_train_split, "dataset_train_split")
+    held_out = {"test": split(data, script_args.dataset_test_split, "dataset_test_split")}
+    if script_args.dataset_validation_split:
+        held_out["validation"] = split(data, script_args.dataset_validation_split, "dataset_validation_split")
+    for name, part in {"training": train, **held_out}.items():
+        check_completions(part, name)
+    return train, held_out
+
+
+def make_trainer(
+    trainer_class: type[PopRiskDPOTrainer],
+    args: PopRiskDPOConfig,
+    model_args: ModelConfig,
+    train: Dataset,
+    held_out: dict[str, Dataset],
+) -> PopRiskDPOTrainer:
+    """A trainer with the recipe's model, quantization and adapter."""
+    args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype or "float32",
+        **(args.model_init_kwargs or {}),
+    }
+    return trainer_class(
+        model=model_args.model_name_or_path,
+        args=args,
+        train_dataset=train,
+        eval_dataset=held_out,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+
+
+def reference_of(trainer: PopRiskDPOTrainer, model_args: ModelConfig) -> torch.nn.Module | None:
+    """The model before training; None where it is the policy with its adapter disabled."""
+    if trainer.ref_model is not None or model_args.use_peft:
+        return trainer.ref_model
+    # precomputed log-probabilities: nothing was kept
+    kwargs = trainer.args.model_init_kwargs
+    reference = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, **kwargs)
+    return reference.to(trainer.accelerator.device).eval()
+
+
 def evaluation_sets(train: Dataset, splits: dict[str, Dataset]) -> dict[str, Dataset]:
     """The held-out splits, and the flipped training pairs as they are labelled."""
     flipped = [row for row, is_flipped in enumerate(train["is_flipped"]) if is_flipped]
@@ -78,9 +134,8 @@ def score(trainer: PopRiskDPOTrainer, reference: torch.nn.Module | None, name: s
     mine = list(range(accelerator.process_index, len(data), accelerator.num_processes))
     size = trainer.args.per_device_eval_batch_size
     total = torch.zeros(5, dtype=torch.float64)  # correct, margin, pairs, KL, tokens
-    for start in tqdm(
-        range(0, len(mine), size), desc=f"Scoring {name}", disable=not accelerator.is_main_process
-    ):
+    quiet = trainer.args.disable_tqdm or not accelerator.is_main_process
+    for start in tqdm(range(0, len(mine), size), desc=f"Scoring {name}", disable=quiet):
         pairs = [data[row] for row in mine[start : start + size]]
         batch = {key: value.to(accelerator.device) for key, value in trainer.data_collator(pairs).items()}
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
@@ -105,35 +160,15 @@ def score(trainer: PopRiskDPOTrainer, reference: torch.nn.Module | None, name: s
 
 
 def main() -> None:
-    script_args, args, model_args = parse((DPOScriptArguments, PopRiskDPOConfig, ModelConfig))
+    script_args, args, model_args = parse(ARGUMENTS)
     require_path(model_args.model_name_or_path, "model_name_or_path")
     resume = checkpoint_to_resume(args)
-    data = load_splits(script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming)
-    train = split(data, script_args.dataset_train_split, "dataset_train_split")
-    held_out = {"test": split(data, script_args.dataset_test_split, "dataset_test_split")}
-    if script_args.dataset_validation_split:
-        held_out["validation"] = split(data, script_args.dataset_validation_split, "dataset_validation_split")
-    for name, part in {"training": train, **held_out}.items():
-        check_completions(part, name)
+    train, held_out = load(script_args)
     train = flip_preferences(train, script_args.flip_fraction, script_args.flip_seed)
-
-    init_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype or "float32",
-        **(args.model_init_kwargs or {}),
-    }
-    args.model_init_kwargs = init_kwargs
+    sets = evaluation_sets(train, held_out)
+    trainer = make_trainer(PopRiskDPOTrainer, args, model_args, train, sets)
     timer = StepTimer()
-    trainer = PopRiskDPOTrainer(
-        model=model_args.model_name_or_path,
-        args=args,
-        train_dataset=train,
-        eval_dataset=evaluation_sets(train, held_out),
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-        callbacks=[timer],
-    )
+    trainer.add_callback(timer)
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     trainer.save_state()
@@ -141,10 +176,7 @@ def main() -> None:
         # for the audit: with the labels as they were trained on; pushes leave out _*
         train.save_to_disk(Path(args.output_dir, "_training_data"))
 
-    reference = trainer.ref_model
-    if reference is None and not model_args.use_peft:  # precomputed log-probabilities: nothing was kept
-        reference = AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, **init_kwargs)
-        reference = reference.to(trainer.accelerator.device).eval()
+    reference = reference_of(trainer, model_args)
     scores = {name: score(trainer, reference, name) for name in trainer.eval_dataset}
     if trainer.is_world_process_zero():
         results = {
