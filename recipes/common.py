@@ -21,6 +21,8 @@ from trl import TrlParser
 from hf_poprisk.checkpoints import CheckpointError, newest_checkpoint
 from hf_poprisk.hub import HubError
 
+ROOT = Path(__file__).parent  # of the recipes
+
 
 def parse(dataclass_types: Iterable[Any], argv: list[str] | None = None) -> tuple[Any, ...]:
     """Dataclasses from ``--config RECIPE.yaml`` and the command line, which wins.

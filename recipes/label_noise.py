@@ -24,10 +24,10 @@ import numpy as np
 import sweep
 import torch
 import transformers
+from comparison import mean_of, paired_difference
 from controls import RandomMaskAdamW
 from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
-from sweep import mean_of, paired_difference
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback
 

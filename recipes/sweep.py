@@ -1,10 +1,11 @@
 """Many small training runs into one file: resumed, side by side, with an estimate of the time left."""
 
+import argparse
+import contextlib
 import fcntl
 import importlib.metadata
 import json
 import logging
-import math
 import multiprocessing
 import os
 import signal
@@ -12,17 +13,28 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import common
-from scipy import stats
+import yaml
 from tqdm import tqdm
 
 Row = dict[str, Any]
+
+
+@contextlib.contextmanager
+def ends_in_a_sentence(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """What the user can put right ends the program with one sentence and code 2, Ctrl-C with 130."""
+    try:
+        yield
+    except (common.RecipeError, OSError, yaml.YAMLError, BrokenExecutor) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "\ninterrupted: finished runs are kept, and the same command goes on.\n")
 
 
 def load_rows(path: Path, fields: Sequence[str]) -> list[Row]:
@@ -148,37 +160,3 @@ def _prepare_worker() -> None:
 def _end_with_parent() -> None:
     multiprocessing.parent_process().join()  # a killed parent closes nothing: its workers would wait for ever
     os._exit(1)
-
-
-def paired(rows: Sequence[Row], base: Sequence[Row], name: str, of: Callable[[float], float]) -> list[float]:
-    """Mean over the seeds of ``of`` of ``rows`` minus that of ``base``, and the ends of its 95 % t interval.
-
-    Empty without a common seed; of a single one the mean alone.
-    """
-    before = {row["seed"]: of(row[name]) for row in base}
-    deltas = [of(row[name]) - before[row["seed"]] for row in rows if row["seed"] in before]
-    if len(deltas) < 2:
-        return deltas
-    mean, half = fmean(deltas), stats.t.ppf(0.975, len(deltas) - 1) * stdev(deltas) / len(deltas) ** 0.5
-    return [mean, mean - half, mean + half]
-
-
-def in_brackets(values: Sequence[str]) -> str:
-    """A value, its interval in brackets if there is one; – for none."""
-    return values[0] + (f" [{', '.join(values[1:])}]" if values[1:] else "") if values else "–"
-
-
-def paired_difference(rows: Sequence[Row], base: Sequence[Row], name: str, digits: int = 3) -> str:
-    """Mean over the seeds of ``rows`` minus ``base``, and its 95 % t interval."""
-    return in_brackets([f"{value:+.{digits}f}" for value in paired(rows, base, name, float)])
-
-
-def paired_quotient(rows: Sequence[Row], base: Sequence[Row], name: str) -> str:
-    """Geometric mean over the seeds of ``rows`` over ``base``, and its 95 % t interval."""
-    found = in_brackets([f"{math.exp(value):.2f}" for value in paired(rows, base, name, math.log)])
-    return found if found == "–" else f"×{found}"
-
-
-def mean_of(rows: Sequence[Row], name: str, digits: int = 3) -> str:
-    values = [row[name] for row in rows if row.get(name) is not None]
-    return f"{fmean(values):.{digits}f}" if values else "–"

@@ -21,7 +21,10 @@ import double_descent  # noqa: E402
 import evidence  # noqa: E402
 import grokking  # noqa: E402
 import image  # noqa: E402
+import pages  # noqa: E402
 import pinn  # noqa: E402
+from experiment import Experiment, experiments, module, work  # noqa: E402
+from figure import draw  # noqa: E402
 
 from hf_poprisk import PopRiskAdamW  # noqa: E402
 
@@ -35,11 +38,11 @@ SMALL = {  # options that make a run of an experiment a matter of a second
 }
 
 
-@pytest.mark.parametrize("path", evidence.experiments(), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", experiments(), ids=lambda path: path.stem)
 def test_every_arm_of_every_experiment_runs(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    experiment, small, ends = evidence.Experiment.load(path), SMALL[path.stem], {}
+    experiment, small, ends = Experiment.load(path), SMALL[path.stem], {}
     if path.stem == "text-noise":
         small = small | {"model": str(save_tiny_model(tmp_path / "model", "llama", tied=True))}
     fit = controls.fit
@@ -51,18 +54,18 @@ def test_every_arm_of_every_experiment_runs(
 
     monkeypatch.setattr(controls, "fit", watched)
     for arm, cell in {cell["arm"]: cell for cell in reversed(experiment.cells())}.items():
-        found = evidence.work(path.parent / experiment.script, cell | {"options": cell["options"] | small})
+        found = work(path.parent / experiment.script, cell | {"options": cell["options"] | small})
         names = [name for report in experiment.reports for name in (report["select"], report["report"])]
         assert all(isinstance(found[name], int | float | None) for name in (*names, *experiment.columns)), arm
-        assert set(evidence.module(path.parent / experiment.script).RESULTS) <= set(found)
+        assert set(module(path.parent / experiment.script).RESULTS) <= set(found)
         assert len(found[experiment.curve["y"]] if experiment.curve["x"] not in experiment.facets else [1])
     same = {frozenset((a, b)) for a in ends for b in ends if a != b and torch.equal(ends[a], ends[b])}
     assert same <= {frozenset(("adamw", "weight"))}  # the model is too small to judge
 
 
 def test_cells_are_all_different_and_balanced() -> None:
-    for path in evidence.experiments():
-        experiment = evidence.Experiment.load(path)
+    for path in experiments():
+        experiment = Experiment.load(path)
         cells = experiment.cells()
         assert len({json.dumps(cell, sort_keys=True) for cell in cells}) == len(cells)
         counts = [sum(cell["arm"] == arm for cell in cells) for arm in experiment.arms]
@@ -165,7 +168,7 @@ def test_the_loss_is_that_of_the_equation() -> None:
 
 def cell_of(name: str, **options: Any) -> dict[str, Any]:
     """The options of an experiment's first cell, with others in place of some."""
-    cell = evidence.Experiment.load(RECIPES / f"claims/{name}.yaml").cells()[0]
+    cell = Experiment.load(RECIPES / f"claims/{name}.yaml").cells()[0]
     return cell["options"] | SMALL[name] | {"seed": 0} | options
 
 
@@ -282,7 +285,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / "claims" / script.name).write_text(script.read_text())
     (tmp_path / "results" / "label_noise.jsonl").touch()
     (tmp_path / "label_noise.yaml").write_text("[]")
-    monkeypatch.setattr(evidence, "ROOT", tmp_path)
+    monkeypatch.setattr(common, "ROOT", tmp_path)
     return tmp_path
 
 
@@ -308,12 +311,12 @@ def test_the_table_chooses_by_validation_and_pairs_the_seeds(place: Path) -> Non
     ]
     rows.append(made_up({"learning_rate": 0.3}, "hard", 0, validation=0.0, test=0.0))  # one seed of two
     rows.append(made_up({"learning_rate": 0.7}, "hard", 0, validation=0.0, test=0.0))  # not of this grid
-    page = evidence.section(write(place, rows))
+    page = pages.section(write(place, rows))
     assert "| adamw | 0.2 | 0.800 | 0.200 ± 0.000 |  | 0.100 ± 0.000 |  |" in page
     assert "| hard | 0.2 | 0.800 | 0.350 ± 0.050 | +0.150 [-0.485, +0.785] | 0.250 ± 0.050 | +0.150 [" in page
     assert "9 runs, 2 seeds, 4 minutes" in page and "**3 of 12 runs are missing.**" in page
     higher = [{"select": "validation_error", "report": "test_error", "better": "higher"}]
-    assert "| adamw | 0.1* | 0.900 | 0.100" in evidence.section(write(place, rows, reports=higher))
+    assert "| adamw | 0.1* | 0.900 | 0.100" in pages.section(write(place, rows, reports=higher))
 
 
 def test_facets_are_chosen_for_one_by_one(place: Path) -> None:
@@ -328,11 +331,11 @@ def test_facets_are_chosen_for_one_by_one(place: Path) -> None:
     ]
     curve = {"x": "width", "y": "test_error", "dashed": "validation_error", "log": "x"}
     path = write(place, rows, facets={"width": [1, 2]}, equal={}, curve=curve)
-    page = evidence.section(path)
+    page = pages.section(path)
     assert "| 1 | 0.105 ± 0.005 (0.1*) | 0.105 ± 0.005 (0.1*) | +0.000 [+0.000, +0.000] |" in page
     assert "| 2 | 0.205 ± 0.005 (0.2) |" in page
-    experiment = evidence.Experiment.load(path)
-    evidence.draw(experiment, experiment.rows(), place / "a.png")
+    experiment = Experiment.load(path)
+    draw(experiment, experiment.rows(), place / "a.png")
     assert (place / "a.png").stat().st_size > 5000
 
 
@@ -347,7 +350,7 @@ def test_who_never_got_there_is_not_averaged(place: Path) -> None:
         for seed, value in enumerate(pair)
     ]
     report = {"select": "validation_error", "report": "test_error", "better": "lower", "ratio": True}
-    page = evidence.section(write(place, rows, reports=[report], equal={"learning_rate": 0.2}))
+    page = pages.section(write(place, rows, reports=[report], equal={"learning_rate": 0.2}))
     assert "| adamw | 0.1* | 150 | 150 ± 50 |  | 1 of 2, at 50 |  |" in page
     assert "| hard | 0.1* | 300 | 300 ± 100 | ×2.00 [2.00, 2.00] | 0 of 2 | – |" in page
 
@@ -358,13 +361,13 @@ def test_a_finished_run_stays_where_it_was(place: Path, monkeypatch: pytest.Monk
     rows = [made_up({"learning_rate": 0.1}, "adamw", seed, 0.0, 0.0) for seed in (0, 1)]
     rows[0] |= {"step": [1, 2, 3], "test_errors": [0.0, 0.2, 0.4]}
     rows[1] |= {"step": [1], "test_errors": [1.0]}
-    experiment = evidence.Experiment.load(write(place, rows))
+    experiment = Experiment.load(write(place, rows))
     drawn: list[Any] = []
     plot = matplotlib.axes.Axes.plot
     monkeypatch.setattr(
         matplotlib.axes.Axes, "plot", lambda self, *a, **k: (drawn.append(a), plot(self, *a, **k))[1]
     )
-    evidence.draw(experiment, experiment.rows(), place / "a.png")
+    draw(experiment, experiment.rows(), place / "a.png")
     assert drawn[0][0] == [1, 2, 3] and drawn[0][1].tolist() == pytest.approx([0.5, 0.6, 0.7])
 
 
@@ -375,7 +378,7 @@ def test_run_resumes_and_page_is_written(
     more = {"equal": {}, "grid": {"learning_rate": [0.01]}, "curve": {"x": "step", "y": "test_errors"}}
     path = write(place, [], settings=settings, **more)
     for page in (place / "RESULTS.md", place.parent / "README.md"):
-        page.write_text(f"Words\n{evidence.BEGIN}\nold\n{evidence.END}\nmore words\n")
+        page.write_text(f"Words\n{pages.BEGIN}\nold\n{pages.END}\nmore words\n")
     for expected in ("4 runs, 0 of them", "4 runs, 4 of them"):
         monkeypatch.setattr(sys, "argv", ["evidence.py", "run", str(path)])
         with pytest.raises(SystemExit) as stopped:
@@ -383,16 +386,29 @@ def test_run_resumes_and_page_is_written(
         printed = capfd.readouterr()
         assert stopped.value.code == 0 and expected in printed.out, printed.err
         assert "| adamw | 0.01 |" in printed.out
-    rows = evidence.Experiment.load(path).rows()
+    rows = Experiment.load(path).rows()
     assert len(rows) == 4 and all(0 < row["test_error"] < 1 and row["seconds"] > 0 for row in rows)
     monkeypatch.setattr(sys, "argv", ["evidence.py", "page"])
     evidence.main()
     page = (place / "RESULTS.md").read_text()
     assert page.startswith("Words\n") and page.endswith("more words\n") and "### A title" in page
     assert "old" not in page and (place / "results" / "one.png").exists()
-    assert page == evidence.results_page()
+    assert page == pages.results_page()
     readme = (place.parent / "README.md").read_text()
     assert "| A title | error | 0." in readme and "| supported |" in readme
+
+
+def test_an_interrupted_run_says_how_to_go_on(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*args: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evidence, "run_cells", interrupted)
+    monkeypatch.setattr(sys, "argv", ["evidence.py", "run", str(write(place, []))])
+    with pytest.raises(SystemExit) as stopped:
+        evidence.main()
+    assert stopped.value.code == 130 and "the same command goes on" in capsys.readouterr().err
 
 
 def test_an_experiment_of_ones_own_lies_elsewhere(tmp_path: Path, place: Path) -> None:
@@ -401,16 +417,16 @@ def test_an_experiment_of_ones_own_lies_elsewhere(tmp_path: Path, place: Path) -
     written = write(place, [])
     (here / "one.yaml").write_text(written.read_text())
     with pytest.raises(common.RecipeError, match="not a Python file beside"):
-        evidence.Experiment.load(here / "one.yaml")
+        Experiment.load(here / "one.yaml")
     (here / "double_descent.py").write_text((RECIPES / "claims/double_descent.py").read_text())
-    assert evidence.Experiment.load(here / "one.yaml").results == here / "one.jsonl"
-    assert evidence.Experiment.load(written).results == place / "results" / "one.jsonl"
+    assert Experiment.load(here / "one.yaml").results == here / "one.jsonl"
+    assert Experiment.load(written).results == place / "results" / "one.jsonl"
 
 
 def test_what_is_not_finite_is_no_result(tmp_path: Path) -> None:
     script = tmp_path / "s.py"
     script.write_text("def run(cell): return {'a': float('nan'), 'b': 1.0, 'c': [float('nan')]}\n")
-    found = evidence.work(script, {"options": {}, "seed": 0})
+    found = work(script, {"options": {}, "seed": 0})
     assert found["a"] is None and found["b"] == 1.0 and math.isnan(found["c"][0])
 
 
@@ -476,16 +492,14 @@ def test_options_of_the_command_are_checked(
 
 
 def test_the_results_page_is_what_the_command_writes() -> None:
-    assert (RECIPES / "RESULTS.md").read_text() == evidence.results_page()
-    assert (RECIPES.parent / "README.md").read_text() == evidence.readme()
-    for path in evidence.experiments():
-        experiment = evidence.Experiment.load(path)
+    assert (RECIPES / "RESULTS.md").read_text() == pages.results_page()
+    assert (RECIPES.parent / "README.md").read_text() == pages.readme()
+    for path in experiments():
+        experiment = Experiment.load(path)
         assert not experiment.rows() or (RECIPES / "results" / f"{path.stem}.png").exists()
 
 
 def test_a_missing_model_is_said() -> None:
-    cell = evidence.Experiment.load(RECIPES / "claims/text-noise.yaml").cells()[0]
+    cell = Experiment.load(RECIPES / "claims/text-noise.yaml").cells()[0]
     with pytest.raises(common.RecipeError, match=r"model=outputs/none is not a folder"):
-        evidence.work(
-            RECIPES / "claims/text.py", cell | {"options": cell["options"] | {"model": "outputs/none"}}
-        )
+        work(RECIPES / "claims/text.py", cell | {"options": cell["options"] | {"model": "outputs/none"}})
