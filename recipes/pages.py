@@ -9,12 +9,12 @@ import yaml
 from comparison import best, digits, markdown, with_error
 from experiment import Experiment, experiments
 from figure import draw
-from label_noise import load_rows
+from noisy_labels.cells import load_rows
+from noisy_labels.table import REPORT
 from report import missing, table
 from sweep import Row
 
 BEGIN, END = "<!-- generated: python recipes/evidence.py page -->", "<!-- end of the generated part -->"
-REPORT = {"select": "validation_accuracy", "report": "test_accuracy", "better": "higher"}
 SHOWN = ("adamw", "hard", "soft", "random-mask")  # the arms in README
 CHOSEN = (
     "Each arm at the point of the same grid (* at its end) that is best on average on *clean* validation "

@@ -1,4 +1,4 @@
-"""The comparison of label-noise arms: one small cell of every arm, and the table of made-up rows."""
+"""The comparison of label-noise arms: small cells of classes and of pairs, and the table of made-up rows."""
 
 import json
 import sys
@@ -8,22 +8,33 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
+from datasets import Dataset, concatenate_datasets
+from models import preferences as pairs
+from models import save_tiny_model
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+RECIPES = Path(__file__).parents[1] / "recipes"
+sys.path.insert(0, str(RECIPES))
 
-import label_noise
-
-SCRIPT = Path(label_noise.__file__)
+import common  # noqa: E402
+import dpo  # noqa: E402
+import label_noise  # noqa: E402
+from noisy_labels import classification, preferences  # noqa: E402
+from noisy_labels.arms import ARMS  # noqa: E402
+from noisy_labels.cells import Cell, load_rows  # noqa: E402
+from noisy_labels.figure import frontier  # noqa: E402
+from noisy_labels.runs import run_cell  # noqa: E402
+from noisy_labels.table import tables  # noqa: E402
 
 
 def test_every_arm_of_a_classification_runs(tmp_path: Path) -> None:
     found = {}
-    for arm, spec in label_noise.ARMS.items():
+    for arm, spec in ARMS.items():
         if not spec.dpo_only:
-            found[arm] = label_noise.run_cell(asdict(label_noise.Cell("digits", arm, 0.3, 3e-3, 0, 4)))
+            found[arm] = run_cell(asdict(Cell("digits", arm, 0.3, 3e-3, 0, 4)))
     for arm, row in found.items():
         assert 0.5 < row["test_accuracy"] <= 1.0 and row["sizes"]["test"] == 597, arm
-        judged = label_noise.ARMS[arm].label_noise != "off"
+        judged = ARMS[arm].label_noise != "off"
         assert (row["noise_rate"] is not None) == judged, arm
         assert not judged or row["auroc_suspicion"] > 0.8, arm
     assert found["adamw"]["sizes"]["train"] == 900 and found["adamw-early"]["sizes"]["train"] == 810
@@ -34,14 +45,112 @@ def test_every_arm_of_a_classification_runs(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["uniform", "class", "group"])
 def test_labels_are_spoiled_as_said(kind: str, tmp_path: Path) -> None:
     task = "digits" if kind == "uniform" else f"digits-{kind}"
-    setup = label_noise.classification(label_noise.Cell(task, "adamw", 0.2, 1e-3, 1, 1), str(tmp_path))
-    x, clean = label_noise.draw(task, 1)["train"]
+    setup = classification.prepare(Cell(task, "adamw", 0.2, 1e-3, 1, 1), str(tmp_path))
+    x, clean = classification.draw(task, 1)["train"]
     labels = np.array([int(row["labels"]) for row in setup.trainer.train_dataset])
     assert np.array_equal(labels != clean, setup.wrong) and setup.wrong.sum() == 180
     step = (labels - clean)[setup.wrong] % 10
     assert (len(set(step)) > 5) == (kind == "uniform")
     spread = [np.square(x[part] - x[part].mean(0)).sum(1).mean() for part in (setup.wrong, ~setup.wrong)]
     assert (spread[0] < 0.8 * spread[1]) == (kind == "group")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """A recipe for DPO as one may have it: a stock optimizer, no validation split, two prompts too long."""
+    save_tiny_model(tmp_path / "model", "llama", tied=True)
+    (tmp_path / "data").mkdir()
+    for split, data in {"train": train_pairs(), "test": pairs(6, 200)}.items():
+        data.to_parquet(tmp_path / "data" / f"{split}.parquet")
+    return rewritten(
+        RECIPES / "tiny/dpo/adamw.yaml",
+        tmp_path / "recipe.yaml",
+        model_name_or_path=str(tmp_path / "model"),
+        attn_implementation="eager",
+        dataset_name=str(tmp_path / "data"),
+        dataset_validation_split="",
+        max_length=64,
+        num_train_epochs=2,
+        push_to_hub=True,
+        output_dir=str(tmp_path / "out"),
+    )
+
+
+def train_pairs() -> Dataset:
+    """42 pairs that all differ, the last two with prompts longer than the recipe's ``max_length``."""
+    long = pairs(2, 300).map(lambda row: {"prompt": " ".join([row["prompt"]] * 40)})
+    every = concatenate_datasets([pairs(40), long])
+    return every.map(
+        lambda row, i: {"prompt": f"{i} {row['prompt']}", "chosen": f"{row['chosen']} {i}"}, with_indices=True
+    )
+
+
+def rewritten(path: Path, to: Path, **changed: Any) -> Path:
+    to.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | changed))
+    return to
+
+
+def asked(monkeypatch: pytest.MonkeyPatch, *argv: Any) -> list[dict[str, Any]]:
+    """The cells that a command line asks for; the program ends before they run."""
+    cells: list[dict[str, Any]] = []
+    monkeypatch.setattr(label_noise, "run_cells", lambda found, *args, **kwargs: cells.extend(found))
+    monkeypatch.setattr(sys, "argv", ["label_noise.py", "run", *map(str, argv)])
+    with pytest.raises(SystemExit):
+        label_noise.main()
+    return cells
+
+
+def test_a_recipe_is_a_task(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--arms", "adamw-early", "swap", "--learning_rates", "1e-3", "--noise", "0.3", "--seeds", "0"]
+    cells = asked(monkeypatch, "--tasks", recipe, *options)
+    place = {"task": str(recipe), "noise": 0.3, "learning_rate": 1e-3, "seed": 0, "epochs": 2}
+    assert cells == [place | {"arm": "adamw-early"}, place | {"arm": "swap"}]
+    assert not (recipe.parent / "out").exists()
+    cells = asked(monkeypatch, "--tasks", recipe, *options, "--epochs", 1)
+    rows = [cell | run_cell(cell) | {"versions": {"torch": "2"}} for cell in cells]
+    sizes = {"train": 35, "validation": 5, "test": 6, "wrong": 11}  # of 42, 5 and two that are too long
+    assert [row["sizes"] for row in rows] == [sizes | {"train": 31, "wrong": 9, "held": 4}, sizes]
+    assert all(row["test_kl_per_token"] > 0 and row["reported_epoch"] == 1 for row in rows)
+    printed = tables(rows)
+    assert f"label_noise.py run --tasks {recipe} --arms adamw-early swap --noise 0.3 --learning" in printed
+    assert "n = 35 training examples, 5 validation, 6 test; 1 epochs; 1 seeds; torch 2." in printed
+    assert "| margin | KL per token |" in printed
+
+
+def test_a_cell_is_a_run_of_the_recipe(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = {"optim": "poprisk_adamw", "poprisk_gate": "hard", "dataset_validation_split": "test"}
+    path = rewritten(recipe, tmp_path / "hard.yaml", push_to_hub=False, **gate)
+    monkeypatch.setattr(dpo, "MAX_FLIPPED_EVAL", 5)
+    row = run_cell(asdict(Cell(str(path), "hard", 0.3, 2e-3, 3, 2)))
+    argv = ["--learning_rate", "2e-3", "--seed", "3", "--flip_seed", "3", "--save_strategy", "no"]
+    monkeypatch.setattr(sys, "argv", ["dpo.py", "--config", str(path), *argv])
+    dpo.main()
+    scores = json.loads((tmp_path / "out" / "results.json").read_text())["results"]["scores"]
+    found = {name: row[f"test_{name}"] for name in scores["test"]}
+    assert found == scores["test"] and row["validation_accuracy"] == scores["validation"]["accuracy"]
+    assert row["wrong_fitted"] == scores["flipped"]["accuracy"] and row["sizes"]["wrong"] == 5
+
+
+def test_validation_pairs_are_set_apart_with_their_labels_as_they_are(recipe: Path, tmp_path: Path) -> None:
+    clean, drawn = {row["prompt"]: row["chosen"] for row in train_pairs()}, []
+    for seed in (0, 1):
+        cell = Cell(str(recipe), "hard", 0.45, 1e-3, seed, 1)
+        trainer = preferences.prepare(cell, str(tmp_path / "run")).trainer
+        assert trainer.args.optim == "poprisk_adamw" and not trainer.args.push_to_hub
+        assert trainer.model.config._attn_implementation == "eager"
+        data = {"train": trainer.train_dataset, **trainer.eval_dataset}
+        assert len(data.pop("test")) == 6
+        prompts = {name: {row["prompt"] for row in part} for name, part in data.items()}
+        assert not prompts["train"] & prompts["validation"] and prompts["wrong"] < prompts["train"]
+        kept = {name: {row["prompt"] for row in part if is_clean(row, clean)} for name, part in data.items()}
+        assert kept["validation"] == prompts["validation"] and not kept["wrong"]
+        assert kept["train"] == prompts["train"] - prompts["wrong"]
+        drawn.append(prompts["validation"])
+    assert drawn[0] != drawn[1]
+
+
+def is_clean(row: dict[str, str], clean: dict[str, str]) -> bool:
+    return row["chosen"].removesuffix("<|end|>") == clean[row["prompt"]]
 
 
 def row(arm: str, rate: float, seed: int, validation: float, test: float, **more: Any) -> dict[str, Any]:
@@ -74,8 +183,8 @@ def test_the_table_chooses_by_validation_and_pairs_the_seeds(tmp_path: Path) -> 
     ]
     path = tmp_path / "results.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"task": "dig')  # a run was killed
-    assert label_noise.load_rows(path) == rows
-    printed = label_noise.table(rows)
+    assert load_rows(path) == rows
+    printed = tables(rows)
     assert "| adamw | 0.2* | 0.700 | 0.400 ± 0.000 |" in printed
     weight = next(line for line in printed.splitlines() if line.startswith("| weight |"))
     assert "| 0.505 ± 0.005 | +0.105 [+0.041, +0.169] | 0.500 | 0.310 |" in weight and "| 2.00 |" in weight
@@ -84,30 +193,51 @@ def test_the_table_chooses_by_validation_and_pairs_the_seeds(tmp_path: Path) -> 
 
 
 def test_a_foreign_line_and_senseless_options_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = tmp_path / "results.jsonl"
-    path.write_text('{"a": 1}\n')
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(label_noise, "run_cells", lambda *args, **kwargs: pytest.fail("it began"))
+    Path("results.jsonl").write_text('{"a": 1}\n')
+    Path("empty.jsonl").touch()
+    for name, changed in {
+        "alone": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1},
+        "half": {"num_train_epochs": 0.5},
+        "key": {"poprisk_gaet": "soft"},
+        "model": {"model_name_or_path": "./nowhere"},
+        "data": {"dataset_name": "./nowhere"},
+        "steps": {"max_steps": 3},
+    }.items():
+        rewritten(recipe, Path(f"{name}.yaml"), **changed)
+    given = ("--learning_rates", "1e-3")
     for options, message in (
         (["table", "results.jsonl"], "line 1 of results.jsonl is not of this script"),
+        (["table", "empty.jsonl"], "holds no finished run"),
         (["run", "--tasks", "digits", "--noise", "0.6"], "--noise must lie in"),
         (["run", "--tasks", "digits", "--arms", "swap"], "the arm swap is for preference pairs"),
         (["run", "--tasks", "digits", "--processes", "0"], "--processes"),
         (["run", "--tasks", "dpo"], "`python scripts/prepare_tiny.py` makes it"),
+        (["run", "--tasks", "dpo-lora"], "`python scripts/prepare_tiny.py` makes it"),
+        (["run", "--tasks", "digit"], "--tasks digit is neither a task nor a YAML file"),
+        (["run", "--tasks", "nowhere.yaml", *given], "--tasks nowhere.yaml is neither"),
+        (["run", "--tasks", "recipe.yaml"], "--learning_rates is missing: recipe.yaml has no grid"),
+        (["run", "--tasks", "half.yaml", *given], "--epochs is missing: half.yaml has 0.5"),
+        (["run", "--tasks", "key.yaml", *given], "poprisk_gaet"),
+        (["run", "--tasks", "steps.yaml", *given], "max_steps of steps.yaml has no place here"),
+        (["run", "--tasks", "model.yaml", *given], "model_name_or_path=./nowhere is not a folder"),
+        (["run", "--tasks", "data.yaml", *given], "dataset_name=./nowhere is not a folder"),
+        (["run", "--tasks", "alone.yaml", *given], "leaves nothing to hold out"),
     ):
         monkeypatch.setattr(sys, "argv", ["label_noise.py", *options])
         with pytest.raises(SystemExit) as stopped:
             label_noise.main()
         printed = capsys.readouterr().err
-        assert stopped.value.code == 2 and message in printed and printed.count("\n") == 1
+        assert stopped.value.code == 2 and message in printed and printed.count("\n") == 1, options
 
 
 def test_the_results_page_is_what_the_command_prints() -> None:
-    root = SCRIPT.parent
-    rows = label_noise.load_rows(root / "results" / "label_noise.jsonl")
-    page = (root / "LABEL_NOISE.md").read_text()
-    assert page.partition("\n---\n\n")[2] == label_noise.table(rows) + "\n"
+    rows = load_rows(RECIPES / "results" / "label_noise.jsonl")
+    page = (RECIPES / "LABEL_NOISE.md").read_text()
+    assert page.partition("\n---\n\n")[2] == tables(rows) + "\n"
 
 
 def test_accuracy_is_drawn_against_kl(tmp_path: Path) -> None:
@@ -117,7 +247,7 @@ def test_accuracy_is_drawn_against_kl(tmp_path: Path) -> None:
         for rate in (0.1, 0.2)
         for seed in (0, 1)
     ]
-    label_noise.frontier(rows, tmp_path / "a.png")
+    frontier(rows, tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 5000
-    with pytest.raises(label_noise.common.RecipeError, match="no two arms with preferences"):
-        label_noise.frontier(rows[:4], tmp_path / "b.png")
+    with pytest.raises(common.RecipeError, match="no two arms with preferences"):
+        frontier(rows[:4], tmp_path / "b.png")

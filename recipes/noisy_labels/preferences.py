@@ -1,0 +1,102 @@
+"""Preference pairs with swapped labels: DPO as ``recipes/dpo.py`` does it, by any of its YAML files.
+
+A task is the name of a folder of ``recipes/tiny`` or the path of a YAML file, which says all that a cell and
+its arm do not: model, adapter, data, batch, schedule. Its test split is the test set. Where it names no
+validation split, 10 % of the training pairs, drawn by the seed, become one, with their labels as they are.
+"""
+
+import tempfile
+from collections.abc import Iterable
+from typing import Any
+
+import common
+import numpy as np
+import transformers
+
+from noisy_labels.arms import ARMS, trainer_class
+from noisy_labels.cells import HELD_OUT, Cell, Setup, Task, hold_out
+
+TASKS = {
+    "dpo": Task(4, (1e-4, 3e-4, 1e-3), 16),
+    "dpo-lora": Task(4, (1e-3, 3e-3, 1e-2), 16),
+}
+
+
+def read_task(path: str) -> Task:
+    """The task of a YAML file; it has no grid of learning rates.
+
+    Raises:
+        SystemExit: ``recipes/dpo.py`` would refuse the file.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        _, args, _ = arguments(path, ["--output_dir", folder])
+    return Task(args.num_train_epochs, (), args.units_per_step)
+
+
+def check(cells: Iterable[Cell]) -> None:
+    """Refuse before any work what the runs would refuse.
+
+    Raises:
+        RecipeError: a missing model or data set, or a length in steps.
+        SystemExit: settings that an arm cannot be run with.
+    """
+    for cell in {(cell.task, cell.arm): cell for cell in cells}.values():
+        with tempfile.TemporaryDirectory() as folder:
+            script_args, args, model_args = cell_arguments(cell, folder)
+        if args.max_steps > 0:
+            raise common.RecipeError(f"max_steps of {cell.task} has no place here: give --epochs instead.")
+        common.require_path(model_args.model_name_or_path, "model_name_or_path")
+        common.require_path(script_args.dataset_name, "dataset_name")
+
+
+def arguments(task: str, argv: list[str]) -> tuple[Any, ...]:
+    """The settings of the recipe, and what stands on the command line in place of some."""
+    import dpo  # here, because TRL is slow to import
+
+    path = common.ROOT / "tiny" / task / "poprisk.yaml" if task in TASKS else task
+    return common.parse(dpo.ARGUMENTS, ["--config", str(path), *argv])
+
+
+def cell_arguments(cell: Cell, folder: str) -> tuple[Any, ...]:
+    """The settings of one run: those of its place and its arm take the place of the recipe's."""
+    losses = ARMS[cell.arm].losses(cell.noise)
+    options = cell.options(folder) | {
+        "optim": "poprisk_adamw",
+        "flip_fraction": cell.noise,
+        "flip_seed": cell.seed,
+        "label_smoothing": cell.noise if "robust" in losses else 0,
+        "push_to_hub": False,
+    }
+    argv = [str(item) for name, value in options.items() for item in (f"--{name}", value)]
+    return arguments(cell.task, [*argv, "--loss_type", *losses, "--loss_weights", *map(str, losses.values())])
+
+
+def prepare(cell: Cell, folder: str) -> Setup:
+    """The trainer of a cell.
+
+    Raises:
+        RecipeError: the data set lacks a split, or has an empty completion.
+    """
+    import dpo
+
+    from hf_poprisk import PopRiskDPOTrainer
+
+    arm = ARMS[cell.arm]
+    script_args, args, model_args = cell_arguments(cell, folder)
+    train, held_out = dpo.load(script_args)
+    if "validation" not in held_out:
+        parts = train.train_test_split(HELD_OUT, seed=cell.seed)
+        train, held_out["validation"] = parts["train"], parts["test"]
+    train = common.flip_preferences(train, cell.noise, cell.seed)
+    wrong = np.array(train["is_flipped"])
+    kept, held = hold_out(len(train), arm.early, cell.seed)
+    sets = {name: held_out[name] for name in ("validation", "test")}
+    for name, rows in (("wrong", kept[wrong[kept]][: dpo.MAX_FLIPPED_EVAL]), ("held", held)):
+        sets |= {name: train.select(rows)} if len(rows) else {}
+    transformers.set_seed(cell.seed)
+    kind = trainer_class(PopRiskDPOTrainer, arm, cell.noise)
+    trainer = dpo.make_trainer(kind, args, model_args, train.select(kept), sets)
+    reference = dpo.reference_of(trainer, model_args)
+    sizes = {name: len(part) for name, part in trainer.eval_dataset.items()}
+    every_epoch = list(sizes) if arm.early else ["test"] if cell.arm == "adamw" else []
+    return Setup(trainer, lambda name: dpo.score(trainer, reference, name), wrong[kept], sizes, every_epoch)

@@ -1,0 +1,112 @@
+"""The tables: one per task, epochs and noise."""
+
+from statistics import fmean, median
+
+from comparison import best, by, mean_of, paired_difference, starred, with_error
+from sweep import Row
+
+from noisy_labels import classification, preferences
+from noisy_labels.arms import ARMS
+
+REPORT = {"select": "validation_accuracy", "report": "test_accuracy", "better": "higher"}
+INTRODUCTION = (
+    "The learning rate of every arm is the one with the highest mean accuracy on CLEAN validation "
+    "labels, for all arms alike (* at the end of its grid); adamw-early chooses its epoch by noisy "
+    "labels, 10 % of the training set. Differences are paired over the seeds, each arm at its own rate. "
+    "drop-told, robust and conservative are told the true share of wrong labels. Times are medians, "
+    "adamw = 1."
+)
+HEADER = (
+    "arm | learning rate | validation | test ± s.e. | difference to adamw [95 %] | wrong labels fitted | ε̂ "
+    "| AUROC suspicion / mean loss | time per step"
+)
+
+
+def tables(rows: list[Row]) -> str:
+    """All that the rows hold, in Markdown, the command that trained them above each."""
+    groups, out = sorted(by(rows, ("task", "epochs", "noise")).items()), [INTRODUCTION]
+    for (task, epochs, noise), found in groups:
+        ran = {row["arm"] for at, part in groups if at[:2] == (task, epochs) for row in part}
+        expected = [arm for arm in ARMS if arm in ran]
+        arms = {arm: part for arm in expected if (part := [row for row in found if row["arm"] == arm])}
+        out += [f"### {task}, {100 * noise:g} % wrong labels", *about(arms), *remarks(arms, expected)]
+        out += [table(arms)]
+    return "\n\n".join(out)
+
+
+def about(arms: dict[str, list[Row]]) -> tuple[str, str]:
+    """What was trained, and how."""
+    every = [row for part in arms.values() for row in part]
+    first, sizes = every[0], every[0]["sizes"]
+    n = sizes["train"] + sizes.get("held", 0)
+    known = (classification.TASKS | preferences.TASKS).get(first["task"])  # not of a YAML file
+    batches = f" of {known.examples_per_step} examples per step" if known else ""
+    rates, seeds = (sorted({row[name] for row in every}) for name in ("learning_rate", "seed"))
+    versions = sorted({f"{name} {v}" for row in every for name, v in row["versions"].items()})
+    return (
+        f"n = {n} training examples, {sizes['validation']} validation, {sizes['test']} test; "
+        f"{first['epochs']} epochs{batches}; {len(seeds)} seeds; {', '.join(versions)}.",
+        f"`python recipes/label_noise.py run --tasks {first['task']} --arms {' '.join(arms)} "
+        f"--noise {first['noise']:g} --learning_rates {' '.join(f'{rate:g}' for rate in rates)} "
+        f"--seeds {' '.join(map(str, seeds))} --epochs {first['epochs']}`",
+    )
+
+
+def remarks(arms: dict[str, list[Row]], expected: list[str]) -> list[str]:
+    """Missing cells, and rates that are not the same for every arm."""
+    seeds = {row["seed"] for rows in arms.values() for row in rows}
+    counts = {arm: len({row["learning_rate"] for row in rows}) for arm, rows in arms.items()}
+    missing = [f"{arm} altogether" for arm in expected if arm not in arms]
+    for arm, rows in arms.items():
+        for (rate,), part in sorted(by(rows, ["learning_rate"]).items()):
+            gone = sorted(seeds - {row["seed"] for row in part})
+            missing += [f"{arm} at {rate:g}, seeds {', '.join(map(str, gone))}"] if gone else []
+    uneven = ", ".join(f"{arm} {count}" for arm, count in counts.items())
+    lines = []
+    if len(set(counts.values())) > 1:
+        lines += [f"**Not the same number of learning rates for every arm: {uneven}.**"]
+    return lines + ([f"**Missing: {'; '.join(missing)}.**"] if missing else [])
+
+
+def table(arms: dict[str, list[Row]]) -> str:
+    """Every arm at its best learning rate."""
+    adamw = arms.get("adamw", [])
+    base = best(adamw, ["learning_rate"], REPORT) if adamw else []
+    step = median(row["seconds_per_step"] for row in adamw) if adamw else 0.0
+    lines = [arm_row(arm, rows, base, step) for arm, rows in arms.items()] + oracle_row(adamw)
+    task = next(iter(arms.values()))[0]["task"]
+    header = HEADER + " | margin | KL per token" * (task not in classification.TASKS)
+    return "\n".join([f"| {header} |", "|---" * (header.count("|") + 1) + "|", *lines])
+
+
+def arm_row(arm: str, rows: list[Row], base: list[Row], step: float) -> str:
+    """An arm at its best learning rate, beside the runs ``base`` of adamw with steps of so many seconds."""
+    chosen = best(rows, ["learning_rate"], REPORT)
+    entries = [
+        arm,
+        starred(chosen[0]["learning_rate"], {row["learning_rate"] for row in rows}),
+        mean_of(chosen, "validation_accuracy"),
+        with_error(chosen, "test_accuracy"),
+        "" if arm == "adamw" or not base else paired_difference(chosen, base, "test_accuracy"),
+        mean_of(chosen, "wrong_fitted"),
+        mean_of(chosen, "noise_rate"),
+        " / ".join(mean_of(chosen, f"auroc_{of}") for of in ("suspicion", "loss_mean")),
+        f"{median(row['seconds_per_step'] for row in rows) / step:.2f}" if step else "–",
+    ]
+    if chosen[0].get("test_margin") is not None:
+        entries += [mean_of(chosen, "test_margin", 2), mean_of(chosen, "test_kl_per_token")]
+    return f"| {' | '.join(entries)} |"
+
+
+def oracle_row(adamw: list[Row]) -> list[str]:
+    """adamw at the rate and the epoch of the best test accuracy, which nobody can choose; [] if not known."""
+    highest = {
+        rate: [max(row["test_accuracy_per_epoch"]) for row in part]
+        for (rate,), part in by(
+            (row for row in adamw if row["test_accuracy_per_epoch"]), ["learning_rate"]
+        ).items()
+    }
+    if not highest:
+        return []
+    rate = max(highest, key=lambda rate: (len(highest[rate]), fmean(highest[rate])))
+    return [f"| *adamw, oracle: best epoch on test* | {rate:g} | | {fmean(highest[rate]):.3f} | | | | | |"]
