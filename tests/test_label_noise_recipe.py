@@ -19,7 +19,7 @@ sys.path.insert(0, str(RECIPES))
 import common  # noqa: E402
 import dpo  # noqa: E402
 import label_noise  # noqa: E402
-from noisy_labels import classification, preferences  # noqa: E402
+from noisy_labels import classification, preferences, runs  # noqa: E402
 from noisy_labels.arms import ARMS  # noqa: E402
 from noisy_labels.cells import Cell, load_rows  # noqa: E402
 from noisy_labels.figure import frontier  # noqa: E402
@@ -151,6 +151,18 @@ def test_validation_pairs_are_set_apart_with_their_labels_as_they_are(recipe: Pa
 
 def is_clean(row: dict[str, str], clean: dict[str, str]) -> bool:
     return row["chosen"].removesuffix("<|end|>") == clean[row["prompt"]]
+
+
+def test_pairs_that_are_too_long_are_not_waited_for(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell = Cell(str(recipe), "drop-told", 0.3, 3e-3, 0, 2)
+    trainer = preferences.prepare(cell, str(tmp_path / "run")).trainer
+    trainer.train()
+    table = trainer._label_noise.table
+    assert sorted(table.visits.tolist()) == [0] * 2 + [2] * 35 and (table.columns["weight"] == 0).sum() == 11
+    monkeypatch.setattr(runs, "roc_auc_score", lambda wrong, score: len(wrong))
+    assert run_cell(asdict(cell))["auroc_loss_mean"] == 35
 
 
 def row(arm: str, rate: float, seed: int, validation: float, test: float, **more: Any) -> dict[str, Any]:

@@ -33,11 +33,13 @@ class DropTold(LabelNoise):
     """From the second epoch on without the share, told, with the largest mean loss of the epochs before."""
 
     told = 0.0  # the share of wrong labels
+    never_seen = 0  # examples that the trainer does without: TRL those whose prompt fills max_length
     _epochs = -1
 
     def _strength(self, visit: Any, log_odds: Tensor, num_labels: int) -> Tensor:
         super()._strength(visit, log_odds, num_labels)
-        epochs, loss = int(self.table.visits.min()), self.table.columns["loss_mean"]
+        epochs = int(self.table.visits.kthvalue(self.never_seen + 1).values)
+        loss = self.table.columns["loss_mean"]
         if epochs > self._epochs:
             self._epochs, self._kept = epochs, torch.ones_like(loss)
             self._kept[loss.topk(round(self.told * len(loss)) if epochs else 0).indices] = 0.0
@@ -101,6 +103,7 @@ def trainer_class(base: Any, arm: Arm, noise: float) -> Any:
             if arm.judge is not None:
                 self._label_noise = arm.judge(plain.mode, plain.preferences, plain.table, plain.sample)
                 self._label_noise.told = noise
+                self._label_noise.never_seen = len(plain.table) - len(self.train_dataset)
 
         @staticmethod
         def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:

@@ -51,8 +51,9 @@ def run_cell(place: Row) -> Row:
     if judge is not None and setup.wrong.any():
         table = judge.table
         columns = {"suspicion": -table.columns["heldout_logodds"], "loss_mean": table.columns["loss_mean"]}
-        finite = {name: column.nan_to_num() for name, column in columns.items()}
-        aurocs = {name: float(roc_auc_score(setup.wrong, column)) for name, column in finite.items()}
+        seen = (table.visits > 0).cpu()
+        finite = {name: column.cpu()[seen].nan_to_num() for name, column in columns.items()}
+        aurocs = {name: float(roc_auc_score(setup.wrong[seen], column)) for name, column in finite.items()}
     return {
         "validation_accuracy": final["validation"]["accuracy"],
         "test_accuracy": final["test"]["accuracy"],
