@@ -353,7 +353,7 @@ def test_the_table_follows_the_textbook(tmp_path: Path) -> None:
                     s += (slope * (coefficient * h / (v.sqrt() + 1e-8)).clamp(-bound, bound)).sum().item()
                     agreement += coefficient * (h * m / (v.sqrt() + 1e-8)).sum().item()
                 heldout[i], z_last[i] = z.item() - own[i], z.item()
-                own[i] = 0.5 * own[i] - 1e-2 * s
+                own[i] -= 0.5 * 1e-2 * s
                 losses[i] += F.softplus(-z).item() / 2
                 agreements[i] += agreement / 2
             optimizer.zero_grad()

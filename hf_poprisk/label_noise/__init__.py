@@ -1,10 +1,10 @@
 """Training on labels that may be wrong, without being told how many are.
 
 Every visit of a training example yields the log-odds of its label, z. Part of z the example has taught the
-model itself; what is left is held out, ``ζ_i = z_i − C_i``, with C_i the effect of the example's own earlier
-steps, halved at each visit:
+model itself; what is left is held out, ``ζ_i = z_i − C_i``, with C_i half the effect of the example's own
+earlier steps (the steps of the others undo the rest):
 
-    o_i = lr/B · ω_i (1 − p_i) · Σ_k (∂z_i/∂θ_k)² / (√v̂_k + ε)          C_i ← C_i/2 + o_i
+    o_i = lr/B · ω_i (1 − p_i) · Σ_k (∂z_i/∂θ_k)² / (√v̂_k + ε)          C_i ← C_i + o_i/2
 
 (ω_i the weight it was given, B the examples per step; each term of the sum is bounded by what one step of
 Adam can be, see ``Influence``). Four times per epoch, from the end of the first on,
