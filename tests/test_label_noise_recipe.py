@@ -38,6 +38,8 @@ def test_every_arm_of_a_classification_runs(tmp_path: Path) -> None:
         assert (row["noise_rate"] is not None) == judged, arm
         assert not judged or row["auroc_suspicion"] > 0.8, arm
     assert found["adamw"]["sizes"]["train"] == 900 and found["adamw-early"]["sizes"]["train"] == 810
+    most, plain = found["right-only"], found["adamw"]  # what it is told changes what is learned
+    assert most["wrong_fitted"] < 0.6 * plain["wrong_fitted"], (most["wrong_fitted"], plain["wrong_fitted"])
     runs = [row["test_accuracy_per_epoch"] for arm, row in found.items() if arm != "adamw-early"]
     assert len({tuple(run) for run in runs}) > 5  # the arms are not the same run
 

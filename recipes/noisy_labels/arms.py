@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from controls import RandomMaskAdamW
 from torch import Tensor
@@ -47,6 +48,15 @@ class DropTold(LabelNoise):
         return visit.weight
 
 
+class RightOnly(LabelNoise):
+    """The most that judging could give: told which labels are wrong, it trains on none of them."""
+
+    def _strength(self, visit: Any, log_odds: Tensor, num_labels: int) -> Tensor:
+        super()._strength(visit, log_odds, num_labels)
+        visit.weight = (~self.wrong[visit.rows]).float()
+        return visit.weight
+
+
 @dataclass(frozen=True)
 class Arm:
     gate: str = "none"
@@ -83,11 +93,12 @@ ARMS = {
     "weight+soft": Arm(gate="soft", label_noise="weight"),
     "weight-shuffled": Arm(label_noise="weight", judge=ShuffledWeights),
     "weight-C0": Arm(label_noise="weight", judge=NothingHeldOut),
+    "right-only": Arm(label_noise="audit", judge=RightOnly),
 }
 
 
-def trainer_class(base: Any, arm: Arm, noise: float) -> Any:
-    """The trainer with the arm's own judge and optimizer in it."""
+def trainer_class(base: Any, arm: Arm, noise: float, wrong: np.ndarray) -> Any:
+    """The trainer with the arm's own judge and optimizer in it; ``wrong``, [n] bool, are its examples."""
 
     class ArmTrainer(base):
         def _start_label_noise(self, *ids: Any) -> None:
@@ -103,6 +114,7 @@ def trainer_class(base: Any, arm: Arm, noise: float) -> Any:
             if arm.judge is not None:
                 self._label_noise = arm.judge(plain.mode, plain.preferences, plain.table, plain.sample)
                 self._label_noise.told = noise
+                self._label_noise.wrong = torch.from_numpy(wrong).to(plain.table.device)
                 self._label_noise.never_seen = len(plain.table) - len(self.train_dataset)
 
         @staticmethod

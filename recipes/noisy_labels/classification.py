@@ -94,7 +94,7 @@ def prepare(cell: Cell, folder: str) -> Setup:
         report_to="none",
         use_cpu=True,
     )
-    trainer = trainer_class(PopRiskTrainer, arm, cell.noise)(
+    trainer = trainer_class(PopRiskTrainer, arm, cell.noise, wrong[kept])(
         model=model,
         args=args,
         train_dataset=[{"x": torch.from_numpy(x[i]), "labels": torch.tensor(labels[i])} for i in kept],

@@ -94,7 +94,7 @@ def prepare(cell: Cell, folder: str) -> Setup:
     for name, rows in (("wrong", kept[wrong[kept]][: dpo.MAX_FLIPPED_EVAL]), ("held", held)):
         sets |= {name: train.select(rows)} if len(rows) else {}
     transformers.set_seed(cell.seed)
-    kind = trainer_class(PopRiskDPOTrainer, arm, cell.noise)
+    kind = trainer_class(PopRiskDPOTrainer, arm, cell.noise, wrong[kept])
     trainer = dpo.make_trainer(kind, args, model_args, train.select(kept), sets)
     reference = dpo.reference_of(trainer, model_args)
     sizes = {name: len(part) for name, part in trainer.eval_dataset.items()}
