@@ -1,4 +1,4 @@
-"""The generated parts of ``recipes/RESULTS.md`` and README, and the figures that they show."""
+"""The generated parts of ``recipes/RESULTS.md``, ``recipes/LABEL_NOISE.md`` and README, and their figures."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -6,16 +6,18 @@ from typing import Any
 
 import common
 import yaml
-from comparison import best, digits, markdown, with_error
+from comparison import best, digits, markdown, mean_of, with_error
 from experiment import Experiment, experiments
 from figure import draw
 from noisy_labels.cells import load_rows
-from noisy_labels.table import REPORT
+from noisy_labels.figure import frontier
+from noisy_labels.table import REPORT, tables
 from report import missing, table
 from sweep import Row
 
-BEGIN, END = "<!-- generated: python recipes/evidence.py page -->", "<!-- end of the generated part -->"
-SHOWN = ("adamw", "hard", "soft", "random-mask")  # the arms in README
+BEGIN, END = "<!-- generated: python recipes/evidence.py page, {} -->", "<!-- end of the generated part -->"
+SHOWN = ("adamw", "hard", "soft", "random-mask")  # the arms in README, for the gate
+SHOWN_OF_LABELS = ("adamw", "adamw-early", "soft", "drop-told", "weight")  # and for the judging of labels
 CHOSEN = (
     "Each arm at the point of the same grid (* at its end) that is best on average on *clean* validation "
     "data, which nobody has in practice; paired over the seeds."
@@ -23,7 +25,7 @@ CHOSEN = (
 
 
 def write_pages() -> None:
-    """Draw all figures, and write both pages.
+    """Draw all figures, and write the pages.
 
     Raises:
         RecipeError: a bad experiment, or a page without its marks.
@@ -33,30 +35,33 @@ def write_pages() -> None:
         rows = experiment.rows()
         if rows:
             draw(experiment, rows, experiment.results.with_suffix(".png"))
-    for page, content in (
-        (common.ROOT / "RESULTS.md", results_page()),
-        (common.ROOT.parent / "README.md", readme()),
-    ):
-        page.write_text(content)
+    frontier(label_rows(), common.ROOT / "results" / "preferences.png")
+    for path, content in pages().items():
+        path.write_text(content)
 
 
-def results_page() -> str:
-    """RESULTS.md with a section for every experiment."""
-    return replaced((common.ROOT / "RESULTS.md").read_text(), "\n\n".join(map(section, experiments())))
+def pages() -> dict[Path, str]:
+    """What each page should be."""
+    parts = {
+        common.ROOT / "RESULTS.md": {"experiments": "\n\n".join(map(section, experiments()))},
+        common.ROOT / "LABEL_NOISE.md": {"tables": tables(label_rows())},
+        common.ROOT.parent / "README.md": {"summary": summary(), "labels": summary_of_labels()},
+    }
+    written = {}
+    for path, contents in parts.items():
+        written[path] = path.read_text()
+        for name, content in contents.items():
+            written[path] = replaced(written[path], name, content)
+    return written
 
 
-def readme() -> str:
-    """README with the summary."""
-    return replaced((common.ROOT.parent / "README.md").read_text(), summary())
-
-
-def replaced(page: str, content: str) -> str:
-    """``page`` with ``content`` between the two marks."""
-    before, begin, rest = page.partition(BEGIN)
+def replaced(page: str, name: str, content: str) -> str:
+    """``page`` with ``content`` between the marks of that name."""
+    before, begin, rest = page.partition(mark := BEGIN.format(name))
     _, end, after = rest.partition(END)
     if not (begin and end):
-        raise common.RecipeError("the page has lost the marks of its generated part.")
-    return f"{before}{BEGIN}\n\n{content}\n\n{END}{after}"
+        raise common.RecipeError(f"a page has lost the marks of its generated part: {mark} and {END}.")
+    return f"{before}{begin}\n\n{content}\n\n{end}{after}"
 
 
 def section(path: Path) -> str:
@@ -90,12 +95,36 @@ def summary() -> str:
         line = [experiment.title, report["report"].removeprefix("test_").replace("_", " ")]
         values = ["–"] * len(SHOWN) if experiment.facets else at_their_best(rows, grid, report)
         lines.append([*line, *values, experiment.short])
-    rows = load_rows(common.ROOT / "results" / "label_noise.jsonl")
-    for entry in yaml.safe_load((common.ROOT / "label_noise.yaml").read_text()):
-        found = [row for row in rows if all(row[name] == entry[name] for name in ("task", "noise"))]
-        values = at_their_best(found, ["learning_rate"], REPORT)
+    for entry in in_readme("claims"):
+        values = at_their_best(entry["rows"], ["learning_rate"], REPORT)
         lines.append([entry["title"], "accuracy", *values, entry["short"]])
     return markdown(["", "on test data", *SHOWN, "the claim is"], lines)
+
+
+def summary_of_labels() -> str:
+    """The table of README about judging labels: each arm at its best learning rate."""
+    lines = []
+    for entry in in_readme("labels"):
+        arms = [[row for row in entry["rows"] if row["arm"] == arm] for arm in SHOWN_OF_LABELS]
+        chosen = [best(rows, ["learning_rate"], REPORT) if rows else [] for rows in arms]
+        values = [mean_of(rows, REPORT["report"]) for rows in chosen]
+        seeds = len({row["seed"] for row in entry["rows"]})
+        lines.append([entry["title"], *values, mean_of(chosen[-1], "noise_rate", 2), str(seeds)])
+    return markdown(["accuracy on clean test labels", *SHOWN_OF_LABELS, "its ε̂", "seeds"], lines)
+
+
+def label_rows() -> list[Row]:
+    """The runs on labels that may be wrong."""
+    return load_rows(common.ROOT / "results" / "label_noise.jsonl")
+
+
+def in_readme(part: str) -> list[dict[str, Any]]:
+    """The lines of ``label_noise.yaml`` for one table of README, with the ``rows`` that they are about."""
+    rows, lines = label_rows(), yaml.safe_load((common.ROOT / "label_noise.yaml").read_text())[part]
+    return [
+        line | {"rows": [row for row in rows if all(row[name] == line[name] for name in ("task", "noise"))]}
+        for line in lines
+    ]
 
 
 def at_their_best(rows: list[Row], grid: Iterable[str], report: dict[str, Any]) -> list[str]:

@@ -283,8 +283,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "results").mkdir()
     for script in RECIPES.glob("claims/*.py"):
         (tmp_path / "claims" / script.name).write_text(script.read_text())
-    (tmp_path / "results" / "label_noise.jsonl").touch()
-    (tmp_path / "label_noise.yaml").write_text("[]")
+    for file in ("results/label_noise.jsonl", "label_noise.yaml"):
+        (tmp_path / file).write_text((RECIPES / file).read_text())
     monkeypatch.setattr(common, "ROOT", tmp_path)
     return tmp_path
 
@@ -377,8 +377,13 @@ def test_run_resumes_and_page_is_written(
     settings = {"num_train": 100, "noise": 0.2, "examples_per_step": 50, "steps": 4, "every": 2, "width": 8}
     more = {"equal": {}, "grid": {"learning_rate": [0.01]}, "curve": {"x": "step", "y": "test_errors"}}
     path = write(place, [], settings=settings, **more)
-    for page in (place / "RESULTS.md", place.parent / "README.md"):
-        page.write_text(f"Words\n{pages.BEGIN}\nold\n{pages.END}\nmore words\n")
+    for page, names in (
+        (place / "RESULTS.md", ["experiments"]),
+        (place / "LABEL_NOISE.md", ["tables"]),
+        (place.parent / "README.md", ["summary", "labels"]),
+    ):
+        parts = [f"{pages.BEGIN.format(name)}\nold\n{pages.END}\n" for name in names]
+        page.write_text(f"Words\n{''.join(parts)}more words\n")
     for expected in ("4 runs, 0 of them", "4 runs, 4 of them"):
         monkeypatch.setattr(sys, "argv", ["evidence.py", "run", str(path)])
         with pytest.raises(SystemExit) as stopped:
@@ -393,7 +398,7 @@ def test_run_resumes_and_page_is_written(
     page = (place / "RESULTS.md").read_text()
     assert page.startswith("Words\n") and page.endswith("more words\n") and "### A title" in page
     assert "old" not in page and (place / "results" / "one.png").exists()
-    assert page == pages.results_page()
+    assert all(path.read_text() == content for path, content in pages.pages().items())
     readme = (place.parent / "README.md").read_text()
     assert "| A title | error | 0." in readme and "| supported |" in readme
 
@@ -491,9 +496,10 @@ def test_options_of_the_command_are_checked(
         assert stopped.value.code == 2 and message in error and error.count("\n") == 1
 
 
-def test_the_results_page_is_what_the_command_writes() -> None:
-    assert (RECIPES / "RESULTS.md").read_text() == pages.results_page()
-    assert (RECIPES.parent / "README.md").read_text() == pages.readme()
+def test_the_pages_are_what_the_command_writes() -> None:
+    assert {path.name for path in pages.pages()} == {"RESULTS.md", "LABEL_NOISE.md", "README.md"}
+    for path, content in pages.pages().items():
+        assert path.read_text() == content, path
     for path in experiments():
         experiment = Experiment.load(path)
         assert not experiment.rows() or (RECIPES / "results" / f"{path.stem}.png").exists()

@@ -248,12 +248,6 @@ def test_a_foreign_line_and_senseless_options_are_refused(
         assert stopped.value.code == 2 and message in printed and printed.count("\n") == 1, options
 
 
-def test_the_results_page_is_what_the_command_prints() -> None:
-    rows = load_rows(RECIPES / "results" / "label_noise.jsonl")
-    page = (RECIPES / "LABEL_NOISE.md").read_text()
-    assert page.partition("\n---\n\n")[2] == tables(rows) + "\n"
-
-
 def test_accuracy_is_drawn_against_kl(tmp_path: Path) -> None:
     rows = [
         row(arm, rate, seed, 0.7, 0.8, task="dpo", test_kl_per_token=rate)
