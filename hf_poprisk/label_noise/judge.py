@@ -28,7 +28,7 @@ FITS_NAME = "label_noise.json"
 FITS_PER_EPOCH = 4
 # Of what its own steps taught an example, the rest is undone by the steps of others: what is kept stays, and
 # recipes/held_out.py measures it (0.2 to 0.7).
-_KEPT = 0.5
+KEPT = 0.5
 # Nats per example and epoch: while held-out labels are still predicted better by more than this, the model is
 # not competent to judge, and what it has not learned yet would pass for wrong.
 STILL_LEARNING = 0.01
@@ -128,7 +128,7 @@ class LabelNoise:
             rows,
             logodds=z,
             heldout_logodds=heldout,
-            own_effect=before + _KEPT * own,
+            own_effect=before + KEPT * own,
             weight=weight,
             agreement_mean=agreement,
             loss_mean=F.softplus(-z),
