@@ -9,7 +9,7 @@ import sys
 import time
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +140,11 @@ def flip_preferences(dataset: Dataset, fraction: float, seed: int) -> Dataset:
     count = round(fraction * len(dataset))
     flipped = np.zeros(len(dataset), dtype=bool)
     flipped[np.random.default_rng(seed).permutation(len(dataset))[:count]] = True
+    return swap_preferences(dataset, flipped)
+
+
+def swap_preferences(dataset: Dataset, flipped: Sequence[bool]) -> Dataset:
+    """Swap chosen and rejected in the rows that ``flipped``, [n], names; with a column ``is_flipped``."""
 
     def swap(row: dict[str, Any], index: int) -> dict[str, Any]:
         if not flipped[index]:
@@ -149,7 +154,7 @@ def flip_preferences(dataset: Dataset, fraction: float, seed: int) -> Dataset:
             swapped |= {"score_chosen": row["score_rejected"], "score_rejected": row["score_chosen"]}
         return swapped
 
-    return dataset.map(swap, with_indices=True, desc=f"Flipping {count} of {len(dataset)} labels")
+    return dataset.map(swap, with_indices=True, desc=f"Flipping {sum(flipped)} of {len(dataset)} labels")
 
 
 def checkpoint_to_resume(args: TrainingArguments) -> str | None:

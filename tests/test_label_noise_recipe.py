@@ -19,7 +19,7 @@ sys.path.insert(0, str(RECIPES))
 import common  # noqa: E402
 import dpo  # noqa: E402
 import label_noise  # noqa: E402
-from noisy_labels import classification, preferences, runs  # noqa: E402
+from noisy_labels import classification, preferences, runs, words  # noqa: E402
 from noisy_labels.arms import ARMS  # noqa: E402
 from noisy_labels.cells import Cell, load_rows  # noqa: E402
 from noisy_labels.figure import frontier  # noqa: E402
@@ -55,6 +55,31 @@ def test_labels_are_spoiled_as_said(kind: str, tmp_path: Path) -> None:
     assert (len(set(step)) > 5) == (kind == "uniform")
     spread = [np.square(x[part] - x[part].mean(0)).sum(1).mean() for part in (setup.wrong, ~setup.wrong)]
     assert (spread[0] < 0.8 * spread[1]) == (kind == "group")
+
+
+def test_completions_are_put_out_of_order() -> None:
+    text = " one two three four five six seven eight"
+    prose = Dataset.from_dict(
+        {"prompt": ["a"] * 40, "chosen": [text] * 39 + [" no no"], "topic": [f"{i % 4}" for i in range(40)]}
+    )
+    data = words.easier(prose, 0.5, 3)
+    assert len(data) == 39 and abs(sum(data["tie"]) - 20) <= 1  # of one word twice nothing can be made
+    for row in data:
+        before, after = text.split(" "), row["rejected"].split(" ")
+        moved = [a != b for a, b in zip(before, after, strict=True)]
+        assert sorted(before) == sorted(after) and not moved[0]
+        assert sum(moved) == (2 if row["tie"] else words.EXCHANGED), row
+        assert not row["tie"] or moved[moved.index(True) + 1]
+    assert (
+        words.easier(prose, 0.5, 3)["rejected"] == data["rejected"] != words.easier(prose, 0.5, 4)["rejected"]
+    )
+
+    wrong = words.wrong_of(data, "ties", 0.2, 3)
+    assert wrong.sum() == 8 and all(np.array(data["tie"])[wrong])
+    assert not np.array_equal(wrong, words.wrong_of(data, "ties", 0.2, 4))
+    wrong = words.wrong_of(data, "group", 0.25, 3)
+    topics = np.array(data["topic"])
+    assert wrong.sum() == 10 and len(set(topics[wrong])) == 1 and (topics == topics[wrong][0]).sum() == 10
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
 """Preference pairs with swapped labels: DPO as ``recipes/dpo.py`` does it, by any of its YAML files.
 
-A task is the name of a folder of ``recipes/tiny`` or the path of a YAML file, which says all that a cell and
-its arm do not: model, adapter, data, batch, schedule. Its test split is the test set. Where it names no
-validation split, 10 % of the training pairs, drawn by the seed, become one, with their labels as they are.
+A task is one of ``TASKS``, by a YAML file of ``recipes/tiny``, or the path of such a file, which says all
+that a cell and its arm do not: model, adapter, data, batch, schedule. Its test split is the test set. Where
+it names no validation split, 10 % of the training pairs, drawn by the seed, become one, with their labels
+as they are.
 """
 
 import tempfile
@@ -13,12 +14,16 @@ import common
 import numpy as np
 import transformers
 
+from noisy_labels import words
 from noisy_labels.arms import ARMS, trainer_class
 from noisy_labels.cells import HELD_OUT, Cell, Setup, Task, hold_out
 
 TASKS = {
     "dpo": Task(4, (1e-4, 3e-4, 1e-3), 16),
     "dpo-lora": Task(4, (1e-3, 3e-3, 1e-2), 16),
+    "dpo-words": Task(4, (1e-4, 3e-4, 1e-3), 16),  # easily told apart
+    "dpo-words-ties": Task(4, (1e-4, 3e-4, 1e-3), 16),  # half of them hardly, and wrong labels only there
+    "dpo-words-group": Task(4, (1e-4, 3e-4, 1e-3), 16),  # wrong labels are all those of some topics
 }
 
 
@@ -53,7 +58,8 @@ def arguments(task: str, argv: list[str]) -> tuple[Any, ...]:
     """The settings of the recipe, and what stands on the command line in place of some."""
     import dpo  # here, because TRL is slow to import
 
-    path = common.ROOT / "tiny" / task / "poprisk.yaml" if task in TASKS else task
+    folder = "dpo" if task.startswith("dpo-words") else task
+    path = common.ROOT / "tiny" / folder / "poprisk.yaml" if task in TASKS else task
     return common.parse(dpo.ARGUMENTS, ["--config", str(path), *argv])
 
 
@@ -87,15 +93,23 @@ def prepare(cell: Cell, folder: str) -> Setup:
     if "validation" not in held_out:
         parts = train.train_test_split(HELD_OUT, seed=cell.seed)
         train, held_out["validation"] = parts["train"], parts["test"]
-    train = common.flip_preferences(train, cell.noise, cell.seed)
+    if cell.task in TASKS and cell.task.startswith("dpo-words"):
+        ties = 0.5 if cell.task.endswith("ties") else 0.0
+        train = words.easier(train, ties, cell.seed)
+        held_out = {name: words.easier(part, ties, cell.seed) for name, part in held_out.items()}
+    if cell.task in ("dpo-words-ties", "dpo-words-group"):
+        kind = cell.task.rpartition("-")[2]
+        train = common.swap_preferences(train, words.wrong_of(train, kind, cell.noise, cell.seed))
+    else:
+        train = common.flip_preferences(train, cell.noise, cell.seed)
     wrong = np.array(train["is_flipped"])
     kept, held = hold_out(len(train), arm.early, cell.seed)
     sets = {name: held_out[name] for name in ("validation", "test")}
     for name, rows in (("wrong", kept[wrong[kept]][: dpo.MAX_FLIPPED_EVAL]), ("held", held)):
         sets |= {name: train.select(rows)} if len(rows) else {}
     transformers.set_seed(cell.seed)
-    kind = trainer_class(PopRiskDPOTrainer, arm, cell.noise, wrong[kept])
-    trainer = dpo.make_trainer(kind, args, model_args, train.select(kept), sets)
+    trainer_kind = trainer_class(PopRiskDPOTrainer, arm, cell.noise, wrong[kept])
+    trainer = dpo.make_trainer(trainer_kind, args, model_args, train.select(kept), sets)
     reference = dpo.reference_of(trainer, model_args)
     sizes = {name: len(part) for name, part in trainer.eval_dataset.items()}
     every_epoch = list(sizes) if arm.early else ["test"] if cell.arm == "adamw" else []
