@@ -4,9 +4,9 @@
 
 trains on all examples, scoring them (``poprisk_label_noise=audit``), and then without a part of them at a
 time. For each example the difference of its log-odds is what it taught the model itself, and what of it the
-others did not undo. The table compares that, after every epoch, with the estimate (half of the effect of the
-example's own steps, for good), with the same effect halved at each visit, and with nothing; the estimate of
-the share of wrong labels and how they are ranked likewise. Models without a part of the data are a little
+others did not undo. The table compares that, after every epoch, with the estimate (a share of the effect of
+the example's own steps, for good), with the same effect halved at each visit, and with nothing; the estimate
+of the share of wrong labels and how they are ranked likewise. Models without a part of the data are a little
 worse on it for that alone, which counts as own effect here: more parts, less of that.
 """
 
@@ -29,7 +29,6 @@ from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback
 
 from hf_poprisk.label_noise import fit_noise
-from hf_poprisk.label_noise.judge import KEPT
 from hf_poprisk.label_noise.log_odds import LogOddsTap
 
 TASKS = classification.TASKS | preferences.TASKS
@@ -52,6 +51,7 @@ class Run:
     own_effect: np.ndarray  # the estimate
     wrong: np.ndarray  # [n]
     num_labels: int
+    kept: float  # the share of the effect of its own steps that the estimate takes to stay
 
 
 class Watch(TrainerCallback):
@@ -102,7 +102,8 @@ def train(cell: Cell, left_out: np.ndarray) -> Run:
         transformers.set_seed(cell.seed)
         trainer.train()
     log, own = watched[0].seen, watched[-1].seen
-    return Run(np.array(log), np.array(own), setup.wrong[rows], num_labels)
+    judge = trainer._label_noise
+    return Run(np.array(log), np.array(own), setup.wrong[rows], num_labels, judge.kept if judge else np.nan)
 
 
 def chosen(data: Any, rows: np.ndarray) -> Any:
@@ -117,7 +118,7 @@ def compare(cell: Cell, folds: int) -> list[list[float]]:
     for fold in tqdm(range(folds), unit="part", desc=f"seed {cell.seed}"):
         part = np.sort(order[fold::folds])
         without[:, part] = train(Cell(**vars(cell) | {"arm": "adamw"}), part).log_odds
-    steps = np.diff(everything.own_effect, axis=0, prepend=0) / KEPT  # of each epoch
+    steps = np.diff(everything.own_effect, axis=0, prepend=0) / everything.kept  # of each epoch
     halved, out = np.zeros(n), []
     for epoch in range(len(steps)):
         halved = halved / 2 + steps[epoch]

@@ -28,8 +28,8 @@ def test_the_numbers_of_a_known_problem(monkeypatch: pytest.MonkeyPatch) -> None
     def trained(cell: Cell, left_out: np.ndarray) -> held_out.Run:
         if len(left_out):
             assert cell.arm == "adamw"
-            return held_out.Run(base[:, left_out], np.empty(0), wrong[left_out], 10)
-        return held_out.Run(base + 0.2 * taught, held_out.KEPT * taught, wrong, 10)
+            return held_out.Run(base[:, left_out], np.empty(0), wrong[left_out], 10, np.nan)
+        return held_out.Run(base + 0.2 * taught, 0.5 * taught, wrong, 10, 0.5)
 
     monkeypatch.setattr(held_out, "train", trained)
     first, second = held_out.compare(CELL, folds=3)

@@ -407,7 +407,7 @@ def judged_from(trainer: Any, fits_at: int) -> None:
         if step >= fits_at and judge.fits:
             judge.judging_since = judge.judging_since or step
             if judge.fits:  # tiny models predict nothing
-                judge.fits[-1] = replace(judge.fits[-1], rate=0.4, log_likelihood=-0.5)
+                judge.fits[-1] = replace(judge.fits[-1], rate=0.4, low=0.4, log_likelihood=-0.5)
 
     judge.maybe_fit = maybe_fit
 
@@ -665,6 +665,33 @@ def test_what_is_explained_is_none_at_chance_and_all_where_every_label_is_sure()
     assert nobody.explained == 1.0
 
 
+def test_pairs_are_judged_by_their_first_visits_at_least() -> None:
+    """From the end of the first epoch; later estimates, of what was learned by heart, fall to zero."""
+    rows, wrong, sure = torch.arange(400), torch.arange(400) < 120, torch.linspace(0.5, 8.0, 400)
+    sure = sure[torch.randperm(400, generator=torch.Generator().manual_seed(0))]
+    judges = [LabelNoise("weight", pairs, ExampleTable(np.arange(400))) for pairs in (True, False)]
+    for epoch, sign in ((1.0, -1), (2.0, 1)):
+        for judge in judges:
+            judge.table.visit(rows, heldout_logodds=torch.where(wrong, sign * sure, sure))
+            judge.maybe_fit(epoch, int(10 * epoch))
+    pairs, classes = judges
+    assert pairs.judging_since == 10 and classes.judging_since is None
+    first, last = pairs.fits
+    assert 0.2 < first.low < 0.3 and last.rate < 0.01
+    z = torch.tensor([-3.0, 0.0, 3.0])
+
+    def weights() -> Tensor:
+        visit = _Visit(torch.arange(3), None, None, None, None)
+        pairs._strength(visit, z, 2)
+        return visit.weight
+
+    torch.testing.assert_close(weights(), replace(last, rate=first.low).probability_right(z))
+    pairs.fits[0] = replace(first, log_likelihood=-math.log(2))  # did not predict anything
+    torch.testing.assert_close(weights(), replace(last, rate=last.low).probability_right(z))
+    pairs.fits[1] = replace(last, rate=0.3, low=0.25)
+    torch.testing.assert_close(weights(), replace(last, rate=0.25).probability_right(z))
+
+
 def test_who_predicts_nothing_judges_nobody() -> None:
     """As long as held-out labels are predicted by chance nobody is weighted; whatever the rate is."""
     rng, rows = np.random.default_rng(1), torch.arange(400)
@@ -673,7 +700,8 @@ def test_who_predicts_nothing_judges_nobody() -> None:
         judge.table.visit(rows, heldout_logodds=torch.tensor(rng.choice([-1.0, 1.0], 400)))
         judge.maybe_fit(epoch, int(10 * epoch))
     assert judge.fits[-1].capped and judge.judging_since is None
-    z = torch.where(rows < 80, -3.0, 3.0)
+    z = torch.linspace(2.0, 8.0, 400)[torch.randperm(400, generator=torch.Generator().manual_seed(0))]
+    z = torch.where(rows < 80, -z, z)
     for epoch in (4.0, 5.0):
         judge.table.visit(rows, heldout_logodds=z)
         judge.maybe_fit(epoch, int(10 * epoch))
@@ -685,7 +713,7 @@ def test_who_predicts_nothing_judges_nobody() -> None:
         return visit.weight
 
     assert weights()[:80].max() < 0.3 < 0.9 < weights()[80:].min()
-    judge.fits.append(replace(judge.fits[-1], rate=MAX_RATE))
+    judge.fits.append(replace(judge.fits[-1], rate=MAX_RATE, low=MAX_RATE))
     assert weights()[:80].max() < 0.3  # so much noise may be true
     judge.fits.append(replace(judge.fits[-1], log_likelihood=-math.log(2)))
     assert torch.equal(weights(), torch.ones(400))

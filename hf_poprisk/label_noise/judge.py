@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -26,9 +26,10 @@ logger = logging.getLogger(__name__)
 LABEL_NOISE_MODES = ("off", "audit", "weight", "swap")
 FITS_NAME = "label_noise.json"
 FITS_PER_EPOCH = 4
-# Of what its own steps taught an example, the rest is undone by the steps of others: what is kept stays, and
-# recipes/held_out.py measures it (0.2 to 0.7).
-KEPT = 0.5
+# Of what its own steps taught an example; the rest is undone by the steps of others. More stays in a
+# language model, whose examples have little in common: recipes/held_out.py finds 0.64 to 0.81 for pairs, and
+# 0.2 to 0.5 for classes after some epochs.
+KEPT_BY_CLASSES, KEPT_BY_PAIRS = 0.5, 0.7
 # Nats per example and epoch: while held-out labels are still predicted better by more than this, the model is
 # not competent to judge, and what it has not learned yet would pass for wrong.
 STILL_LEARNING = 0.01
@@ -54,15 +55,18 @@ class LabelNoise:
 
     Attributes:
         fits: one ``NoiseFit`` per estimate, oldest first.
-        judging_since: the optimizer step from which on weights are given: when the held-out log-likelihood
-            of the labels has stopped rising from one epoch to the next; None until then. While held-out
-            labels are predicted no better than by chance nobody is judged.
+        judging_since: the optimizer step from which on weights are given; None until then. Pairs: the end
+            of the first epoch, whose visits need nothing taken off. Classes (what is not learned yet looks
+            wrong), and pairs that are not predicted by then: when the held-out log-likelihood has stopped
+            rising from one epoch to the next. While held-out labels are predicted no better than by chance
+            nobody is judged.
     """
 
     def __init__(
         self, mode: str, preferences: bool, table: ExampleTable, sample: Sample | None = None
     ) -> None:
         self.mode, self.preferences, self.table, self.sample = mode, preferences, table, sample or {}
+        self.kept = KEPT_BY_PAIRS if preferences else KEPT_BY_CLASSES
         self.fits: list[NoiseFit] = []
         self.judging_since: int | None = None
         self.clip_coefficient: Tensor | float = 1.0
@@ -96,10 +100,21 @@ class LabelNoise:
         visit.weight = torch.ones_like(visit.heldout)
         if self.judging_since is None or not _competent(self.fits[-1]):
             return visit.weight.to(device)
-        visit.weight = self.fits[-1].probability_right(visit.heldout)
+        visit.weight = self._fit_to_judge_by().probability_right(visit.heldout)
         if self.mode == "audit":
             return torch.ones_like(log_odds)
         return (2 * visit.weight - 1 if self.mode == "swap" else visit.weight).to(device)
+
+    def _fit_to_judge_by(self) -> NoiseFit:
+        """The last fit; of pairs with the lower end of its rate, or that of the first fit if it is higher.
+
+        The first visits are the only ones that are held out exactly, and no label becomes right later: what
+        falls below their estimate has been learned by heart.
+        """
+        first, last = self.fits[0], self.fits[-1]
+        if not self.preferences:
+            return last
+        return replace(last, rate=max(last.low, first.low if _competent(first) else 0.0))
 
     # -- an optimizer step ------------------------------------------------------------------------------
 
@@ -128,7 +143,7 @@ class LabelNoise:
             rows,
             logodds=z,
             heldout_logodds=heldout,
-            own_effect=before + KEPT * own,
+            own_effect=before + self.kept * own,
             weight=weight,
             agreement_mean=agreement,
             loss_mean=F.softplus(-z),
@@ -172,12 +187,9 @@ class LabelNoise:
         self._quarters = quarters
         fit = fit_noise(heldout, self._num_labels, step, epoch)
         self.fits.append(fit)
-        if (
-            self.judging_since is None
-            and _competent(fit)
-            and epoch >= self.fits[0].epoch + 1 - 1e-6
-            and last_rise(self.fits) < STILL_LEARNING
-        ):
+        at_once = self.preferences and len(self.fits) == 1
+        learned = epoch >= self.fits[0].epoch + 1 - 1e-6 and last_rise(self.fits) < STILL_LEARNING
+        if self.judging_since is None and _competent(fit) and (at_once or learned):
             self.judging_since = step
 
     def restart_epochs(self) -> None:
