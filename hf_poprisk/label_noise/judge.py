@@ -100,21 +100,10 @@ class LabelNoise:
         visit.weight = torch.ones_like(visit.heldout)
         if self.judging_since is None or not _competent(self.fits[-1]):
             return visit.weight.to(device)
-        visit.weight = self._fit_to_judge_by().probability_right(visit.heldout)
+        visit.weight = judged_by(self.fits, self.preferences).probability_right(visit.heldout)
         if self.mode == "audit":
             return torch.ones_like(log_odds)
         return (2 * visit.weight - 1 if self.mode == "swap" else visit.weight).to(device)
-
-    def _fit_to_judge_by(self) -> NoiseFit:
-        """The last fit; of pairs with the lower end of its rate, or that of the first fit if it is higher.
-
-        The first visits are the only ones that are held out exactly, and no label becomes right later: what
-        falls below their estimate has been learned by heart.
-        """
-        first, last = self.fits[0], self.fits[-1]
-        if not self.preferences:
-            return last
-        return replace(last, rate=max(last.low, first.low if _competent(first) else 0.0))
 
     # -- an optimizer step ------------------------------------------------------------------------------
 
@@ -276,6 +265,18 @@ def _competent(fit: NoiseFit) -> bool:
     """
     gain = fit.log_likelihood + math.log(fit.num_labels)
     return fit.explained > 0.1 and 2 * fit.num_examples * gain > 3.84
+
+
+def judged_by(fits: Sequence[NoiseFit], preferences: bool) -> NoiseFit:
+    """The last fit; of pairs with the lower end of its rate, or that of the first fit if it is higher.
+
+    The first visits are the only ones that are held out exactly, and no label becomes right later: what falls
+    below their estimate has been learned by heart.
+    """
+    first, last = fits[0], fits[-1]
+    if not preferences:
+        return last
+    return replace(last, rate=max(last.low, first.low if _competent(first) else 0.0))
 
 
 def last_rise(fits: Sequence[NoiseFit]) -> float:
