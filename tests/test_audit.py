@@ -5,6 +5,7 @@ import math
 import re
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ from hf_poprisk import audit
 from hf_poprisk.audit import AuditError, Bin, auroc
 from hf_poprisk.audit.data import check_labels
 from hf_poprisk.label_noise import INDEX, TABLE_NAME, ExampleTable, LabelNoise, NoiseFit
-from hf_poprisk.label_noise.judge import FITS_NAME
+from hf_poprisk.label_noise.judge import FITS_NAME, _Visit
 from hf_poprisk.label_noise.noise_fit import MAX_RATE
 from hf_poprisk.label_noise.sample import take_sample
 
@@ -35,6 +36,8 @@ FITS = [
     NoiseFit(0.3, 0.2, 0.4, 1.2, 2, -0.555, N, 32, 2.0),
     FIT,
 ]
+JUDGED_BY = replace(FIT, rate=0.2)  # the lower end of the first estimate, which is above that of the last
+CHANCE = replace(FITS[0], log_likelihood=-math.log(2))  # predicts nothing
 
 
 def log_odds() -> np.ndarray:
@@ -120,7 +123,7 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: Any) -> str:
     return err.removeprefix("python -m hf_poprisk.audit: error: ").strip()
 
 
-def posterior(zeta: float, fit: NoiseFit = FIT) -> float:
+def posterior(zeta: float, fit: NoiseFit = JUDGED_BY) -> float:
     """By the formula, one label at a time."""
     c = math.log(fit.num_labels - 1)
     q = 1 / (1 + math.exp(-(fit.tau * (zeta + c) - c)))
@@ -212,6 +215,64 @@ def test_posterior_of_visited_and_of_other_examples(tmp_path: Path) -> None:
     np.testing.assert_allclose(run.posterior(), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("fits", "preferences", "rate", "says"),
+    [
+        (FITS, True, 0.2, "a share of 0.200, the lower end of the first estimate (epoch 1.00)"),
+        (
+            [replace(FITS[0], low=0.1), FIT],
+            True,
+            0.15,
+            "0.150, the lower end of the last estimate (epoch 3.00)",
+        ),
+        ([CHANCE, FIT], True, 0.15, "0.150, the lower end of the last estimate (epoch 3.00)"),
+        (
+            [FITS[0], replace(FIT, rate=0.01, low=0.0)],
+            True,
+            0.2,
+            "0.200, the lower end of the first estimate",
+        ),
+        ([replace(FIT, low=0.25)], True, 0.25, None),
+        (FITS, False, 0.25, None),
+    ],
+)
+def test_labels_are_judged_at_the_rate_of_training(
+    tmp_path: Path, capsys: Any, fits: list[NoiseFit], preferences: bool, rate: float, says: str | None
+) -> None:
+    folder = save_run(tmp_path / "run", fits=fits, preferences=preferences, never=(3,))
+    run = audit.load_run(folder)
+    expected = [posterior(float(z), replace(FIT, rate=rate)) for z in log_odds()]
+    expected[3] = 1 - rate
+    np.testing.assert_allclose(run.posterior(), expected, rtol=1e-6)
+    # the same as in training
+    judge = LabelNoise("weight", preferences, ExampleTable(np.arange(N)))
+    judge.fits, judge.judging_since = fits, 16
+    visit = _Visit(torch.arange(N), None, None, None, None)  # type: ignore[arg-type]
+    judge._strength(visit, torch.from_numpy(log_odds()), 2)
+    np.testing.assert_allclose(run.posterior()[run.visited], visit.weight[run.visited], rtol=1e-5)
+    out = command(capsys, folder, "--top", 0)
+    assert f"estimated share of wrong labels: {fits[-1].rate:.3f}, 95 % interval {fits[-1].low:.3f}" in out
+    assert says in out if says else "are judged at" not in out
+
+
+def test_the_audit_gives_the_reason_that_training_gave(
+    tmp_path: Path, capsys: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    early = replace(FIT, epoch=1.75)
+    for i, (fits, preferences) in enumerate(
+        [(FITS[:2], True), (FITS[:2], False), ([CHANCE, early], True), ([FITS[0], early], False)]
+    ):
+        judge = LabelNoise("weight", preferences, ExampleTable(np.arange(N)))
+        judge.fits = fits
+        caplog.clear()
+        judge.warn_at_end(48)
+        reason = re.search("no example was weighted, because (.*): train for more epochs", caplog.text)
+        out = command(
+            capsys, save_run(tmp_path / str(i), fits=fits, preferences=preferences, since=None), "--top", 0
+        )
+        assert f"no weights were given, because {reason[1]}\n" in out
+
+
 def test_truth_is_compared_with_visited_examples_only(tmp_path: Path) -> None:
     run = audit.load_run(save_run(tmp_path / "run", never=(0, 1)))
     truth = audit.compare_with_truth(run, WRONG)
@@ -229,7 +290,7 @@ def test_truth_is_compared_with_visited_examples_only(tmp_path: Path) -> None:
 
 def test_posterior_is_reliable_on_data_of_the_model(tmp_path: Path) -> None:
     zeta, wrong = two_part(6000, 1.5, 0.25)
-    run = audit.load_run(save_run(tmp_path / "run", zeta))
+    run = audit.load_run(save_run(tmp_path / "run", zeta, fits=[replace(FIT, low=0.25)]))
     # right means: not replaced, which is what the posterior is of
     bins = audit.compare_with_truth(run, wrong).bins
     assert all(abs(b.predicted - b.observed) < 4 * b.standard_error + 1e-3 for b in bins)
@@ -245,6 +306,7 @@ def test_report_without_data(run: Path, capsys: pytest.CaptureFixture[str]) -> N
     called = sum(posterior(float(z)) < 0.5 for z in log_odds())
     assert f"(posterior below 0.5): {called} of 60 ({100 * called / 60:.1f} %)" in out
     assert "weights were given from optimizer step 32 on (epoch 2.00)" in out
+    assert "pairs are judged at a share of 0.200, the lower end of the first estimate (epoch 1.00)\n" in out
     for row in (r"1\.00 │ +16 │ 0\.400 │ +0\.200–0\.450 │ 1\.00 │ +-0\.6500", r"3\.00 │ +48 │ 0\.250"):
         assert re.search(row, out)
     assert "There are no true labels" in out and "AUROC" not in out and "warning" not in out
@@ -269,7 +331,26 @@ def test_report_with_truth(run: Path, saved: Path, capsys: pytest.CaptureFixture
     ("options", "says"),
     [
         ({"mode": "audit"}, "scored only; weights would have been given from optimizer step 32"),
-        ({"since": None}, "no weights were given"),
+        (
+            {"since": None, "fits": FITS[:2]},
+            "no weights were given, because held-out labels were predicted better and better until the end",
+        ),
+        (
+            {"since": None, "fits": [FITS[0], replace(FIT, epoch=1.75)], "preferences": False},
+            "because classes are judged from the end of the second epoch on at the earliest",
+        ),
+        (
+            {"since": None, "fits": [CHANCE, replace(FIT, epoch=1.75)], "mode": "audit"},
+            "no weights would have been given, because pairs that are not predicted by the end of the first",
+        ),
+        (
+            {"since": None, "fits": [CHANCE]},
+            "no weights were given, because held-out labels were predicted hardly better than by chance",
+        ),
+        (
+            {"since": 16, "fits": FITS[:1]},
+            "from optimizer step 16 on (epoch 1.00): for less than a quarter of an epoch, if at all",
+        ),
         ({"fits": []}, "warning: the noise rate was not estimated"),
         (
             {"fits": [NoiseFit(MAX_RATE, 0.3, MAX_RATE, 0.1, 2, -0.69, N)]},
@@ -528,7 +609,7 @@ def test_weighted(tmp_path: Path, saved: Path, capsys: Any) -> None:
     (tmp_path / "to").mkdir()  # empty: allowed
     _, data = written(capsys, run, saved, "weighted", tmp_path / "to")
     expected = [posterior(float(z)) for z in log_odds()]
-    expected[2] = 0.75
+    expected[2] = 0.8
     np.testing.assert_allclose(data["label_weight"][:], expected, rtol=1e-6)
     assert data.features["label_weight"].dtype == "float32"
     assert data.remove_columns("label_weight")[:] == pairs()[:]
@@ -570,7 +651,7 @@ def test_written_rows_are_found_by_their_index(tmp_path: Path, capsys: Any) -> N
     data = datasets.concatenate_datasets([pairs().add_column(INDEX, ids).select(order), more])
     data.save_to_disk(tmp_path / "data")
     _, data = written(capsys, run, tmp_path / "data", "weighted", tmp_path / "to")
-    expected = [posterior(float(log_odds()[i])) for i in order] + [0.75]
+    expected = [posterior(float(log_odds()[i])) for i in order] + [0.8]
     np.testing.assert_allclose(data["label_weight"][:], expected, rtol=1e-6)
 
 
@@ -772,6 +853,7 @@ def test_damaged_table(run: Path, capsys: Any, content: bytes | None) -> None:
         lambda c: c["fits"][0].update(rate="0.3"),
         lambda c: c["fits"][0].update(rate=math.nan),
         lambda c: c["fits"][0].update(low=0.5),
+        lambda c: c["fits"][0].update(rate=0.5, high=0.5),
         lambda c: c["fits"][0].update(tau=0.0),
         lambda c: c["fits"][0].update(num_labels=1),
     ],

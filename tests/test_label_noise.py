@@ -633,21 +633,29 @@ def test_warnings_say_what_the_numbers_are_not_worth(
         torch.arange(400), heldout_logodds=torch.tensor(np.random.default_rng(1).choice([-1.0, 1.0], 400))
     )
     judge.maybe_fit(1.0, 10)
-    caplog.clear()
-    judge.warn_at_end()
-    assert judge.fits[-1].capped and "does not predict held-out labels" in caplog.text
+
+    def warning() -> str:
+        caplog.clear()
+        judge.warn_at_end(20)
+        return caplog.text
+
+    assert judge.fits[-1].capped and "does not predict held-out labels" in warning()
     judge.mode = "weight"
-    caplog.clear()
-    judge.warn_at_end()
-    assert "because that takes two complete epochs first" in caplog.text
-    judge.fits.append(replace(judge.fits[0], epoch=2.0, rate=0.2, log_likelihood=-0.5))
-    caplog.clear()
-    judge.warn_at_end()
-    assert "predicted better and better until the end" in caplog.text
+    assert "does not predict held-out labels" in warning()  # pairs need no second epoch
+    judge.fits.append(replace(judge.fits[0], epoch=1.75, rate=0.2, log_likelihood=-0.5))
+    assert "pairs that are not predicted by the end of the first epoch are judged from the end" in warning()
+    judge.preferences = False
+    assert "because classes are judged from the end of the second epoch on at the earliest" in warning()
+    judge.fits[-1] = replace(judge.fits[-1], epoch=2.0)
+    assert "predicted better and better until the end" in warning()
+    judge.judging_since = 20
+    assert "because training ended where weights would have begun" in warning()
     judge.judging_since = 5
-    caplog.clear()
-    judge.warn_at_end()
-    assert "its last values are too low if labels are learned by heart" in caplog.text
+    assert "its last values are too low if labels are learned by heart" in warning()
+    judge.fits = []
+    assert "no example was weighted: train for three epochs or more" in warning()
+    judge.preferences = True
+    assert "no example was weighted: train for two epochs or more" in warning()
 
 
 def test_what_is_explained_is_none_at_chance_and_all_where_every_label_is_sure() -> None:

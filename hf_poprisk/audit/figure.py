@@ -49,14 +49,14 @@ def plot(run: Run, path: str | Path, flips: np.ndarray | None = None) -> None:
 
 def _plot_log_odds(axis: Any, run: Run, flips: np.ndarray | None) -> None:
     heldout = run.heldout[run.visited]
-    edges = _edges(heldout, run.fit)
+    edges = _edges(heldout, run.judged_by)
     inside = heldout.clip(edges[0], edges[-1])  # the few beyond are counted in the outermost bars
     axis.set(xlabel="held-out log-odds ζ of the observed label [nats]", ylabel="examples per bar")
     axis.set_title("Held-out log-odds of the labels")
     axis.grid(axis="y", alpha=0.25)
     axis.set_axisbelow(True)
     bars = {"stacked": True, "edgecolor": "white", "linewidth": 0.5}
-    if run.fit is None:
+    if run.judged_by is None:
         axis.hist(inside, edges, color=_RIGHT_COLOR, label=f"all examples ({len(heldout)})", **bars)
     else:
         right = run.posterior()[run.visited] >= 0.5
@@ -70,10 +70,10 @@ def _plot_log_odds(axis: Any, run: Run, flips: np.ndarray | None) -> None:
         wrong = inside[flips[run.visited]]
         axis.hist(wrong, edges, histtype="step", label=f"known to be wrong ({len(wrong)})", **_TRUTH_STYLE)
     handles, labels = axis.get_legend_handles_labels()
-    if run.fit is not None:
+    if run.judged_by is not None:
         second = axis.twinx()
         z = np.linspace(edges[0], edges[-1], 400)
-        curve = run.fit.probability_right(torch.from_numpy(z)).numpy()
+        curve = run.judged_by.probability_right(torch.from_numpy(z)).numpy()
         line = second.plot(z, curve, color=_LINE_COLOR, linewidth=2, label="posterior of being right")
         second.axhline(0.5, color=_LINE_COLOR, linewidth=0.8, linestyle="--")
         second.set(ylabel="probability that the label is right", ylim=(0, 1.05))

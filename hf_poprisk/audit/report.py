@@ -20,7 +20,7 @@ from hf_poprisk.audit.scores import (
     most_contradicted,
 )
 from hf_poprisk.label_noise import NoiseFit
-from hf_poprisk.label_noise.judge import STILL_LEARNING, last_rise
+from hf_poprisk.label_noise.judge import STILL_LEARNING, last_rise, why_not_judged
 from hf_poprisk.label_noise.noise_fit import MAX_RATE, MAX_TAU_OF_CLASSES
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ def _summary(run: Run) -> list[RenderableType]:
             f"more likely wrong than right (posterior below 0.5): {called} of {visited} "
             f"({percent(called, visited)})"
         ),
+        *map(Text, _judged_at(run)),
         Text(_since(run)),
     ]
     if fit.capped:
@@ -101,14 +102,25 @@ def _summary(run: Run) -> list[RenderableType]:
     return out
 
 
+def _judged_at(run: Run) -> list[str]:
+    """At what rate pairs are judged, where that is not the last estimate."""
+    fit, by = run.fit, run.judged_by
+    if fit is None or by is None or by.rate == fit.rate:
+        return []
+    which, source = ("last", fit) if by.rate == fit.low else ("first", run.fits[0])
+    end = f"the lower end of the {which} estimate (epoch {source.epoch:.2f})"
+    return [f"pairs are judged at a share of {by.rate:.3f}, {end}"]
+
+
 def _since(run: Run) -> str:
+    """From when on weights were given; there is a fit."""
     if run.judging_since is None:
-        return (
-            "no weights were given: held-out labels were predicted better and better until the end, or for "
-            "less than two epochs"
-        )
+        start = "scored only; no weights would have been" if run.mode == "audit" else "no weights were"
+        return f"{start} given, because {why_not_judged(run.fits, run.preferences)}"
     epoch = next((f" (epoch {fit.epoch:.2f})" for fit in run.fits if fit.step == run.judging_since), "")
     step = f"from optimizer step {run.judging_since} on{epoch}"
+    if run.judging_since == run.fits[-1].step:
+        step += ": for less than a quarter of an epoch, if at all"
     if run.mode == "audit":
         return f"scored only; weights would have been given {step}"
     return f"weights were given {step}"
@@ -153,8 +165,8 @@ def _calibration(run: Run) -> list[RenderableType]:
             out.add_row(str(b.count), f"{b.low:.3f}–{b.high:.3f}", f"{b.predicted:.3f}")
         return [out, Text(note)]
     title = "calibration of the held-out log-odds, by the observed labels"
-    note = "There are no true labels: the share is that of observed labels as expected, and labels that the "
-    note += f"model has memorised look calibrated too. {_distance(bins)}"
+    note = "There are no true labels: the last estimate predicts, the share is that of observed labels as "
+    note += f"expected, and labels that the model has memorised look calibrated too. {_distance(bins)}"
     return [_reliability_table(title, "q of the expected label", "as expected", bins), Text(note)]
 
 

@@ -12,7 +12,8 @@ import torch
 
 from hf_poprisk.audit.common import AuditError, need, one_line
 from hf_poprisk.label_noise import INDEX, LABEL_NOISE_MODES, TABLE_NAME, NoiseFit
-from hf_poprisk.label_noise.judge import FITS_NAME, load_fits
+from hf_poprisk.label_noise.judge import FITS_NAME, judged_by, load_fits, train_longer
+from hf_poprisk.label_noise.noise_fit import MAX_RATE
 from hf_poprisk.label_noise.sample import Sample
 
 _SCORES = ("heldout_logodds", "loss_mean", "suspicion")
@@ -54,23 +55,31 @@ class Run:
         return self.fits[-1] if self.fits else None
 
     @property
+    def judged_by(self) -> NoiseFit | None:
+        """What labels are judged by, here as in training: the last estimate, but pairs at a lower end."""
+        return judged_by(self.fits, self.preferences) if self.fits else None
+
+    @property
     def visited(self) -> np.ndarray:
         """[n] bool; what is not visited has no scores."""
         return self.visits > 0
 
     def posterior(self) -> np.ndarray:
-        """Probability that each label is right, [n] float64; 1 − ε where the example was never visited.
+        """Probability that each label is right, [n] float64, by ``judged_by``.
+
+        It is 1 − ε where the example was never visited: nothing but the rate is known of it.
 
         Raises:
             AuditError: the run has no estimate of the noise rate.
         """
-        if self.fit is None:
+        fit = self.judged_by
+        if fit is None:
             raise AuditError(
                 f"{self.folder} holds no estimate of the noise rate, because its training ended within the "
-                "first epoch: train for three epochs or more."
+                f"first epoch: {train_longer(self.preferences)}."
             )
-        posterior = self.fit.probability_right(torch.from_numpy(self.heldout)).numpy()
-        return np.where(self.visited, posterior, 1.0 - self.fit.rate)
+        posterior = fit.probability_right(torch.from_numpy(self.heldout)).numpy()
+        return np.where(self.visited, posterior, 1.0 - fit.rate)
 
 
 def load_run(folder: str | Path) -> Run:
@@ -106,7 +115,7 @@ def _is_fit(fit: NoiseFit) -> bool:
     values = [getattr(fit, name) for name in NoiseFit.__dataclass_fields__]
     if not all(type(value) in (int, float) and math.isfinite(value) for value in values):
         return False
-    return 0 <= fit.low <= fit.rate <= fit.high < 1 and fit.tau > 0 and fit.num_labels >= 2
+    return 0 <= fit.low <= fit.rate <= fit.high <= MAX_RATE and fit.tau > 0 and fit.num_labels >= 2
 
 
 def _is_sample(sample: object) -> bool:

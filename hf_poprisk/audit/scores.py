@@ -132,10 +132,11 @@ def chance_error(bins: Sequence[Bin]) -> float:
 def calibration(run: Run, bins: int = BINS) -> list[Bin]:
     """Held-out predictions against the observed labels; no true label is needed.
 
-    The fit gives an observed label the probability ``(1 − ε) q + ε (1 − q)/(K − 1)``. Of two labels, the one
-    that the model expects has the log-odds |ζ|, and whether it is the observed one is the sign of ζ: bins by
-    its q, which is 1/2 or more, compare that probability with the share of labels as expected. Of more
-    labels, the run has not kept which one was expected: bins by the q of the observed label, and no share.
+    What is tested is the last estimate, at its own rate: it gives an observed label the probability
+    ``(1 − ε) q + ε (1 − q)/(K − 1)``. Of two labels, the one that the model expects has the log-odds |ζ|, and
+    whether it is the observed one is the sign of ζ: bins by its q, which is 1/2 or more, compare that
+    probability with the share of labels as expected. Of more labels, the run has not kept which one was
+    expected: bins by the q of the observed label, and no share.
 
     Raises:
         AuditError: the run has no fit.

@@ -21,7 +21,7 @@ WRITES = ("filtered", "weighted", "reflipped")
 def row_weights(run: Run, data: Dataset, rows: np.ndarray) -> np.ndarray:
     """Posterior that the label is right of every row of the data, [len(data)] float64.
 
-    It is 1 − ε where the row was not trained on: nothing but the rate is known of it.
+    It is 1 − ε where the row was not trained on, as in ``Run.posterior``.
 
     Args:
         rows: as ``find_rows`` gives them, [n].
@@ -29,7 +29,7 @@ def row_weights(run: Run, data: Dataset, rows: np.ndarray) -> np.ndarray:
     Raises:
         AuditError: the run has no estimate of the noise rate.
     """
-    posterior, fit = run.posterior(), run.fit
+    posterior, fit = run.posterior(), run.judged_by
     assert fit is not None
     weights = np.full(len(data), 1.0 - fit.rate)
     weights[rows] = posterior

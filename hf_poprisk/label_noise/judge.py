@@ -200,23 +200,27 @@ class LabelNoise:
         self._clear_interval()
         return {f"poprisk/{name}": value for name, value in logs.items()}
 
-    def warn_at_end(self) -> None:
-        """Say what the numbers cannot be trusted for."""
-        name = f"poprisk_label_noise={self.mode}"
+    def warn_at_end(self, step: int) -> None:
+        """Say what the numbers cannot be trusted for.
+
+        Args:
+            step: optimizer steps at the end of training.
+        """
+        name, weighs = f"poprisk_label_noise={self.mode}", self.mode != "audit"
         if not self.fits:
             logger.warning(
                 f"{name}: training ended within its first epoch, so the noise rate was not estimated and no "
-                "example was weighted: train for three epochs or more."
+                f"example was weighted: {train_longer(self.preferences)}."
             )
-        elif self.judging_since is None and self.mode != "audit" and self.fits[-1].epoch < 2:
+        elif weighs and self.judging_since is None and _competent(self.fits[-1]):
             logger.warning(
-                f"{name}: no example was weighted, because that takes two complete epochs first: train for "
-                "three epochs or more."
+                f"{name}: no example was weighted, because {why_not_judged(self.fits, self.preferences)}: "
+                "train for more epochs."
             )
-        elif self.judging_since is None and self.mode != "audit" and _competent(self.fits[-1]):
+        elif weighs and self.judging_since == step:
             logger.warning(
-                f"{name}: no example was weighted, because held-out labels were predicted better and better "
-                "until the end: train for more epochs."
+                f"{name}: no example was weighted, because training ended where weights would have begun: "
+                "train for more epochs."
             )
         elif self.fits[-1].capped or not _competent(self.fits[-1]):
             logger.warning(
@@ -277,6 +281,25 @@ def judged_by(fits: Sequence[NoiseFit], preferences: bool) -> NoiseFit:
     if not preferences:
         return last
     return replace(last, rate=max(last.low, first.low if _competent(first) else 0.0))
+
+
+def why_not_judged(fits: Sequence[NoiseFit], preferences: bool) -> str:
+    """What ``judging_since`` was waiting for, as the end of a sentence; there is a fit."""
+    if not _competent(fits[-1]):
+        return "held-out labels were predicted hardly better than by chance"
+    if fits[-1].epoch >= fits[0].epoch + 1 - 1e-6:
+        return "held-out labels were predicted better and better until the end"
+    if preferences:
+        return (
+            "pairs that are not predicted by the end of the first epoch are judged from the end of the "
+            "second on at the earliest"
+        )
+    return "classes are judged from the end of the second epoch on at the earliest"
+
+
+def train_longer(preferences: bool) -> str:
+    """How long it takes until weights can have an effect."""
+    return f"train for {'two' if preferences else 'three'} epochs or more"
 
 
 def last_rise(fits: Sequence[NoiseFit]) -> float:

@@ -173,7 +173,7 @@ class _Steps(TrainerCallback):
         if args.should_save:  # with or without save_model(), the scores are worth keeping
             self._trainer._label_noise.save(args.output_dir)
         if state.is_world_process_zero:
-            self._trainer._label_noise.warn_at_end()
+            self._trainer._label_noise.warn_at_end(state.global_step)
 
 
 class IndexCollator:
