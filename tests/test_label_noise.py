@@ -517,7 +517,35 @@ def test_wrong_labels_are_found(tmp_path: Path) -> None:
     assert saved[-1]["poprisk/noise_rate"] == judge.fits[-1].rate
 
 
-@pytest.mark.parametrize("kind", ["classifier", "DPO"])
+@pytest.mark.parametrize("gate", ["none", "hard"])
+def test_the_gate_holds_back_own_effects_too(gate: str, tmp_path: Path) -> None:
+    """By the share of coordinates that the last step opened, which is all that is known during a visit."""
+    trainer = classify(
+        tmp_path, examples(), poprisk_label_noise="audit", poprisk_gate=gate, num_train_epochs=1
+    )
+    judge = trainer._label_noise
+    book, opened, used = judge._booked, [1.0], []
+
+    def booked(visit: Any) -> Tensor:
+        got, openness = book(visit), judge.openness
+        judge.openness = 1.0
+        ungated, judge.openness = book(visit), openness
+        torch.testing.assert_close(got[:, 4], float(openness) * ungated[:, 4])
+        used.append(float(openness))
+        return got
+
+    class Opened(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            opened.append(float(trainer._judged_optimizer.statistics.last_open))
+
+    judge._booked = booked
+    trainer.add_callback(Opened())
+    trainer.train()
+    assert len(used) == 6 and used == opened[:-1]
+    assert all(x == 1.0 for x in used) if gate == "none" else all(0 < x < 0.9 for x in used[1:])
+
+
+@pytest.mark.parametrize("kind", ["classifier", "gated", "DPO"])
 def test_a_resumed_run_is_the_uninterrupted_one(kind: str, llama_dir: Path, tmp_path: Path) -> None:
     def build() -> Any:
         options = {
@@ -528,7 +556,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(kind: str, llama_dir: Path, tmp_
         }
         if kind == "DPO":
             return prefer("DPO", llama_dir, tmp_path, **options)
-        return classify(tmp_path, examples(wrong=0.2), **options)
+        return classify(
+            tmp_path, examples(wrong=0.2), **options, poprisk_gate="soft" if kind == "gated" else "none"
+        )
 
     whole, resumed = build(), build()
     whole.train()

@@ -70,6 +70,7 @@ class LabelNoise:
         self.fits: list[NoiseFit] = []
         self.judging_since: int | None = None
         self.clip_coefficient: Tensor | float = 1.0
+        self.openness: Tensor | float = 1.0  # of the gate at the last step: it holds back own effects too
         self._num_labels = 2
         self._quarters = 0  # of an epoch, at the last fit
         self._pending: list[_Visit] = []
@@ -148,6 +149,7 @@ class LabelNoise:
         # h_i = slope_i · ∂z_i/∂θ: z_i moves by 1/slope_i of what the step lowers the loss by
         energy = visit.influence.energy.to(device)
         own = (-energy / visit.tap.slopes.to(device)).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        own = own * torch.as_tensor(self.openness, device=device)
         columns = (
             visit.rows,
             visit.tap.log_odds,
@@ -245,6 +247,7 @@ class LabelNoise:
             "quarters": self._quarters,
             "judging_since": self.judging_since,
             "clip_coefficient": float(self.clip_coefficient),
+            "openness": float(self.openness),
             "interval": self._sums.tolist(),
             "fits": [fit.to_dict() for fit in self.fits],
             "sample": self.sample,
@@ -256,7 +259,7 @@ class LabelNoise:
         content = json.loads(Path(folder, FITS_NAME).read_text())
         self._num_labels, self._quarters = content["num_labels"], content["quarters"]
         self.judging_since = content["judging_since"]
-        self.clip_coefficient = content["clip_coefficient"]
+        self.clip_coefficient, self.openness = content["clip_coefficient"], content.get("openness", 1.0)
         self._sums = torch.tensor(content["interval"], dtype=torch.float64)
         self.fits = load_fits(folder)
         self.table.load(Path(folder, TABLE_NAME))

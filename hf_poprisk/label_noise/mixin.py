@@ -19,6 +19,7 @@ from hf_poprisk.label_noise.judge import FITS_NAME, LabelNoise
 from hf_poprisk.label_noise.log_odds import LogOddsError, LogOddsTap
 from hf_poprisk.label_noise.sample import Sample
 from hf_poprisk.label_noise.table import INDEX, TABLE_NAME, ExampleTable
+from hf_poprisk.optimizer import PopRiskAdamW
 
 
 class LabelNoiseMixin:
@@ -27,6 +28,7 @@ class LabelNoiseMixin:
     _preferences = False  # an example is a preference pair
     _label_noise: LabelNoise | None = None
     _tap: LogOddsTap | None = None  # around the forward in progress
+    _judged_optimizer: Any = None
 
     def _start_label_noise(self, ids: np.ndarray | None, sample: Sample) -> None:
         """After the trainer is built; ids as ``with_index`` gave them."""
@@ -69,6 +71,7 @@ class LabelNoiseMixin:
         if self._label_noise is None or rows is None:
             yield None
             return
+        self._judged_optimizer = optimizer
         scaler = self.accelerator.scaler
         scale = self._label_noise.clip_coefficient / self.accelerator.num_processes
         influence = Influence(optimizer, len(rows), scale / (1.0 if scaler is None else scaler.get_scale()))
@@ -165,7 +168,10 @@ class _Steps(TrainerCallback):
             self._trainer._label_noise.restart_epochs()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer._label_noise.maybe_fit(state.epoch, state.global_step)
+        judge, optimizer = self._trainer._label_noise, self._trainer._judged_optimizer
+        if isinstance(optimizer, PopRiskAdamW):
+            judge.openness = optimizer.statistics.last_open
+        judge.maybe_fit(state.epoch, state.global_step)
 
     on_epoch_end = on_step_end  # a stream knows its end only when it is there
 
