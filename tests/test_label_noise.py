@@ -407,7 +407,8 @@ def judged_from(trainer: Any, fits_at: int) -> None:
         if step >= fits_at and judge.fits:
             judge.judging_since = judge.judging_since or step
             if judge.fits:  # tiny models predict nothing
-                judge.fits[-1] = replace(judge.fits[-1], rate=0.4, low=0.4, log_likelihood=-0.5)
+                sure = replace(judge.fits[-1], rate=0.4, low=0.4, log_likelihood=-0.5)
+                judge.fits[0] = judge.fits[-1] = sure
 
     judge.maybe_fit = maybe_fit
 
@@ -728,6 +729,29 @@ def test_pairs_are_judged_by_their_first_visits_at_least() -> None:
     torch.testing.assert_close(weights(), replace(last, rate=last.low).probability_right(z))
     pairs.fits[1] = replace(last, rate=0.3, low=0.25)
     torch.testing.assert_close(weights(), replace(last, rate=0.25).probability_right(z))
+
+
+def test_only_what_is_predicted_well_is_swapped(caplog: pytest.LogCaptureFixture) -> None:
+    """Else a pair weighs as much as it is likely to be right, and a warning says so."""
+    judge = LabelNoise("swap", True, ExampleTable(np.arange(400)))
+    z = torch.linspace(0.5, 8.0, 400)[torch.randperm(400, generator=torch.Generator().manual_seed(0))]
+    judge.table.visit(torch.arange(400), heldout_logodds=torch.where(torch.arange(400) < 120, -z, z))
+    judge.maybe_fit(1.0, 10)
+    assert judge.fits[0].explained > 0.8 and judge.judging_since == 10
+
+    def strengths() -> tuple[Tensor, Tensor]:
+        visit = _Visit(torch.arange(3), None, None, None, None)
+        return judge._strength(visit, torch.tensor([-3.0, 0.0, 3.0]), 2), visit.weight
+
+    strength, weight = strengths()
+    torch.testing.assert_close(strength, 2 * weight - 1)
+    judge.warn_at_start()
+    assert strength.min() < 0 and not caplog.text
+    judge.fits[0] = replace(judge.fits[0], log_likelihood=-0.66)
+    strength, weight = strengths()
+    torch.testing.assert_close(strength, weight)
+    judge.warn_at_start()
+    assert f"only {judge.fits[0].explained:.0%} was predicted" in caplog.text
 
 
 def test_who_predicts_nothing_judges_nobody() -> None:

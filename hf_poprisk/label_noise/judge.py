@@ -30,6 +30,9 @@ FITS_PER_EPOCH = 4
 # language model, whose examples have little in common: recipes/held_out.py finds 0.64 to 0.81 for pairs, and
 # 0.2 to 0.5 for classes after some epochs.
 KEPT_BY_CLASSES, KEPT_BY_PAIRS = 0.5, 0.7
+# Of what can be known of the labels, see ``NoiseFit.explained``: with less than that pairs are weighted, and
+# not swapped. Swaps by a model that is not sure feed on their own mistakes.
+SURE_ENOUGH_TO_SWAP = 0.5
 # Nats per example and epoch: while held-out labels are still predicted better by more than this, the model is
 # not competent to judge, and what it has not learned yet would pass for wrong.
 STILL_LEARNING = 0.01
@@ -48,7 +51,7 @@ class LabelNoise:
     """Judges the labels while a model is trained on them.
 
     Args:
-        mode: ``audit``, ``weight`` or ``swap``.
+        mode: ``audit``, ``weight`` or ``swap``, which is ``weight`` while ``swaps`` is false.
         preferences: an example is a preference pair.
         table: its rows are kept up to date.
         sample: of the training data, for the audit.
@@ -104,7 +107,12 @@ class LabelNoise:
         visit.weight = judged_by(self.fits, self.preferences).probability_right(visit.heldout)
         if self.mode == "audit":
             return torch.ones_like(log_odds)
-        return (2 * visit.weight - 1 if self.mode == "swap" else visit.weight).to(device)
+        return (2 * visit.weight - 1 if self.swaps else visit.weight).to(device)
+
+    @property
+    def swaps(self) -> bool:
+        """Whether pairs are trained by 2w − 1: in ``swap``, if the first visits were predicted well."""
+        return self.mode == "swap" and bool(self.fits) and self.fits[0].explained > SURE_ENOUGH_TO_SWAP
 
     # -- an optimizer step ------------------------------------------------------------------------------
 
@@ -138,7 +146,7 @@ class LabelNoise:
             agreement_mean=agreement,
             loss_mean=F.softplus(-z),
         )
-        swapped = (weight < 0.5).sum() if self.mode == "swap" else weight.new_zeros(())
+        swapped = (weight < 0.5).sum() if self.swaps else weight.new_zeros(())
         self._sums += torch.stack([weight.new_tensor(len(rows)), weight.sum(), swapped]).double().cpu()
 
     def _booked(self, visit: _Visit) -> Tensor:
@@ -201,6 +209,15 @@ class LabelNoise:
                 logs["swapped"] = swapped / visits
         self._clear_interval()
         return {f"poprisk/{name}": value for name, value in logs.items()}
+
+    def warn_at_start(self) -> None:
+        """Where weights begin: say so if pairs will not be swapped."""
+        if self.mode == "swap" and not self.swaps:
+            logger.warning(
+                f"poprisk_label_noise=swap: pairs are weighted and none is swapped, because of what can be "
+                f"known of the labels only {max(self.fits[0].explained, 0.0):.0%} was predicted at the first "
+                f"visits, where it takes {SURE_ENOUGH_TO_SWAP:.0%}."
+            )
 
     def warn_at_end(self, step: int) -> None:
         """Say what the numbers cannot be trusted for.

@@ -171,7 +171,10 @@ class _Steps(TrainerCallback):
         judge, optimizer = self._trainer._label_noise, self._trainer._judged_optimizer
         if isinstance(optimizer, PopRiskAdamW):
             judge.openness = optimizer.statistics.last_open
+        waiting = judge.judging_since is None
         judge.maybe_fit(state.epoch, state.global_step)
+        if waiting and judge.judging_since is not None and state.is_world_process_zero:
+            judge.warn_at_start()
 
     on_epoch_end = on_step_end  # a stream knows its end only when it is there
 
