@@ -76,6 +76,11 @@ class PopRiskAdamW(torch.optim.AdamW):
             everything.
         amsgrad: not supported; present so that it is refused by name.
 
+    Attributes:
+        open_share: once the window is closed, how much of the coordinates that some example touched this step
+            will write: the mean of q, 1 for ungated parameters. Of ``ema``, which decides in the step, what
+            it writes of noise.
+
     Raises:
         ValueError: a bad value, an option that would have no effect, or no parameter left to gate.
         NotImplementedError: sharded parameters (DTensor).
@@ -108,6 +113,7 @@ class PopRiskAdamW(torch.optim.AdamW):
         self.gate_weight_decay = gate_weight_decay
         self.ema_alpha = ema_alpha
         self.statistics = GateStatistics()
+        self.open_share: Tensor | float = 1.0
         self._ungated = set(ungated)
         self._names: dict[Tensor, str] = {}
         self._window: ExampleWindow | None = None
@@ -204,6 +210,12 @@ class PopRiskAdamW(torch.optim.AdamW):
         Raises:
             RuntimeError: see ``ExampleWindow.reduce``; or a gradient whose parts were never seen.
         """
+        self.open_share = 1.0
+        if self.gate != "none" and self.estimator == "ema" and not self._warming_up(self._all_parameters()):
+            # what opens is known after the step only; of noise it opens this much
+            self.open_share = streaming_null_openness(
+                self._alpha(beta1 := self.param_groups[0]["betas"][0]), beta1, self.gate
+            )
         if not self.needs_examples:
             return
         window = self._open_window()
@@ -244,6 +256,16 @@ class PopRiskAdamW(torch.optim.AdamW):
         self._skip_step = not finite
         if finite:
             self.statistics.add(list(sq_sums), stacked, nulls, num_examples)
+            if not self._warming_up(sq_sums):
+                openness, live = stacked[:, 0].sum(), stacked[:, 1].sum()
+                ungated = sum(p.numel() for p in self._ungated if p.grad is not None)
+                self.open_share = (openness + ungated) / (live + ungated).clamp(min=1)
+
+    def _warming_up(self, params: Iterable[Tensor]) -> bool:
+        """Whether the next step is not gated yet."""
+        return self.warmup_steps > 0 and all(
+            float(self.state.get(p, {}).get("step", 0)) < self.warmup_steps for p in params
+        )
 
     def _decide(self, grad: Tensor, sq_sum: Tensor, num_examples: int) -> Tensor:
         """Write q over Q, which needs no memory beyond Q; returns the sums of ``GateStatistics.add``."""
@@ -403,7 +425,7 @@ class PopRiskAdamW(torch.optim.AdamW):
     def __getstate__(self) -> dict[str, Any]:
         """As in torch, with the gate's options: copies and pickles are gated as well."""
         options = {name: getattr(self, name) for name in _OPTIONS}
-        fresh = {"statistics": GateStatistics(), "_window": None, "_openness": None}
+        fresh = {"statistics": GateStatistics(), "open_share": 1.0, "_window": None, "_openness": None}
         kept = {name: getattr(self, name) for name in ("_ungated", "_names", "_said_single")}
         return {**super().__getstate__(), **options, **kept, **fresh, "_skip_step": False}
 

@@ -10,14 +10,9 @@ from torch import Tensor
 
 
 class GateStatistics:
-    """Sums on the device; read once per logging interval and once per save, so no step waits for them.
-
-    Attributes:
-        last_open: the share of live coordinates that the last gated step opened; 1 before the first.
-    """
+    """Sums on the device; read once per logging interval and once per save, so no step waits for them."""
 
     def __init__(self) -> None:
-        self.last_open: Tensor | float = 1.0
         self._run: dict[tuple[int, ...], _Run] = {}  # the parameters that had a gradient → their sums
         self._skipped_of_run = 0
         self._clear_interval()
@@ -43,7 +38,6 @@ class GateStatistics:
             num_examples: b, or None where the estimator has no examples.
         """
         total = sums.sum(0)
-        self.last_open = total[0] / total[1].clamp(min=1)
         self._sums = total if self._sums is None else self._sums.to(total.device) + total
         numel = [p.numel() for p in params]
         self._null += sum(n * null for n, null in zip(numel, nulls, strict=True)) / sum(numel)

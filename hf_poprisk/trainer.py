@@ -176,7 +176,7 @@ class PopRiskMixin(HubMixin, CheckpointMixin, LabelNoiseMixin):
             loss = self._several_examples(optimizer, step, model, inputs, rows)
         if self.accelerator.sync_gradients:
             optimizer.close_window()
-            self._book_visits()
+            self._book_visits(optimizer.open_share)
         return loss
 
     def _needs_examples(self, optimizer: PopRiskAdamW) -> bool:

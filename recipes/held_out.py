@@ -103,7 +103,9 @@ def train(cell: Cell, left_out: np.ndarray) -> Run:
         trainer.train()
     log, own = watched[0].seen, watched[-1].seen
     judge = trainer._label_noise
-    return Run(np.array(log), np.array(own), setup.wrong[rows], num_labels, judge.kept if judge else np.nan)
+    return Run(
+        np.array(log), np.array(own), setup.wrong[rows], num_labels, judge.kept_share if judge else np.nan
+    )
 
 
 def chosen(data: Any, rows: np.ndarray) -> Any:

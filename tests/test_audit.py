@@ -32,7 +32,7 @@ WRONG = np.arange(N) % 4 == 1  # a quarter of the labels
 FIT = NoiseFit(0.25, 0.15, 0.35, 1.5, 2, -0.55, N, step=48, epoch=3.0)
 # the likelihood has all but stopped rising
 FITS = [
-    NoiseFit(0.4, 0.2, 0.45, 1.0, 2, -0.65, N, 16, 1.0),
+    NoiseFit(0.4, 0.2, 0.45, 1.0, 2, -0.65, N, 16, 1.0, exact=True),
     NoiseFit(0.3, 0.2, 0.4, 1.2, 2, -0.555, N, 32, 2.0),
     FIT,
 ]
@@ -225,6 +225,7 @@ def test_posterior_of_visited_and_of_other_examples(tmp_path: Path) -> None:
             0.15,
             "0.150, the lower end of the last estimate (epoch 3.00)",
         ),
+        ([replace(FITS[0], exact=False), FIT], True, 0.15, "0.150, the lower end of the last estimate"),
         ([CHANCE, FIT], True, 0.15, "0.150, the lower end of the last estimate (epoch 3.00)"),
         (
             [FITS[0], replace(FIT, rate=0.01, low=0.0)],

@@ -407,7 +407,7 @@ def judged_from(trainer: Any, fits_at: int) -> None:
         if step >= fits_at and judge.fits:
             judge.judging_since = judge.judging_since or step
             if judge.fits:  # tiny models predict nothing
-                sure = replace(judge.fits[-1], rate=0.4, low=0.4, log_likelihood=-0.5)
+                sure = replace(judge.fits[-1], rate=0.4, low=0.4, high=0.44, log_likelihood=-0.5, exact=True)
                 judge.fits[0] = judge.fits[-1] = sure
 
     judge.maybe_fit = maybe_fit
@@ -420,7 +420,7 @@ def test_pairs_are_weighted_by_their_posterior(kind: str, mode: str, llama_dir: 
     judged_from(trainer, 4)
     taps: list[Any] = []
     book = trainer._label_noise._booked
-    trainer._label_noise._booked = lambda visit: (taps.append(visit), book(visit))[1]
+    trainer._label_noise._booked = lambda visit, share: (taps.append(visit), book(visit, share))[1]
     trainer.train()
     judge = trainer._label_noise
     assert len(judge.fits) >= 2 and judge.judging_since == 4
@@ -518,32 +518,47 @@ def test_wrong_labels_are_found(tmp_path: Path) -> None:
     assert saved[-1]["poprisk/noise_rate"] == judge.fits[-1].rate
 
 
-@pytest.mark.parametrize("gate", ["none", "hard"])
-def test_the_gate_holds_back_own_effects_too(gate: str, tmp_path: Path) -> None:
-    """By the share of coordinates that the last step opened, which is all that is known during a visit."""
+@pytest.mark.parametrize(
+    ("options", "ungated"),
+    [
+        ({"poprisk_gate": "none"}, "all"),
+        ({"poprisk_gate": "hard"}, "none"),
+        ({"poprisk_gate": "hard", "poprisk_warmup_steps": 2}, "two steps"),
+        ({"poprisk_gate": "hard", "poprisk_exclude": ["net.0"]}, "some"),
+    ],
+)
+def test_the_gate_holds_back_own_effects_too(options: Any, ungated: str, tmp_path: Path) -> None:
+    """By the share of coordinates that the step itself writes."""
     trainer = classify(
-        tmp_path, examples(), poprisk_label_noise="audit", poprisk_gate=gate, num_train_epochs=1
+        tmp_path, examples(), weight_decay=0.0, poprisk_label_noise="audit", num_train_epochs=1, **options
     )
-    judge = trainer._label_noise
-    book, opened, used = judge._booked, [1.0], []
+    judge, used, moved = trainer._label_noise, [], []
+    finish, before = judge.finish_step, weights(trainer)
 
-    def booked(visit: Any) -> Tensor:
-        got, openness = book(visit), judge.openness
-        judge.openness = 1.0
-        ungated, judge.openness = book(visit), openness
-        torch.testing.assert_close(got[:, 4], float(openness) * ungated[:, 4])
-        used.append(float(openness))
-        return got
+    def finish_step(gather: Any, open_share: Any) -> None:
+        own = judge.table.columns["own_effect"].clone()
+        plain = [judge._booked(visit, 1.0)[:, [0, 4]] for visit in judge._pending]
+        finish(gather, open_share)
+        used.append(float(open_share))
+        rows, effects = torch.cat(plain).unbind(1)
+        got = (judge.table.columns["own_effect"] - own)[rows.long()]
+        torch.testing.assert_close(got.double(), 0.5 * float(open_share) * effects, rtol=1e-4, atol=1e-7)
 
-    class Opened(TrainerCallback):
+    class Moved(TrainerCallback):
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            opened.append(float(trainer._judged_optimizer.statistics.last_open))
+            now = weights(trainer)
+            changed = [(now[name] != before[name]).double().flatten() for name in now]
+            moved.append(torch.cat(changed).mean().item())
+            before.update(now)
 
-    judge._booked = booked
-    trainer.add_callback(Opened())
+    judge.finish_step = finish_step
+    trainer.add_callback(Moved())
     trainer.train()
-    assert len(used) == 6 and used == opened[:-1]
-    assert all(x == 1.0 for x in used) if gate == "none" else all(0 < x < 0.9 for x in used[1:])
+    assert len(used) == 6
+    if ungated in ("all", "two steps"):
+        assert used[:2] == [1.0, 1.0] and (ungated == "two steps" or used == [1.0] * 6)
+    if ungated != "all":
+        assert used[2:] == pytest.approx(moved[2:], abs=0.05) and max(used[2:]) < 0.95
 
 
 @pytest.mark.parametrize("kind", ["classifier", "gated", "DPO"])
@@ -751,7 +766,83 @@ def test_only_what_is_predicted_well_is_swapped(caplog: pytest.LogCaptureFixture
     strength, weight = strengths()
     torch.testing.assert_close(strength, weight)
     judge.warn_at_start()
-    assert f"only {judge.fits[0].explained:.0%} was predicted" in caplog.text
+    assert f"not predicted well: {judge.fits[0].explained:.0%} of what can be known" in caplog.text
+    sure = replace(judge.fits[0], log_likelihood=-0.61)
+    for unsure in (replace(sure, exact=False), replace(sure, high=MAX_RATE)):
+        judge.fits[0] = sure
+        assert judge.swaps
+        judge.fits[0] = unsure
+        assert not judge.swaps
+
+
+def test_only_first_visits_are_exact(llama_dir: Path, tmp_path: Path) -> None:
+    """A second call of train() visits pairs that the model was trained on: no floor, no start at once."""
+    trainer = prefer("DPO", llama_dir, tmp_path, poprisk_label_noise="swap", num_train_epochs=2)
+    trainer.train()
+    first = trainer._label_noise.fits
+    trainer.train()
+    second = trainer._label_noise.fits
+    assert first[0].exact and not first[-1].exact and not any(fit.exact for fit in second)
+    judge = LabelNoise("weight", True, ExampleTable(np.arange(400)))
+    judge.untrained = False  # scoring began after training
+    z = torch.linspace(0.5, 8.0, 400)[torch.randperm(400, generator=torch.Generator().manual_seed(0))]
+    judge.table.visit(torch.arange(400), heldout_logodds=torch.where(torch.arange(400) < 120, -z, z))
+    judge.maybe_fit(1.0, 10)
+    assert not judge.fits[0].exact and judge.judging_since is None
+
+
+def test_a_run_that_will_not_swap_says_so(
+    llama_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = prefer("DPO", llama_dir, tmp_path, poprisk_label_noise="swap", num_train_epochs=2)
+    judge, fit = trainer._label_noise, trainer._label_noise.maybe_fit
+
+    def maybe_fit(epoch: float, step: int) -> None:  # tiny models predict nothing
+        fit(epoch, step)
+        judge.judging_since = judge.judging_since or (step if judge.fits else None)
+
+    judge.maybe_fit = maybe_fit
+    trainer.train()
+    assert judge.judging_since == 4 and caplog.text.count("pairs are weighted and none is swapped") == 1
+
+
+@pytest.mark.parametrize(("preferences", "share"), [(True, 0.7), (False, 0.5)])
+def test_a_share_of_the_own_effect_stays(preferences: bool, share: float) -> None:
+    judge = LabelNoise("audit", preferences, ExampleTable(np.arange(1)))
+    for visits in (1, 2, 3):
+        visit = _Visit(
+            torch.tensor([0]),
+            SimpleNamespace(slopes=torch.tensor([-0.5]), log_odds=torch.tensor([1.0])),
+            SimpleNamespace(energy=torch.tensor([0.2]), agreement=torch.tensor([0.0])),
+            torch.tensor([1.0]),
+            torch.tensor([1.0]),
+        )
+        judge._pending = [visit]
+        judge.finish_step(lambda rows: rows)  # z rose by 0.2/0.5
+        assert judge.table.columns["own_effect"].item() == pytest.approx(share * 0.4 * visits, rel=1e-5)
+
+
+def test_an_older_rule_is_not_gone_on_with(tmp_path: Path) -> None:
+    judge = LabelNoise("audit", True, ExampleTable(np.arange(4)))
+    judge.save(tmp_path)
+    content = json.loads((tmp_path / FITS_NAME).read_text())
+    judge.load(tmp_path)
+    del content["kept_share"]
+    (tmp_path / FITS_NAME).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="another rule, of an earlier version"):
+        judge.load(tmp_path)
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
+def test_small_log_odds_are_fitted_as_large_ones_are(scale: float) -> None:
+    """Early in training all are small; an interval stands where τ ends at its limit too."""
+    rng = np.random.default_rng(3)
+    z = np.where(rng.random(512) < 0.33, -1, 1) * (np.abs(rng.normal(size=512)) + 0.2)
+    fit, same = fit_noise(scale * z), fit_noise(z)
+    assert fit.rate == pytest.approx(same.rate, abs=0.01) and fit.low == pytest.approx(same.low, abs=0.01)
+    sure = fit_noise(0.01 * np.where(rng.permutation(512) < 160, -1.0, 1.0) * np.linspace(1, 2, 512))
+    assert sure.tau > 500 and sure.rate == pytest.approx(160 / 512, abs=0.01)
+    assert 0.02 < sure.rate - sure.low < 0.06
 
 
 def test_who_predicts_nothing_judges_nobody() -> None:

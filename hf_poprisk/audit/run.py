@@ -112,8 +112,10 @@ def load_run(folder: str | Path) -> Run:
 
 
 def _is_fit(fit: NoiseFit) -> bool:
-    values = [getattr(fit, name) for name in NoiseFit.__dataclass_fields__]
+    values = [getattr(fit, name) for name in NoiseFit.__dataclass_fields__ if name != "exact"]
     if not all(type(value) in (int, float) and math.isfinite(value) for value in values):
+        return False
+    if type(fit.exact) is not bool:
         return False
     return 0 <= fit.low <= fit.rate <= fit.high <= MAX_RATE and fit.tau > 0 and fit.num_labels >= 2
 

@@ -69,11 +69,11 @@ class LabelNoise:
         self, mode: str, preferences: bool, table: ExampleTable, sample: Sample | None = None
     ) -> None:
         self.mode, self.preferences, self.table, self.sample = mode, preferences, table, sample or {}
-        self.kept = KEPT_BY_PAIRS if preferences else KEPT_BY_CLASSES
+        self.kept_share = KEPT_BY_PAIRS if preferences else KEPT_BY_CLASSES
         self.fits: list[NoiseFit] = []
+        self.untrained = True  # the model, on these examples, before the first visit
         self.judging_since: int | None = None
         self.clip_coefficient: Tensor | float = 1.0
-        self.openness: Tensor | float = 1.0  # of the gate at the last step: it holds back own effects too
         self._num_labels = 2
         self._quarters = 0  # of an epoch, at the last fit
         self._pending: list[_Visit] = []
@@ -112,20 +112,25 @@ class LabelNoise:
     @property
     def swaps(self) -> bool:
         """Whether pairs are trained by 2w − 1: in ``swap``, if the first visits were predicted well."""
-        return self.mode == "swap" and bool(self.fits) and self.fits[0].explained > SURE_ENOUGH_TO_SWAP
+        if self.mode != "swap" or not self.fits:
+            return False
+        first = self.fits[0]
+        return first.exact and first.explained > SURE_ENOUGH_TO_SWAP and first.high < MAX_RATE
 
     # -- an optimizer step ------------------------------------------------------------------------------
 
-    def finish_step(self, gather: Callable[[Tensor], Tensor]) -> None:
+    def finish_step(self, gather: Callable[[Tensor], Tensor], open_share: Tensor | float = 1.0) -> None:
         """Book the visits of one optimizer step; every rank must call it.
 
         A step with a gradient that is not finite is left out by the optimizer, and is no visit.
 
         Args:
             gather: concatenates a [N, 6] tensor over the ranks; N may differ.
+            open_share: of the coordinates of this step, by the gate: own effects are held back by it too
+                (taken as the same for every example and coordinate).
         """
         visits, self._pending = self._pending, []
-        local = torch.cat([self._booked(visit) for visit in visits])
+        local = torch.cat([self._booked(visit, open_share) for visit in visits])
         every = gather(local)
         if not every[:, 4:].isfinite().all():
             return
@@ -141,7 +146,7 @@ class LabelNoise:
             rows,
             logodds=z,
             heldout_logodds=heldout,
-            own_effect=before + self.kept * own,
+            own_effect=before + self.kept_share * own,
             weight=weight,
             agreement_mean=agreement,
             loss_mean=F.softplus(-z),
@@ -149,7 +154,7 @@ class LabelNoise:
         swapped = (weight < 0.5).sum() if self.swaps else weight.new_zeros(())
         self._sums += torch.stack([weight.new_tensor(len(rows)), weight.sum(), swapped]).double().cpu()
 
-    def _booked(self, visit: _Visit) -> Tensor:
+    def _booked(self, visit: _Visit, open_share: Tensor | float) -> Tensor:
         """[N, 6] float64: row, z, ζ, weight, own effect, agreement."""
         if visit.tap.slopes is None:
             raise RuntimeError("the gradient of the examples' log-odds was not seen in the backward.")
@@ -157,7 +162,7 @@ class LabelNoise:
         # h_i = slope_i · ∂z_i/∂θ: z_i moves by 1/slope_i of what the step lowers the loss by
         energy = visit.influence.energy.to(device)
         own = (-energy / visit.tap.slopes.to(device)).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-        own = own * torch.as_tensor(self.openness, device=device)
+        own = own * torch.as_tensor(open_share, device=device)
         columns = (
             visit.rows,
             visit.tap.log_odds,
@@ -184,9 +189,10 @@ class LabelNoise:
         if not len(heldout):
             return
         self._quarters = quarters
-        fit = fit_noise(heldout, self._num_labels, step, epoch)
+        once = (self.table.visits == 1).sum() > (self.table.visits > 1).sum()
+        fit = replace(fit_noise(heldout, self._num_labels, step, epoch), exact=bool(once) and self.untrained)
         self.fits.append(fit)
-        at_once = self.preferences and len(self.fits) == 1
+        at_once = self.preferences and fit.exact and len(self.fits) == 1
         learned = epoch >= self.fits[0].epoch + 1 - 1e-6 and last_rise(self.fits) < STILL_LEARNING
         if self.judging_since is None and _competent(fit) and (at_once or learned):
             self.judging_since = step
@@ -213,10 +219,12 @@ class LabelNoise:
     def warn_at_start(self) -> None:
         """Where weights begin: say so if pairs will not be swapped."""
         if self.mode == "swap" and not self.swaps:
+            known, first = max(self.fits[0].explained, 0.0), self.fits[0]
             logger.warning(
-                f"poprisk_label_noise=swap: pairs are weighted and none is swapped, because of what can be "
-                f"known of the labels only {max(self.fits[0].explained, 0.0):.0%} was predicted at the first "
-                f"visits, where it takes {SURE_ENOUGH_TO_SWAP:.0%}."
+                "poprisk_label_noise=swap: pairs are weighted and none is swapped, because their first "
+                f"visits were not predicted well: {known:.0%} of what can be known, where it takes "
+                f"{SURE_ENOUGH_TO_SWAP:.0%}, and up to {first.high:.0%} wrong labels, where it takes less "
+                f"than {MAX_RATE:.0%}."
             )
 
     def warn_at_end(self, step: int) -> None:
@@ -263,8 +271,9 @@ class LabelNoise:
             "num_labels": self._num_labels,
             "quarters": self._quarters,
             "judging_since": self.judging_since,
+            "kept_share": self.kept_share,
+            "untrained": self.untrained,
             "clip_coefficient": float(self.clip_coefficient),
-            "openness": float(self.openness),
             "interval": self._sums.tolist(),
             "fits": [fit.to_dict() for fit in self.fits],
             "sample": self.sample,
@@ -274,9 +283,15 @@ class LabelNoise:
 
     def load(self, folder: str | Path) -> None:
         content = json.loads(Path(folder, FITS_NAME).read_text())
+        if content.get("kept_share") != self.kept_share:
+            raise ValueError(
+                f"{folder} holds scores by another rule, of an earlier version, which this one cannot go on "
+                "from: set poprisk_label_noise=off, or start over."
+            )
+        self.untrained = content["untrained"]
         self._num_labels, self._quarters = content["num_labels"], content["quarters"]
         self.judging_since = content["judging_since"]
-        self.clip_coefficient, self.openness = content["clip_coefficient"], content.get("openness", 1.0)
+        self.clip_coefficient = content["clip_coefficient"]
         self._sums = torch.tensor(content["interval"], dtype=torch.float64)
         self.fits = load_fits(folder)
         self.table.load(Path(folder, TABLE_NAME))
@@ -300,7 +315,7 @@ def judged_by(fits: Sequence[NoiseFit], preferences: bool) -> NoiseFit:
     first, last = fits[0], fits[-1]
     if not preferences:
         return last
-    return replace(last, rate=max(last.low, first.low if _competent(first) else 0.0))
+    return replace(last, rate=max(last.low, first.low if first.exact and _competent(first) else 0.0))
 
 
 def why_not_judged(fits: Sequence[NoiseFit], preferences: bool) -> str:

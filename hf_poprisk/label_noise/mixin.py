@@ -19,7 +19,6 @@ from hf_poprisk.label_noise.judge import FITS_NAME, LabelNoise
 from hf_poprisk.label_noise.log_odds import LogOddsError, LogOddsTap
 from hf_poprisk.label_noise.sample import Sample
 from hf_poprisk.label_noise.table import INDEX, TABLE_NAME, ExampleTable
-from hf_poprisk.optimizer import PopRiskAdamW
 
 
 class LabelNoiseMixin:
@@ -28,7 +27,6 @@ class LabelNoiseMixin:
     _preferences = False  # an example is a preference pair
     _label_noise: LabelNoise | None = None
     _tap: LogOddsTap | None = None  # around the forward in progress
-    _judged_optimizer: Any = None
 
     def _start_label_noise(self, ids: np.ndarray | None, sample: Sample) -> None:
         """After the trainer is built; ids as ``with_index`` gave them."""
@@ -71,7 +69,6 @@ class LabelNoiseMixin:
         if self._label_noise is None or rows is None:
             yield None
             return
-        self._judged_optimizer = optimizer
         scaler = self.accelerator.scaler
         scale = self._label_noise.clip_coefficient / self.accelerator.num_processes
         influence = Influence(optimizer, len(rows), scale / (1.0 if scaler is None else scaler.get_scale()))
@@ -115,10 +112,10 @@ class LabelNoiseMixin:
             self._label_noise.clip_coefficient = torch.where(norm_.isfinite(), coefficient, before)
         return norm
 
-    def _book_visits(self) -> None:
-        """At the end of a step's last backward."""
+    def _book_visits(self, open_share: Tensor | float) -> None:
+        """At the end of a step's last backward, when the gate has decided."""
         if self._label_noise is not None:
-            self._label_noise.finish_step(self._gather)
+            self._label_noise.finish_step(self._gather, open_share)
 
     def _gather(self, rows: Tensor) -> Tensor:
         if self.accelerator.num_processes == 1:
@@ -145,7 +142,9 @@ class LabelNoiseMixin:
         self._start_over()
         if Path(checkpoint, FITS_NAME).is_file():
             self._label_noise.load(checkpoint)
-        elif not self.args.poprisk_allow_change:
+        elif self.args.poprisk_allow_change:
+            self._label_noise.untrained = False
+        else:
             raise ValueError(
                 f"{checkpoint} holds no {FITS_NAME}: its examples were trained on without being scored, so "
                 "nothing is held out any more; set poprisk_label_noise=off, start over, or set "
@@ -168,9 +167,7 @@ class _Steps(TrainerCallback):
             self._trainer._label_noise.restart_epochs()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        judge, optimizer = self._trainer._label_noise, self._trainer._judged_optimizer
-        if isinstance(optimizer, PopRiskAdamW):
-            judge.openness = optimizer.statistics.last_open
+        judge = self._trainer._label_noise
         waiting = judge.judging_since is None
         judge.maybe_fit(state.epoch, state.global_step)
         if waiting and judge.judging_since is not None and state.is_world_process_zero:

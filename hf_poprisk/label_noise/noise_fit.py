@@ -38,6 +38,7 @@ class NoiseFit:
         log_likelihood: mean over the examples, in nats: how well held-out labels are predicted.
         num_examples: how many examples it is a fit to.
         step, epoch: how far training was.
+        exact: most examples had been visited once, by a model that had not been trained on them.
     """
 
     rate: float
@@ -49,6 +50,7 @@ class NoiseFit:
     num_examples: int
     step: int = 0
     epoch: float = 0.0
+    exact: bool = False
 
     @property
     def capped(self) -> bool:
@@ -93,8 +95,12 @@ def fit_noise(heldout: np.ndarray, num_labels: int = 2, step: int = 0, epoch: fl
     if not len(heldout) or not np.isfinite(heldout).all():
         raise ValueError("the noise rate needs at least one example, and finite log-odds.")
     z = np.asarray(heldout, dtype=np.float64)
-    best, most = None, _LOG_TAU[1] if num_labels == 2 else math.log(MAX_TAU_OF_CLASSES)
-    for start in _STARTS:
+    best, starts = None, list(_STARTS)
+    most = _LOG_TAU[1] if num_labels == 2 else math.log(MAX_TAU_OF_CLASSES)
+    if num_labels == 2:  # τ may be anything, and is large where log-odds are small: early in training
+        scale = min(max(-math.log(np.median(np.abs(z)) + 1e-9), _LOG_TAU[0]), most - 1)
+        starts += [(rate, scale + log_tau) for rate, log_tau in _STARTS]
+    for start in starts:
         found = optimize.minimize(
             _objective,
             start,
@@ -106,7 +112,7 @@ def fit_noise(heldout: np.ndarray, num_labels: int = 2, step: int = 0, epoch: fl
         if best is None or found.fun < best.fun - 1e-9:
             best = found
     rate, log_tau = (float(x) for x in best.x)
-    spread = 1.96 * _standard_error(rate, log_tau, z, num_labels)
+    spread = 1.96 * _standard_error(rate, log_tau, z, num_labels, log_tau > most - 1e-6)
     return NoiseFit(
         rate=rate,
         low=max(0.0, rate - spread),
@@ -133,8 +139,8 @@ def _objective(x: np.ndarray, z: np.ndarray, num_labels: int) -> tuple[float, np
     return -np.log(likelihood).mean(), -np.array([by_rate.mean(), by_log_tau.mean()])
 
 
-def _standard_error(rate: float, log_tau: float, z: np.ndarray, num_labels: int) -> float:
-    """Of ε̂, from the observed information; infinite where the likelihood is flat."""
+def _standard_error(rate: float, log_tau: float, z: np.ndarray, num_labels: int, bound: bool) -> float:
+    """Of ε̂, from the observed information; infinite where the likelihood is flat. ``bound``: τ is fixed."""
     h = 1e-4
     centre = np.array([min(max(rate, h), MAX_RATE - h), log_tau])
     rows = []
@@ -145,5 +151,7 @@ def _standard_error(rate: float, log_tau: float, z: np.ndarray, num_labels: int)
         rows.append((_objective(up, z, num_labels)[1] - _objective(down, z, num_labels)[1]) / (2 * h))
     information = len(z) * (np.array(rows) + np.array(rows).T) / 2
     (a, b), (_, d) = information
+    if bound or abs(d) < 1e-6 * a:  # the sign alone tells: τ does not matter
+        return 1 / math.sqrt(a) if a > 0 else math.inf
     determinant = a * d - b * b
     return math.sqrt(d / determinant) if determinant > 0 and d > 0 else math.inf
