@@ -840,9 +840,9 @@ def test_small_log_odds_are_fitted_as_large_ones_are(scale: float) -> None:
     z = np.where(rng.random(512) < 0.33, -1, 1) * (np.abs(rng.normal(size=512)) + 0.2)
     fit, same = fit_noise(scale * z), fit_noise(z)
     assert fit.rate == pytest.approx(same.rate, abs=0.01) and fit.low == pytest.approx(same.low, abs=0.01)
-    sure = fit_noise(0.01 * np.where(rng.permutation(512) < 160, -1.0, 1.0) * np.linspace(1, 2, 512))
-    assert sure.tau > 500 and sure.rate == pytest.approx(160 / 512, abs=0.01)
-    assert 0.02 < sure.rate - sure.low < 0.06
+    sure = fit_noise(3e-3 * np.where(rng.permutation(512) < 160, -1.0, 1.0) * np.linspace(1, 2, 512))
+    assert sure.tau > 500 and sure.rate == pytest.approx(160 / 512, abs=0.05)
+    assert 0.02 < sure.rate - sure.low < 0.1
 
 
 def test_who_predicts_nothing_judges_nobody() -> None:
