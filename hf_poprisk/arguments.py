@@ -73,7 +73,8 @@ class PopRiskArgumentsMixin:
         metadata={
             "help": "Judge every label by its held-out log-odds. audit: score and write the table. weight: "
             "weigh an example by the probability that its label is right. swap: preference pairs only, train "
-            "those that look wrong the other way round."
+            "those that look wrong the other way round, if their first visits were predicted well; else "
+            "weigh them."
         },
     )
     poprisk_allow_change: bool = field(

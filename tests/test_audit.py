@@ -357,6 +357,7 @@ def test_report_with_truth(run: Path, saved: Path, capsys: pytest.CaptureFixture
             {"fits": [NoiseFit(MAX_RATE, 0.3, MAX_RATE, 0.1, 2, -0.69, N)]},
             "warning: the estimate is at its limit",
         ),
+        ({"fits": [*FITS, CHANCE]}, "warning: held-out labels are predicted hardly better than by chance"),
         (
             {"fits": [NoiseFit(0.2, 0.1, 0.3, 3.0, 10, -0.5, N)], "preferences": False},
             "τ is at its limit of 3",

@@ -21,7 +21,7 @@ from hf_poprisk import PopRiskTrainer, PopRiskTrainingArguments
 from hf_poprisk.checkpoints import damage
 from hf_poprisk.influence import Influence
 from hf_poprisk.label_noise import INDEX, TABLE_NAME, ExampleTable, LabelNoise, NoiseFit, fit_noise
-from hf_poprisk.label_noise.judge import FITS_NAME, _competent, _Visit, load_fits
+from hf_poprisk.label_noise.judge import FITS_NAME, _Visit, competent, load_fits
 from hf_poprisk.label_noise.log_odds import LogOddsError, LogOddsTap, class_log_odds
 from hf_poprisk.label_noise.mixin import IndexCollator, with_index
 from hf_poprisk.label_noise.noise_fit import MAX_RATE, _objective
@@ -712,9 +712,9 @@ def test_what_is_explained_is_none_at_chance_and_all_where_every_label_is_sure()
         assert sure.explained == pytest.approx(1.0, abs=0.02)
         logits = rng.normal(size=(4000, classes))  # whatever the label is, which is the first
         guessed = fit_noise(logits[:, 0] - np.log(np.exp(logits[:, 1:]).sum(1)), classes)
-        assert guessed.explained < 0.1 and _competent(sure) and not _competent(guessed)
+        assert guessed.explained < 0.1 and competent(sure) and not competent(guessed)
         by_luck = replace(sure, num_examples=2 if classes == 2 else 1)
-        assert not _competent(replace(by_luck, log_likelihood=-math.log(classes) + 0.5))
+        assert not competent(replace(by_luck, log_likelihood=-math.log(classes) + 0.5))
     nobody = NoiseFit(0.0, 0.0, 0.1, 1.0, 2, 0.0, 100)
     assert nobody.explained == 1.0
 

@@ -20,7 +20,7 @@ from hf_poprisk.audit.scores import (
     most_contradicted,
 )
 from hf_poprisk.label_noise import NoiseFit
-from hf_poprisk.label_noise.judge import STILL_LEARNING, last_rise, why_not_judged
+from hf_poprisk.label_noise.judge import STILL_LEARNING, competent, last_rise, why_not_judged
 from hf_poprisk.label_noise.noise_fit import MAX_RATE, MAX_TAU_OF_CLASSES
 
 if TYPE_CHECKING:
@@ -82,6 +82,13 @@ def _summary(run: Run) -> list[RenderableType]:
             _warning(
                 f"the estimate is at its limit of {MAX_RATE}: the model does not predict held-out labels, "
                 "for want of training or of signal, and what follows means little."
+            )
+        ]
+    elif not competent(fit):
+        out += [
+            _warning(
+                "held-out labels are predicted hardly better than by chance: training weighs nobody by such "
+                "an estimate, and what follows means little."
             )
         ]
     if fit.num_labels > 2 and fit.tau > 0.999 * MAX_TAU_OF_CLASSES:

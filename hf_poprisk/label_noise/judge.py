@@ -102,7 +102,7 @@ class LabelNoise:
         device = log_odds.device  # of the head, where a model is spread over several
         visit.heldout = log_odds.to(self.table.device) - self.table.columns["own_effect"][visit.rows]
         visit.weight = torch.ones_like(visit.heldout)
-        if self.judging_since is None or not _competent(self.fits[-1]):
+        if self.judging_since is None or not competent(self.fits[-1]):
             return visit.weight.to(device)
         visit.weight = judged_by(self.fits, self.preferences).probability_right(visit.heldout)
         if self.mode == "audit":
@@ -194,7 +194,7 @@ class LabelNoise:
         self.fits.append(fit)
         at_once = self.preferences and fit.exact and len(self.fits) == 1
         learned = epoch >= self.fits[0].epoch + 1 - 1e-6 and last_rise(self.fits) < STILL_LEARNING
-        if self.judging_since is None and _competent(fit) and (at_once or learned):
+        if self.judging_since is None and competent(fit) and (at_once or learned):
             self.judging_since = step
 
     def restart_epochs(self) -> None:
@@ -239,7 +239,7 @@ class LabelNoise:
                 f"{name}: training ended within its first epoch, so the noise rate was not estimated and no "
                 f"example was weighted: {train_longer(self.preferences)}."
             )
-        elif weighs and self.judging_since is None and _competent(self.fits[-1]):
+        elif weighs and self.judging_since is None and competent(self.fits[-1]):
             logger.warning(
                 f"{name}: no example was weighted, because {why_not_judged(self.fits, self.preferences)}: "
                 "train for more epochs."
@@ -249,7 +249,7 @@ class LabelNoise:
                 f"{name}: no example was weighted, because training ended where weights would have begun: "
                 "train for more epochs."
             )
-        elif self.fits[-1].capped or not _competent(self.fits[-1]):
+        elif self.fits[-1].capped or not competent(self.fits[-1]):
             logger.warning(
                 f"{name}: the model does not predict held-out labels, for want of training or of signal (the "
                 f"estimated noise rate is {self.fits[-1].rate:.2f}, its limit {MAX_RATE}); its weights and "
@@ -297,7 +297,7 @@ class LabelNoise:
         self.table.load(Path(folder, TABLE_NAME))
 
 
-def _competent(fit: NoiseFit) -> bool:
+def competent(fit: NoiseFit) -> bool:
     """Whether held-out labels are predicted better than by chance: else everybody would look wrong.
 
     By a tenth of what can be known, and beyond luck: a likelihood-ratio test at 5 %.
@@ -315,12 +315,12 @@ def judged_by(fits: Sequence[NoiseFit], preferences: bool) -> NoiseFit:
     first, last = fits[0], fits[-1]
     if not preferences:
         return last
-    return replace(last, rate=max(last.low, first.low if first.exact and _competent(first) else 0.0))
+    return replace(last, rate=max(last.low, first.low if first.exact and competent(first) else 0.0))
 
 
 def why_not_judged(fits: Sequence[NoiseFit], preferences: bool) -> str:
     """What ``judging_since`` was waiting for, as the end of a sentence; there is a fit."""
-    if not _competent(fits[-1]):
+    if not competent(fits[-1]):
         return "held-out labels were predicted hardly better than by chance"
     if fits[-1].epoch >= fits[0].epoch + 1 - 1e-6:
         return "held-out labels were predicted better and better until the end"
