@@ -213,9 +213,8 @@ class PopRiskAdamW(torch.optim.AdamW):
         self.open_share = 1.0
         if self.gate != "none" and self.estimator == "ema" and not self._warming_up(self._all_parameters()):
             # what opens is known after the step only; of noise it opens this much
-            self.open_share = streaming_null_openness(
-                self._alpha(beta1 := self.param_groups[0]["betas"][0]), beta1, self.gate
-            )
+            beta1 = self.param_groups[0]["betas"][0]
+            self.open_share = streaming_null_openness(self._alpha(beta1), beta1, self.gate)
         if not self.needs_examples:
             return
         window = self._open_window()

@@ -57,8 +57,9 @@ class Run:
 class Watch(TrainerCallback):
     """Calls a function at the end of every epoch and keeps what it returns."""
 
-    def __init__(self, look: Callable[[], np.ndarray]) -> None:
-        self._look, self.seen = look, []
+    def __init__(self, look: Callable[[], Any]) -> None:
+        self._look: Callable[[], Any] = look
+        self.seen: list[Any] = []
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.seen.append(self._look())
@@ -91,8 +92,7 @@ def train(cell: Cell, left_out: np.ndarray) -> Run:
         if len(left_out):
             trainer.train_dataset = chosen(data, np.setdiff1d(np.arange(len(data)), left_out))
         looked = chosen(data, rows)
-        _, num_labels = log_odds(trainer, looked, pairs)
-        watched = [Watch(lambda: log_odds(trainer, looked, pairs)[0])]
+        watched = [Watch(lambda: log_odds(trainer, looked, pairs))]
         if not len(left_out):
             columns = trainer._label_noise.table.columns
             watched.append(Watch(lambda: columns["own_effect"].cpu().double().numpy()))
@@ -101,10 +101,11 @@ def train(cell: Cell, left_out: np.ndarray) -> Run:
             trainer.add_callback(watch)
         transformers.set_seed(cell.seed)
         trainer.train()
-    log, own = watched[0].seen, watched[-1].seen
+    log, num_labels = zip(*watched[0].seen, strict=True)
+    own = watched[1].seen if len(watched) > 1 else []
     judge = trainer._label_noise
     return Run(
-        np.array(log), np.array(own), setup.wrong[rows], num_labels, judge.kept_share if judge else np.nan
+        np.array(log), np.array(own), setup.wrong[rows], num_labels[0], judge.kept_share if judge else np.nan
     )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hf_poprisk import PopRiskAdamW, reference
 from hf_poprisk.batched import BatchedGradients
+from hf_poprisk.gate import streaming_null_openness
 from hf_poprisk.optimizer import EMA_DECAY, matching
 
 HYPER = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
@@ -500,3 +501,17 @@ def test_a_batch_is_no_group() -> None:
         PopRiskAdamW(model.parameters(), estimator="group").batch(layers, 2, 2)
     with PopRiskAdamW(model.parameters(), gate="none").batch(layers, 2, 2) as capture:
         assert capture is None
+
+
+def test_the_streaming_form_opens_what_it_opens_of_noise() -> None:
+    """``open_share``: what it will open is not known before the step, and in warm-up all is written."""
+    weight = nn.Parameter(torch.zeros(5))
+    optimizer = PopRiskAdamW([weight], gate="soft", estimator="ema", warmup_steps=1)
+    shares = []
+    for _ in range(2):
+        weight.grad = torch.ones(5)
+        optimizer.close_window()
+        shares.append(optimizer.open_share)
+        optimizer.step()
+    assert shares == [1.0, streaming_null_openness((1 - 0.9) / (1 + 0.9), 0.9, "soft")]
+    assert 0.0 < shares[1] < 1.0
