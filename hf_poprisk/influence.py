@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from hf_poprisk import kernels_cpu
 
+# An eighth of the rows or columns of a large matrix stands for all of them.
+STRIDE = 8
+# Of smaller ones more are taken, not fewer than this many.
+FEWEST = 128
 # Elements that are worked on together on a CPU: a few of these fit a core's cache.
 _PIECE = 1 << 16
 
@@ -27,6 +30,12 @@ class Influence:
     The bound ``c = √((1 − β₂ᵗ)/(1 − β₂))``, t counting this step, is what this step's v̂, which has the
     square of this very gradient in it, allows at most. It is reached where no example was seen before: rare
     tokens, and everything in the first step.
+
+    Of a parameter as a matrix, [shape[0], rest], the sums run over one in s rows, or columns where those are
+    fewer, times s: what is estimated is a prediction to first order, and the examples' gradients need not
+    be formed in full. Which ones follows from the number of the step: all take their turn, and neither the
+    layout nor a resumed run changes it. s is ``STRIDE``, less where under ``FEWEST`` would be left, and 1 for
+    vectors.
 
     Args:
         optimizer: of the Adam family (``exp_avg``, ``exp_avg_sq`` and ``step`` in its state).
@@ -47,8 +56,10 @@ class Influence:
         self._num_examples = num_examples
         self._scale = scale
         self._sums: Tensor | None = None  # [2, N]
-        self._key: tuple[int, int, int | None] | None = None
-        self._metric: tuple[Tensor, Tensor, float, float]  # of the block that ``_key`` names
+        self._steps: dict[Tensor, float] = {}
+        self._parts: dict[Tensor, tuple[slice, slice]] = {}
+        self._key: tuple[int, int, int] | None = None
+        self._block: tuple[Tensor, Tensor, float, float]  # the metric of what ``_key`` names
 
     @property
     def params(self) -> list[Tensor]:
@@ -66,37 +77,67 @@ class Influence:
     def _result(self) -> Tensor:
         return torch.zeros(2, self._num_examples) if self._sums is None else self._sums
 
+    def part(self, param: Tensor) -> tuple[slice, slice]:
+        """The rows and the columns of ``param`` as a matrix that the sums run over."""
+        if param not in self._parts:
+            rows, columns = _as_matrix(param).shape
+            stride = self.stride(param)
+            turn = int(self._step(param)) % stride
+            if rows < columns:
+                self._parts[param] = slice(turn, None, stride), slice(None)
+            else:  # neighbours, because single columns would be as slow to read as all of them
+                some = slice(turn * columns // stride, (turn + 1) * columns // stride)
+                self._parts[param] = slice(0, None, 1), some
+        return self._parts[param]
+
+    def stride(self, param: Tensor) -> int:
+        """Of how many rows or columns one is taken."""
+        return max(1, min(STRIDE, min(_as_matrix(param).shape) // FEWEST))
+
     def add(self, param: Tensor, example: int, h: Tensor, start: int = 0) -> None:
         """One example's gradient of rows ``start`` … of a parameter; h: [rows, …]."""
-        for offset, piece in _pieces(h):
-            self.add_some(param, example, piece[None], start + offset)
+        self.add_some(param, example, h[None], start)
 
-    def add_some(self, param: Tensor, first: int, h: Tensor, start: int) -> None:
+    def add_some(self, param: Tensor, first: int, h: Tensor, start: int = 0) -> None:
         """Gradients of the rows ``start`` … of consecutive examples from ``first`` on; h: [n, rows, …]."""
-        rows = h.shape[1] if h.dim() > 1 else 1
-        found = self._sums_of(self._of_block(param, start, rows), h.reshape(len(h), -1))
-        sums = self._into(found)
-        sums[:, first : first + len(h)] += found.to(sums.device)
+        rows, columns = self.part(param)
+        before = max(0, -((rows.start - start) // rows.step))  # rows of the part that come before
+        h = h.reshape(len(h), h.shape[1] if h.dim() > 1 else 1, -1)
+        self.add_part(
+            param, first, h[:, rows.start + before * rows.step - start :: rows.step, columns], before
+        )
 
-    def add_all(self, param: Tensor, h: Tensor) -> None:
-        """Every example's gradient of a whole parameter; h: [N, *shape]."""
-        found = self._sums_of(self._of_block(param, 0, None), h.reshape(self._num_examples, -1))
-        sums = self._into(found)
-        sums.add_(found.to(sums.device))
+    def add_part(self, param: Tensor, first: int, h: Tensor, start: int = 0) -> None:
+        """The same of rows and columns of ``part`` alone.
+
+        Args:
+            h: [n, rows, columns].
+            start: of the rows of ``part``.
+        """
+        rows = max(h.shape[1], 1)
+        if h.device.type == "cpu":  # elsewhere launches cost more than the cache saves
+            rows = max(1, _PIECE // h.shape[2])
+        for low in range(0, h.shape[1], rows):
+            piece = h[:, low : low + rows]
+            found = self._sums_of(self._of_block(param, start + low, piece.shape[1]), piece.flatten(1))
+            sums = self._into(found)
+            sums[:, first : first + len(h)] += found.to(sums.device)
 
     def add_rows(self, param: Tensor, rows: Tensor, examples: Tensor, h: Tensor) -> None:
         """Gradients of single rows of a table; rows and examples: [R] int64, h: [R, width]."""
-        precondition, signal, *rest = self._of_block(param, 0, None)
-        block = (precondition.view(param.shape)[rows], signal.view(param.shape)[rows], *rest)
-        found = self._sums_of(block, h)
+        some, columns = self.part(param)
+        if some.step > 1:
+            taken = rows % some.step == some.start
+            rows, examples, h = rows[taken], examples[taken], h[taken]
+        found = self._sums_of(self._metric(param, rows, columns), h[:, columns])
         sums = self._into(found)
         sums.index_add_(1, examples.to(sums.device), found.to(sums.device))
 
-    def _sums_of(self, block: tuple[Tensor, Tensor, float, float], h: Tensor) -> Tensor:
+    def _sums_of(self, metric: tuple[Tensor, Tensor, float, float], h: Tensor) -> Tensor:
         """h: [R, numbers]. Returns [2, R]."""
-        precondition, signal, bound, lr = block
+        precondition, signal, bound, lr = metric
         h = h.to(precondition.dtype)
-        if precondition.dim() == 1 and kernels_cpu.usable(h, precondition, signal):
+        if precondition.dim() == 1 and kernels_cpu.usable(h := h.contiguous(), precondition, signal):
             found = kernels_cpu.weigh(h, precondition, signal, bound)
             found[0] *= lr
             return found
@@ -108,32 +149,38 @@ class Influence:
             self._sums = like.new_zeros(2, self._num_examples)
         return self._sums
 
-    def _of_block(self, param: Tensor, start: int, rows: int | None) -> tuple[Tensor, Tensor, float, float]:
-        """``scale·P`` and ``scale·P·m̂`` of some rows of a parameter, flat, c and lr."""
-        if self._key == (key := (id(param), start, rows)):
-            return self._metric  # blocks come one example after the other
+    def _of_block(self, param: Tensor, start: int, count: int) -> tuple[Tensor, Tensor, float, float]:
+        """The metric of some rows of ``part``, flat."""
+        if self._key != (key := (id(param), start, count)):  # blocks come one example after the other
+            rows, columns = self.part(param)
+            first = rows.start + start * rows.step
+            block = slice(first, first + count * rows.step, rows.step)
+            precondition, signal, *rest = self._metric(param, block, columns)
+            self._key, self._block = key, (precondition.flatten(), signal.flatten(), *rest)
+        return self._block
+
+    def _metric(
+        self, param: Tensor, rows: slice | Tensor, columns: slice
+    ) -> tuple[Tensor, Tensor, float, float]:
+        """``scale·P`` and ``s·scale·P·m̂`` of some rows and columns, c and s·lr."""
         wide = torch.float64 if param.dtype == torch.float64 else torch.float32
-        group, state = self._groups[param], self._state.get(param) or {}
+        group, state, step = self._groups[param], self._state.get(param) or {}, self._step(param)
         beta1, beta2 = group["betas"]
-        step = float(state.get("step", 0))
         bound = math.sqrt((1 - beta2 ** (step + 1)) / (1 - beta2))
         moments = (state["exp_avg"], state["exp_avg_sq"]) if step else (torch.zeros_like(param),) * 2
-        if param.dim() and rows is not None:
-            moments = tuple(x[start : start + rows] for x in moments)
-        first, second = (x.detach().reshape(-1).to(wide) for x in moments)
+        first, second = (_as_matrix(x.detach())[rows][:, columns].to(wide) for x in moments)
         step = max(step, 1.0)
         inverse = (second / (1 - beta2**step)).sqrt_().add_(group["eps"]).reciprocal_()
         inverse.mul_(self._scale)
         signal = (first * inverse).div_(1 - beta1**step)
-        self._key, self._metric = key, (inverse, signal, bound, float(group["lr"]))
-        return self._metric
+        stride = self.stride(param)
+        return inverse, signal.mul_(stride), bound, float(group["lr"]) * stride
+
+    def _step(self, param: Tensor) -> float:
+        if param not in self._steps:  # once: it may be on another device
+            self._steps[param] = float((self._state.get(param) or {}).get("step", 0))
+        return self._steps[param]
 
 
-def _pieces(h: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(first row, rows) that fit the cache; all at once where launches cost more than the cache saves."""
-    if h.device.type != "cpu" or h.dim() == 0 or h.numel() <= _PIECE:
-        yield 0, h
-        return
-    rows = max(1, _PIECE // math.prod(h.shape[1:]))
-    for start in range(0, len(h), rows):
-        yield start, h[start : start + rows]
+def _as_matrix(x: Tensor) -> Tensor:
+    return x.reshape(x.shape[0] if x.dim() else 1, -1)

@@ -29,8 +29,10 @@ def after_two_steps(model: nn.Module, inputs: Any, pairs: bool, gate: str = "har
     return optimizer
 
 
-def textbook(model: nn.Module, optimizer: PopRiskAdamW, inputs: Any, pairs: bool, scale: float) -> Any:
-    """[2, N] by the loop."""
+def textbook(
+    model: nn.Module, optimizer: PopRiskAdamW, inputs: Any, pairs: bool, scale: float, stride: int = 1
+) -> Any:
+    """[2, N] by the loop; with a stride over every so many rows or columns of each matrix alone."""
     params = trainable(model)
     gradients = reference.per_example_gradients(
         params,
@@ -43,10 +45,26 @@ def textbook(model: nn.Module, optimizer: PopRiskAdamW, inputs: Any, pairs: bool
     steps = {int(s["step"]) for s in state.values() if s} or {0}
     assert len(steps) == 1
     settings = {"lr": LR, "betas": BETAS, "eps": EPS, "scale": scale}
-    return torch.tensor(
-        [reference.influence(h, moments, min(steps), **settings) for h in gradients],
-        dtype=torch.float64,
-    ).T
+    sums = torch.zeros(N, 2, dtype=torch.float64)
+    for name, p in params.items():
+        taken, times = taken_of(p, min(steps), stride)
+        for i, h in enumerate(gradients):
+            found = reference.influence({name: h[name] * taken}, moments, min(steps), **settings)
+            sums[i] += times * torch.tensor(found, dtype=torch.float64)
+    return sums.T
+
+
+def taken_of(p: torch.Tensor, step: int, stride: int) -> tuple[torch.Tensor, int]:
+    """Which coordinates stand for all, and for how many each."""
+    taken = torch.zeros_like(p)
+    width = p.numel() // p.shape[0]
+    stride = min(stride, p.shape[0], width)
+    if p.shape[0] < width:
+        taken[step % stride :: stride] = 1
+    else:
+        turn = step % stride
+        taken.view(p.shape[0], width)[:, turn * width // stride : (turn + 1) * width // stride] = 1
+    return taken, stride
 
 
 def measured(
@@ -80,6 +98,74 @@ def test_sums_equal_the_loop(kind: str, adapter: str, gate: str, together: bool)
     got = measured(model, optimizer, inputs, True, 0.5, together)
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
     assert (expected[0] > 0).all() and expected[1].abs().min() > 1e-6
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("gate", ["hard", "none"])
+@pytest.mark.parametrize("adapter", ["full", "lora"])
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "gpt2", "bert"])
+@pytest.mark.parametrize("small", [capturing._SMALL, 0])
+def test_some_rows_or_columns_stand_for_all(
+    kind: str, adapter: str, gate: str, together: bool, small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_poprisk.influence.FEWEST", 1)
+    monkeypatch.setattr("hf_poprisk.influence.STRIDE", 3)
+    monkeypatch.setattr("hf_poprisk.influence._PIECE", 48)
+    monkeypatch.setattr(capturing, "_SMALL", small)
+    monkeypatch.setattr(capturing, "_BLOCK", 64)
+    monkeypatch.setattr(capturing, "_SIDE_BY_SIDE", 128)
+    model = adapted(tiny_model(kind.split("-")[0], tied="tied" in kind, dtype=torch.float64), adapter)
+    inputs = batch(2 * N)
+    optimizer = after_two_steps(model, inputs, pairs=True, gate=gate)
+    got = measured(model, optimizer, inputs, True, 0.5, together)
+    torch.testing.assert_close(
+        got, textbook(model, optimizer, inputs, True, 0.5, stride=3), rtol=1e-9, atol=1e-12
+    )
+    everything = textbook(model, optimizer, inputs, True, 0.5)
+    assert (got[0] / everything[0] - 1).abs().max() > 1e-3  # that it is a sample shows
+
+
+def test_all_rows_and_columns_take_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over as many steps as the stride, the sums of a sample have the mean of all coordinates."""
+    monkeypatch.setattr("hf_poprisk.influence.FEWEST", 32)
+    for shape in ((96, 40), (40, 96), (64, 64), (64, 3, 25), (300, 300), (7,), ()):
+        p = nn.Parameter(torch.randn(shape, dtype=torch.float64))
+        h, found = torch.randn(2, *shape, dtype=torch.float64), []
+        optimizer = torch.optim.AdamW([p], lr=LR, betas=(0.0, 0.0))
+        for step in range(1, 9):
+            moments = {"exp_avg": torch.ones_like(p), "exp_avg_sq": torch.ones_like(p)}
+            optimizer.state[p] = {"step": torch.tensor(float(step)), **moments}
+            influence = Influence(optimizer, 2)
+            influence.add_some(p, 0, h)
+            found.append(torch.stack([influence.energy, influence.agreement]))
+        energy, agreement = (h * h.clamp(-1, 1)).reshape(2, -1).sum(1), h.reshape(2, -1).sum(1)
+        expected = torch.stack([LR * energy, agreement]) / (1 + 1e-8)
+        torch.testing.assert_close(torch.stack(found).mean(0), expected, rtol=1e-7, atol=1e-12)
+        stride = {(64, 64): 2, (64, 3, 25): 2, (300, 300): 8}.get(shape, 1)
+        assert influence.stride(p) == stride and (found[0] != found[1]).any() == (stride > 1)
+
+
+def test_a_sample_is_close_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One large matrix, in a perceptron; a language model has hundreds, whose errors cancel out."""
+    torch.manual_seed(0)
+    layers = nn.Linear(32, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10)
+    model = nn.Sequential(*layers)
+    optimizer = PopRiskAdamW(model.parameters(), lr=1e-3, gate="none")
+    x, y = torch.randn(64, 32), torch.randint(0, 10, (64,))
+    for _ in range(20):
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    energies = []
+    for stride in (8, 1):
+        monkeypatch.setattr("hf_poprisk.influence.STRIDE", stride)
+        influence = Influence(optimizer, 64)
+        with optimizer.batch(BatchedGradients(model, influence.params), 64, 64, influence):
+            nn.functional.cross_entropy(model(x), y).backward()
+        energies.append(influence.energy)
+        optimizer.zero_grad()
+    ratio = (energies[0] / energies[1]).log()
+    assert 0.001 < ratio.std() < 0.1, ratio
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -196,6 +196,9 @@ class Capture:
         if self._uses[param] - (tokens.uses if tokens else 0) > 1:
             raise Uncovered("a large weight is used both by a fused head and elsewhere")
         target, fresh = self._square_buffer(param)
+        if target is None and tokens is None:
+            self._influence.add(param, example, h)
+            return
         rows = self._rows_per_block(param)
         for start in range(0, param.shape[0], rows):
             block = h[start : start + rows].to(_sum_dtype(h.dtype), copy=True)
@@ -220,7 +223,7 @@ class Capture:
             target, fresh = self._square_buffer(param)
             h = self._kept.pop(param)
             if self._influence is not None:
-                self._influence.add_all(param, h)
+                self._influence.add_some(param, 0, h)
             if target is not None:
                 squares = h.square_().sum(0)
                 target.copy_(squares) if fresh else target.add_(squares)
@@ -262,6 +265,8 @@ class Capture:
     ) -> None:
         """``grad = Σ_i h_i`` (if given) and ``Q += Σ_i h_i²``, h_i summed over the uses."""
         target, fresh = self._square_buffer(param)
+        if target is None and tokens is None and self._influence.stride(param) > 1:
+            return self._weigh(param, uses, grad)
         single = tokens is None and len(uses) == 1
         plain = single and self._influence is None and target is not None
         if plain and uses[0][0].shape[:2] == (self.num_examples, 1):
@@ -280,6 +285,24 @@ class Capture:
             if quick and a.dtype == d.dtype == torch.float32 and kernels_cpu.usable(grad):
                 return self._side_by_side(param, a, d, grad, target, fresh)
         self._one_by_one(param, uses, grad, target, fresh, tokens)
+
+    def _weigh(self, param: Tensor, uses: list[tuple[Tensor, Tensor]], grad: Tensor | None) -> None:
+        """``grad = Σ_i h_i`` (if given), and of the h_i themselves no more than the influence looks at."""
+        assert self._influence is not None  # else this parameter would not be captured
+        n, (rows, columns) = self.num_examples, self._influence.part(param)
+        if grad is not None:
+            ((a, d),) = uses
+            torch.mm(_flat(d).T, _flat(a), out=grad) if d.dtype == grad.dtype else grad.copy_(
+                _flat(d).T @ _flat(a)
+            )
+        factors = [
+            (_by_example(d, n)[..., rows].transpose(1, 2), _by_example(a, n)[..., columns]) for a, d in uses
+        ]
+        size = factors[0][0].shape[1] * factors[0][1].shape[2]
+        some = max(1, max(_SIDE_BY_SIDE, param.numel()) // size)
+        for i in range(0, n, some):
+            first, *others = (torch.bmm(dt[i : i + some], a[i : i + some]) for dt, a in factors)
+            self._influence.add_part(param, i, sum(others, first))
 
     def _fused_is_faster(self, param: Tensor, a: Tensor, d: Tensor, grad: Tensor) -> bool:
         (rows, length, width), out = a.shape, d.shape[-1]

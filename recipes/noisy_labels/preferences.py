@@ -8,22 +8,35 @@ as they are.
 
 import tempfile
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import common
 import numpy as np
 import transformers
+from datasets import Dataset
 
 from noisy_labels import words
 from noisy_labels.arms import ARMS, trainer_class
 from noisy_labels.cells import HELD_OUT, Cell, Setup, Task, hold_out
 
+
+@dataclass(frozen=True)
+class PairsTask(Task):
+    """What the pairs of a recipe are trained as."""
+
+    recipe: str = "dpo"  # folder of recipes/tiny
+    easier: bool = False  # pairs that are easily told apart, see words.py
+    wrong: str = "random"  # labels; else those on ``ties``, which half of the pairs then are, or a ``group``
+
+
 TASKS = {
-    "dpo": Task(4, (1e-4, 3e-4, 1e-3), 16),
-    "dpo-lora": Task(4, (1e-3, 3e-3, 1e-2), 16),
-    "dpo-words": Task(4, (1e-4, 3e-4, 1e-3), 16),  # easily told apart
-    "dpo-words-ties": Task(4, (1e-4, 3e-4, 1e-3), 16),  # half of them hardly, and wrong labels only there
-    "dpo-words-group": Task(4, (1e-4, 3e-4, 1e-3), 16),  # wrong labels are all those of some topics
+    "dpo": PairsTask(4, (1e-4, 3e-4, 1e-3), 16),
+    "dpo-lora": PairsTask(4, (1e-3, 3e-3, 1e-2), 16, "dpo-lora"),
+    "dpo-words": PairsTask(4, (1e-4, 3e-4, 1e-3), 16, easier=True),
+    "dpo-words-lora": PairsTask(4, (1e-3, 3e-3, 1e-2), 16, "dpo-lora", easier=True),
+    "dpo-words-ties": PairsTask(4, (1e-4, 3e-4, 1e-3), 16, easier=True, wrong="ties"),
+    "dpo-words-group": PairsTask(4, (1e-4, 3e-4, 1e-3), 16, easier=True, wrong="group"),
 }
 
 
@@ -58,8 +71,7 @@ def arguments(task: str, argv: list[str]) -> tuple[Any, ...]:
     """The settings of the recipe, and what stands on the command line in place of some."""
     import dpo  # here, because TRL is slow to import
 
-    folder = "dpo" if task.startswith("dpo-words") else task
-    path = common.ROOT / "tiny" / folder / "poprisk.yaml" if task in TASKS else task
+    path = common.ROOT / "tiny" / TASKS[task].recipe / "poprisk.yaml" if task in TASKS else task
     return common.parse(dpo.ARGUMENTS, ["--config", str(path), *argv])
 
 
@@ -87,28 +99,33 @@ def prepare(cell: Cell, folder: str) -> Setup:
 
     from hf_poprisk import PopRiskDPOTrainer
 
+    class Trainer(PopRiskDPOTrainer):
+        def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+            # dpo.score runs the reference model itself, on what is held out
+            return super()._precompute_ref_logps(dataset, name, batch_size) if name == "train" else dataset
+
     arm = ARMS[cell.arm]
     script_args, args, model_args = cell_arguments(cell, folder)
     train, held_out = dpo.load(script_args)
     if "validation" not in held_out:
         parts = train.train_test_split(HELD_OUT, seed=cell.seed)
         train, held_out["validation"] = parts["train"], parts["test"]
-    if cell.task in TASKS and cell.task.startswith("dpo-words"):
-        ties = 0.5 if cell.task.endswith("ties") else 0.0
+    task = TASKS.get(cell.task, TASKS["dpo"])
+    if task.easier:
+        ties = 0.5 if task.wrong == "ties" else 0.0
         train = words.easier(train, ties, cell.seed)
         held_out = {name: words.easier(part, ties, cell.seed) for name, part in held_out.items()}
-    if cell.task in ("dpo-words-ties", "dpo-words-group"):
-        kind = cell.task.rpartition("-")[2]
-        train = common.swap_preferences(train, words.wrong_of(train, kind, cell.noise, cell.seed))
-    else:
+    if task.wrong == "random":
         train = common.flip_preferences(train, cell.noise, cell.seed)
+    else:
+        train = common.swap_preferences(train, words.wrong_of(train, task.wrong, cell.noise, cell.seed))
     wrong = np.array(train["is_flipped"])
     kept, held = hold_out(len(train), arm.early, cell.seed)
     sets = {name: held_out[name] for name in ("validation", "test")}
     for name, rows in (("wrong", kept[wrong[kept]][: dpo.MAX_FLIPPED_EVAL]), ("held", held)):
         sets |= {name: train.select(rows)} if len(rows) else {}
     transformers.set_seed(cell.seed)
-    trainer_kind = trainer_class(PopRiskDPOTrainer, arm, cell.noise, wrong[kept])
+    trainer_kind = trainer_class(Trainer, arm, cell.noise, wrong[kept])
     trainer = dpo.make_trainer(trainer_kind, args, model_args, train.select(kept), sets)
     reference = dpo.reference_of(trainer, model_args)
     sizes = {name: len(part) for name, part in trainer.eval_dataset.items()}
