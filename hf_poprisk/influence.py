@@ -31,8 +31,8 @@ class Influence:
     square of this very gradient in it, allows at most. It is reached where no example was seen before: rare
     tokens, and everything in the first step.
 
-    Of a parameter as a matrix, [shape[0], rest], the sums run over one in s rows, or columns where those are
-    fewer, times s: what is estimated is a prediction to first order, and the examples' gradients need not
+    Of a parameter as a matrix, [shape[0], rest], the sums run over one in s rows, or columns if those are not
+    more, times s: what is estimated is a prediction to first order, and the examples' gradients need not
     be formed in full. Which ones follows from the number of the step: all take their turn, and neither the
     layout nor a resumed run changes it. s is ``STRIDE``, less where under ``FEWEST`` would be left, and 1 for
     vectors.
@@ -82,12 +82,9 @@ class Influence:
         if param not in self._parts:
             rows, columns = _as_matrix(param).shape
             stride = self.stride(param)
-            turn = int(self._step(param)) % stride
-            if rows < columns:
-                self._parts[param] = slice(turn, None, stride), slice(None)
-            else:  # neighbours, because single columns would be as slow to read as all of them
-                some = slice(turn * columns // stride, (turn + 1) * columns // stride)
-                self._parts[param] = slice(0, None, 1), some
+            turn, fewer = int(self._step(param)) % stride, min(rows, columns)
+            some = slice(turn * fewer // stride, (turn + 1) * fewer // stride)
+            self._parts[param] = (some, slice(0, columns)) if rows < columns else (slice(0, rows), some)
         return self._parts[param]
 
     def stride(self, param: Tensor) -> int:
@@ -101,11 +98,10 @@ class Influence:
     def add_some(self, param: Tensor, first: int, h: Tensor, start: int = 0) -> None:
         """Gradients of the rows ``start`` … of consecutive examples from ``first`` on; h: [n, rows, …]."""
         rows, columns = self.part(param)
-        before = max(0, -((rows.start - start) // rows.step))  # rows of the part that come before
         h = h.reshape(len(h), h.shape[1] if h.dim() > 1 else 1, -1)
-        self.add_part(
-            param, first, h[:, rows.start + before * rows.step - start :: rows.step, columns], before
-        )
+        low, high = max(rows.start, start), min(rows.stop, start + h.shape[1])
+        if low < high:
+            self.add_part(param, first, h[:, low - start : high - start, columns], low - rows.start)
 
     def add_part(self, param: Tensor, first: int, h: Tensor, start: int = 0) -> None:
         """The same of rows and columns of ``part`` alone.
@@ -114,7 +110,7 @@ class Influence:
             h: [n, rows, columns].
             start: of the rows of ``part``.
         """
-        rows = max(h.shape[1], 1)
+        rows = h.shape[1]
         if h.device.type == "cpu":  # elsewhere launches cost more than the cache saves
             rows = max(1, _PIECE // h.shape[2])
         for low in range(0, h.shape[1], rows):
@@ -126,8 +122,8 @@ class Influence:
     def add_rows(self, param: Tensor, rows: Tensor, examples: Tensor, h: Tensor) -> None:
         """Gradients of single rows of a table; rows and examples: [R] int64, h: [R, width]."""
         some, columns = self.part(param)
-        if some.step > 1:
-            taken = rows % some.step == some.start
+        if some.stop - some.start < len(param):
+            taken = (rows >= some.start) & (rows < some.stop)
             rows, examples, h = rows[taken], examples[taken], h[taken]
         found = self._sums_of(self._metric(param, rows, columns), h[:, columns])
         sums = self._into(found)
@@ -153,8 +149,7 @@ class Influence:
         """The metric of some rows of ``part``, flat."""
         if self._key != (key := (id(param), start, count)):  # blocks come one example after the other
             rows, columns = self.part(param)
-            first = rows.start + start * rows.step
-            block = slice(first, first + count * rows.step, rows.step)
+            block = slice(rows.start + start, rows.start + start + count)
             precondition, signal, *rest = self._metric(param, block, columns)
             self._key, self._block = key, (precondition.flatten(), signal.flatten(), *rest)
         return self._block

@@ -59,11 +59,12 @@ def taken_of(p: torch.Tensor, step: int, stride: int) -> tuple[torch.Tensor, int
     taken = torch.zeros_like(p)
     width = p.numel() // p.shape[0]
     stride = min(stride, p.shape[0], width)
+    turn, fewer = step % stride, min(p.shape[0], width)
+    some = slice(turn * fewer // stride, (turn + 1) * fewer // stride)
     if p.shape[0] < width:
-        taken[step % stride :: stride] = 1
+        taken[some] = 1
     else:
-        turn = step % stride
-        taken.view(p.shape[0], width)[:, turn * width // stride : (turn + 1) * width // stride] = 1
+        taken.view(p.shape[0], width)[:, some] = 1
     return taken, stride
 
 
@@ -121,6 +122,12 @@ def test_some_rows_or_columns_stand_for_all(
     torch.testing.assert_close(
         got, textbook(model, optimizer, inputs, True, 0.5, stride=3), rtol=1e-9, atol=1e-12
     )
+    gradients = {name: p.grad.clone() for name, p in trainable(model).items()}
+    model.zero_grad()
+    (example_losses(model, inputs, True).sum() / N).backward()
+    if together:
+        for name, p in trainable(model).items():
+            torch.testing.assert_close(gradients[name], p.grad, rtol=1e-9, atol=1e-12)
     everything = textbook(model, optimizer, inputs, True, 0.5)
     assert (got[0] / everything[0] - 1).abs().max() > 1e-3  # that it is a sample shows
 

@@ -289,20 +289,23 @@ class Capture:
     def _weigh(self, param: Tensor, uses: list[tuple[Tensor, Tensor]], grad: Tensor | None) -> None:
         """``grad = Σ_i h_i`` (if given), and of the h_i themselves no more than the influence looks at."""
         assert self._influence is not None  # else this parameter would not be captured
-        n, (rows, columns) = self.num_examples, self._influence.part(param)
+        n, part = self.num_examples, self._influence.part(param)
         if grad is not None:
             ((a, d),) = uses
-            torch.mm(_flat(d).T, _flat(a), out=grad) if d.dtype == grad.dtype else grad.copy_(
-                _flat(d).T @ _flat(a)
-            )
+            for rows, columns in _around(part, param):
+                grad[rows, columns] = _flat(d)[:, rows].T @ _flat(a)[:, columns]
+        rows, columns = part
         factors = [
             (_by_example(d, n)[..., rows].transpose(1, 2), _by_example(a, n)[..., columns]) for a, d in uses
         ]
-        size = factors[0][0].shape[1] * factors[0][1].shape[2]
-        some = max(1, max(_SIDE_BY_SIDE, param.numel()) // size)
+        some = max(1, max(_SIDE_BY_SIDE, param.numel()) // param[rows, columns].numel())
         for i in range(0, n, some):
             first, *others = (torch.bmm(dt[i : i + some], a[i : i + some]) for dt, a in factors)
-            self._influence.add_part(param, i, sum(others, first))
+            h = sum(others, first)
+            self._influence.add_part(param, i, h)
+            if grad is not None:
+                total = h.sum(0, dtype=grad.dtype)
+                grad[rows, columns] = total if i == 0 else grad[rows, columns] + total
 
     def _fused_is_faster(self, param: Tensor, a: Tensor, d: Tensor, grad: Tensor) -> bool:
         (rows, length, width), out = a.shape, d.shape[-1]
@@ -455,6 +458,15 @@ class _Tokens:
 
 def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
+
+
+def _around(part: tuple[slice, slice], matrix: Tensor) -> list[tuple[slice, slice]]:
+    """The rest of a matrix, of which a part has some columns of all rows, or some rows of all columns."""
+    rows, columns = part
+    if columns.stop - columns.start < matrix.shape[1]:
+        sides = slice(0, columns.start), slice(columns.stop, None)
+        return [(rows, side) for side in sides]
+    return [(side, columns) for side in (slice(0, rows.start), slice(rows.stop, None))]
 
 
 def _by_example(x: Tensor, num_examples: int) -> Tensor:
