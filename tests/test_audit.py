@@ -32,7 +32,7 @@ WRONG = np.arange(N) % 4 == 1  # a quarter of the labels
 FIT = NoiseFit(0.25, 0.15, 0.35, 1.5, 2, -0.55, N, step=48, epoch=3.0)
 # the likelihood has all but stopped rising
 FITS = [
-    NoiseFit(0.4, 0.2, 0.45, 1.0, 2, -0.65, N, 16, 1.0, exact=True),
+    NoiseFit(0.4, 0.2, 0.44, 1.0, 2, -0.65, N, 16, 1.0, exact=True),
     NoiseFit(0.3, 0.2, 0.4, 1.2, 2, -0.555, N, 32, 2.0),
     FIT,
 ]
@@ -274,6 +274,15 @@ def test_the_audit_gives_the_reason_that_training_gave(
         assert f"no weights were given, because {reason[1]}\n" in out
 
 
+def test_first_visits_that_leave_the_rate_open_are_named(tmp_path: Path, capsys: Any) -> None:
+    for i, (first, preferences, says) in enumerate(
+        [(replace(FITS[0], high=0.45), True, True), (CHANCE, True, True), (CHANCE, False, False)]
+        + [(FITS[0], True, False), (replace(CHANCE, exact=False), True, False)]
+    ):
+        run = save_run(tmp_path / str(i), fits=[first, *FITS[1:]], preferences=preferences)
+        assert ("leave the noise rate open (0.20 to 0.4" in command(capsys, run, "--top", 0)) == says
+
+
 def test_truth_is_compared_with_visited_examples_only(tmp_path: Path) -> None:
     run = audit.load_run(save_run(tmp_path / "run", never=(0, 1)))
     truth = audit.compare_with_truth(run, WRONG)
@@ -308,7 +317,7 @@ def test_report_without_data(run: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert f"(posterior below 0.5): {called} of 60 ({100 * called / 60:.1f} %)" in out
     assert "weights were given from optimizer step 32 on (epoch 2.00)" in out
     assert "pairs are judged at a share of 0.200, the lower end of the first estimate (epoch 1.00)\n" in out
-    for row in (r"1\.00 │ +16 │ 0\.400 │ +0\.200–0\.450 │ 1\.00 │ +-0\.6500", r"3\.00 │ +48 │ 0\.250"):
+    for row in (r"1\.00 │ +16 │ 0\.400 │ +0\.200–0\.440 │ 1\.00 │ +-0\.6500", r"3\.00 │ +48 │ 0\.250"):
         assert re.search(row, out)
     assert "There are no true labels" in out and "AUROC" not in out and "warning" not in out
     worst = np.argsort(log_odds())[:4]
@@ -562,7 +571,7 @@ def test_figure(run: Path, saved: Path, tmp_path: Path, monkeypatch: pytest.Monk
     line = next(line for line in right.lines if line.get_label().startswith("estimate"))
     assert line.get_xydata().tolist() == [[1.0, 0.4], [2.0, 0.3], [3.0, 0.25]]
     band = right.collections[0].get_paths()[0].vertices
-    assert {(1.0, 0.2), (1.0, 0.45), (3.0, 0.15), (3.0, 0.35)} <= {(x, y) for x, y in band.tolist()}
+    assert {(1.0, 0.2), (1.0, 0.44), (3.0, 0.15), (3.0, 0.35)} <= {(x, y) for x, y in band.tolist()}
     begin = next(line for line in right.lines if line.get_label() == "weights begin")
     assert begin.get_xdata()[0] == 2.0
 

@@ -698,6 +698,13 @@ def test_warnings_say_what_the_numbers_are_not_worth(
     assert "because training ended where weights would have begun" in warning()
     judge.judging_since = 5
     assert "its last values are too low if labels are learned by heart" in warning()
+    judge.preferences = True
+    assert judge.fits[0].exact and "leave the noise rate open (0.00 to 0.45); the estimate" in warning()
+    judge.fits[0] = replace(judge.fits[0], high=0.4, log_likelihood=-0.6)
+    assert "its last values are too low" in warning()
+    judge.fits[0] = replace(judge.fits[0], log_likelihood=-math.log(2))
+    assert "leave the noise rate open" in warning()
+    judge.preferences = False
     judge.fits = []
     assert "no example was weighted: train for three epochs or more" in warning()
     judge.preferences = True

@@ -20,7 +20,7 @@ from hf_poprisk.audit.scores import (
     most_contradicted,
 )
 from hf_poprisk.label_noise import NoiseFit
-from hf_poprisk.label_noise.judge import STILL_LEARNING, competent, last_rise, why_not_judged
+from hf_poprisk.label_noise.judge import STILL_LEARNING, competent, last_rise, left_open, why_not_judged
 from hf_poprisk.label_noise.noise_fit import MAX_RATE, MAX_TAU_OF_CLASSES
 
 if TYPE_CHECKING:
@@ -91,6 +91,8 @@ def _summary(run: Run) -> list[RenderableType]:
                 "an estimate, and what follows means little."
             )
         ]
+    elif (nothing_known := left_open(run.fits, run.preferences)) is not None:
+        out += [_warning(f"{nothing_known}.")]
     if fit.num_labels > 2 and fit.tau > 0.999 * MAX_TAU_OF_CLASSES:
         out += [
             _warning(

@@ -255,6 +255,8 @@ class LabelNoise:
                 f"estimated noise rate is {self.fits[-1].rate:.2f}, its limit {MAX_RATE}); its weights and "
                 "suspicions mean little; raise the learning rate or the number of epochs."
             )
+        elif (nothing_known := left_open(self.fits, self.preferences)) is not None:
+            logger.warning(f"{name}: {nothing_known}.")
         elif last_rise(self.fits) > STILL_LEARNING:
             logger.warning(
                 f"{name}: held-out labels were still predicted better and better at the end, by which the "
@@ -316,6 +318,18 @@ def judged_by(fits: Sequence[NoiseFit], preferences: bool) -> NoiseFit:
     if not preferences:
         return last
     return replace(last, rate=max(last.low, first.low if first.exact and competent(first) else 0.0))
+
+
+def left_open(fits: Sequence[NoiseFit], preferences: bool) -> str | None:
+    """What the first visits of pairs leave open, a sentence without its end; None if they tell the rate."""
+    first = fits[0]
+    if not (preferences and first.exact) or (competent(first) and first.high < MAX_RATE):
+        return None
+    return (
+        "the first visits of the pairs, the only ones that are held out exactly, leave the noise rate open "
+        f"({first.low:.2f} to {first.high:.2f}); the estimate at the end, {fits[-1].rate:.2f}, may be too "
+        "low: it is if labels were learned by heart"
+    )
 
 
 def why_not_judged(fits: Sequence[NoiseFit], preferences: bool) -> str:
