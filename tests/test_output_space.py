@@ -498,7 +498,7 @@ def test_a_run_resumed_with_another_recorder_is_refused_before_training(tmp_path
 def test_preference_pairs_of_the_stock_trainer(tmp_path: Path) -> None:
     model = save_tiny_model(tmp_path / "model", "llama")
     args = DPOConfig(
-        **arguments(tmp_path, max_steps=2, per_device_train_batch_size=2, learning_rate=1e-3),
+        **arguments(tmp_path, max_steps=2, per_device_train_batch_size=2, learning_rate=1e-3, bf16=False),
         precompute_ref_log_probs=True,
         model_init_kwargs={"dtype": "float32"},
         disable_dropout=True,
