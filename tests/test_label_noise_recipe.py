@@ -229,6 +229,8 @@ def test_the_table_chooses_by_validation_and_pairs_the_seeds(tmp_path: Path) -> 
     assert "| 0.505 ± 0.005 | +0.105 [+0.041, +0.169] | 0.500 | 0.310 |" in weight and "| 2.00 |" in weight
     assert "Not the same number of learning rates for every arm: adamw 2, weight 1" in printed
     assert "oracle: best epoch on test* | 0.1 | | 0.500" in printed
+    assert "| adamw | 0.500 | 0.400 |" in printed  # at each rate
+    assert "| weight | 0.505, +0.005 [-0.059, +0.069] | – |" in printed
 
 
 def test_a_foreign_line_and_senseless_options_are_refused(

@@ -24,9 +24,13 @@ def frontier(rows: list[Row], path: Path) -> None:
         raise common.RecipeError(
             "no two arms with preferences are among the results: run the task dpo first."
         )
-    figure = Figure(figsize=(5 * len(groups), 4.5), layout="constrained")
-    axes = figure.subplots(1, len(groups), squeeze=False)
-    for axis, ((task, epochs, noise), arms) in zip(axes[0], groups.items(), strict=True):
+    columns = min(4, len(groups))
+    lines = -(-len(groups) // columns)
+    figure = Figure(figsize=(5 * columns, 4.5 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axis in axes[len(groups) :]:
+        axis.remove()
+    for axis, ((task, epochs, noise), arms) in zip(axes, groups.items(), strict=False):
         for (arm,), part in arms.items():
             points = [
                 (

@@ -30,13 +30,14 @@ class PairsTask(Task):
     wrong: str = "random"  # labels; else those on ``ties``, which half of the pairs then are, or a ``group``
 
 
+RATES, LORA_RATES = (1e-5, 3e-5, 1e-4, 3e-4), (1e-4, 3e-4, 1e-3, 3e-3)
 TASKS = {
-    "dpo": PairsTask(4, (1e-4, 3e-4, 1e-3), 16),
-    "dpo-lora": PairsTask(4, (1e-3, 3e-3, 1e-2), 16, "dpo-lora"),
-    "dpo-words": PairsTask(4, (1e-4, 3e-4, 1e-3), 16, easier=True),
-    "dpo-words-lora": PairsTask(4, (1e-3, 3e-3, 1e-2), 16, "dpo-lora", easier=True),
-    "dpo-words-ties": PairsTask(4, (1e-4, 3e-4, 1e-3), 16, easier=True, wrong="ties"),
-    "dpo-words-group": PairsTask(4, (1e-4, 3e-4, 1e-3), 16, easier=True, wrong="group"),
+    "dpo": PairsTask(4, RATES, 16),
+    "dpo-lora": PairsTask(4, LORA_RATES, 16, "dpo-lora"),
+    "dpo-words": PairsTask(4, RATES, 16, easier=True),
+    "dpo-words-lora": PairsTask(4, LORA_RATES, 16, "dpo-lora", easier=True),
+    "dpo-words-ties": PairsTask(4, RATES, 16, easier=True, wrong="ties"),
+    "dpo-words-group": PairsTask(4, RATES, 16, easier=True, wrong="group"),
 }
 
 
