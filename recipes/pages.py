@@ -107,10 +107,12 @@ def summary_of_labels() -> str:
     for entry in in_readme("labels"):
         arms = [[row for row in entry["rows"] if row["arm"] == arm] for arm in SHOWN_OF_LABELS]
         chosen = [best(rows, ["learning_rate"], REPORT) if rows else [] for rows in arms]
-        values = [mean_of(rows, REPORT["report"]) for rows in chosen]
-        seeds = len({row["seed"] for row in entry["rows"]})
+        seeds = max(map(len, chosen))
+        values = [
+            mean_of(rows, REPORT["report"]) + f" ({len(rows)})" * (0 < len(rows) < seeds) for rows in chosen
+        ]
         lines.append([entry["title"], *values, mean_of(chosen[-1], "noise_rate", 2), str(seeds)])
-    return markdown(["accuracy on clean test labels", *SHOWN_OF_LABELS, "its ε̂", "seeds"], lines)
+    return markdown(["accuracy on clean test labels", *SHOWN_OF_LABELS, "its ε̂", "seeds (of an arm)"], lines)
 
 
 def label_rows() -> list[Row]:

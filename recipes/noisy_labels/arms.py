@@ -84,6 +84,7 @@ ARMS = {
     "ema-soft": Arm(gate="soft", alpha=1 / 19, dpo_only=True),  # (1-beta1)/(1+beta1)
     "ema-soft-1": Arm(gate="soft", alpha=1.0, dpo_only=True),  # as published
     "random-mask": Arm(gate="hard", optimizer=RandomMaskAdamW),
+    "random-mask-soft": Arm(gate="soft", optimizer=RandomMaskAdamW),  # as dense as the soft gate
     "audit": Arm(label_noise="audit"),
     "drop-told": Arm(label_noise="audit", judge=DropTold),
     "robust": Arm(losses=lambda noise: {"robust": 1.0}, dpo_only=True),
