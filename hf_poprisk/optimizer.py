@@ -80,6 +80,8 @@ class PopRiskAdamW(torch.optim.AdamW):
         open_share: once the window is closed, how much of the coordinates that some example touched this step
             will write: the mean of q, 1 for ungated parameters. Of ``ema``, which decides in the step, what
             it writes of noise.
+        keep_written: set it to True and every gated step leaves its q in the parameter's state, as
+            ``written``, in the parameter's shape: for ``hf_poprisk.risk``.
 
     Raises:
         ValueError: a bad value, an option that would have no effect, or no parameter left to gate.
@@ -114,6 +116,7 @@ class PopRiskAdamW(torch.optim.AdamW):
         self.ema_alpha = ema_alpha
         self.statistics = GateStatistics()
         self.open_share: Tensor | float = 1.0
+        self.keep_written = False
         self._ungated = set(ungated)
         self._names: dict[Tensor, str] = {}
         self._window: ExampleWindow | None = None
@@ -323,6 +326,8 @@ class PopRiskAdamW(torch.optim.AdamW):
             if self._init_group(group, params, grads, exp_avgs, exp_avg_sqs, [], steps):
                 raise NotImplementedError("complex parameters are not supported by PopRiskAdamW.")
             rows = list(zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True))
+            for param in params:
+                self.state[param].pop("written", None)
             gated = [row for row in rows if self._is_gated(row[0], row[4])]
             _adamw(group, [row for row in rows if row[0] not in {r[0] for r in gated}])
             if self.estimator == "ema":
@@ -349,6 +354,8 @@ class PopRiskAdamW(torch.optim.AdamW):
         decay = 0.0 if self.gate_weight_decay else float(group["lr"]) * float(group["weight_decay"])
         for param, grad, exp_avg, exp_avg_sq, step in rows:
             q = self._openness[param]  # type: ignore[index]
+            if self.keep_written:
+                self.state[param]["written"] = q.clone()
             tensors = param, grad, exp_avg, exp_avg_sq
             fused = next((k for k in (kernels, kernels_cpu) if k.usable(*tensors, q)), None)
             if fused is not None:
@@ -391,6 +398,8 @@ class PopRiskAdamW(torch.optim.AdamW):
         streamed[param] = torch.stack([x.float() for x in (q.sum(), live, live * 0, live * 0)])
         if t <= self.warmup_steps:
             q.fill_(1.0)
+        if self.keep_written:
+            self.state[param]["written"] = q
         if decay:
             param.mul_(1 - lr * decay * q if self.gate_weight_decay else 1 - lr * decay)
         denom = exp_avg_sq.sqrt().div_(correction2**0.5).add_(group["eps"])
@@ -425,7 +434,7 @@ class PopRiskAdamW(torch.optim.AdamW):
         """As in torch, with the gate's options: copies and pickles are gated as well."""
         options = {name: getattr(self, name) for name in _OPTIONS}
         fresh = {"statistics": GateStatistics(), "open_share": 1.0, "_window": None, "_openness": None}
-        kept = {name: getattr(self, name) for name in ("_ungated", "_names", "_said_single")}
+        kept = {name: getattr(self, name) for name in ("_ungated", "_names", "_said_single", "keep_written")}
         return {**super().__getstate__(), **options, **kept, **fresh, "_skip_step": False}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]

@@ -1,10 +1,11 @@
 """Population risk without a validation set: does the next batch confirm what the last ones taught?
 
 To first order, the step made at time t − 1 lowers the loss of any batch with gradient G by
-``lr · Σ_k P_k m̂_k G_k``, P = 1/(√v̂ + ε) being Adam's preconditioner. Put the *next* batch's gradient there,
-which had no part in m̂, and the average over batches estimates how much one step lowers the population
-loss; put the step's own gradient there and it is the empirical loss. Once the first vanishes and the second
-does not, the model memorises. Source: arXiv:2605.01172, section on training on population risk; the
+``lr · Σ_k q_k P_k m̂_k G_k``, P = 1/(√v̂ + ε) being Adam's preconditioner and q what the gate let through (1
+without one). Put the *next* batch's gradient there, which had no part in m̂ or q, and the average over batches
+estimates how much one step lowers the population loss; put that gradient in the place of m̂ too and it is the
+empirical loss. Once the first vanishes and the second does not, the model memorises. (The batch's own q would
+keep what looks confirmed on it, which is no longer held out.) Source: arXiv:2605.01172, section on training on population risk; the
 next-batch form is ours.
 
 It is held out from the last steps, not from the weights: an example seen in an earlier epoch is not fresh.
@@ -35,16 +36,19 @@ def gains(optimizer: torch.optim.Optimizer, scale: float = 1.0) -> Tensor | None
     Call it between the backward and the step, with gradients that are reduced over ranks and not clipped.
 
     Args:
-        optimizer: any of the Adam family that keeps ``exp_avg`` and ``exp_avg_sq``.
+        optimizer: any of the Adam family that keeps ``exp_avg`` and ``exp_avg_sq``. A ``PopRiskAdamW`` with
+            a gate needs ``keep_written=True``.
         scale: what the gradients are multiplied by (a loss scaler's scale).
 
     Returns:
-        [2] float32, in units of the loss per step: ``lr Σ P m̂ G`` (population) and ``lr Σ P G²``
-        (empirical), with m̂, P and lr as the optimizer has them; None before the first step.
+        [2] float32, in units of the loss per step: ``lr Σ q P m̂ G`` (population) and ``lr Σ q P G²``
+        (empirical), with m̂, P, lr and the last step's q as the optimizer has them; None before the first step.
 
     Raises:
-        ValueError: an optimizer without these moments.
+        ValueError: an optimizer without these moments, or a gate whose q is not kept.
     """
+    if getattr(optimizer, "gate", "none") != "none" and not getattr(optimizer, "keep_written", True):
+        raise ValueError("the gains of a gated step need its q: set optimizer.keep_written = True.")
     total: Tensor | None = None
     for group in optimizer.param_groups:
         beta1, beta2 = group.get("betas", (0.0, 0.0))
@@ -61,6 +65,8 @@ def gains(optimizer: torch.optim.Optimizer, scale: float = 1.0) -> Tensor | None
             grad = p.grad.float() / scale
             denom = state["exp_avg_sq"].float().sqrt().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
             preconditioned = grad / denom
+            if "written" in state:
+                preconditioned *= state["written"]
             signal = (preconditioned * state["exp_avg"]).sum() / (1 - beta1**step)
             both = float(group["lr"]) * torch.stack([signal, (preconditioned * grad).sum()]).float()
             total = both if total is None else total + both.to(total.device)

@@ -106,6 +106,8 @@ class PopRiskMixin(HubMixin, CheckpointMixin, LabelNoiseMixin):
                 f"poprisk_risk needs the moments of Adam, which {type(self.optimizer).__name__} does not "
                 "keep: set poprisk_risk=false or another optim."
             )
+        if self._risk is not None and optimizer is not None:
+            optimizer.keep_written = True
         if optimizer is not None:
             named = dict((self.model if model is None else model).named_parameters())
             _check_agreement(optimizer, named, self.args)
