@@ -215,6 +215,8 @@ class PopRiskArgumentsMixin:
                 "are meant to train together on CPU."
             )
         self._check_output_dir()
+        if self.poprisk_risk:
+            self._check_sharding("poprisk_risk=true", "poprisk_risk=false")
         if self.optim != OPTIM:
             return
         if self.poprisk_label_noise != "off":
@@ -259,7 +261,7 @@ class PopRiskArgumentsMixin:
                 f"output_dir={args.output_dir} cannot be written to ({error.strerror}): choose another one."
             ) from error
 
-    def _check_sharding(self) -> None:
+    def _check_sharding(self, of: str = f"optim={OPTIM}", without: str | None = None) -> None:
         args: Any = self
         for name, on, way_out in (
             ("fsdp", bool(args.fsdp), "train with DDP"),
@@ -274,7 +276,7 @@ class PopRiskArgumentsMixin:
         ):
             if on:
                 raise ValueError(
-                    f"{name} is not supported by optim={OPTIM}: {way_out}, or set {self.plain_options}."
+                    f"{name} is not supported by {of}: {way_out}, or set {without or self.plain_options}."
                 )
 
     def _check_static_graph(self) -> None:

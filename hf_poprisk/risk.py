@@ -5,8 +5,8 @@ To first order, the step made at time t − 1 lowers the loss of any batch with 
 without one). Put the *next* batch's gradient there, which had no part in m̂ or q, and the average over batches
 estimates how much one step lowers the population loss; put that gradient in the place of m̂ too and it is the
 empirical loss. Once the first vanishes and the second does not, the model memorises. (The batch's own q would
-keep what looks confirmed on it, which is no longer held out.) Source: arXiv:2605.01172, section on training on population risk; the
-next-batch form is ours.
+keep what looks confirmed on it, which is no longer held out.) Source: arXiv:2605.01172, section on training
+on population risk; the next-batch form is ours.
 
 It is held out from the last steps, not from the weights: an example seen in an earlier epoch is not fresh.
 And it is first order, at the end of the step: where steps are so large that they overshoot (a large learning
@@ -42,7 +42,7 @@ def gains(optimizer: torch.optim.Optimizer, scale: float = 1.0) -> Tensor | None
 
     Returns:
         [2] float32, in units of the loss per step: ``lr Σ q P m̂ G`` (population) and ``lr Σ q P G²``
-        (empirical), with m̂, P, lr and the last step's q as the optimizer has them; None before the first step.
+        (empirical), with m̂, P, lr and q of the last step; None before the first one.
 
     Raises:
         ValueError: an optimizer without these moments, or a gate whose q is not kept.
@@ -143,9 +143,11 @@ class PopRiskEarlyStoppingCallback(TrainerCallback):
                 f"{type(self).__name__} reads {POPULATION} from the logs: set poprisk_risk=true, with one of "
                 "the trainers of hf_poprisk."
             )
-        # the state has a share of the run as a number of steps; an epoch is longer than one step
-        every = (state.logging_steps or args.logging_steps) if args.logging_strategy == "steps" else 2
-        if args.logging_strategy == "no" or every == 1:
+        if args.logging_strategy == "steps":
+            every = state.logging_steps or args.logging_steps  # the state has a share of the run in steps
+        else:
+            every = state.max_steps // max(state.num_train_epochs, 1)
+        if args.logging_strategy == "no" or every < 2:
             raise ValueError(
                 f"{type(self).__name__} needs the spread of the gain over the batches of a log: set "
                 "logging_strategy=steps and logging_steps=2 or more."

@@ -67,6 +67,7 @@ class PopRiskMixin(HubMixin, CheckpointMixin, LabelNoiseMixin):
             self._training_data = describe_data(data)
         if judged:
             check_datasets_installed()
+            self._check_judged(data)
             call.arguments["train_dataset"], ids = with_index(data)
             sample = take_sample(data, ids)  # before the trainer makes tokens of it
             if ids is None and config.world_size > 1:
@@ -126,17 +127,20 @@ class PopRiskMixin(HubMixin, CheckpointMixin, LabelNoiseMixin):
                 "built."
             )
         if self.args.optim == OPTIM and (self.args.poprisk_gate != "none" or self._label_noise is not None):
-            self._check_launch()
+            self._check_launch(f"optim={OPTIM}", self.args.plain_options)
+            self._check_copies()
+        if self._risk is not None:
+            self._check_launch("poprisk_risk=true", "poprisk_risk=false")
         return super().train(*args, **kwargs)  # type: ignore[misc]
 
-    def _check_launch(self) -> None:
-        """What only the built trainer knows: how it was launched, and how much data there is."""
+    def _check_launch(self, what: str, without: str) -> None:
+        """Sharding that the launcher switched on, which only the built trainer knows."""
         for name, on in (("FSDP", self.is_fsdp_enabled), ("DeepSpeed", self.is_deepspeed_enabled)):
             if on:
-                raise ValueError(
-                    f"{name} is not supported by optim={OPTIM}: launch with DDP, or set "
-                    f"{self.args.plain_options}."
-                )
+                raise ValueError(f"{name} is not supported by {what}: launch with DDP, or set {without}.")
+
+    def _check_copies(self) -> None:
+        """Padding copies beside their originals in one step."""
         if self.args.poprisk_gate == "none":
             return  # copies of an example are booked once
         world, micro_batch = self.args.world_size, self.args.per_device_train_batch_size

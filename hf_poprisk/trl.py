@@ -51,6 +51,8 @@ class PopRiskDPOConfig(PopRiskArgumentsMixin, DPOConfig):
             )
         if self.use_weighting:
             raise ValueError(f"{mode} weighs the pairs itself: set use_weighting=False.")
+        if self.sync_ref_model:
+            raise ValueError(f"{mode} compares margins to one reference model: set sync_ref_model=False.")
         if self.f_divergence_type == "js_divergence":
             raise ValueError(f"{mode} cannot read f_divergence_type=js_divergence: use reverse_kl.")
 
@@ -161,3 +163,11 @@ class PopRiskRewardTrainer(PopRiskMixin, RewardTrainer):
     _preferences = True
     _config_class = PopRiskRewardConfig
     _tag_names = [*RewardTrainer._tag_names, _TAG]
+
+    def _check_judged(self, data: Any) -> None:
+        super()._check_judged(data)
+        if "margin" in (getattr(data, "column_names", None) or next(iter(data), {})):
+            raise ValueError(
+                "poprisk_label_noise judges pairs by the difference of their rewards, from which the column "
+                "margin would be taken: remove the column, or set poprisk_label_noise=off."
+            )

@@ -86,7 +86,11 @@ def run_cells(
             raise common.RecipeError(f"another run is writing to {path}: wait for its end.") from error
         rows = load_rows(path, fields)
         file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
+        content, start = file.read(), f'{{"{fields[0]}"'.encode()
+        whole = content.rfind(b"\n") + 1
+        if content[whole:][: len(start)] != start[: len(content) - whole]:
+            raise common.RecipeError(f"the last line of {path} is not of this script: remove it.")
+        file.truncate(whole)  # a run that was cut off
         done = {key(row, fields) for row in rows}
         todo = [cell for cell in cells if key(cell, fields) not in done]
         print(f"{len(cells)} runs, {len(cells) - len(todo)} of them in {path} already.", flush=True)

@@ -645,12 +645,15 @@ def test_reflipped(run: Path, tmp_path: Path, capsys: Any, scores: bool) -> None
 def test_reflipped_conversations(run: Path, tmp_path: Path, capsys: Any) -> None:
     chosen = [[message("user", f"q {i}"), message("assistant", f"good {i}")] for i in range(N)]
     rejected = [[message("user", f"q {i}"), message("assistant", f"bad {i}")] for i in range(N)]
-    source = Dataset.from_dict({"chosen": chosen, "rejected": rejected})
-    source.save_to_disk(tmp_path / "data")
+    models = {"chosen_model": ["a"] * N, "rejected_model": ["b"] * N, "chosen_by": ["c"] * N}
+    source = Dataset.from_dict({"chosen": chosen, "rejected": rejected, **models})
+    source.with_format("torch", columns=["chosen_by"]).save_to_disk(tmp_path / "data")
     _, data = written(capsys, run, tmp_path / "data", "reflipped", tmp_path / "to")
     worst, best = int(np.argmin(log_odds())), int(np.argmax(log_odds()))
     assert data[worst]["chosen"] == rejected[worst] and data[worst]["rejected"] == chosen[worst]
     assert data[best]["chosen"] == chosen[best]
+    assert [data[worst][f"{name}_model"] for name in ("chosen", "rejected")] == ["b", "a"]
+    assert data[worst]["chosen_by"] == "c"
     assert data.remove_columns("reflipped").features == source.features
 
 
@@ -681,6 +684,13 @@ def test_what_cannot_be_written(run: Path, saved: Path, tmp_path: Path, capsys: 
     assert "would drop every row" in sentence("filtered", hopeless)
     pairs(scores=False).remove_columns("rejected").save_to_disk(tmp_path / "half")
     assert "needs the columns chosen and rejected" in sentence("reflipped", data=tmp_path / "half")
+    pairs().add_column("margin", [1.0] * N).save_to_disk(tmp_path / "margin")
+    assert "cannot turn the column margin round" in sentence("reflipped", data=tmp_path / "margin")
+    guess = save_run(tmp_path / "guess", fits=[CHANCE])
+    assert "predicted hardly better than by chance" in sentence("weighted", guess)
+    tokens = Dataset.from_dict({"input_ids": [[i] for i in range(N)], "labels": [0] * N})
+    other = save_run(tmp_path / "other", sample=take_sample(tokens, np.arange(N)))
+    assert "was trained on (input_ids, labels): nothing tells" in sentence("filtered", other)
     for kind, column in (("weighted", "label_weight"), ("reflipped", "reflipped")):
         pairs().add_column(column, [0] * N).save_to_disk(tmp_path / column)
         assert f"adds a column {column}, which the data have already" in sentence(

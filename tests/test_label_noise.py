@@ -567,8 +567,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(kind: str, llama_dir: Path, tmp_
         options = {
             "poprisk_label_noise": "weight",
             "save_strategy": "steps",
-            "save_steps": 3,
-            "num_train_epochs": 4,
+            "save_steps": 9,
+            "num_train_epochs": 4 if kind == "DPO" else 7,
         }
         if kind == "DPO":
             return prefer("DPO", llama_dir, tmp_path, **options)
@@ -578,14 +578,17 @@ def test_a_resumed_run_is_the_uninterrupted_one(kind: str, llama_dir: Path, tmp_
 
     whole, resumed = build(), build()
     whole.train()
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
+    before = 9 if kind == "DPO" else 27
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{before}"))
     assert same(weights(whole), weights(resumed))
     one, other = whole._label_noise, resumed._label_noise
+    if kind != "DPO":  # whose few pairs are all taken for right
+        assert one.judging_since < before and one.table.columns["weight"].min() < 1
     assert one.fits == other.fits and len(one.fits) > 4 and one.judging_since == other.judging_since
     assert torch.equal(one.table.visits, other.table.visits)
     for name, column in one.table.columns.items():
         assert torch.equal(column, other.table.columns[name]), name
-    logs = [[e for e in t.state.log_history if e["step"] > 9 and "loss" in e] for t in (whole, resumed)]
+    logs = [[e for e in t.state.log_history if e["step"] > before and "loss" in e] for t in (whole, resumed)]
     assert [e.get("poprisk/weight_mean") for e in logs[0]] == [e.get("poprisk/weight_mean") for e in logs[1]]
 
 
@@ -597,6 +600,28 @@ def test_a_second_training_keeps_the_scores_and_goes_on(tmp_path: Path) -> None:
     second = trainer._label_noise.fits
     assert trainer._label_noise.table.visits.tolist() == [4] * 24
     assert len(first) == 5 and [f.epoch for f in second] == [f.epoch for f in first] and second != first
+
+
+def test_a_model_of_a_new_start_has_seen_nothing(tmp_path: Path) -> None:
+    options = {**QUIET, "per_device_train_batch_size": 4, "num_train_epochs": 2, "learning_rate": 1e-2}
+    args = PopRiskTrainingArguments(str(tmp_path), poprisk_label_noise="audit", **options)
+    trainer = PopRiskTrainer(args=args, train_dataset=examples(), model_init=Classifier)
+    found = []
+    for _ in range(2):
+        trainer.train()
+        found.append(trainer._label_noise)
+    assert found[0].fits == found[1].fits and found[0] is not found[1]
+    for name, column in found[0].table.columns.items():
+        assert torch.equal(column, found[1].table.columns[name]), name
+
+
+def test_the_scores_of_another_model_do_not_stay(tmp_path: Path) -> None:
+    classify(tmp_path, examples(), poprisk_label_noise="audit").train()
+    assert (tmp_path / FITS_NAME).exists() and (tmp_path / TABLE_NAME).exists()
+    trainer = classify(tmp_path, examples(), max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    assert not (tmp_path / FITS_NAME).exists() and not (tmp_path / TABLE_NAME).exists()
 
 
 def test_what_is_saved(tmp_path: Path) -> None:
@@ -665,7 +690,12 @@ def test_a_stream_with_ids(tmp_path: Path) -> None:
     trainer.train()
     table = trainer._label_noise.table
     assert table.ids.tolist() == [7 * i for i in range(24)] and table.visits[:24].tolist() == [3] * 24
-    assert len(trainer._label_noise.fits) >= 2
+    # once per pass, when its end is there
+    assert [(f.epoch, f.step, f.exact) for f in trainer._label_noise.fits] == [
+        (1, 6, True),
+        (2, 12, False),
+        (3, 18, False),
+    ]
 
 
 def test_warnings_say_what_the_numbers_are_not_worth(
@@ -894,6 +924,7 @@ def test_who_predicts_nothing_judges_nobody() -> None:
         ("DPO", {"loss_type": ["ipo"]}, "loss_type=ipo is not one: use sigmoid or sigmoid_norm"),
         ("DPO", {"loss_type": ["sigmoid", "sft"]}, "loss_type=sigmoid,sft is not one"),
         ("DPO", {"use_weighting": True}, "set use_weighting=False"),
+        ("DPO", {"sync_ref_model": True}, "set sync_ref_model=False"),
         ("DPO", {"f_divergence_type": "js_divergence"}, "use reverse_kl"),
         ("DPO", {"use_liger_kernel": True}, "set use_liger_kernel=False"),
         ("Reward", {"center_rewards_coefficient": 0.1}, "remove center_rewards_coefficient"),
@@ -915,6 +946,16 @@ def test_what_cannot_be_judged_is_refused(
     }
     with pytest.raises(ValueError, match=message):
         config(str(tmp_path), **settings).check_training()
+
+
+def test_margins_that_shift_the_log_odds_are_refused(llama_dir: Path, tmp_path: Path) -> None:
+    data = preferences(16).add_column("margin", [1.0] * 16)
+    for found in (data, data.to_iterable_dataset()):
+        with pytest.raises(
+            ValueError, match="from which the column margin would be taken: remove the column"
+        ):
+            prefer("Reward", llama_dir, tmp_path, found, poprisk_label_noise="audit", max_steps=3)
+    prefer("Reward", llama_dir, tmp_path, data)  # without label noise it is the loss's own
 
 
 def test_a_loss_without_log_odds_is_refused_before_a_step(tmp_path: Path) -> None:

@@ -212,6 +212,18 @@ def test_the_streaming_estimator_needs_no_examples_but_whole_parameters(
         args.check_training()
 
 
+@pytest.mark.parametrize("changes", [{"poprisk_gate": "none"}, STOCK], ids=["none", "stock"])
+@pytest.mark.parametrize(("setting", "trainer"), [c for c in CASES if c.values[0].sharding])
+def test_gains_need_whole_parameters_whatever_the_optimizer(
+    refused: Any, setting: Setting, trainer: type[Any], changes: dict[str, Any]
+) -> None:
+    args = refused(setting, trainer, **changes, poprisk_risk=True)
+    with pytest.raises(
+        ValueError, match="is not supported by poprisk_risk=true: .*or set poprisk_risk=false"
+    ):
+        args.check_training()
+
+
 @pytest.mark.parametrize("trainer", TRL_TRAINERS)
 def test_a_good_config_gets_as_far_as_loading_the_model(
     make: Make, trainer: type[Any], tmp_path: Path
@@ -383,6 +395,10 @@ def test_sharding_switched_on_by_the_launcher_is_refused(
     setattr(trainer, attribute, True)
     with pytest.raises(ValueError, match=f"^{name} is not supported by optim=poprisk_adamw: launch with DDP"):
         trainer.train()
+    gains = PopRiskTrainer(Regression(), make(**STOCK, poprisk_risk=True), train_dataset=rows(16))
+    setattr(gains, attribute, True)
+    with pytest.raises(ValueError, match=f"^{name} is not supported by poprisk_risk=true: launch with DDP"):
+        gains.train()
     trainer.args.poprisk_gate = "none"
     assert trainer.train() == "trained"
 

@@ -188,7 +188,8 @@ def follow(gains_: list[float], spread: float, threshold: float = 3.0, **options
     callback = PopRiskEarlyStoppingCallback(threshold)
     settings = {"logging_steps": 10, "poprisk_risk": True, "max_steps": 10_000, **options}
     args = PopRiskTrainingArguments("unused", use_cpu=True, report_to="none", **settings)
-    state = TrainerState(max_steps=10_000, logging_steps=settings["logging_steps"])
+    epochs = int(args.num_train_epochs)
+    state = TrainerState(max_steps=10_000, num_train_epochs=epochs, logging_steps=settings["logging_steps"])
     control = TrainerControl()
     callback.on_train_begin(args, state, control)
     for number, gain in enumerate(gains_, 1):
@@ -244,6 +245,7 @@ def test_a_resumed_run_goes_on_counting() -> None:
         ({"poprisk_risk": False}, "set poprisk_risk=true"),
         ({"logging_steps": 1}, "logging_steps=2 or more"),
         ({"logging_strategy": "no"}, "logging_strategy=steps"),
+        ({"logging_strategy": "epoch", "num_train_epochs": 10_000}, "logging_strategy=steps"),
     ],
 )
 def test_what_it_cannot_read_is_refused(options: dict[str, Any], message: str) -> None:

@@ -26,6 +26,9 @@ def load_data(name: str, split: str | None = None, config: str | None = None) ->
         split: ``train`` if None; slices such as ``train[:512]`` work but for ``save_to_disk``.
         config: configuration of a data set on the Hub or of a folder with several.
 
+    Returns:
+        All of its columns, whatever format they were saved with.
+
     Raises:
         AuditError: it is not there or cannot be read, or has no such split.
     """
@@ -51,12 +54,12 @@ def load_data(name: str, split: str | None = None, config: str | None = None) ->
     if isinstance(data, DatasetDict):
         if (split or "train") not in data:
             raise AuditError(f"{name} has no split {split or 'train'}: it has {', '.join(data)}.")
-        return data[split or "train"]
+        return data[split or "train"].with_format(None)
     if saved and split is not None:
         raise AuditError(f"--split has no effect, because {name} is a single data set without splits.")
     if not isinstance(data, Dataset):
         raise AuditError(f"--dataset {name} is not a table of examples.")
-    return data
+    return data.with_format(None)
 
 
 def find_rows(data: Dataset, run: Run) -> np.ndarray:

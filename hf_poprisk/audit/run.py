@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,7 +124,9 @@ def _is_fit(fit: NoiseFit) -> bool:
 def _is_sample(sample: object) -> bool:
     if not isinstance(sample, dict):
         return False
-    return all(index.lstrip("-").isdigit() and isinstance(columns, dict) for index, columns in sample.items())
+    return all(
+        re.fullmatch(r"-?[0-9]+", index) and isinstance(columns, dict) for index, columns in sample.items()
+    )
 
 
 def _load_table(path: Path) -> dict[str, np.ndarray]:

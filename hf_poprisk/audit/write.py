@@ -11,6 +11,7 @@ import numpy as np
 from hf_poprisk.audit.common import TRUTH, AuditError, beside
 from hf_poprisk.audit.run import Run
 from hf_poprisk.label_noise import INDEX
+from hf_poprisk.label_noise.judge import competent
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -40,15 +41,28 @@ def check_write(run: Run, data: Dataset, rows: np.ndarray, kind: str) -> None:
     """Refuse what ``write_data`` cannot do.
 
     Raises:
-        AuditError: no estimate of the noise rate, no pairs to flip, nothing left, or a column that is there
-            already.
+        AuditError: no estimate of the noise rate or one that means nothing, data without a column of the run,
+            no pairs to flip, nothing left, or a column that is there already.
     """
+    if run.fits and not competent(run.fit):
+        raise AuditError(
+            f"--write {kind} would follow an estimate that says nothing: held-out labels were predicted "
+            "hardly better than by chance; train longer, or with another learning rate."
+        )
+    sampled = {column for columns in run.sample.values() for column in columns}
+    if sampled and not sampled & set(data.column_names):
+        raise AuditError(
+            f"--write {kind} needs data with a column of those that the run was trained on "
+            f"({', '.join(sorted(sampled))}): nothing tells whether the labels of these are the same."
+        )
     if (row_weights(run, data, rows) < 0.5).all() and kind == "filtered":
         raise AuditError("--write filtered would drop every row: use weighted.")  # cannot be loaded
     if kind == "reflipped" and not run.preferences:
         raise AuditError("--write reflipped is for preference pairs: use filtered or weighted.")
     if kind == "reflipped" and not {"chosen", "rejected"} <= set(data.column_names):
         raise AuditError("--write reflipped needs the columns chosen and rejected, which the data lack.")
+    if kind == "reflipped" and "margin" in data.column_names:
+        raise AuditError("--write reflipped cannot turn the column margin round: remove it from the data.")
     added = {"weighted": "label_weight", "reflipped": "reflipped"}.get(kind)
     if added in data.column_names:
         raise AuditError(f"--write {kind} adds a column {added}, which the data have already.")
@@ -97,9 +111,10 @@ def write_data(run: Run, data: Dataset, rows: np.ndarray, kind: str, folder: str
 def _reflipped(data: Dataset, wrong: np.ndarray, cache: Path) -> Dataset:
     from datasets import Features, Value
 
-    pairs = [("chosen", "rejected")]
-    if {"score_chosen", "score_rejected"} <= set(data.column_names):
-        pairs += [("score_chosen", "score_rejected")]
+    names = set(data.column_names)  # chosen, score_chosen, chosen_rating, …
+    pairs = [
+        (name, other) for name in names if (other := name.replace("chosen", "rejected")) in names - {name}
+    ]
     known = TRUTH in data.column_names and getattr(data.features[TRUTH], "dtype", "") == "bool"
 
     def swap(row: dict[str, Any], index: int) -> dict[str, Any]:

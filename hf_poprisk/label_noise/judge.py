@@ -171,7 +171,7 @@ class LabelNoise:
             torch.where(energy.isfinite(), own, torch.nan),
             visit.influence.agreement,
         )
-        return torch.stack([x.to(device, torch.float64) for x in columns if x is not None], 1)
+        return torch.stack([x.to(device, torch.float64) for x in columns], 1)
 
     # -- the noise rate ---------------------------------------------------------------------------------
 

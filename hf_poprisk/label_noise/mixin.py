@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,6 +63,9 @@ class LabelNoiseMixin:
                 "or let its collator be an IndexCollator."
             )
         return self._label_noise.table.rows(index)
+
+    def _check_judged(self, data: Any) -> None:
+        """Refuse training data from which the loss takes more than the pairs or the labels."""
 
     @contextmanager
     def _judging(self, rows: Tensor | None, optimizer: Any) -> Iterator[Influence | None]:
@@ -127,9 +131,12 @@ class LabelNoiseMixin:
     # -- checkpoints ------------------------------------------------------------------------------------
 
     def _write_label_noise(self, folder: str | Path) -> None:
-        """With the record, by the process that writes it."""
+        """With the record, by the process that writes it; the scores of another model do not stay."""
         if self._label_noise is not None:
             self._label_noise.save(folder)
+            return
+        for name in (FITS_NAME, TABLE_NAME):
+            Path(folder, name).unlink(missing_ok=True)
 
     def _load_label_noise(self, checkpoint: str | None) -> None:
         """Go on from a checkpoint.
@@ -163,17 +170,27 @@ class _Steps(TrainerCallback):
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not state.global_step:  # a second call of train() counts its epochs anew, and keeps the scores
-            self._trainer._label_noise.restart_epochs()
+        if state.global_step:
+            return
+        if self._trainer.model_init is not None:  # this is another model, which has seen nothing yet
+            self._trainer._start_over()
+        # a second call of train() counts its epochs anew, and keeps the scores
+        self._trainer._label_noise.restart_epochs()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self._trainer._label_noise.table.streamed:
+            self._fit(state, state.epoch)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._trainer._label_noise.table.streamed:  # how long a pass is shows at its end only
+            self._fit(state, math.ceil(state.epoch - 1e-6))
+
+    def _fit(self, state: Any, epoch: float) -> None:
         judge = self._trainer._label_noise
         waiting = judge.judging_since is None
-        judge.maybe_fit(state.epoch, state.global_step)
+        judge.maybe_fit(epoch, state.global_step)
         if waiting and judge.judging_since is not None and state.is_world_process_zero:
             judge.warn_at_start()
-
-    on_epoch_end = on_step_end  # a stream knows its end only when it is there
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.should_save:  # with or without save_model(), the scores are worth keeping
