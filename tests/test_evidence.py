@@ -25,6 +25,7 @@ import pages  # noqa: E402
 import pinn  # noqa: E402
 from experiment import Experiment, experiments, module, work  # noqa: E402
 from figure import draw  # noqa: E402
+from sweep import run_cells  # noqa: E402
 
 from hf_poprisk import PopRiskAdamW  # noqa: E402
 
@@ -414,6 +415,19 @@ def test_an_interrupted_run_says_how_to_go_on(
     with pytest.raises(SystemExit) as stopped:
         evidence.main()
     assert stopped.value.code == 130 and "the same command goes on" in capsys.readouterr().err
+
+
+def test_a_file_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    path, cells = tmp_path / "notes.json", [{"arm": "adamw", "seed": 0}]
+    row = json.dumps({**cells[0], "seconds": 1.0})
+    for tail in ('{"mine": 1}', "x", row[1:]):
+        path.write_text(tail)
+        with pytest.raises(common.RecipeError, match="the last line of .* is not of this script: remove it"):
+            run_cells(cells, work, path, processes=1)
+        assert path.read_text() == tail
+    for tail in (row[:1], row[:9], row[:-1]):  # a run that was cut off
+        path.write_text(f"{row}\n{tail}")
+        assert run_cells(cells, work, path, processes=1) == 0 and path.read_text() == f"{row}\n"
 
 
 def test_an_experiment_of_ones_own_lies_elsewhere(tmp_path: Path, place: Path) -> None:

@@ -568,6 +568,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(kind: str, llama_dir: Path, tmp_
             "poprisk_label_noise": "weight",
             "save_strategy": "steps",
             "save_steps": 9,
+            "logging_steps": 2,  # a log goes on over the checkpoint
             "num_train_epochs": 4 if kind == "DPO" else 7,
         }
         if kind == "DPO":
@@ -662,6 +663,12 @@ def test_a_checkpoint_without_scores_is_refused(tmp_path: Path) -> None:
     judged = classify(tmp_path, examples(), poprisk_label_noise="audit", **options)
     with pytest.raises(ValueError, match="holds no label_noise.json: its examples were trained on without"):
         judged.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    options |= {"poprisk_allow_change": True, "num_train_epochs": 4}
+    for checkpoint in (6, 12):  # and once more, from a checkpoint of its own
+        judged = classify(tmp_path, examples(), poprisk_label_noise="audit", **options)
+        judged.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{checkpoint}"))
+        assert judged._label_noise.table.visits.tolist() == [3] * 24
+        assert judged._label_noise.fits and not any(fit.exact for fit in judged._label_noise.fits)
 
 
 def test_evaluation_sees_no_index(tmp_path: Path) -> None:
