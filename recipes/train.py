@@ -59,7 +59,7 @@ class TrainScriptArguments(ScriptArguments):
 def prepare(
     data: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, args: TrainScriptArguments
 ) -> Dataset:
-    """Token ids, with ``labels`` for classification; empty texts are refused by row."""
+    """Token ids, for classification with the text and ``labels``; empty texts are refused by row."""
     wanted = [args.text_column] + ([args.label_column] if args.task == "classification" else [])
     for column in wanted:
         if column not in data.column_names:
@@ -74,18 +74,25 @@ def prepare(
         out = tokenizer(row[args.text_column], truncation=True, max_length=args.max_length)
         return {**out, "labels": row[args.label_column]} if args.task == "classification" else dict(out)
 
-    return data.map(tokenize, remove_columns=data.column_names, desc=f"Tokenizing the {name} split")
+    # the audit of labels shows the text, and the trainer leaves it out
+    dropped = [c for c in data.column_names if args.task != "classification" or c != args.text_column]
+    return data.map(tokenize, remove_columns=dropped, desc=f"Tokenizing the {name} split")
 
 
 def flip_classes(data: Dataset, num_labels: int, fraction: float, seed: int) -> Dataset:
-    """Replace exactly ``round(fraction · n)`` labels by another class, uniformly."""
+    """Replace exactly ``round(fraction · n)`` labels by another class; ``is_flipped`` says which."""
     if not 0.0 <= fraction <= 1.0:
         raise RecipeError(f"flip_fraction must be between 0 and 1; got {fraction}.")
     rng = np.random.default_rng(seed)
     labels = np.array(data["labels"])
     chosen = rng.permutation(len(labels))[: round(fraction * len(labels))]
     labels[chosen] = (labels[chosen] + rng.integers(1, num_labels, len(chosen))) % num_labels
-    return data.map(lambda _, row: {"labels": int(labels[row])}, with_indices=True, desc="Flipping labels")
+    flipped = np.isin(np.arange(len(labels)), chosen)
+
+    def flip(_: Any, row: int) -> dict[str, Any]:
+        return {"labels": int(labels[row]), "is_flipped": bool(flipped[row])}
+
+    return data.map(flip, with_indices=True, desc="Flipping labels")
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
@@ -140,6 +147,9 @@ def main() -> None:
     )
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
+    if args.poprisk_label_noise != "off" and trainer.is_world_process_zero():
+        # for the audit: with the labels as they were trained on; pushes leave out _*
+        train.save_to_disk(Path(args.output_dir, "_training_data"))
     metrics = trainer.evaluate()
     trainer.save_state()
     if trainer.is_world_process_zero():

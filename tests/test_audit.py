@@ -686,8 +686,9 @@ def test_what_cannot_be_written(run: Path, saved: Path, tmp_path: Path, capsys: 
     assert "needs the columns chosen and rejected" in sentence("reflipped", data=tmp_path / "half")
     pairs().add_column("margin", [1.0] * N).save_to_disk(tmp_path / "margin")
     assert "cannot turn the column margin round" in sentence("reflipped", data=tmp_path / "margin")
-    guess = save_run(tmp_path / "guess", fits=[CHANCE])
-    assert "predicted hardly better than by chance" in sentence("weighted", guess)
+    for name, options in (("guess", {"fits": [CHANCE]}), ("waiting", {"since": None})):
+        unsure = save_run(tmp_path / name, **options)
+        assert "an estimate by which training gives no weights" in sentence("weighted", unsure)
     tokens = Dataset.from_dict({"input_ids": [[i] for i in range(N)], "labels": [0] * N})
     other = save_run(tmp_path / "other", sample=take_sample(tokens, np.arange(N)))
     assert "was trained on (input_ids, labels): nothing tells" in sentence("filtered", other)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from models import preferences
+from test_trainer import Scaler
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback
@@ -601,6 +602,24 @@ def test_a_second_training_keeps_the_scores_and_goes_on(tmp_path: Path) -> None:
     second = trainer._label_noise.fits
     assert trainer._label_noise.table.visits.tolist() == [4] * 24
     assert len(first) == 5 and [f.epoch for f in second] == [f.epoch for f in first] and second != first
+
+
+def test_a_loss_scaler_changes_neither_own_effects_nor_gains(tmp_path: Path) -> None:
+    plain, scaled = (
+        classify(tmp_path, examples(), poprisk_label_noise="audit", poprisk_risk=True) for _ in range(2)
+    )
+    plain.train()
+    Scaler(scaled)
+    try:
+        scaled.train()
+    finally:
+        scaled.accelerator.state._mixed_precision = "no"  # the state is shared by all accelerators
+    one, other = (t._label_noise.table.columns["own_effect"] for t in (plain, scaled))
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    assert one.abs().min() > 0.01
+    for name in ("poprisk/gain_total", "poprisk/gain_empirical"):
+        logs = [[e[name] for e in t.state.log_history if name in e] for t in (plain, scaled)]
+        assert logs[0] == pytest.approx(logs[1], rel=1e-4) and len(logs[0]) > 10
 
 
 def test_a_model_of_a_new_start_has_seen_nothing(tmp_path: Path) -> None:

@@ -193,8 +193,9 @@ def test_flips_are_exact_seeded_and_marked() -> None:
     assert common.flip_preferences(flipped, 0.0, seed=5)["is_flipped"] == flipped["is_flipped"]
     with pytest.raises(common.RecipeError, match="is_flipped column already"):
         common.flip_preferences(flipped, 0.1, seed=0)
-    labels = train.flip_classes(Dataset.from_dict({"labels": [0, 1, 2] * 20}), 3, 0.25, seed=0)["labels"]
-    assert sum(a != b for a, b in zip(labels, [0, 1, 2] * 20, strict=True)) == 15
+    classes = train.flip_classes(Dataset.from_dict({"labels": [0, 1, 2] * 20}), 3, 0.25, seed=0)
+    changed = [a != b for a, b in zip(classes["labels"], [0, 1, 2] * 20, strict=True)]
+    assert sum(changed) == 15 and classes["is_flipped"] == changed
 
 
 MISTAKES = [

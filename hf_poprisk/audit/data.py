@@ -131,7 +131,7 @@ def check_labels(data: Dataset, run: Run) -> None:
     if altered:
         raise AuditError(
             f"{altered} labels of the run had been altered on purpose, and the data have no column {TRUTH}: "
-            "give what was trained on; recipes/dpo.py leaves it in the folder _training_data of its output."
+            "give what was trained on; the recipes leave it in the folder _training_data of their output."
         )
 
 

@@ -44,10 +44,10 @@ def check_write(run: Run, data: Dataset, rows: np.ndarray, kind: str) -> None:
         AuditError: no estimate of the noise rate or one that means nothing, data without a column of the run,
             no pairs to flip, nothing left, or a column that is there already.
     """
-    if run.fits and not competent(run.fit):
+    if run.fits and (run.judging_since is None or not competent(run.fit)):
         raise AuditError(
-            f"--write {kind} would follow an estimate that says nothing: held-out labels were predicted "
-            "hardly better than by chance; train longer, or with another learning rate."
+            f"--write {kind} would follow an estimate by which training gives no weights (the report says "
+            "why): train longer, or with another learning rate."
         )
     sampled = {column for columns in run.sample.values() for column in columns}
     if sampled and not sampled & set(data.column_names):
