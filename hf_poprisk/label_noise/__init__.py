@@ -19,7 +19,7 @@ log-odds.
     noise_fit.py   the two-part model                       <- read first
     log_odds.py    where z is found, and how an example is weighted
     table.py       the rows of ``label_noise.parquet``
-    judge.py       what happens at a visit, at a step, four times per epoch
+    judge.py       what happens at a visit, at a step, four times per epoch (of a stream: per pass)
     mixin.py       its place in the trainers
 """
 

@@ -1,4 +1,4 @@
-"""What happens to an example's row at a visit, at an optimizer step, and four times per epoch."""
+"""What happens to an example's row at a visit, at an optimizer step, and four times per epoch (of a stream at the end of a pass)."""
 
 from __future__ import annotations
 
