@@ -1,4 +1,7 @@
-"""What happens to an example's row at a visit, at an optimizer step, and four times per epoch (of a stream at the end of a pass)."""
+"""What happens to an example's row at a visit, at an optimizer step, and four times per epoch.
+
+Of a stream, whose length is not known, the last is once per pass.
+"""
 
 from __future__ import annotations
 
