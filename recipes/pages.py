@@ -17,7 +17,7 @@ from sweep import Row
 
 BEGIN, END = "<!-- generated: python recipes/evidence.py page, {} -->", "<!-- end of the generated part -->"
 SHOWN = ("adamw", "hard", "soft", "random-mask")  # the arms in README, for the gate
-SHOWN_OF_LABELS = ("adamw", "adamw-early", "soft", "drop-told", "weight")  # and for the judging of labels
+SHOWN_OF_LABELS = ("adamw", "adamw-early", "soft", "drop-told", "weight+soft", "weight")  # of labels
 CHOSEN = (
     "Each arm at the point of the same grid (* at its end) that is best on average on *clean* validation "
     "data, which nobody has in practice; paired over the seeds."
