@@ -11,7 +11,8 @@ from experiment import Experiment, experiments
 from figure import draw
 from noisy_labels.cells import load_rows
 from noisy_labels.figure import frontier
-from noisy_labels.table import REPORT, tables
+from noisy_labels.table import REPORT, aims, tables
+from overview import overview
 from report import missing, table
 from sweep import Row
 
@@ -43,8 +44,11 @@ def write_pages() -> None:
 def pages() -> dict[Path, str]:
     """What each page should be."""
     parts = {
-        common.ROOT / "RESULTS.md": {"experiments": "\n\n".join(map(section, experiments()))},
-        common.ROOT / "LABEL_NOISE.md": {"tables": tables(label_rows())},
+        common.ROOT / "RESULTS.md": {
+            "overview": overview(map(Experiment.load, experiments()), label_rows()),
+            "experiments": "\n\n".join(map(section, experiments())),
+        },
+        common.ROOT / "LABEL_NOISE.md": {"aims": aims(label_rows()), "tables": tables(label_rows())},
         common.ROOT.parent / "README.md": {"summary": summary(), "labels": summary_of_labels()},
     }
     written = {}

@@ -21,6 +21,7 @@ import double_descent  # noqa: E402
 import evidence  # noqa: E402
 import grokking  # noqa: E402
 import image  # noqa: E402
+import overview  # noqa: E402
 import pages  # noqa: E402
 import pinn  # noqa: E402
 from experiment import Experiment, experiments, module, work  # noqa: E402
@@ -356,6 +357,33 @@ def test_who_never_got_there_is_not_averaged(place: Path) -> None:
     assert "| hard | 0.1* | 300 | 300 ± 100 | ×2.00 [2.00, 2.00] | 0 of 2 | – |" in page
 
 
+def test_a_gate_is_held_against_adamw_and_its_own_mask(place: Path) -> None:
+    arms = EXPERIMENT["arms"] | {
+        "random-mask": {"poprisk_gate": "hard", "random_mask": True},
+        "soft": {"poprisk_gate": "soft"},
+    }
+    errors = {"adamw": 0.5, "random-mask": 0.2, "hard": 0.3}
+    rows = [
+        made_up({"learning_rate": 0.1}, "adamw", seed, 0.0, errors[arm] + 0.01 * seed * (arm == "hard"))
+        | {"arm": arm, "options": arms[arm] | {"learning_rate": 0.1}}
+        for arm in errors
+        for seed in (0, 1)
+    ]
+    experiment = Experiment.load(write(place, rows, arms=arms))
+    lines = overview.overview([experiment], []).splitlines()
+    against = ["-0.195 [-0.259, -0.131]", "+0.105 [+0.041, +0.169]", "–", "–"]
+    assert lines[2] == f"| one: error | {' | '.join(['0.500 ± 0.000', *against, '2'])} |"
+    counts = ["1, 1 better, 0 worse", "1, 0 better, 1 worse", *["0, 0 better, 0 worse"] * 2]
+    assert lines[3] == f"| intervals |  | {' | '.join(counts)} |  |"
+    report, base = (
+        {"report": "steps", "better": "lower", "ratio": True},
+        [{"seed": s, "steps": 8} for s in (0, 1)],
+    )
+    for steps, expected in (((2, 2), 1), ((16, 16), -1), ((4, 16), 0), ((2, None), None)):
+        mine = [{"seed": seed, "steps": n} for seed, n in enumerate(steps)]
+        assert overview.verdict(mine, base, report) == expected
+
+
 def test_a_finished_run_stays_where_it_was(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import matplotlib.axes
 
@@ -379,8 +407,8 @@ def test_run_resumes_and_page_is_written(
     more = {"equal": {}, "grid": {"learning_rate": [0.01]}, "curve": {"x": "step", "y": "test_errors"}}
     path = write(place, [], settings=settings, **more)
     for page, names in (
-        (place / "RESULTS.md", ["experiments"]),
-        (place / "LABEL_NOISE.md", ["tables"]),
+        (place / "RESULTS.md", ["overview", "experiments"]),
+        (place / "LABEL_NOISE.md", ["aims", "tables"]),
         (place.parent / "README.md", ["summary", "labels"]),
     ):
         parts = [f"{pages.BEGIN.format(name)}\nold\n{pages.END}\n" for name in names]

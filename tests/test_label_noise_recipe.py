@@ -24,7 +24,7 @@ from noisy_labels.arms import ARMS  # noqa: E402
 from noisy_labels.cells import Cell, load_rows  # noqa: E402
 from noisy_labels.figure import frontier  # noqa: E402
 from noisy_labels.runs import run_cell  # noqa: E402
-from noisy_labels.table import tables  # noqa: E402
+from noisy_labels.table import AIMS, aims, tables  # noqa: E402
 
 
 def test_every_arm_of_a_classification_runs(tmp_path: Path) -> None:
@@ -231,6 +231,21 @@ def test_the_table_chooses_by_validation_and_pairs_the_seeds(tmp_path: Path) -> 
     assert "oracle: best epoch on test* | 0.1 | | 0.500" in printed
     assert "| adamw | 0.500 | 0.400 |" in printed  # at each rate
     assert "| weight | 0.505, +0.005 [-0.059, +0.069] | – |" in printed
+
+
+def test_weight_is_held_against_what_it_should_beat() -> None:
+    rows = [row("adamw", rate, seed, 0.5 + rate, 0.6 - rate) for rate in (0.1, 0.2) for seed in (0, 1)]
+    rows += [row("drop-told", 0.1, seed, 0.9, 0.45) for seed in (0, 1)]
+    rows += [
+        row("weight", 0.2, seed, 0.9, 0.39 + 0.02 * seed, noise_rate=0.3 + seed, auroc_suspicion=0.9 + seed)
+        for seed in (0, 1)
+    ]
+    rows += [row("adamw", 0.1, 0, 0.5, 0.6, noise=0.0)]  # beside nothing
+    header, _, *lines = aims(rows).splitlines()
+    assert header == f"| {AIMS} |" and len(lines) == 1
+    start = ["digits", "30 %", "2", "0.400", "0.400", "+0.000 [-0.127, +0.127]", "1"]
+    rest = ["-0.100 [-0.227, +0.027]", "-0.050 [-0.177, +0.077]", "+0.000 to +0.000", "0.30 to 1.30", "0.900"]
+    assert lines[0] == f"| {' | '.join([*start, *rest])} |"
 
 
 def test_a_foreign_line_and_senseless_options_are_refused(

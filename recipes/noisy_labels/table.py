@@ -2,7 +2,7 @@
 
 from statistics import fmean, median
 
-from comparison import best, by, markdown, mean_of, paired_difference, starred, with_error
+from comparison import best, by, markdown, mean_of, paired, paired_difference, starred, with_error
 from sweep import Row
 
 from noisy_labels import classification, preferences
@@ -20,6 +20,52 @@ HEADER = (
     "arm | learning rate | validation | test ± s.e. | difference to adamw [95 %] | wrong labels fitted | ε̂ "
     "| AUROC suspicion / mean loss | time per step"
 )
+
+
+AIMS = (
+    "task | wrong | seeds | adamw | weight | difference [95 %] | ahead | to its best epoch | to drop-told "
+    "| at equal rate, least to most | ε̂, least to most | AUROC of suspicion, least"
+)
+
+
+def aims(rows: list[Row]) -> str:
+    """``weight`` at its best rate beside what it should beat, a line for each task and noise."""
+    lines = []
+    for (task, _, noise), found in sorted(by(rows, ("task", "epochs", "noise")).items()):
+        arms = by(found, ["arm"])
+        if not {("adamw",), ("weight",)} <= set(arms):
+            continue
+        adamw, weight, *told = (
+            best(arms[arm,], ["learning_rate"], REPORT)
+            for arm in ("adamw", "weight", "drop-told")
+            if (arm,) in arms
+        )
+        base = {row["seed"]: row["test_accuracy"] for row in adamw}
+        deltas = [row["test_accuracy"] - base[row["seed"]] for row in weight if row["seed"] in base]
+        highest = [row | {"test_accuracy": peak(row)} for row in oracle(arms["adamw",])]
+        at = [by(arms[arm,], ["learning_rate"]) for arm in ("adamw", "weight")]
+        equal = [
+            paired(at[1][rate], at[0][rate], "test_accuracy", float)[0] for rate in at[1] if rate in at[0]
+        ]
+        shares = [row["noise_rate"] for row in weight]
+        areas = [row["auroc_suspicion"] for row in weight if row["auroc_suspicion"] is not None]
+        lines.append(
+            [
+                task,
+                f"{100 * noise:g} %",
+                str(len(deltas)),
+                mean_of(adamw, "test_accuracy"),
+                mean_of(weight, "test_accuracy"),
+                paired_difference(weight, adamw, "test_accuracy"),
+                str(sum(delta > 0 for delta in deltas)),
+                paired_difference(weight, highest, "test_accuracy"),
+                paired_difference(weight, told[0], "test_accuracy") if told else "–",
+                f"{min(equal):+.3f} to {max(equal):+.3f}",
+                f"{min(shares):.2f} to {max(shares):.2f}",
+                f"{min(areas):.3f}" if areas else "–",
+            ]
+        )
+    return markdown(AIMS.split(" | "), lines)
 
 
 def tables(rows: list[Row]) -> str:
@@ -114,15 +160,22 @@ def arm_row(arm: str, rows: list[Row], base: list[Row], step: float) -> str:
     return f"| {' | '.join(entries)} |"
 
 
+def oracle(adamw: list[Row]) -> list[Row]:
+    """adamw at the rate with the best test accuracy of any epoch, which nobody can choose; [] if unknown."""
+    known = [row for row in adamw if row["test_accuracy_per_epoch"]]
+    points = by(known, ["learning_rate"]).values()
+    return max(points, key=lambda part: (len(part), fmean(map(peak, part))), default=[])
+
+
+def peak(row: Row) -> float:
+    """The test accuracy of its best epoch."""
+    return max(row["test_accuracy_per_epoch"])
+
+
 def oracle_row(adamw: list[Row]) -> list[str]:
-    """adamw at the rate and the epoch of the best test accuracy, which nobody can choose; [] if not known."""
-    highest = {
-        rate: [max(row["test_accuracy_per_epoch"]) for row in part]
-        for (rate,), part in by(
-            (row for row in adamw if row["test_accuracy_per_epoch"]), ["learning_rate"]
-        ).items()
-    }
-    if not highest:
+    """adamw at the rate and the epoch of the best test accuracy; [] if not known."""
+    rows = oracle(adamw)
+    if not rows:
         return []
-    rate = max(highest, key=lambda rate: (len(highest[rate]), fmean(highest[rate])))
-    return [f"| *adamw, oracle: best epoch on test* | {rate:g} | | {fmean(highest[rate]):.3f} | | | | | |"]
+    entry = f"{rows[0]['learning_rate']:g} | | {fmean(map(peak, rows)):.3f}"
+    return [f"| *adamw, oracle: best epoch on test* | {entry} | | | | | |"]
