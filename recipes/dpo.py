@@ -28,6 +28,7 @@ from common import (
     write_json,
 )
 from datasets import Dataset
+from torch.nn.functional import softplus
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
@@ -125,15 +126,15 @@ def score(trainer: PopRiskDPOTrainer, reference: torch.nn.Module | None, name: s
         name: a key of ``trainer.eval_dataset``.
 
     Returns:
-        ``accuracy`` (share of margins > 0), ``margin`` (mean, nats times beta), and ``kl_per_token``: the
-        mean over the tokens of the chosen completions of KL(policy ‖ reference), exact over the
-        vocabulary, in nats.
+        ``accuracy`` (share of margins > 0), ``margin`` (mean, nats times beta), ``loss`` (mean of
+        -log σ(margin), nats), and ``kl_per_token``: the mean over the tokens of the chosen completions of
+        KL(policy ‖ reference), exact over the vocabulary, in nats.
     """
     accelerator, data = trainer.accelerator, trainer.eval_dataset[name]
     policy = accelerator.unwrap_model(trainer.model).eval()
     mine = list(range(accelerator.process_index, len(data), accelerator.num_processes))
     size = trainer.args.per_device_eval_batch_size
-    total = torch.zeros(5, dtype=torch.float64)  # correct, margin, pairs, KL, tokens
+    total = torch.zeros(6, dtype=torch.float64)  # correct, margin, loss, pairs, KL, tokens
     quiet = trainer.args.disable_tqdm or not accelerator.is_main_process
     for start in tqdm(range(0, len(mine), size), desc=f"Scoring {name}", disable=quiet):
         pairs = [data[row] for row in mine[start : start + size]]
@@ -151,12 +152,14 @@ def score(trainer: PopRiskDPOTrainer, reference: torch.nn.Module | None, name: s
             old = before[row, :-1][kept].float().log_softmax(-1)
             rewards.append(trainer.beta * (new - old).gather(-1, labels[:, None]).sum().item())
             if row < len(pairs):
-                total[3] += (new.exp() * (new - old)).sum().item()
-                total[4] += len(labels)
+                total[4] += (new.exp() * (new - old)).sum().item()
+                total[5] += len(labels)
         for chosen, rejected in zip(rewards[: len(pairs)], rewards[len(pairs) :], strict=True):
-            total[:3] += torch.tensor([chosen > rejected, chosen - rejected, 1], dtype=torch.float64)
-    correct, margin, count, kl, tokens = accelerator.reduce(total.float().to(accelerator.device)).tolist()
-    return {"accuracy": correct / count, "margin": margin / count, "kl_per_token": kl / tokens}
+            margin = torch.tensor(chosen - rejected, dtype=torch.float64)
+            total[:4] += torch.stack([margin > 0, margin, softplus(-margin), torch.ones_like(margin)])
+    right, margin, loss, count, kl, tokens = accelerator.reduce(total.float().to(accelerator.device)).tolist()
+    means = {"accuracy": right / count, "margin": margin / count, "loss": loss / count}
+    return means | {"kl_per_token": kl / tokens}
 
 
 def main() -> None:

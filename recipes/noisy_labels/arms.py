@@ -63,7 +63,7 @@ class Arm:
     label_noise: str = "off"
     judge: type[LabelNoise] | None = None
     optimizer: type[PopRiskAdamW] | None = None
-    early: bool = False  # by a split of the training data
+    early: str | None = None  # by this score of a split of the training data, whose labels are as noisy
     risk: bool = False  # early too, by the population gain
     alpha: float | None = None  # of the streaming form; None: the exact gate
     losses: Callable[[float], dict[str, float]] = lambda noise: {"sigmoid": 1.0}  # and their weights
@@ -77,7 +77,8 @@ def conservative(noise: float) -> dict[str, float]:
 
 ARMS = {
     "adamw": Arm(),
-    "adamw-early": Arm(early=True),
+    "adamw-early": Arm(early="accuracy"),
+    "adamw-early-loss": Arm(early="loss"),
     "adamw-risk": Arm(risk=True),
     "hard": Arm(gate="hard"),
     "soft": Arm(gate="soft"),

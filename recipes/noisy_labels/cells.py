@@ -58,7 +58,7 @@ class Setup:
     """A run that is ready to start: a trainer, and sets of examples to score."""
 
     trainer: Trainer
-    score: Callable[[str], dict[str, float]]  # name of a set → accuracy, and more of preferences
+    score: Callable[[str], dict[str, float]]  # name of a set → accuracy, loss, and more of preferences
     wrong: np.ndarray  # [n] bool, of the examples that the trainer was given
     sizes: dict[str, int]  # examples of each set
     every_epoch: list[str]  # sets that are scored after every epoch; the others at the end only

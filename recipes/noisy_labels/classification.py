@@ -79,7 +79,7 @@ def prepare(cell: Cell, folder: str) -> Setup:
     arm, task, sets = ARMS[cell.arm], TASKS[cell.task], draw(cell.task, cell.seed)
     x, clean = sets.pop("train")
     labels, wrong = spoil(x, clean, cell)
-    kept, held = hold_out(len(x), arm.early, cell.seed)
+    kept, held = hold_out(len(x), arm.early is not None, cell.seed)
     sets |= {name: (x[i], labels[i]) for name, i in (("wrong", kept[wrong[kept]]), ("held", held))}
     tensors = {name: [torch.from_numpy(a) for a in part] for name, part in sets.items() if len(part[1])}
 
@@ -104,7 +104,9 @@ def prepare(cell: Cell, folder: str) -> Setup:
     @torch.no_grad()
     def score(name: str) -> dict[str, float]:
         inputs, truth = tensors[name]
-        return {"accuracy": (model(inputs, truth)["logits"].argmax(1) == truth).float().mean().item()}
+        found = model(inputs, truth)
+        right = found["logits"].argmax(1) == truth
+        return {"accuracy": right.float().mean().item(), "loss": found["loss"].item()}
 
     sizes = {name: len(truth) for name, (_, truth) in tensors.items()}
     return Setup(trainer, score, wrong[kept], sizes, list(sizes))

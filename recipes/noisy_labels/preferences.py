@@ -121,7 +121,7 @@ def prepare(cell: Cell, folder: str) -> Setup:
     else:
         train = common.swap_preferences(train, words.wrong_of(train, task.wrong, cell.noise, cell.seed))
     wrong = np.array(train["is_flipped"])
-    kept, held = hold_out(len(train), arm.early, cell.seed)
+    kept, held = hold_out(len(train), arm.early is not None, cell.seed)
     sets = {name: held_out[name] for name in ("validation", "test")}
     for name, rows in (("wrong", kept[wrong[kept]][: dpo.MAX_FLIPPED_EVAL]), ("held", held)):
         sets |= {name: train.select(rows)} if len(rows) else {}

@@ -41,8 +41,9 @@ def run_cell(place: Row) -> Row:
         trainer.train()
     curve = curves.scores
     epoch = min((len(scores) for scores in curve.values()), default=cell.epochs) - 1  # or stopped before
-    if ARMS[cell.arm].early:  # the first of the best
-        epoch = int(np.argmax([scores["accuracy"] for scores in curve["held"]]))
+    if (by := ARMS[cell.arm].early) is not None:  # the first of the best
+        sign = -1 if by == "loss" else 1
+        epoch = int(np.argmax([sign * scores[by] for scores in curve["held"]]))
     final = {name: curve[name][epoch] if name in curve else setup.score(name) for name in setup.sizes}
     per_epoch = {name: [scores["accuracy"] for scores in curve[name]] for name in curve}
     judge, aurocs = trainer._label_noise, {}
