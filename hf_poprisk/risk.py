@@ -42,7 +42,7 @@ def gains(optimizer: torch.optim.Optimizer, scale: float = 1.0) -> Tensor | None
 
     Returns:
         [2] float32, in units of the loss per step: ``lr Σ q P m̂ G`` (population) and ``lr Σ q P G²``
-        (empirical), with m̂, P, lr and q of the last step; None before the first one.
+        (empirical), with m̂, P and q of the last step and the lr of the coming one; None before the first.
 
     Raises:
         ValueError: an optimizer without these moments, or a gate whose q is not kept.
@@ -94,7 +94,7 @@ class RiskMeter:
             history: the logs so far, which hold the running sum (and come back with a checkpoint).
 
         ``gain_population`` and ``gain_empirical`` are means over the interval's batches, ``gain_spread``
-        the standard error of the first (from the spread over the batches; NaN for a single one),
+        the standard error of the first (from the spread over the batches; left out for a single one),
         ``gain_ratio`` the first over the second, ``gain_total`` the sum of the first since the start.
         Batches whose gradient is not finite are left out, as their steps are.
         """

@@ -676,6 +676,28 @@ def test_resuming_under_another_mode_is_refused(tmp_path: Path) -> None:
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
 
 
+def test_resuming_with_other_rows_is_refused(tmp_path: Path) -> None:
+    plain = Dataset.from_list([{"x": e["x"].tolist(), "labels": int(e["labels"])} for e in examples()])
+    numbered = plain.add_column(INDEX, list(range(100, 124)))
+    for name, data in (("plain", plain), ("numbered", numbered)):
+        options = {"save_strategy": "epoch", "num_train_epochs": 2, "poprisk_label_noise": "audit"}
+        classify(tmp_path / name, data, **options | {"num_train_epochs": 1}).train()
+        classify(tmp_path / name, data, **options).train(resume_from_checkpoint=True)
+        shuffled = classify(tmp_path / name, data.shuffle(seed=0), **options)
+        checkpoint = str(tmp_path / name / "checkpoint-6")
+        if name == "numbered":
+            shuffled._label_noise.load(checkpoint)
+            table = shuffled._label_noise.table
+            saved = Dataset.from_parquet(f"{checkpoint}/{TABLE_NAME}", keep_in_memory=True)
+            known = dict(zip(saved[INDEX], saved["logodds"], strict=True))
+            assert table.columns["logodds"].tolist() == [known[i] for i in table.ids.tolist()]
+            shuffled.train(resume_from_checkpoint=checkpoint)
+            assert shuffled._label_noise.table.visits.tolist() == [2] * 24
+        else:
+            with pytest.raises(ValueError, match="the training data are not those of .* has another x"):
+                shuffled.train(resume_from_checkpoint=checkpoint)
+
+
 def test_a_checkpoint_without_scores_is_refused(tmp_path: Path) -> None:
     options = {"save_strategy": "epoch", "num_train_epochs": 2}
     classify(tmp_path, examples(), optim="adamw_torch", poprisk_gate="hard", **options).train()

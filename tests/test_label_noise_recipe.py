@@ -4,10 +4,12 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from datasets import Dataset, concatenate_datasets
 from models import preferences as pairs
@@ -17,14 +19,17 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 sys.path.insert(0, str(RECIPES))
 
 import common  # noqa: E402
+import controls  # noqa: E402
 import dpo  # noqa: E402
 import label_noise  # noqa: E402
-from noisy_labels import classification, preferences, runs, words  # noqa: E402
+from noisy_labels import arms, classification, preferences, runs, words  # noqa: E402
 from noisy_labels.arms import ARMS  # noqa: E402
 from noisy_labels.cells import Cell, load_rows  # noqa: E402
 from noisy_labels.figure import frontier  # noqa: E402
 from noisy_labels.runs import run_cell  # noqa: E402
 from noisy_labels.table import AIMS, aims, tables  # noqa: E402
+
+from hf_poprisk.label_noise import LabelNoise  # noqa: E402
 
 
 def test_every_arm_of_a_classification_runs(tmp_path: Path) -> None:
@@ -40,8 +45,102 @@ def test_every_arm_of_a_classification_runs(tmp_path: Path) -> None:
     assert found["adamw"]["sizes"]["train"] == 900 and found["adamw-early"]["sizes"]["train"] == 810
     most, plain = found["right-only"], found["adamw"]  # what it is told changes what is learned
     assert most["wrong_fitted"] < 0.6 * plain["wrong_fitted"], (most["wrong_fitted"], plain["wrong_fitted"])
-    runs = [row["test_accuracy_per_epoch"] for arm, row in found.items() if arm != "adamw-early"]
+    runs = [row["test_accuracy_per_epoch"] for arm, row in found.items() if ARMS[arm].early is None]
     assert len({tuple(run) for run in runs}) > 5  # the arms are not the same run
+
+
+def test_early_stopping_takes_the_epoch_that_its_split_prefers(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = iter([(0.5, 1.0), (0.7, 1.2), (0.6, 0.8)])  # accuracy and loss, epoch by epoch
+    prepare = classification.prepare
+
+    def made_up(cell: Cell, folder: str) -> Any:
+        setup = prepare(cell, folder)
+        x = np.stack([row["x"] for row in setup.trainer.train_dataset])
+        every, clean = classification.draw("digits", 0)["train"]
+        apart = [i for i, row in enumerate(every) if not (x == row).all(1).any()]
+        noisy = classification.spoil(every, clean, cell)[0][apart]
+        assert len(x) == 810 and len(apart) == 90 and 20 < (noisy != clean[apart]).sum() < 60
+        score, true = setup.score, setup.score("held")["accuracy"]
+        hits = setup.trainer.model(torch.from_numpy(every[apart]), torch.from_numpy(noisy))["logits"].argmax(
+            1
+        )
+        assert true == pytest.approx((hits.numpy() == noisy).mean())
+        setup.score = lambda name: (
+            dict(zip(("accuracy", "loss"), next(held), strict=True)) if name == "held" else score(name)
+        )
+        return setup
+
+    monkeypatch.setattr(classification, "prepare", made_up)
+    row = run_cell(asdict(Cell("digits", "adamw-early", 0.4, 1e-3, 0, 3)))
+    assert row["reported_epoch"] == 2 and row["test_accuracy"] == row["test_accuracy_per_epoch"][1]
+    held = iter([(0.5, 1.0), (0.7, 1.2), (0.6, 0.8)])
+    row = run_cell(asdict(Cell("digits", "adamw-early-loss", 0.4, 1e-3, 0, 3)))
+    assert row["reported_epoch"] == 3 and row["test_accuracy"] == row["test_accuracy_per_epoch"][2]
+
+
+def test_controls_of_judging_are_what_they_are_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = torch.tensor([0.1, 0.2, 0.3])
+    visit, judge = SimpleNamespace(rows=torch.arange(3)), object.__new__(arms.ShuffledWeights)
+    monkeypatch.setattr(LabelNoise, "_strength", lambda self, visit, *_: setattr(visit, "weight", weights))
+    assert judge._strength(visit, None, 2).tolist() == pytest.approx([0.3, 0.1, 0.2])
+
+    told = object.__new__(arms.DropTold)
+    told.told, told.table = 0.4, SimpleNamespace()
+    losses = torch.tensor([0.1, 0.9, 0.2, 0.8, 0.3])
+    for visits, kept in ((0, [1, 1, 1]), (1, [1, 0, 1])):  # the two largest losses of five go
+        told.table.visits = torch.full([5], visits)
+        told.table.columns = {"loss_mean": losses}
+        assert told._strength(visit, None, 2).tolist() == kept
+        visit.rows = torch.tensor([0, 1, 4])
+    monkeypatch.undo()
+
+    trainer = classification.prepare(Cell("digits", "weight-C0", 0.3, 1e-2, 0, 3), str(tmp_path)).trainer
+    trainer.train()
+    columns = trainer._label_noise.table.columns
+    assert torch.equal(columns["heldout_logodds"], columns["logodds"])
+
+
+def test_a_mask_has_the_density_of_its_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decide, written = controls.RandomMaskAdamW._decide, []
+
+    def watched(self: Any, grad: torch.Tensor, sq_sum: torch.Tensor, num_examples: int) -> torch.Tensor:
+        sums = decide(self, grad, sq_sum, num_examples)
+        written.append(sq_sum.mean().item())
+        return sums
+
+    monkeypatch.setattr(controls.RandomMaskAdamW, "_decide", watched)
+    density = {}
+    for arm in ("random-mask", "random-mask-soft"):
+        written.clear()
+        classification.prepare(Cell("digits", arm, 0.3, 1e-3, 0, 1), str(tmp_path)).trainer.train()
+        density[arm] = np.mean(written)
+    # of noise the gates open 0.32 and 0.16, and early in training there is signal
+    assert 0.32 < density["random-mask"] < 0.5 and 0.16 < density["random-mask-soft"] < 0.28
+
+
+def test_losses_that_are_told_the_share_are_the_published_ones(recipe: Path, tmp_path: Path) -> None:
+    noise, found = 0.3, {}
+    for arm in ("adamw", "robust", "conservative", "ipo"):
+        cell = Cell(str(recipe), arm, noise, 1e-3, 0, 1)
+        trainer = preferences.prepare(cell, str(tmp_path / arm)).trainer
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for weight in trainer.model.parameters():
+                weight.add_(weight.std() * torch.randn_like(weight))
+            batch = trainer.data_collator([trainer.train_dataset[0]])
+            loss = trainer.compute_loss(trainer.model.eval(), batch).item()
+        found[arm] = loss, trainer._metrics["eval"]["rewards/margins"][0]
+    z = found["adamw"][1]
+    assert abs(z) > 0.05 and all(margin == pytest.approx(z) for _, margin in found.values())
+    right, wrong = np.log1p(np.exp(-z)), np.log1p(np.exp(z))  # -log σ(z), -log σ(-z)
+    assert found["adamw"][0] == pytest.approx(right, rel=1e-4)
+    assert found["robust"][0] == pytest.approx(
+        ((1 - noise) * right - noise * wrong) / (1 - 2 * noise), rel=1e-4
+    )
+    assert found["conservative"][0] == pytest.approx((1 - noise) * right + noise * wrong, rel=1e-4)
+    assert abs(found["ipo"][0] - right) > 1  # (z / (β tokens) - 1 / 2β)², about 25
 
 
 @pytest.mark.parametrize("kind", ["uniform", "class", "group"])

@@ -118,7 +118,7 @@ def test_dpo_from_yaml_to_results(
         theirs = next(entry for entry in history if f"eval_{name}_loss" in entry)
         assert theirs["step"] == 3
         assert scores["margin"] == pytest.approx(theirs["eval_rewards/margins"], abs=1e-5)
-        assert scores["loss"] == pytest.approx(theirs["eval_loss"], abs=1e-5)
+        assert scores["loss"] == pytest.approx(theirs[f"eval_{name}_loss"], abs=1e-5)
         assert scores["accuracy"] == pytest.approx(theirs["eval_rewards/accuracies"], abs=1e-5)
     weights = "adapter_model.safetensors" if task == "dpo-lora" else "model.safetensors"
     assert (tmp_path / "poprisk" / weights).is_file()

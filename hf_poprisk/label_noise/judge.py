@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from hf_poprisk.influence import Influence
 from hf_poprisk.label_noise.log_odds import LogOddsError, LogOddsTap
 from hf_poprisk.label_noise.noise_fit import MAX_RATE, NoiseFit, fit_noise
-from hf_poprisk.label_noise.sample import Sample
-from hf_poprisk.label_noise.table import TABLE_NAME, ExampleTable
+from hf_poprisk.label_noise.sample import Sample, other_row
+from hf_poprisk.label_noise.table import INDEX, TABLE_NAME, ExampleTable
 from hf_poprisk.record import write_json
 
 logger = logging.getLogger(__name__)
@@ -287,7 +287,19 @@ class LabelNoise:
         self.table.save(Path(folder, TABLE_NAME))
 
     def load(self, folder: str | Path) -> None:
+        """Go on from where ``save`` was.
+
+        Raises:
+            ValueError: scores by another rule, or of other rows than those of the sample.
+        """
         content = json.loads(Path(folder, FITS_NAME).read_text())
+        self.table.load(Path(folder, TABLE_NAME))
+        different = other_row(content.get("sample", {}), self.sample)
+        if different is not None:
+            raise ValueError(
+                f"the training data are not those of {folder}: example {different[0]} has another "
+                f"{different[1]}. Give them in the same order, or with the column {INDEX} from the start."
+            )
         if content.get("kept_share") != self.kept_share:
             raise ValueError(
                 f"{folder} holds scores by another rule, of an earlier version, which this one cannot go on "
@@ -299,7 +311,6 @@ class LabelNoise:
         self.clip_coefficient = content["clip_coefficient"]
         self._sums = torch.tensor(content["interval"], dtype=torch.float64)
         self.fits = load_fits(folder)
-        self.table.load(Path(folder, TABLE_NAME))
 
 
 def competent(fit: NoiseFit) -> bool:

@@ -56,3 +56,12 @@ def first_difference(sample: Sample, dataset: Any, row_of: dict[int, int]) -> tu
             if name in values and hashed(values[name]) != value:
                 return int(index), name
     return None
+
+
+def other_row(sample: Sample, other: Sample) -> tuple[int, str] | None:
+    """The first example_index and column that two samples have with another value; None if all agree."""
+    for index, columns in sample.items():
+        for name, value in other.get(index, {}).items():
+            if columns.get(name, value) != value:
+                return int(index), name
+    return None

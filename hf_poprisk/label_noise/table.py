@@ -125,7 +125,7 @@ class ExampleTable:
             temporary.unlink(missing_ok=True)
 
     def load(self, path: Path) -> None:
-        """Take over a saved table, whose examples must be those of this one.
+        """Take over a saved table, whose examples must be those of this one, in any order.
 
         Raises:
             ValueError: a table of other examples.
@@ -134,11 +134,14 @@ class ExampleTable:
 
         saved = {name: column.to_numpy() for name, column in _columns(pq.read_table(path)).items()}
         ids = torch.from_numpy(saved[INDEX].copy())
-        if self._streamed is None and (len(ids) != len(self) or not torch.equal(ids, self._ids)):
-            raise ValueError(
-                f"{path} is of {len(ids)} examples and the training set has {len(self)}, or others: resume "
-                "with the same data."
-            )
+        if self._streamed is None:
+            if not torch.equal(ids.sort().values, self._ids.sort().values):
+                raise ValueError(
+                    f"{path} is of {len(ids)} examples and the training set has {len(self)}, or others: "
+                    "resume with the same data."
+                )
+            here = ids.argsort()[self._ids.argsort().argsort()]  # the saved row of each example
+            saved = {name: column[here.numpy()] for name, column in saved.items()}
         if self._streamed is not None:
             self._streamed.update({i: row for row, i in enumerate(ids.tolist())})
             self._grow()
