@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, HfApi, ModelCard
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from transformers.training_args import HubStrategy
 from transformers.utils.hub import PushInProgress
 from yaml import YAMLError
@@ -24,7 +24,8 @@ PLOT_NAME = "poprisk_gate.png"
 _TAG = "poprisk"
 _SECTION = re.compile(r"\n*<!-- hf_poprisk:begin card=(\w+) -->.*<!-- hf_poprisk:end -->\n*", re.DOTALL)
 _PEFT_TEMPLATE = "# Model Card for Model ID"  # what save_pretrained of an adapter leaves
-_HTTPError = HfHubHTTPError.__mro__[1]  # of the HTTP client: a bad status, or a connection that broke
+# the first is of the HTTP client: a bad status, or a connection that broke
+_UNREACHED = (HfHubHTTPError.__mro__[1], OfflineModeIsEnabled)
 _CITATION = """\
 ```bibtex
 @article{litman2026theory,
@@ -68,7 +69,7 @@ class HubMixin:
             if gated:
                 api.update_repo_settings(self.hub_model_id, gated=gated)
             api.auth_check(self.hub_model_id, write=True)  # one that exists may be readable only
-        except _HTTPError as error:
+        except _UNREACHED as error:
             raise HubError(
                 f"the repository {name} could not be made ready on the Hub ({_reason(error)}): check "
                 "hub_model_id and hub_token, or train with push_to_hub=false and push afterwards."
@@ -97,10 +98,12 @@ class HubMixin:
                 )
                 self._open_when_filled = False
             return pushed
-        except HubError:  # the repository was to be made first
-            raise
-        except (_HTTPError, RuntimeError, ValueError) as error:
-            if not isinstance(error, _HTTPError) and not isinstance(error.__cause__, _HTTPError):
+        except HubError as error:  # transformers makes the repository before it saves the model
+            self.save_model(_internal_call=True)  # type: ignore[attr-defined]
+            where = f"the model is complete in {self.args.output_dir}."
+            raise HubError(f"{str(error).removesuffix('.')}; {where}") from error.__cause__
+        except (*_UNREACHED, RuntimeError, ValueError) as error:
+            if not isinstance(error, _UNREACHED) and not isinstance(error.__cause__, _UNREACHED):
                 raise  # not the Hub: its refusals of an upload or a card are the cause of another error
             raise HubError(
                 f"the push to {self.hub_model_id} failed ({_reason(error)}); the model is complete in "

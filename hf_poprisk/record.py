@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import RemoteEntryNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 
 from hf_poprisk.gate import GATES, REDUCTIONS
 from hf_poprisk.optimizer import ESTIMATORS
@@ -112,6 +112,10 @@ def _download(repo: str, name: str, revision: str | None, token: str | None) -> 
         return Path(hf_hub_download(repo, name, revision=revision, token=token))
     except RemoteEntryNotFoundError:
         return None
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{name} of {repo} was not downloaded before, and the Hub cannot be reached."
+        ) from error
 
 
 def _read(path: Path, schema: Mapping[str, Callable[[Any], bool]], where: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -92,11 +92,28 @@ def train(folder: Path, kind: str = "causal", **options: Any) -> dict[str, Any]:
     }
 
 
-def push(folder: Path) -> list[str]:
+def push(folder: Path, without_network: bool = False) -> list[str]:
     """Its warnings."""
-    with warnings() as messages:
+    with warnings() as messages, offline() if without_network else nullcontext():
         _trainers[folder].push_to_hub()
     return messages
+
+
+def load_record_offline(name: str) -> Any:
+    with offline():
+        return hf_poprisk.load_record(name)
+
+
+@contextmanager
+def offline() -> Iterator[None]:
+    """HF_HUB_OFFLINE=1, which is read on import."""
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
+    huggingface_hub.utils._http.close_session()
+    try:
+        yield
+    finally:
+        huggingface_hub.constants.HF_HUB_OFFLINE = False
+        huggingface_hub.utils._http.close_session()
 
 
 @contextmanager

@@ -385,6 +385,23 @@ def test_a_repository_that_cannot_be_had_is_told_before_training(
     assert not any(event.exposed or event.kind == "commit" for event in hub.log[changes:])
 
 
+def test_a_model_that_was_never_saved_is_safe_when_its_repository_cannot_be_had(
+    hub: HubServer, client: Client, tmp_path: Path
+) -> None:
+    client(hub_client.train, tmp_path, push_to_hub=False, save_strategy="no", max_steps=1)
+    for offline in (False, True):
+        if not offline:
+            hub.fail("create", 403)
+        with pytest.raises(HubError) as caught:
+            client(hub_client.push, tmp_path, offline)
+        assert_one_sentence(
+            caught.value, "could not be made ready", f"; the model is complete in {tmp_path}."
+        )
+        (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="poprisk_config.json of alice/nowhere was not downloaded"):
+        client(hub_client.load_record_offline, "alice/nowhere")
+
+
 def local_checkpoints(folder: Path) -> list[str]:
     """The whole ones."""
     found = sorted(folder.glob("checkpoint-*"))
