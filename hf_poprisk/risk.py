@@ -3,10 +3,10 @@
 To first order, the step made at time t − 1 lowers the loss of any batch with gradient G by
 ``lr · Σ_k q_k P_k m̂_k G_k``, P = 1/(√v̂ + ε) being Adam's preconditioner and q what the gate let through (1
 without one). Put the *next* batch's gradient there, which had no part in m̂ or q, and the average over batches
-estimates how much one step lowers the population loss; put that gradient in the place of m̂ too and it is the
-empirical loss. Once the first vanishes and the second does not, the model memorises. (The batch's own q would
-keep what looks confirmed on it, which is no longer held out.) Source: arXiv:2605.01172, section on training
-on population risk; the next-batch form is ours.
+estimates how much one step lowers the population loss; put that gradient in the place of m̂ too, and as Adam
+would into v̂, and it is the empirical loss. Once the first vanishes and the second does not, the model
+memorises. (The batch's own q would keep what looks confirmed on it, which is no longer held out.) Source:
+arXiv:2605.01172, section on training on population risk; the next-batch form is ours.
 
 It is held out from the last steps, not from the weights: an example seen in an earlier epoch is not fresh.
 And it is first order, at the end of the step: where steps are so large that they overshoot (a large learning
@@ -42,7 +42,8 @@ def gains(optimizer: torch.optim.Optimizer, scale: float = 1.0) -> Tensor | None
 
     Returns:
         [2] float32, in units of the loss per step: ``lr Σ q P m̂ G`` (population) and ``lr Σ q P G²``
-        (empirical), with m̂, P and q of the last step and the lr of the coming one; None before the first.
+        (empirical), with m̂ and q of the last step, P of the last and the coming one, and the lr of the
+        coming one; None before the first.
 
     Raises:
         ValueError: an optimizer without these moments, or a gate whose q is not kept.
@@ -62,13 +63,14 @@ def gains(optimizer: torch.optim.Optimizer, scale: float = 1.0) -> Tensor | None
                     "keep: set poprisk_risk=false or another optim."
                 )
             step = float(state["step"])
-            grad = p.grad.float() / scale
-            denom = state["exp_avg_sq"].float().sqrt().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
-            preconditioned = grad / denom
-            if "written" in state:
-                preconditioned *= state["written"]
-            signal = (preconditioned * state["exp_avg"]).sum() / (1 - beta1**step)
-            both = float(group["lr"]) * torch.stack([signal, (preconditioned * grad).sum()]).float()
+            grad, square = p.grad.float() / scale, state["exp_avg_sq"].float()
+            written = grad * state["written"] if "written" in state else grad
+            last = square.sqrt().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
+            signal = (written * state["exp_avg"] / last).sum() / (1 - beta1**step)
+            # with v̂ of the last step a number that had no gradient so far would count by 1 / eps
+            square = torch.addcmul(square * beta2, grad, grad, value=1 - beta2)
+            coming = square.sqrt_().div_(math.sqrt(1 - beta2 ** (step + 1))).add_(group["eps"])
+            both = float(group["lr"]) * torch.stack([signal, (written * grad / coming).sum()]).float()
             total = both if total is None else total + both.to(total.device)
     return total
 

@@ -66,6 +66,18 @@ def test_the_population_gain_is_unbiased_and_the_tempting_ones_are_not() -> None
     assert distance(opened, unbiased_square) > 20  # so does keeping what looks confirmed
 
 
+def test_the_empirical_gain_is_that_of_the_batchs_own_step() -> None:
+    theta = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    optimizer = torch.optim.AdamW([theta], lr=0.1, weight_decay=0.0)
+    for gradient in ([1.0, 0.0, 1e-7], [0.5, 0.0, -1e-7], [1.5, 0.2, 0.3]):  # rare numbers come late
+        theta.grad = torch.tensor(gradient, dtype=torch.float64)
+        found = gains(optimizer)
+        optimizer.step()
+    square = optimizer.state[theta]["exp_avg_sq"] / (1 - 0.999**3)
+    expected = 0.1 * (theta.grad.square() / (square.sqrt() + 1e-8)).sum()
+    assert found[1].item() == pytest.approx(expected.item(), rel=1e-6) and found[1] < 1
+
+
 @pytest.mark.parametrize("gate", ["none", "hard", "soft", "ema"])
 def test_the_sum_of_small_steps_is_the_loss_that_was_gained(gate: str) -> None:
     theta = nn.Parameter(torch.zeros(20, dtype=torch.float64))
