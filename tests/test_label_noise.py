@@ -789,6 +789,24 @@ def test_warnings_say_what_the_numbers_are_not_worth(
     assert "no example was weighted: train for two epochs or more" in warning()
 
 
+@pytest.mark.parametrize("mode", ["audit", "weight"])
+def test_the_end_of_training_says_what_was_found(
+    mode: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = classify(
+        tmp_path, examples(96), poprisk_label_noise=mode, num_train_epochs=8, learning_rate=3e-2
+    )
+    trainer.train()
+    fit, since = trainer._label_noise.fits[-1], trainer._label_noise.judging_since
+    assert since is not None
+    weights = f", weights since step {since}" * (mode == "weight")
+    assert (
+        f"poprisk_label_noise={mode}: estimated noise rate {fit.rate:.2f} ({fit.low:.2f} to {fit.high:.2f})"
+        f"{weights}; `python -m hf_poprisk.audit {tmp_path}` shows the examples." in caplog.text
+    )
+    assert any("poprisk/weight_mean" in e for e in trainer.state.log_history) == (mode == "weight")
+
+
 def test_what_is_explained_is_none_at_chance_and_all_where_every_label_is_sure() -> None:
     rng = np.random.default_rng(0)
     for classes in (2, 10):

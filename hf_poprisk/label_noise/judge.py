@@ -212,7 +212,7 @@ class LabelNoise:
             fit = self.fits[-1]
             logs |= {"noise_rate": fit.rate, "noise_rate_low": fit.low, "noise_rate_high": fit.high}
         visits, weight, swapped = self._sums.tolist()
-        if self.judging_since is not None and visits:
+        if self.mode != "audit" and self.judging_since is not None and visits:
             logs["weight_mean"] = weight / visits
             if self.mode == "swap":
                 logs["swapped"] = swapped / visits
@@ -229,6 +229,19 @@ class LabelNoise:
                 f"{SURE_ENOUGH_TO_SWAP:.0%}, and up to {first.high:.0%} wrong labels, where it takes less "
                 f"than {MAX_RATE:.0%}."
             )
+
+    def summary(self, folder: str) -> str:
+        """One line for the end of training; there is a fit.
+
+        Args:
+            folder: where the scores were saved.
+        """
+        fit, since = self.fits[-1], self.judging_since
+        weights = f", weights since step {since}" if self.mode != "audit" and since is not None else ""
+        return (
+            f"poprisk_label_noise={self.mode}: estimated noise rate {fit.rate:.2f} ({fit.low:.2f} to "
+            f"{fit.high:.2f}){weights}; `python -m hf_poprisk.audit {folder}` shows the examples."
+        )
 
     def warn_at_end(self, step: int) -> None:
         """Say what the numbers cannot be trusted for.

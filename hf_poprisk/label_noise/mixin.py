@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import math
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from hf_poprisk.label_noise.judge import FITS_NAME, LabelNoise
 from hf_poprisk.label_noise.log_odds import LogOddsError, LogOddsTap
 from hf_poprisk.label_noise.sample import Sample
 from hf_poprisk.label_noise.table import INDEX, TABLE_NAME, ExampleTable
+
+logger = logging.getLogger(__name__)
 
 
 class LabelNoiseMixin:
@@ -196,7 +199,10 @@ class _Steps(TrainerCallback):
         if args.should_save:  # with or without save_model(), the scores are worth keeping
             self._trainer._label_noise.save(args.output_dir)
         if state.is_world_process_zero:
-            self._trainer._label_noise.warn_at_end(state.global_step)
+            judge = self._trainer._label_noise
+            if judge.fits and args.should_save:
+                logger.warning(judge.summary(args.output_dir))
+            judge.warn_at_end(state.global_step)
 
 
 class IndexCollator:
