@@ -96,6 +96,8 @@ class PopRiskArgumentsMixin:
             raise ValueError(f"{name} is not a valid OptimizerNames, please select one of {[OPTIM, *known]}")
         if name == OPTIM:
             self._read_optim_args()
+            if self.deepspeed and self.poprisk_gate != "none":  # type: ignore[attr-defined]
+                raise self._no_sharding("deepspeed", "train with DDP")  # the stock class asks for its package
         # The stock class turns `optim` into its Enum, which does not hold our name.
         self.optim = "adamw_torch" if name == OPTIM else name
         super().__post_init__()  # type: ignore[misc]
@@ -219,6 +221,8 @@ class PopRiskArgumentsMixin:
             self._check_sharding("poprisk_risk=true", "poprisk_risk=false")
         if self.optim != OPTIM:
             return
+        if self.fp16 and self.device.type == "cpu":  # type: ignore[attr-defined]
+            raise ValueError("fp16=True has no effect on a CPU: set bf16=True, or neither.")
         if self.poprisk_label_noise != "off":
             self._check_sharding()
             self._check_label_noise()
@@ -275,9 +279,14 @@ class PopRiskArgumentsMixin:
             ),
         ):
             if on:
-                raise ValueError(
-                    f"{name} is not supported by {of}: {way_out}, or set {without or self.plain_options}."
-                )
+                raise self._no_sharding(name, way_out, of, without)
+
+    def _no_sharding(
+        self, name: str, way_out: str, of: str = f"optim={OPTIM}", without: str | None = None
+    ) -> ValueError:
+        return ValueError(
+            f"{name} is not supported by {of}: {way_out}, or set {without or self.plain_options}."
+        )
 
     def _check_static_graph(self) -> None:
         args: Any = self

@@ -451,6 +451,8 @@ def test_a_copy_of_the_arguments_may_change_what_optim_args_had_set() -> None:
             "optim_target_modules has no effect with optim=poprisk_adamw",
         ),
         ({"poprisk_hub_gated": "yes"}, "poprisk_hub_gated must be auto or manual; got 'yes'"),
+        ({"fp16": True}, "^fp16=True has no effect on a CPU: set bf16=True, or neither.$"),
+        ({"deepspeed": "ds.json"}, "^deepspeed is not supported by optim=poprisk_adamw: train with DDP"),
     ],
 )
 def test_options_that_would_do_nothing(options: dict[str, Any], said: str, tmp_path: Path) -> None:
