@@ -48,7 +48,11 @@ def pages() -> dict[Path, str]:
             "overview": overview(map(Experiment.load, experiments()), label_rows()),
             "experiments": "\n\n".join(map(section, experiments())),
         },
-        common.ROOT / "LABEL_NOISE.md": {"aims": aims(label_rows()), "tables": tables(label_rows())},
+        common.ROOT / "LABEL_NOISE.md": {
+            "aims": aims(label_rows()),
+            "fresh": aims(load_rows(common.ROOT / "results" / "fresh_seeds.jsonl")),
+            "tables": tables(label_rows()),
+        },
         common.ROOT.parent / "README.md": {"summary": summary(), "labels": summary_of_labels()},
     }
     written = {}

@@ -285,7 +285,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "results").mkdir()
     for script in RECIPES.glob("claims/*.py"):
         (tmp_path / "claims" / script.name).write_text(script.read_text())
-    for file in ("results/label_noise.jsonl", "label_noise.yaml"):
+    for file in ("results/label_noise.jsonl", "results/fresh_seeds.jsonl", "label_noise.yaml"):
         (tmp_path / file).write_text((RECIPES / file).read_text())
     monkeypatch.setattr(common, "ROOT", tmp_path)
     return tmp_path
@@ -408,7 +408,7 @@ def test_run_resumes_and_page_is_written(
     path = write(place, [], settings=settings, **more)
     for page, names in (
         (place / "RESULTS.md", ["overview", "experiments"]),
-        (place / "LABEL_NOISE.md", ["aims", "tables"]),
+        (place / "LABEL_NOISE.md", ["aims", "fresh", "tables"]),
         (place.parent / "README.md", ["summary", "labels"]),
     ):
         parts = [f"{pages.BEGIN.format(name)}\nold\n{pages.END}\n" for name in names]

@@ -345,6 +345,8 @@ def test_weight_is_held_against_what_it_should_beat() -> None:
     start = ["digits", "30 %", "2", "0.400", "0.400", "+0.000 [-0.127, +0.127]", "1"]
     rest = ["-0.100 [-0.227, +0.027]", "-0.050 [-0.177, +0.077]", "+0.000 to +0.000", "0.30 to 1.30", "0.900"]
     assert lines[0] == f"| {' | '.join([*start, *rest])} |"
+    only = [row("adamw", 0.1, 0, 0.5, 0.6), row("weight", 0.2, 0, 0.9, 0.7, noise_rate=0.3)]
+    assert "| 0.600 | 0.700 | +0.100 | 1 | +0.100 | – | – | 0.30 to 0.30 | – |" in aims(only)
 
 
 def test_a_foreign_line_and_senseless_options_are_refused(

@@ -60,7 +60,7 @@ def aims(rows: list[Row]) -> str:
                 str(sum(delta > 0 for delta in deltas)),
                 paired_difference(weight, highest, "test_accuracy"),
                 paired_difference(weight, told[0], "test_accuracy") if told else "–",
-                f"{min(equal):+.3f} to {max(equal):+.3f}",
+                f"{min(equal):+.3f} to {max(equal):+.3f}" if equal else "–",
                 f"{min(shares):.2f} to {max(shares):.2f}",
                 f"{min(areas):.3f}" if areas else "–",
             ]
