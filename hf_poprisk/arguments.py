@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any, ClassVar
 
 from transformers import TrainingArguments
@@ -96,8 +97,9 @@ class PopRiskArgumentsMixin:
             raise ValueError(f"{name} is not a valid OptimizerNames, please select one of {[OPTIM, *known]}")
         if name == OPTIM:
             self._read_optim_args()
-            if self.deepspeed and self.poprisk_gate != "none":  # type: ignore[attr-defined]
-                raise self._no_sharding("deepspeed", "train with DDP")  # the stock class asks for its package
+            per_example = self.poprisk_gate != "none" or self.poprisk_label_noise != "off"
+            if self.deepspeed and per_example and find_spec("deepspeed") is None:  # type: ignore[attr-defined]
+                raise self._no_sharding("deepspeed", "train with DDP")  # before its package is asked for
         # The stock class turns `optim` into its Enum, which does not hold our name.
         self.optim = "adamw_torch" if name == OPTIM else name
         super().__post_init__()  # type: ignore[misc]

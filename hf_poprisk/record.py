@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 
 from hf_poprisk.gate import GATES, REDUCTIONS
@@ -113,6 +113,8 @@ def _download(repo: str, name: str, revision: str | None, token: str | None) -> 
     except RemoteEntryNotFoundError:
         return None
     except LocalEntryNotFoundError as error:
+        if try_to_load_from_cache(repo, name, revision=revision) is _CACHED_NO_EXIST:
+            return None
         raise FileNotFoundError(
             f"{name} of {repo} was not downloaded before, and the Hub cannot be reached."
         ) from error

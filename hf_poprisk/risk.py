@@ -30,7 +30,9 @@ TOTAL, RATIO = "poprisk/gain_total", "poprisk/gain_ratio"
 
 
 @torch.no_grad()
-def gains(optimizer: torch.optim.Optimizer, scale: float = 1.0) -> Tensor | None:
+def gains(
+    optimizer: torch.optim.Optimizer, scale: float = 1.0, max_norm: float | None = None
+) -> Tensor | None:
     """What the last step is worth on the gradients at hand, and what they promise for themselves.
 
     Call it between the backward and the step, with gradients that are reduced over ranks and not clipped.
@@ -39,9 +41,10 @@ def gains(optimizer: torch.optim.Optimizer, scale: float = 1.0) -> Tensor | None
         optimizer: any of the Adam family that keeps ``exp_avg`` and ``exp_avg_sq``. A ``PopRiskAdamW`` with
             a gate needs ``keep_written=True``.
         scale: what the gradients are multiplied by (a loss scaler's scale).
+        max_norm: to which the coming step will clip them, c G with c ≤ 1; None or 0 for not at all.
 
     Returns:
-        [2] float32, in units of the loss per step: ``lr Σ q P m̂ G`` (population) and ``lr Σ q P G²``
+        [2] float32, in units of the loss per step: ``lr Σ q P m̂ G`` (population) and ``lr Σ q P c G²``
         (empirical), with m̂ and q of the last step, P of the last and the coming one, and the lr of the
         coming one; None before the first.
 
@@ -51,6 +54,10 @@ def gains(optimizer: torch.optim.Optimizer, scale: float = 1.0) -> Tensor | None
     if getattr(optimizer, "gate", "none") != "none" and not getattr(optimizer, "keep_written", True):
         raise ValueError("the gains of a gated step need its q: set optimizer.keep_written = True.")
     total: Tensor | None = None
+    clip: Tensor | float = 1.0
+    if max_norm:
+        every = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        clip = (max_norm * scale / (torch.nn.utils.get_total_norm(every) + 1e-6)).clamp(max=1.0)
     for group in optimizer.param_groups:
         beta1, beta2 = group.get("betas", (0.0, 0.0))
         for p in group["params"]:
@@ -68,6 +75,7 @@ def gains(optimizer: torch.optim.Optimizer, scale: float = 1.0) -> Tensor | None
             last = square.sqrt().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
             signal = (written * state["exp_avg"] / last).sum() / (1 - beta1**step)
             # with v̂ of the last step a number that had no gradient so far would count by 1 / eps
+            grad = grad * (clip if isinstance(clip, float) else clip.to(grad.device))
             square = torch.addcmul(square * beta2, grad, grad, value=1 - beta2)
             coming = square.sqrt_().div_(math.sqrt(1 - beta2 ** (step + 1))).add_(group["eps"])
             both = float(group["lr"]) * torch.stack([signal, (written * grad / coming).sum()]).float()
@@ -84,8 +92,10 @@ class RiskMeter:
     def clear(self) -> None:
         self._seen.clear()
 
-    def observe(self, optimizer: torch.optim.Optimizer, scale: float = 1.0) -> None:
-        found = gains(optimizer, scale)
+    def observe(
+        self, optimizer: torch.optim.Optimizer, scale: float = 1.0, max_norm: float | None = None
+    ) -> None:
+        found = gains(optimizer, scale, max_norm)
         if found is not None:
             self._seen.append(found)
 

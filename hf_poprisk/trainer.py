@@ -164,7 +164,8 @@ class PopRiskMixin(HubMixin, CheckpointMixin, LabelNoiseMixin):
         loss = self._gated_step(model, inputs, num_items_in_batch)
         if self._risk is not None and self.accelerator.sync_gradients:
             scaler = self.accelerator.scaler
-            self._risk.observe(_unwrap(self.optimizer), 1.0 if scaler is None else scaler.get_scale())
+            scale = 1.0 if scaler is None else scaler.get_scale()
+            self._risk.observe(_unwrap(self.optimizer), scale, self.args.max_grad_norm)
         return loss
 
     def _gated_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any) -> torch.Tensor:

@@ -453,6 +453,10 @@ def test_a_copy_of_the_arguments_may_change_what_optim_args_had_set() -> None:
         ({"poprisk_hub_gated": "yes"}, "poprisk_hub_gated must be auto or manual; got 'yes'"),
         ({"fp16": True}, "^fp16=True has no effect on a CPU: set bf16=True, or neither.$"),
         ({"deepspeed": "ds.json"}, "^deepspeed is not supported by optim=poprisk_adamw: train with DDP"),
+        (
+            {"deepspeed": "ds.json", "poprisk_gate": "none", "poprisk_label_noise": "weight"},
+            "^deepspeed is not supported by .*, or set poprisk_gate=none, poprisk_label_noise=off.$",
+        ),
     ],
 )
 def test_options_that_would_do_nothing(options: dict[str, Any], said: str, tmp_path: Path) -> None:

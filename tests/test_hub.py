@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
@@ -400,6 +401,11 @@ def test_a_model_that_was_never_saved_is_safe_when_its_repository_cannot_be_had(
         (tmp_path / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="poprisk_config.json of alice/nowhere was not downloaded"):
         client(hub_client.load_record_offline, "alice/nowhere")
+    (tmp_path / "config_only").mkdir()
+    shutil.copy(tmp_path / CONFIG_NAME, tmp_path / "config_only")
+    client(hub_client.upload, "alice/config-only", tmp_path / "config_only")
+    online = client(load_record, "alice/config-only")
+    assert online.statistics is None and client(hub_client.load_record_offline, "alice/config-only") == online
 
 
 def local_checkpoints(folder: Path) -> list[str]:

@@ -26,6 +26,7 @@ from hf_poprisk.label_noise.judge import FITS_NAME, _Visit, competent, load_fits
 from hf_poprisk.label_noise.log_odds import LogOddsError, LogOddsTap, class_log_odds
 from hf_poprisk.label_noise.mixin import IndexCollator, with_index
 from hf_poprisk.label_noise.noise_fit import MAX_RATE, _objective
+from hf_poprisk.label_noise.sample import other_row, take_sample
 
 QUIET: dict[str, Any] = {
     "use_cpu": True,
@@ -696,6 +697,16 @@ def test_resuming_with_other_rows_is_refused(tmp_path: Path) -> None:
         else:
             with pytest.raises(ValueError, match="the training data are not those of .* has another x"):
                 shuffled.train(resume_from_checkpoint=checkpoint)
+            assert not shuffled._label_noise.table.visits.any()  # nothing of the others stays
+
+
+def test_a_sample_knows_rows_in_another_order() -> None:
+    data = Dataset.from_dict({INDEX: list(range(5, 5005)), "labels": [i % 2 for i in range(5000)]})
+    shuffled = data.shuffle(seed=0)
+    one, other = (take_sample(d, np.array(d[INDEX])) for d in (data, shuffled))
+    assert one.keys() == other.keys() and len(one) == 64 and other_row(one, other) is None
+    spoiled = shuffled.map(lambda row: {"labels": 1 - row["labels"]})
+    assert other_row(one, take_sample(spoiled, np.array(spoiled[INDEX])))[1] == "labels"
 
 
 def test_a_checkpoint_without_scores_is_refused(tmp_path: Path) -> None:
@@ -797,8 +808,9 @@ def test_the_end_of_training_says_what_was_found(
         tmp_path, examples(96), poprisk_label_noise=mode, num_train_epochs=8, learning_rate=3e-2
     )
     trainer.train()
-    fit, since = trainer._label_noise.fits[-1], trainer._label_noise.judging_since
-    assert since is not None
+    judge = trainer._label_noise
+    fit, since = judge.fits[-1], judge.judging_since
+    assert since is not None and "weights since" not in judge.summary("out", since)
     weights = f", weights since step {since}" * (mode == "weight")
     assert (
         f"poprisk_label_noise={mode}: estimated noise rate {fit.rate:.2f} ({fit.low:.2f} to {fit.high:.2f})"

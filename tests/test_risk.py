@@ -78,6 +78,20 @@ def test_the_empirical_gain_is_that_of_the_batchs_own_step() -> None:
     assert found[1].item() == pytest.approx(expected.item(), rel=1e-6) and found[1] < 1
 
 
+def test_batches_that_agree_confirm_each_other_clipped_or_not() -> None:
+    gradient = torch.tensor([6.0, 8.0], dtype=torch.float64)  # of norm 10
+    for max_norm, scale in ((None, 1.0), (1.0, 1.0), (1.0, 64.0), (100.0, 1.0)):
+        theta = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+        optimizer = torch.optim.AdamW([theta], lr=0.1, weight_decay=0.0)
+        for _ in range(20):
+            theta.grad = gradient * scale
+            found = gains(optimizer, scale, max_norm)
+            theta.grad = gradient * min(1.0, (max_norm or math.inf) / 10)
+            optimizer.step()
+        assert found is not None and (found[0] / found[1]).item() == pytest.approx(1, rel=1e-5)
+        assert found[1].item() == pytest.approx(0.1 * 14, rel=1e-5)  # lr Σ |G|
+
+
 @pytest.mark.parametrize("gate", ["none", "hard", "soft", "ema"])
 def test_the_sum_of_small_steps_is_the_loss_that_was_gained(gate: str) -> None:
     theta = nn.Parameter(torch.zeros(20, dtype=torch.float64))

@@ -230,14 +230,16 @@ class LabelNoise:
                 f"than {MAX_RATE:.0%}."
             )
 
-    def summary(self, folder: str) -> str:
+    def summary(self, folder: str, step: int) -> str:
         """One line for the end of training; there is a fit.
 
         Args:
             folder: where the scores were saved.
+            step: optimizer steps at the end of training.
         """
         fit, since = self.fits[-1], self.judging_since
-        weights = f", weights since step {since}" if self.mode != "audit" and since is not None else ""
+        weighted = self.mode != "audit" and since not in (None, step)
+        weights = f", weights since step {since}" if weighted else ""
         return (
             f"poprisk_label_noise={self.mode}: estimated noise rate {fit.rate:.2f} ({fit.low:.2f} to "
             f"{fit.high:.2f}){weights}; `python -m hf_poprisk.audit {folder}` shows the examples."
@@ -306,7 +308,8 @@ class LabelNoise:
             ValueError: scores by another rule, or of other rows than those of the sample.
         """
         content = json.loads(Path(folder, FITS_NAME).read_text())
-        self.table.load(Path(folder, TABLE_NAME))
+        table = ExampleTable(None if self.table.streamed else self.table.ids.numpy(), self.table.device)
+        table.load(Path(folder, TABLE_NAME))
         different = other_row(content.get("sample", {}), self.sample)
         if different is not None:
             raise ValueError(
@@ -318,7 +321,7 @@ class LabelNoise:
                 f"{folder} holds scores by another rule, of an earlier version, which this one cannot go on "
                 "from: set poprisk_label_noise=off, or start over."
             )
-        self.untrained = content["untrained"]
+        self.table, self.untrained = table, content["untrained"]
         self._num_labels, self._quarters = content["num_labels"], content["quarters"]
         self.judging_since = content["judging_since"]
         self.clip_coefficient = content["clip_coefficient"]

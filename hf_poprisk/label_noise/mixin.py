@@ -201,7 +201,7 @@ class _Steps(TrainerCallback):
         if state.is_world_process_zero:
             judge = self._trainer._label_noise
             if judge.fits and args.should_save:
-                logger.warning(judge.summary(args.output_dir))
+                logger.warning(judge.summary(args.output_dir, state.global_step))
             judge.warn_at_end(state.global_step)
 
 

@@ -24,14 +24,14 @@ def hashed(value: Any) -> str | None:
 
 
 def take_sample(dataset: Any, ids: np.ndarray | None) -> Sample:
-    """Rows spread evenly over a data set of the datasets package; of any other nothing.
+    """Rows spread evenly over a data set of the datasets package, the same ones in any order; of others none.
 
     Args:
         ids: ``example_index`` of the rows, [n].
     """
     if ids is None or not hasattr(dataset, "with_format") or not len(dataset):
         return {}
-    rows = sorted(set(np.linspace(0, len(dataset) - 1, SIZE).round().astype(int).tolist()))
+    rows = np.argsort(ids)[np.unique(np.linspace(0, len(dataset) - 1, SIZE).round().astype(int))].tolist()
     plain = dataset.with_format(None)
     sample = {}
     for row in rows:

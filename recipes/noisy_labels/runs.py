@@ -43,7 +43,7 @@ def run_cell(place: Row) -> Row:
     epoch = min((len(scores) for scores in curve.values()), default=cell.epochs) - 1  # or stopped before
     if (by := ARMS[cell.arm].early) is not None:  # the first of the best
         sign = -1 if by == "loss" else 1
-        epoch = int(np.argmax([sign * scores[by] for scores in curve["held"]]))
+        epoch = int(np.argmax(np.nan_to_num([sign * scores[by] for scores in curve["held"]], nan=-np.inf)))
     final = {name: curve[name][epoch] if name in curve else setup.score(name) for name in setup.sizes}
     per_epoch = {name: [scores["accuracy"] for scores in curve[name]] for name in curve}
     judge, aurocs = trainer._label_noise, {}

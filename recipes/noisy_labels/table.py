@@ -11,10 +11,10 @@ from noisy_labels.arms import ARMS
 REPORT = {"select": "validation_accuracy", "report": "test_accuracy", "better": "higher"}
 INTRODUCTION = (
     "The learning rate of every arm is the one with the highest mean accuracy on CLEAN validation "
-    "labels, for all arms alike (* at the end of its grid); adamw-early chooses its epoch by noisy "
-    "labels, 10 % of the training set. Differences are paired over the seeds, each arm at its own rate. "
-    "drop-told, robust and conservative are told the true share of wrong labels, right-only which labels "
-    "are wrong. Times are medians, adamw = 1."
+    "labels, for all arms alike (* at the end of its grid); adamw-early and adamw-early-loss choose their "
+    "epoch by noisy labels, 10 % of the training set. Differences are paired over the seeds, each arm at "
+    "its own rate. drop-told, robust and conservative are told the true share of wrong labels, right-only "
+    "which labels are wrong. Times are medians, adamw = 1."
 )
 HEADER = (
     "arm | learning rate | validation | test ± s.e. | difference to adamw [95 %] | wrong labels fitted | ε̂ "
@@ -41,13 +41,16 @@ def aims(rows: list[Row]) -> str:
             if (arm,) in arms
         )
         base = {row["seed"]: row["test_accuracy"] for row in adamw}
-        deltas = [row["test_accuracy"] - base[row["seed"]] for row in weight if row["seed"] in base]
+        weight = [row for row in weight if row["seed"] in base]
+        deltas = [row["test_accuracy"] - base[row["seed"]] for row in weight]
+        adamw = [row for row in adamw if row["seed"] in {row["seed"] for row in weight}]
+        if not deltas:
+            continue
         highest = [row | {"test_accuracy": peak(row)} for row in oracle(arms["adamw",])]
         at = [by(arms[arm,], ["learning_rate"]) for arm in ("adamw", "weight")]
-        equal = [
-            paired(at[1][rate], at[0][rate], "test_accuracy", float)[0] for rate in at[1] if rate in at[0]
-        ]
-        shares = [row["noise_rate"] for row in weight]
+        pairs = [paired(at[1][rate], at[0].get(rate, []), "test_accuracy", float) for rate in at[1]]
+        equal = [pair[0] for pair in pairs if pair]
+        shares = [row["noise_rate"] for row in weight if row["noise_rate"] is not None]
         areas = [row["auroc_suspicion"] for row in weight if row["auroc_suspicion"] is not None]
         lines.append(
             [
@@ -61,7 +64,7 @@ def aims(rows: list[Row]) -> str:
                 paired_difference(weight, highest, "test_accuracy"),
                 paired_difference(weight, told[0], "test_accuracy") if told else "–",
                 f"{min(equal):+.3f} to {max(equal):+.3f}" if equal else "–",
-                f"{min(shares):.2f} to {max(shares):.2f}",
+                f"{min(shares):.2f} to {max(shares):.2f}" if shares else "–",
                 f"{min(areas):.3f}" if areas else "–",
             ]
         )
