@@ -197,10 +197,13 @@ def test_the_picture_is_one() -> None:
 
 def test_early_stopping_looks_at_noisy_data_that_were_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     trained_on: list[Any] = []
+    looked_at: list[tuple[Any, float]] = []
 
     def made_up_fit(model: Any, data: Any, options: Any, measure: Any, every: int) -> dict[str, list[float]]:
         trained_on.append(data)
-        names = [name for name in measure(every) if name != "step"]
+        found = measure(every)
+        looked_at.extend((model, value) for name, value in found.items() if name.startswith("held_"))
+        names = [name for name in found if name != "step"]
         curves = {name: [0.1, 0.2, 0.3, 0.4] for name in names}
         held = [name for name in names if name.startswith("held_")]
         return {"step": [1, 2, 3, 4], **curves, **{name: [0.5, 0.3, float("nan"), 0.4] for name in held}}
@@ -213,8 +216,26 @@ def test_early_stopping_looks_at_noisy_data_that_were_kept_apart(monkeypatch: py
         monkeypatch.setattr(script, "fit", made_up_fit)
         plain, early = script.run(cell_of(name)), script.run(cell_of(name, early=True))
         assert plain[result] == 0.4 and early[result] == 0.2 and early["step"] == [1, 2], name
-        every, fewer = map(len, trained_on[-2:])
-        assert fewer == every - every // 10, name
+        every, fewer = trained_on[-2:]
+        assert len(fewer) == len(every) - len(every) // 10, name
+        kept = {key_of(row) for row in next(iter(fewer._columns.values()))}
+        apart = [i for i, row in enumerate(next(iter(every._columns.values()))) if key_of(row) not in kept]
+        rows, (model, value) = every.__getitems__(apart), looked_at[-1]  # as noisy as they were given
+        if script is double_descent:
+            error = model(**rows)["loss"]
+        else:
+            start = torch.zeros(len(apart))
+            values = (
+                model.u(torch.stack([rows["initial"], start], 1))
+                if script is pinn
+                else model(**rows)["logits"].clamp(0, 1)
+            )
+            error = (values - rows["labels"]).square().mean()
+        assert value == pytest.approx(error.item(), rel=1e-5), name
+
+
+def key_of(row: torch.Tensor) -> tuple[float, ...]:
+    return tuple(row.flatten().tolist())
 
 
 def test_wrong_labels_are_as_many_as_said(monkeypatch: pytest.MonkeyPatch) -> None:
