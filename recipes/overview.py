@@ -67,11 +67,12 @@ def line(
 
 
 def verdict(rows: list[Row], base: list[Row], report: dict[str, Any]) -> int | None:
-    """1 for better and -1 for worse beyond the interval, 0 for neither; None without an interval."""
+    """1 for better and -1 for worse beyond the interval, 0 for neither; None for fewer than three seeds."""
     name = report["report"]
-    if any(row[name] is None for row in (*rows, *base)):
+    common = {row["seed"] for row in rows} & {row["seed"] for row in base}
+    if len(common) < 3 or any(row[name] is None for row in (*rows, *base)):
         return None
     values = paired(rows, base, name, math.log if report.get("ratio") else float)
-    if len(values) < 3 or values[1] <= 0 <= values[2]:
-        return 0 if len(values) == 3 else None
+    if values[1] <= 0 <= values[2]:
+        return 0
     return 1 if (values[0] > 0) == (report["better"] == "higher") else -1

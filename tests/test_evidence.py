@@ -388,21 +388,25 @@ def test_a_gate_is_held_against_adamw_and_its_own_mask(place: Path) -> None:
         made_up({"learning_rate": 0.1}, "adamw", seed, 0.0, errors[arm] + 0.01 * seed * (arm == "hard"))
         | {"arm": arm, "options": arms[arm] | {"learning_rate": 0.1}}
         for arm in errors
-        for seed in (0, 1)
+        for seed in (0, 1, 2)
     ]
-    experiment = Experiment.load(write(place, rows, arms=arms))
+    experiment = Experiment.load(write(place, rows, arms=arms, seeds=[0, 1, 2]))
     lines = overview.overview([experiment], []).splitlines()
-    against = ["-0.195 [-0.259, -0.131]", "+0.105 [+0.041, +0.169]", "–", "–"]
-    assert lines[2] == f"| one: error | {' | '.join(['0.500 ± 0.000', *against, '2'])} |"
+    against = ["-0.190 [-0.215, -0.165]", "+0.110 [+0.085, +0.135]", "–", "–"]
+    assert lines[2] == f"| one: error | {' | '.join(['0.500 ± 0.000', *against, '3'])} |"
     counts = ["1, 1 better, 0 worse", "1, 0 better, 1 worse", *["0, 0 better, 0 worse"] * 2]
     assert lines[3] == f"| intervals |  | {' | '.join(counts)} |  |"
-    report, base = (
-        {"report": "steps", "better": "lower", "ratio": True},
-        [{"seed": s, "steps": 8} for s in (0, 1)],
-    )
-    for steps, expected in (((2, 2), 1), ((16, 16), -1), ((4, 16), 0), ((2, None), None)):
+    report = {"report": "steps", "better": "lower", "ratio": True}
+    base = [{"seed": seed, "steps": 8} for seed in (0, 1, 2)]
+    for steps, expected in (
+        ((2, 2, 3), 1),
+        ((16, 16, 15), -1),
+        ((4, 16, 8), 0),
+        ((2, None, 2), None),
+        ((2, 2), None),
+    ):
         mine = [{"seed": seed, "steps": n} for seed, n in enumerate(steps)]
-        assert overview.verdict(mine, base, report) == expected
+        assert overview.verdict(mine, base, report) == expected, steps
 
 
 def test_a_finished_run_stays_where_it_was(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
