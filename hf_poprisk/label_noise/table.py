@@ -142,7 +142,7 @@ class ExampleTable:
                 )
             here = ids.argsort()[self._ids.argsort().argsort()]  # the saved row of each example
             saved = {name: column[here.numpy()] for name, column in saved.items()}
-        if self._streamed is not None:
+        else:
             self._streamed.update({i: row for row, i in enumerate(ids.tolist())})
             self._grow()
         n = len(ids)

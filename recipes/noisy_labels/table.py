@@ -43,9 +43,10 @@ def aims(rows: list[Row]) -> str:
         base = {row["seed"]: row["test_accuracy"] for row in adamw}
         weight = [row for row in weight if row["seed"] in base]
         deltas = [row["test_accuracy"] - base[row["seed"]] for row in weight]
-        adamw = [row for row in adamw if row["seed"] in {row["seed"] for row in weight}]
         if not deltas:
             continue
+        common = {row["seed"] for row in weight}
+        adamw = [row for row in adamw if row["seed"] in common]
         highest = [row | {"test_accuracy": peak(row)} for row in oracle(arms["adamw",])]
         at = [by(arms[arm,], ["learning_rate"]) for arm in ("adamw", "weight")]
         pairs = [paired(at[1][rate], at[0].get(rate, []), "test_accuracy", float) for rate in at[1]]
