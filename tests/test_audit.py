@@ -29,14 +29,14 @@ from hf_poprisk.label_noise.sample import take_sample
 
 N = 60
 WRONG = np.arange(N) % 4 == 1  # a quarter of the labels
-FIT = NoiseFit(0.25, 0.15, 0.35, 1.5, 2, -0.55, N, step=48, epoch=3.0)
+FIT = NoiseFit(0.25, 0.15, 0.33, 1.5, 2, -0.55, N, step=48, epoch=3.0)
 # the likelihood has all but stopped rising
 FITS = [
-    NoiseFit(0.4, 0.2, 0.44, 1.0, 2, -0.65, N, 16, 1.0, exact=True),
+    NoiseFit(0.35, 0.2, 0.42, 1.0, 2, -0.65, N, 16, 1.0, exact=True),
     NoiseFit(0.3, 0.2, 0.4, 1.2, 2, -0.555, N, 32, 2.0),
     FIT,
 ]
-JUDGED_BY = replace(FIT, rate=0.2)  # the lower end of the first estimate, which is above that of the last
+JUDGED_BY = replace(FIT, rate=0.35, low=0.2, high=0.42)  # as the first estimate, which is above the last
 CHANCE = replace(FITS[0], log_likelihood=-math.log(2))  # predicts nothing
 
 
@@ -218,22 +218,17 @@ def test_posterior_of_visited_and_of_other_examples(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fits", "preferences", "rate", "says"),
     [
-        (FITS, True, 0.2, "a share of 0.200, the lower end of the first estimate (epoch 1.00)"),
         (
-            [replace(FITS[0], low=0.1), FIT],
+            FITS,
             True,
-            0.15,
-            "0.150, the lower end of the last estimate (epoch 3.00)",
+            0.35,
+            "(epoch 1.00), by which pairs are judged where it is above the last one, 0.250",
         ),
-        ([replace(FITS[0], exact=False), FIT], True, 0.15, "0.150, the lower end of the last estimate"),
-        ([CHANCE, FIT], True, 0.15, "0.150, the lower end of the last estimate (epoch 3.00)"),
-        (
-            [FITS[0], replace(FIT, rate=0.01, low=0.0)],
-            True,
-            0.2,
-            "0.200, the lower end of the first estimate",
-        ),
-        ([replace(FIT, low=0.25)], True, 0.25, None),
+        ([replace(FITS[0], rate=0.22), FIT], True, 0.25, None),
+        ([replace(FITS[0], exact=False), FIT], True, 0.25, None),
+        ([CHANCE, FIT], True, 0.35, "(epoch 1.00), by which pairs are judged"),
+        ([FITS[0], replace(FIT, rate=0.01, low=0.0)], True, 0.35, "last one, 0.010 (0.000–0.330)"),
+        ([FIT], True, 0.25, None),
         (FITS, False, 0.25, None),
     ],
 )
@@ -252,8 +247,9 @@ def test_labels_are_judged_at_the_rate_of_training(
     judge._strength(visit, torch.from_numpy(log_odds()), 2)
     np.testing.assert_allclose(run.posterior()[run.visited], visit.weight[run.visited], rtol=1e-5)
     out = command(capsys, folder, "--top", 0)
-    assert f"estimated share of wrong labels: {fits[-1].rate:.3f}, 95 % interval {fits[-1].low:.3f}" in out
-    assert says in out if says else "are judged at" not in out
+    by = FITS[0] if says else fits[-1]
+    assert f"estimated share of wrong labels: {by.rate:.3f}, 95 % interval {by.low:.3f}–{by.high:.3f}" in out
+    assert says in out if says else "of the first visits" not in out
 
 
 def test_the_audit_gives_the_reason_that_training_gave(
@@ -276,7 +272,7 @@ def test_the_audit_gives_the_reason_that_training_gave(
 
 def test_first_visits_that_leave_the_rate_open_are_named(tmp_path: Path, capsys: Any) -> None:
     for i, (first, preferences, says) in enumerate(
-        [(replace(FITS[0], high=0.45), True, True), (CHANCE, True, True), (CHANCE, False, False)]
+        [(replace(FITS[0], high=0.44), True, True), (CHANCE, True, True), (CHANCE, False, False)]
         + [(FITS[0], True, False), (replace(CHANCE, exact=False), True, False)]
     ):
         run = save_run(tmp_path / str(i), fits=[first, *FITS[1:]], preferences=preferences)
@@ -300,7 +296,7 @@ def test_truth_is_compared_with_visited_examples_only(tmp_path: Path) -> None:
 
 def test_posterior_is_reliable_on_data_of_the_model(tmp_path: Path) -> None:
     zeta, wrong = two_part(6000, 1.5, 0.25)
-    run = audit.load_run(save_run(tmp_path / "run", zeta, fits=[replace(FIT, low=0.25)]))
+    run = audit.load_run(save_run(tmp_path / "run", zeta, fits=[FIT]))
     # right means: not replaced, which is what the posterior is of
     bins = audit.compare_with_truth(run, wrong).bins
     assert all(abs(b.predicted - b.observed) < 4 * b.standard_error + 1e-3 for b in bins)
@@ -312,12 +308,12 @@ def test_posterior_is_reliable_on_data_of_the_model(tmp_path: Path) -> None:
 def test_report_without_data(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = command(capsys, run, "--top", 3)
     assert "60 preference pairs; poprisk_label_noise=weight" in out
-    assert "estimated share of wrong labels: 0.250, 95 % interval 0.150–0.350" in out
+    assert "estimated share of wrong labels: 0.350, 95 % interval 0.200–0.420" in out
     called = sum(posterior(float(z)) < 0.5 for z in log_odds())
     assert f"(posterior below 0.5): {called} of 60 ({100 * called / 60:.1f} %)" in out
     assert "weights were given from optimizer step 32 on (epoch 2.00)" in out
-    assert "pairs are judged at a share of 0.200, the lower end of the first estimate (epoch 1.00)\n" in out
-    for row in (r"1\.00 │ +16 │ 0\.400 │ +0\.200–0\.440 │ 1\.00 │ +-0\.6500", r"3\.00 │ +48 │ 0\.250"):
+    assert "that is the estimate of the first visits (epoch 1.00)" in out
+    for row in (r"1\.00 │ +16 │ 0\.350 │ +0\.200–0\.420 │ 1\.00 │ +-0\.6500", r"3\.00 │ +48 │ 0\.250"):
         assert re.search(row, out)
     assert "There are no true labels" in out and "AUROC" not in out and "warning" not in out
     worst = np.argsort(log_odds())[:4]
@@ -351,7 +347,7 @@ def test_report_with_truth(run: Path, saved: Path, capsys: pytest.CaptureFixture
         ),
         (
             {"since": None, "fits": [CHANCE, replace(FIT, epoch=1.75)], "mode": "audit"},
-            "no weights would have been given, because pairs that are not predicted by the end of the first",
+            "no weights would have been given, because pairs that the model had been trained on before are",
         ),
         (
             {"since": None, "fits": [CHANCE]},
@@ -569,9 +565,9 @@ def test_figure(run: Path, saved: Path, tmp_path: Path, monkeypatch: pytest.Monk
     z, curve = second.lines[0].get_data()
     assert curve[100] == pytest.approx(posterior(float(z[100])), rel=1e-5)
     line = next(line for line in right.lines if line.get_label().startswith("estimate"))
-    assert line.get_xydata().tolist() == [[1.0, 0.4], [2.0, 0.3], [3.0, 0.25]]
+    assert line.get_xydata().tolist() == [[1.0, 0.35], [2.0, 0.3], [3.0, 0.25]]
     band = right.collections[0].get_paths()[0].vertices
-    assert {(1.0, 0.2), (1.0, 0.44), (3.0, 0.15), (3.0, 0.35)} <= {(x, y) for x, y in band.tolist()}
+    assert {(1.0, 0.2), (1.0, 0.42), (3.0, 0.15), (3.0, 0.33)} <= {(x, y) for x, y in band.tolist()}
     begin = next(line for line in right.lines if line.get_label() == "weights begin")
     assert begin.get_xdata()[0] == 2.0
 
@@ -620,7 +616,7 @@ def test_weighted(tmp_path: Path, saved: Path, capsys: Any) -> None:
     (tmp_path / "to").mkdir()  # empty: allowed
     _, data = written(capsys, run, saved, "weighted", tmp_path / "to")
     expected = [posterior(float(z)) for z in log_odds()]
-    expected[2] = 0.8
+    expected[2] = 0.65
     np.testing.assert_allclose(data["label_weight"][:], expected, rtol=1e-6)
     assert data.features["label_weight"].dtype == "float32"
     assert data.remove_columns("label_weight")[:] == pairs()[:]
@@ -665,7 +661,7 @@ def test_written_rows_are_found_by_their_index(tmp_path: Path, capsys: Any) -> N
     data = datasets.concatenate_datasets([pairs().add_column(INDEX, ids).select(order), more])
     data.save_to_disk(tmp_path / "data")
     _, data = written(capsys, run, tmp_path / "data", "weighted", tmp_path / "to")
-    expected = [posterior(float(log_odds()[i])) for i in order] + [0.8]
+    expected = [posterior(float(log_odds()[i])) for i in order] + [0.65]
     np.testing.assert_allclose(data["label_weight"][:], expected, rtol=1e-6)
 
 
@@ -688,7 +684,7 @@ def test_what_cannot_be_written(run: Path, saved: Path, tmp_path: Path, capsys: 
     assert "cannot turn the column margin round" in sentence("reflipped", data=tmp_path / "margin")
     for name, options in (("guess", {"fits": [CHANCE]}), ("waiting", {"since": None})):
         unsure = save_run(tmp_path / name, **options)
-        assert "an estimate by which training gives no weights" in sentence("weighted", unsure)
+        assert "an estimate that means little" in sentence("weighted", unsure)
     tokens = Dataset.from_dict({"input_ids": [[i] for i in range(N)], "labels": [0] * N})
     other = save_run(tmp_path / "other", sample=take_sample(tokens, np.arange(N)))
     assert "was trained on (input_ids, labels): nothing tells" in sentence("filtered", other)

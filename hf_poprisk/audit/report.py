@@ -21,7 +21,7 @@ from hf_poprisk.audit.scores import (
 )
 from hf_poprisk.label_noise import NoiseFit
 from hf_poprisk.label_noise.judge import STILL_LEARNING, competent, last_rise, left_open, why_not_judged
-from hf_poprisk.label_noise.noise_fit import MAX_RATE, MAX_TAU_OF_CLASSES
+from hf_poprisk.label_noise.noise_fit import MAX_RATE, TAU_OF_CLASSES
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -60,13 +60,13 @@ def _summary(run: Run) -> list[RenderableType]:
     visited, what = int(run.visited.sum()), "preference pairs" if run.preferences else "examples"
     never = "" if visited == len(run.ids) else f", {len(run.ids) - visited} of them never trained on"
     out = [Text(f"{run.folder}: {len(run.ids)} {what}{never}; poprisk_label_noise={run.mode}")]
-    fit = run.fit
-    if fit is None:
+    fit, by = run.fit, run.judged_by
+    if fit is None or by is None:
         return out + [_warning("the noise rate was not estimated: training ended within its first epoch.")]
     called = int((run.posterior()[run.visited] < 0.5).sum())
     out += [
         Text(
-            f"estimated share of wrong labels: {fit.rate:.3f}, 95 % interval {fit.low:.3f}–{fit.high:.3f} "
+            f"estimated share of wrong labels: {by.rate:.3f}, 95 % interval {by.low:.3f}–{by.high:.3f} "
             f"(τ = {fit.tau:.2f}, {fit.num_labels} labels, epoch {fit.epoch:.2f})",
             style="bold",
         ),
@@ -74,7 +74,7 @@ def _summary(run: Run) -> list[RenderableType]:
             f"more likely wrong than right (posterior below 0.5): {called} of {visited} "
             f"({percent(called, visited)})"
         ),
-        *map(Text, _judged_at(run)),
+        *map(Text, _of_first_visits(run)),
         Text(_since(run)),
     ]
     if fit.capped:
@@ -87,16 +87,15 @@ def _summary(run: Run) -> list[RenderableType]:
     elif not competent(fit):
         out += [
             _warning(
-                "held-out labels are predicted hardly better than by chance: training weighs nobody by such "
-                "an estimate, and what follows means little."
+                "held-out labels are predicted hardly better than by chance, and what follows means little."
             )
         ]
     elif (nothing_known := left_open(run.fits, run.preferences)) is not None:
         out += [_warning(f"{nothing_known}.")]
-    if fit.num_labels > 2 and fit.tau > 0.999 * MAX_TAU_OF_CLASSES:
+    if fit.num_labels > 2 and fit.tau > 0.999 * TAU_OF_CLASSES[1]:
         out += [
             _warning(
-                f"τ is at its limit of {MAX_TAU_OF_CLASSES:g}: the model is much less sure than it is right, "
+                f"τ is at its limit of {TAU_OF_CLASSES[1]:g}: the model is much less sure than it is right, "
                 "so the share may be off."
             )
         ]
@@ -111,14 +110,15 @@ def _summary(run: Run) -> list[RenderableType]:
     return out
 
 
-def _judged_at(run: Run) -> list[str]:
-    """At what rate pairs are judged, where that is not the last estimate."""
-    fit, by = run.fit, run.judged_by
+def _of_first_visits(run: Run) -> list[str]:
+    """Where the share is from, if not from the last estimate."""
+    fit, by, first = run.fit, run.judged_by, run.fits[0]
     if fit is None or by is None or by.rate == fit.rate:
         return []
-    which, source = ("last", fit) if by.rate == fit.low else ("first", run.fits[0])
-    end = f"the lower end of the {which} estimate (epoch {source.epoch:.2f})"
-    return [f"pairs are judged at a share of {by.rate:.3f}, {end}"]
+    return [
+        f"that is the estimate of the first visits (epoch {first.epoch:.2f}), by which pairs are judged "
+        f"where it is above the last one, {fit.rate:.3f} ({fit.low:.3f}–{fit.high:.3f})"
+    ]
 
 
 def _since(run: Run) -> str:

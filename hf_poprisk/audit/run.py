@@ -57,7 +57,7 @@ class Run:
 
     @property
     def judged_by(self) -> NoiseFit | None:
-        """What labels are judged by, here as in training: the last estimate, but pairs at a lower end."""
+        """What labels are judged by, here as in training: the last estimate, or that of the first visits."""
         return judged_by(self.fits, self.preferences) if self.fits else None
 
     @property

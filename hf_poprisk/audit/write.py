@@ -46,8 +46,8 @@ def check_write(run: Run, data: Dataset, rows: np.ndarray, kind: str) -> None:
     """
     if run.fits and (run.judging_since is None or not competent(run.fit)):
         raise AuditError(
-            f"--write {kind} would follow an estimate by which training gives no weights (the report says "
-            "why): train longer, or with another learning rate."
+            f"--write {kind} would follow an estimate that means little (the report says why): train longer, "
+            "or with another learning rate."
         )
     sampled = {column for columns in run.sample.values() for column in columns}
     if sampled and not sampled & set(data.column_names):

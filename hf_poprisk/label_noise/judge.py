@@ -62,10 +62,10 @@ class LabelNoise:
     Attributes:
         fits: one ``NoiseFit`` per estimate, oldest first.
         judging_since: the optimizer step from which on weights are given; None until then. Pairs: the end
-            of the first epoch, whose visits need nothing taken off. Classes (what is not learned yet looks
-            wrong), and pairs that are not predicted by then: when the held-out log-likelihood has stopped
-            rising from one epoch to the next. While held-out labels are predicted no better than by chance
-            nobody is judged.
+            of the first epoch, whose visits need nothing taken off. Classes, because what is not learned yet
+            looks wrong, and pairs that the model had been trained on before: when the held-out
+            log-likelihood has stopped rising from one epoch to the next. While held-out labels are predicted
+            no better than by chance, no class is judged.
     """
 
     def __init__(
@@ -105,12 +105,17 @@ class LabelNoise:
         device = log_odds.device  # of the head, where a model is spread over several
         visit.heldout = log_odds.to(self.table.device) - self.table.columns["own_effect"][visit.rows]
         visit.weight = torch.ones_like(visit.heldout)
-        if self.judging_since is None or not competent(self.fits[-1]):
+        if self.judging_since is None or not (self.preferences or competent(self.fits[-1])):
             return visit.weight.to(device)
-        visit.weight = judged_by(self.fits, self.preferences).probability_right(visit.heldout)
+        visit.weight = self.fit.probability_right(visit.heldout)
         if self.mode == "audit":
             return torch.ones_like(log_odds)
         return (2 * visit.weight - 1 if self.swaps else visit.weight).to(device)
+
+    @property
+    def fit(self) -> NoiseFit:
+        """What labels are judged by; there is a fit."""
+        return judged_by(self.fits, self.preferences)
 
     @property
     def swaps(self) -> bool:
@@ -118,7 +123,7 @@ class LabelNoise:
         if self.mode != "swap" or not self.fits:
             return False
         first = self.fits[0]
-        return first.exact and first.explained > SURE_ENOUGH_TO_SWAP and first.high < MAX_RATE
+        return first.exact and first.explained > SURE_ENOUGH_TO_SWAP and not first.open_ended
 
     # -- an optimizer step ------------------------------------------------------------------------------
 
@@ -196,8 +201,9 @@ class LabelNoise:
         fit = replace(fit_noise(heldout, self._num_labels, step, epoch), exact=bool(once) and self.untrained)
         self.fits.append(fit)
         at_once = self.preferences and fit.exact and len(self.fits) == 1
-        learned = epoch >= self.fits[0].epoch + 1 - 1e-6 and last_rise(self.fits) < STILL_LEARNING
-        if self.judging_since is None and competent(fit) and (at_once or learned):
+        later = epoch >= self.fits[0].epoch + 1 - 1e-6 and competent(fit)
+        learned = later and last_rise(self.fits) < STILL_LEARNING
+        if self.judging_since is None and (at_once or learned):
             self.judging_since = step
 
     def restart_epochs(self) -> None:
@@ -209,7 +215,7 @@ class LabelNoise:
         """The log entries since the last call."""
         logs: dict[str, float] = {}
         if self.fits:
-            fit = self.fits[-1]
+            fit = self.fit
             logs |= {"noise_rate": fit.rate, "noise_rate_low": fit.low, "noise_rate_high": fit.high}
         visits, weight, swapped = self._sums.tolist()
         if self.mode != "audit" and self.judging_since is not None and visits:
@@ -237,7 +243,7 @@ class LabelNoise:
             folder: where the scores were saved.
             step: optimizer steps at the end of training.
         """
-        fit, since = self.fits[-1], self.judging_since
+        fit, since = self.fit, self.judging_since
         weighted = self.mode != "audit" and since not in (None, step)
         weights = f", weights since step {since}" if weighted else ""
         return (
@@ -270,7 +276,7 @@ class LabelNoise:
         elif self.fits[-1].capped or not competent(self.fits[-1]):
             logger.warning(
                 f"{name}: the model does not predict held-out labels, for want of training or of signal (the "
-                f"estimated noise rate is {self.fits[-1].rate:.2f}, its limit {MAX_RATE}); its weights and "
+                f"estimated noise rate is {self.fit.rate:.2f}, its limit {MAX_RATE}); its weights and "
                 "suspicions mean little; raise the learning rate or the number of epochs."
             )
         elif (nothing_known := left_open(self.fits, self.preferences)) is not None:
@@ -339,26 +345,26 @@ def competent(fit: NoiseFit) -> bool:
 
 
 def judged_by(fits: Sequence[NoiseFit], preferences: bool) -> NoiseFit:
-    """The last fit; of pairs with the lower end of its rate, or that of the first fit if it is higher.
+    """The last fit; of pairs with the rate of the first one if it is higher, and its interval.
 
     The first visits are the only ones that are held out exactly, and no label becomes right later: what falls
     below their estimate has been learned by heart.
     """
     first, last = fits[0], fits[-1]
-    if not preferences:
+    if not (preferences and first.exact and first.rate > last.rate):
         return last
-    return replace(last, rate=max(last.low, first.low if first.exact and competent(first) else 0.0))
+    return replace(last, rate=first.rate, low=first.low, high=first.high)
 
 
 def left_open(fits: Sequence[NoiseFit], preferences: bool) -> str | None:
     """What the first visits of pairs leave open, a sentence without its end; None if they tell the rate."""
     first = fits[0]
-    if not (preferences and first.exact) or (competent(first) and first.high < MAX_RATE):
+    if not (preferences and first.exact) or (competent(first) and not first.open_ended):
         return None
     return (
         "the first visits of the pairs, the only ones that are held out exactly, leave the noise rate open "
-        f"({first.low:.2f} to {first.high:.2f}); the estimate at the end, {fits[-1].rate:.2f}, may be too "
-        "low: it is if labels were learned by heart"
+        f"({first.low:.2f} to {first.high:.2f}): the estimate, {judged_by(fits, preferences).rate:.2f}, may "
+        "be far off"
     )
 
 
@@ -370,8 +376,8 @@ def why_not_judged(fits: Sequence[NoiseFit], preferences: bool) -> str:
         return "held-out labels were predicted better and better until the end"
     if preferences:
         return (
-            "pairs that are not predicted by the end of the first epoch are judged from the end of the "
-            "second on at the earliest"
+            "pairs that the model had been trained on before are judged from the end of the second epoch on "
+            "at the earliest"
         )
     return "classes are judged from the end of the second epoch on at the earliest"
 

@@ -3,8 +3,11 @@
 An example with held-out log-odds ζ has the label that the rest of the data would give it with probability
 ``q = σ(τ(ζ + c) − c)``, ``c = log(K − 1)``, where τ corrects an over- or underconfident model (τ = 1 is
 calibrated). If a share ε of the labels was replaced by another label at random, the likelihood of the
-observed one is ``(1 − ε) q + ε (1 − q)/(K − 1)``. ε and τ maximise its product over the examples, and the
-posterior probability that a label was not replaced is the first term over the sum.
+observed one is ``(1 − ε) q + ε (1 − q)/(K − 1)``, and the posterior probability that it was not replaced is
+the first term over the sum.
+
+ε̂ is the posterior median, with ε and log τ uniform beforehand. The top of the likelihood is not enough to go
+by: with 40 % of a few hundred pairs swapped it is so flat that it may lie anywhere, also at ε = 0.
 """
 
 from __future__ import annotations
@@ -15,15 +18,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import optimize
 from torch import Tensor
 
 MAX_RATE = 0.45  # beyond it the wrong labels could be taken for the right ones
-_LOG_TAU = (math.log(1e-3), math.log(1e3))
 # With K > 2 the q of an example's K labels add up to one at τ = 1 only, so a τ without bound would take every
 # label that is not the likeliest one for wrong. Models that learned from noise are underconfident: some room.
-MAX_TAU_OF_CLASSES = 3.0
-_STARTS = ((0.05, 0.0), (0.25, 0.0), (0.4, 1.0))
+TAU_OF_CLASSES = (0.05, 3.0)
+# For pairs τ may be anything, and is large where log-odds are small: early in training. In units of one over
+# the median: from "the labels are as good as open" to "their sign tells all".
+TAU_OF_PAIRS = (0.05, 50.0)
+_MARGIN = 0.02  # a quantile over [0, ``MAX_RATE``] never lies quite at its end
+_BINS = 1024
+_GRID = 48  # points along ε, and along log τ
+_NEGLIGIBLE = 12.0  # nats below the top
 
 
 @dataclass(frozen=True)
@@ -31,11 +38,11 @@ class NoiseFit:
     """One fit.
 
     Attributes:
-        rate: ε̂, the estimated share of wrong labels.
-        low, high: its 95 % interval, from the curvature of the log-likelihood.
-        tau: τ̂.
+        rate: ε̂, the estimated share of wrong labels, its posterior median.
+        low, high: its 95 % credible interval.
+        tau: the likeliest τ with this rate.
         num_labels: K.
-        log_likelihood: mean over the examples, in nats: how well held-out labels are predicted.
+        log_likelihood: the largest, mean over the examples, in nats: how well held-out labels are predicted.
         num_examples: how many examples it is a fit to.
         step, epoch: how far training was.
         exact: most examples had been visited once, by a model that had not been trained on them.
@@ -55,7 +62,12 @@ class NoiseFit:
     @property
     def capped(self) -> bool:
         """Whether ε̂ lies at the end of its range: the model cannot tell the labels apart (yet)."""
-        return self.rate > MAX_RATE - 0.01
+        return self.rate > MAX_RATE - _MARGIN
+
+    @property
+    def open_ended(self) -> bool:
+        """Whether the interval reaches the end of the range: the labels do not tell how many are wrong."""
+        return self.high > MAX_RATE - _MARGIN
 
     @property
     def explained(self) -> float:
@@ -73,8 +85,6 @@ class NoiseFit:
 
     def probability_right(self, heldout: Tensor) -> Tensor:
         """Posterior probability that each label is right; heldout: ζ, any shape, floating point."""
-        if not self.rate:
-            return torch.ones_like(heldout)
         c = math.log(self.num_labels - 1)
         q = torch.sigmoid(self.tau * (heldout + c) - c)
         right, wrong = (1 - self.rate) * q, self.rate * (1 - q) / (self.num_labels - 1)
@@ -82,7 +92,7 @@ class NoiseFit:
 
 
 def fit_noise(heldout: np.ndarray, num_labels: int = 2, step: int = 0, epoch: float = 0.0) -> NoiseFit:
-    """Maximum likelihood of (ε, τ) over ε in [0, ``MAX_RATE``].
+    """The posterior of ε over [0, ``MAX_RATE``].
 
     Args:
         heldout: ζ of the examples, [n], n ≥ 1, finite.
@@ -94,64 +104,47 @@ def fit_noise(heldout: np.ndarray, num_labels: int = 2, step: int = 0, epoch: fl
     """
     if not len(heldout) or not np.isfinite(heldout).all():
         raise ValueError("the noise rate needs at least one example, and finite log-odds.")
-    z = np.asarray(heldout, dtype=np.float64)
-    best, starts = None, list(_STARTS)
-    most = _LOG_TAU[1] if num_labels == 2 else math.log(MAX_TAU_OF_CLASSES)
-    if num_labels == 2:  # τ may be anything, and is large where log-odds are small: early in training
-        scale = min(max(-math.log(np.median(np.abs(z)) + 1e-9), _LOG_TAU[0]), most - 1)
-        starts += [(rate, scale + log_tau) for rate, log_tau in _STARTS]
-    for start in starts:
-        found = optimize.minimize(
-            _objective,
-            start,
-            args=(z, num_labels),
-            jac=True,
-            method="L-BFGS-B",
-            bounds=((0.0, MAX_RATE), (_LOG_TAU[0], most)),
-        )
-        if best is None or found.fun < best.fun - 1e-9:
-            best = found
-    rate, log_tau = (float(x) for x in best.x)
-    spread = 1.96 * _standard_error(rate, log_tau, z, num_labels, log_tau > most - 1e-6)
+    z, counts = _binned(np.asarray(heldout, dtype=np.float64))
+    lowest, highest = TAU_OF_CLASSES
+    if num_labels == 2:
+        size = np.median(np.abs(heldout[heldout != 0])) if heldout.any() else 1.0
+        lowest, highest = (tau / size for tau in TAU_OF_PAIRS)
+    bounds = np.array([[0.0, MAX_RATE], [math.log(lowest), math.log(highest)]])
+    for _ in range(3):  # closer and closer to where the posterior is
+        rates, log_taus = (np.linspace(*ends, _GRID) for ends in bounds)
+        total = _log_likelihood(rates, np.exp(log_taus), z, counts, num_labels)
+        for axis, values in enumerate((rates, log_taus)):
+            near = np.flatnonzero((total > total.max() - _NEGLIGIBLE).any(1 - axis))
+            bounds[axis] = values[max(near[0] - 1, 0)], values[min(near[-1] + 1, _GRID - 1)]
+    posterior = np.exp(total - total.max()).sum(1)
+    posterior /= posterior.sum()
+    low, rate, high = np.interp((0.025, 0.5, 0.975), posterior.cumsum() - posterior / 2, rates).tolist()
     return NoiseFit(
         rate=rate,
-        low=max(0.0, rate - spread),
-        high=min(MAX_RATE, rate + spread),
-        tau=math.exp(log_tau),
+        low=low,
+        high=high,
+        tau=math.exp(log_taus[total[np.abs(rates - rate).argmin()].argmax()]),
         num_labels=num_labels,
-        log_likelihood=-float(best.fun),
-        num_examples=len(z),
+        log_likelihood=float(total.max()) / len(heldout),
+        num_examples=len(heldout),
         step=step,
         epoch=epoch,
     )
 
 
-def _objective(x: np.ndarray, z: np.ndarray, num_labels: int) -> tuple[float, np.ndarray]:
-    """Mean negative log-likelihood at (ε, log τ), and its gradient."""
-    rate, tau, c = x[0], math.exp(x[1]), math.log(num_labels - 1)
-    margin = tau * (z + c) - c
-    q = np.exp(-np.logaddexp(0.0, -margin))
-    not_q = np.exp(-np.logaddexp(0.0, margin))
-    others = num_labels - 1
-    likelihood = np.maximum((1 - rate) * q + rate * not_q / others, 1e-300)
-    by_rate = (not_q / others - q) / likelihood
-    by_log_tau = (1 - rate - rate / others) * q * not_q * tau * (z + c) / likelihood
-    return -np.log(likelihood).mean(), -np.array([by_rate.mean(), by_log_tau.mean()])
+def _binned(heldout: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """At most ``_BINS`` values in place of many, and how many examples each stands for."""
+    parts = np.array_split(np.sort(heldout), min(len(heldout), _BINS))
+    return np.array([part.mean() for part in parts]), np.array([len(part) for part in parts])
 
 
-def _standard_error(rate: float, log_tau: float, z: np.ndarray, num_labels: int, bound: bool) -> float:
-    """Of ε̂, from the observed information; infinite where the likelihood is flat. ``bound``: τ is fixed."""
-    h = 1e-4
-    centre = np.array([min(max(rate, h), MAX_RATE - h), log_tau])
-    rows = []
-    for k in range(2):
-        up, down = centre.copy(), centre.copy()
-        up[k] += h
-        down[k] -= h
-        rows.append((_objective(up, z, num_labels)[1] - _objective(down, z, num_labels)[1]) / (2 * h))
-    information = len(z) * (np.array(rows) + np.array(rows).T) / 2
-    (a, b), (_, d) = information
-    if bound or abs(d) < 1e-6 * a:  # the sign alone tells: τ does not matter
-        return 1 / math.sqrt(a) if a > 0 else math.inf
-    determinant = a * d - b * b
-    return math.sqrt(d / determinant) if determinant > 0 and d > 0 else math.inf
+def _log_likelihood(
+    rates: np.ndarray, taus: np.ndarray, z: np.ndarray, counts: np.ndarray, num_labels: int
+) -> np.ndarray:
+    """Of every ε with every τ, summed over the examples, [len(rates), len(taus)]."""
+    c = math.log(num_labels - 1)
+    margins = taus[:, None] * (z + c) - c
+    q = np.exp(-np.logaddexp(0.0, -margins))  # [τ, bin]
+    other = np.exp(-np.logaddexp(0.0, margins)) / (num_labels - 1)
+    likelihood = q + rates[:, None, None] * (other - q)
+    return np.log(np.maximum(likelihood, 1e-300)) @ counts

@@ -64,7 +64,7 @@ def run_cell(place: Row) -> Row:
         "test_accuracy_per_epoch": per_epoch.get("test"),
         "reported_epoch": epoch + 1,
         "wrong_fitted": final.get("wrong", {}).get("accuracy"),
-        "noise_rate": judge.fits[-1].rate if judge is not None and judge.fits else None,
+        "noise_rate": judge.fit.rate if judge is not None and judge.fits else None,
         "judging_since": None if judge is None else judge.judging_since,
         "auroc_suspicion": aurocs.get("suspicion"),
         "auroc_loss_mean": aurocs.get("loss_mean"),
