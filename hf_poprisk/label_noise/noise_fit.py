@@ -28,8 +28,8 @@ TAU_OF_CLASSES = (0.05, 3.0)
 # the median: from "the labels are as good as open" to "their sign tells all".
 TAU_OF_PAIRS = (0.05, 50.0)
 _MARGIN = 0.02  # a quantile over [0, ``MAX_RATE``] never lies quite at its end
-_BINS = 1024
-_GRID = 48  # points along ε, and along log τ
+_BINS = 512
+_GRID = 32  # points along ε, and along log τ
 _NEGLIGIBLE = 12.0  # nats below the top
 
 
