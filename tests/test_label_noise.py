@@ -178,7 +178,7 @@ def test_the_fit_finds_the_rate_and_the_scale(rate: float, labels: int) -> None:
     # with more than two labels the scale is bounded, not estimated, and what is ambiguous counts as wrong
     assert -0.02 < fit.rate - wrong.mean() < (0.02 if labels == 2 else 0.06)
     assert fit.tau == pytest.approx(0.5, rel=0.15) if labels == 2 else fit.tau <= 3.001
-    assert fit.low <= fit.rate <= fit.high and (fit.high - fit.low < 0.08 or rate == 0.4)
+    assert fit.high - fit.low < 0.08 or rate == 0.4
     assert not fit.capped
     weight = fit.probability_right(torch.tensor(zeta)).numpy()
     assert weight.mean() == pytest.approx(1 - wrong.mean(), abs=0.03 if labels == 2 else 0.08)
@@ -210,23 +210,50 @@ def test_the_rate_is_the_posterior_median(labels: int) -> None:
     fit = fit_noise(zeta, labels)
     below = [posterior[rates <= end].sum() for end in (fit.low, fit.rate, fit.high)]
     assert below == pytest.approx([0.025, 0.5, 0.975], abs=0.015)
-    assert fit.log_likelihood == pytest.approx(total.max() / 60, abs=1e-4)
+    here = total[np.abs(rates - fit.rate).argmin()]
+    assert fit.log_likelihood == pytest.approx(here.max() / 60, abs=1e-3)
+    assert fit.tau == pytest.approx(taus[here.argmax()], rel=0.2)
 
 
-def test_many_examples_are_fitted_as_few_are() -> None:
-    """More than the bins: the interval shrinks with the root of their number, and nothing else changes."""
-    zeta, wrong = drawn(200_000, 0.3, 2)
+@pytest.mark.parametrize("rate", [0.002, 0.3])
+def test_many_examples_are_fitted_as_few_are(rate: float) -> None:
+    """In one go, although their ζ are binned; few wrong labels among many are found as well."""
+    zeta, wrong = drawn(100_000, rate, 2)
     few, many = fit_noise(zeta[:2000]), fit_noise(zeta)
-    assert many.low <= wrong.mean() <= many.high
-    assert (few.high - few.low) / (many.high - many.low) == pytest.approx(10, rel=0.2)
+    assert many.low <= wrong.mean() <= many.high and many.rate == pytest.approx(wrong.mean(), rel=0.2)
+    assert many.tau == pytest.approx(1.0, rel=0.05)
+    if rate > 0.1:
+        assert (few.high - few.low) / (many.high - many.low) == pytest.approx(50**0.5, rel=0.2)
 
 
-def test_a_flat_likelihood_is_not_read_off_at_its_top() -> None:
-    """40 % of 512 pairs: over many draws the estimates lie around the rate, and none at zero."""
-    fits = [fit_noise(drawn(512, 0.4, 2, seed=seed)[0]) for seed in range(40)]
+@pytest.mark.parametrize(("rate", "off"), [(0.2, 0.02), (0.3, 0.03), (0.4, 0.07)])
+def test_a_flat_likelihood_is_not_read_off_at_its_top(rate: float, off: float) -> None:
+    """Of 512 pairs: over many draws the estimates lie around the rate, and none at zero."""
+    fits = [fit_noise(drawn(512, rate, 2, seed=seed)[0]) for seed in range(40)]
     rates = np.array([fit.rate for fit in fits])
-    assert rates.mean() == pytest.approx(0.4, abs=0.07) and rates.min() > 0.1
-    assert sum(fit.low <= 0.4 <= fit.high for fit in fits) >= 36
+    assert rates.mean() == pytest.approx(rate, abs=off) and rates.min() > 0.1
+    assert sum(fit.low <= rate <= fit.high for fit in fits) >= 36
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-3, 1.0, 1e30])
+def test_no_scale_of_the_log_odds_is_too_small_or_too_large(size: float) -> None:
+    zeta = (size * drawn(512, 0.3, 2)[0]).astype(np.float32)
+    fit = fit_noise(zeta)
+    assert fit.rate == pytest.approx(0.3, abs=0.06)
+    weight = fit.probability_right(torch.from_numpy(zeta))
+    assert weight.isfinite().all() and weight.min() < 0.1 < 0.9 < weight.max()
+    assert fit_noise(np.full(3, 1e-38, np.float32)).open_ended
+
+
+def test_without_a_sign_every_rate_is_as_likely() -> None:
+    fit = fit_noise(np.zeros(100))
+    assert [fit.low, fit.rate, fit.high] == pytest.approx([0.025 * MAX_RATE, MAX_RATE / 2, 0.975 * MAX_RATE])
+    assert fit.open_ended and not fit.capped
+
+
+def test_at_a_rate_of_zero_every_label_is_right() -> None:
+    fit = NoiseFit(0.0, 0.0, 0.1, 1000.0, 2, -0.1, 100)
+    assert fit.probability_right(torch.tensor([-300.0, 0.0, 5.0])).tolist() == [1.0] * 3
 
 
 def test_the_posterior_is_bayes_rule() -> None:
@@ -239,7 +266,7 @@ def test_the_posterior_is_bayes_rule() -> None:
 
 def test_where_no_label_is_contradicted_the_rate_is_next_to_nothing() -> None:
     fit = fit_noise(np.linspace(0.5, 4.0, 1000))
-    assert fit.low == 0 and fit.rate < 2e-3 and fit.high < 5e-3 and fit.tau > 5
+    assert fit.low < 1e-3 and fit.rate < 2e-3 and fit.high < 5e-3 and fit.tau > 5
     assert fit.probability_right(torch.tensor([0.5, 1.0, 4.0])).min() > 0.999
 
 
@@ -430,9 +457,9 @@ def judged_from(trainer: Any, fits_at: int) -> None:
         fit(epoch, step)
         if step >= fits_at and judge.fits:
             judge.judging_since = judge.judging_since or step
-            if judge.fits:  # tiny models predict nothing
-                sure = replace(judge.fits[-1], rate=0.4, low=0.4, high=0.42, log_likelihood=-0.5, exact=True)
-                judge.fits[0] = judge.fits[-1] = sure
+            # tiny models predict nothing
+            sure = replace(judge.fits[-1], rate=0.4, low=0.4, high=0.42, log_likelihood=-0.5, exact=True)
+            judge.fits[0], judge.fits[-1] = sure, replace(sure, rate=0.1)
 
     judge.maybe_fit = maybe_fit
 
@@ -450,7 +477,8 @@ def test_pairs_are_weighted_by_their_posterior(kind: str, mode: str, llama_dir: 
     assert len(judge.fits) >= 2 and judge.judging_since == 4
     first, later = taps[0], taps[-1]
     assert torch.equal(first.weight, torch.ones(4))
-    expected = judge.fits[-2 if judge.fits[-1].step == 8 else -1].probability_right(later.heldout)
+    by = judge.fits[-2 if judge.fits[-1].step == 8 else -1]
+    expected = replace(by, rate=0.4).probability_right(later.heldout)  # that of the first visits
     torch.testing.assert_close(later.weight, expected)
     z = later.tap.log_odds
     strength = expected if mode == "weight" else 2 * expected - 1
@@ -815,11 +843,14 @@ def test_warnings_say_what_the_numbers_are_not_worth(
     judge.judging_since = 5
     assert "its last values are too low if labels are learned by heart" in warning()
     judge.preferences = True
-    assert judge.fits[0].exact and "leave the noise rate open (0.01 to 0.45): the estimate, 0.29" in warning()
+    assert (
+        judge.fits[0].exact
+        and "were predicted hardly better than by chance: the estimate, 0.28, may be far off" in warning()
+    )
     judge.fits[0] = replace(judge.fits[0], high=0.4, log_likelihood=-0.6)
     assert "its last values are too low" in warning()
-    judge.fits[0] = replace(judge.fits[0], log_likelihood=-math.log(2))
-    assert "leave the noise rate open" in warning()
+    judge.fits[0] = replace(judge.fits[0], high=0.44)
+    assert "leave the noise rate open (0.02 to 0.44): the estimate, 0.28" in warning()
     judge.preferences = False
     judge.fits = []
     assert "no example was weighted: train for three epochs or more" in warning()
@@ -971,7 +1002,7 @@ def test_an_older_rule_is_not_gone_on_with(tmp_path: Path) -> None:
     judge.save(tmp_path)
     content = json.loads((tmp_path / FITS_NAME).read_text())
     judge.load(tmp_path)
-    del content["kept_share"]
+    content["rule"] -= 1
     (tmp_path / FITS_NAME).write_text(json.dumps(content))
     with pytest.raises(ValueError, match="another rule, of an earlier version"):
         judge.load(tmp_path)
@@ -990,7 +1021,7 @@ def test_small_log_odds_are_fitted_as_large_ones_are(scale: float) -> None:
 
 
 def test_who_predicts_nothing_judges_nobody() -> None:
-    """As long as held-out labels are predicted by chance nobody is weighted; whatever the rate is."""
+    """As long as held-out labels are predicted by chance no class is weighted; whatever the rate is."""
     rng, rows = np.random.default_rng(1), torch.arange(400)
     judge = LabelNoise("weight", False, ExampleTable(np.arange(400)))
     for epoch in (1.0, 2.0, 3.0):

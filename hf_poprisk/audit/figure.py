@@ -111,6 +111,9 @@ def _plot_rate(axis: Any, run: Run, flips: np.ndarray | None) -> None:
         )
         if len(epochs) == 1:  # a band without width cannot be seen
             axis.vlines(epochs, lows, highs, color=_DARK_COLOR)
+        by = run.judged_by
+        if by is not run.fit:
+            axis.axhline(by.rate, color=_DARK_COLOR, linewidth=1, label=f"of the first visits: {by.rate:.3f}")
         since = next((fit.epoch for fit in run.fits if fit.step == run.judging_since), None)
         if since is not None:
             what = "weights would begin" if run.mode == "audit" else "weights begin"

@@ -70,11 +70,11 @@ def _summary(run: Run) -> list[RenderableType]:
             f"(τ = {fit.tau:.2f}, {fit.num_labels} labels, epoch {fit.epoch:.2f})",
             style="bold",
         ),
+        *map(Text, _of_first_visits(run)),
         Text(
             f"more likely wrong than right (posterior below 0.5): {called} of {visited} "
             f"({percent(called, visited)})"
         ),
-        *map(Text, _of_first_visits(run)),
         Text(_since(run)),
     ]
     if fit.capped:
@@ -112,12 +112,12 @@ def _summary(run: Run) -> list[RenderableType]:
 
 def _of_first_visits(run: Run) -> list[str]:
     """Where the share is from, if not from the last estimate."""
-    fit, by, first = run.fit, run.judged_by, run.fits[0]
-    if fit is None or by is None or by.rate == fit.rate:
+    fit = run.fit
+    if fit is None or run.judged_by is fit:
         return []
     return [
-        f"that is the estimate of the first visits (epoch {first.epoch:.2f}), by which pairs are judged "
-        f"where it is above the last one, {fit.rate:.3f} ({fit.low:.3f}–{fit.high:.3f})"
+        f"the share is that of the first visits (epoch {run.fits[0].epoch:.2f}), because the last one is "
+        f"lower: {fit.rate:.3f}, {fit.low:.3f}–{fit.high:.3f}"
     ]
 
 

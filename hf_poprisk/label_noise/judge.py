@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from hf_poprisk.influence import Influence
 from hf_poprisk.label_noise.log_odds import LogOddsError, LogOddsTap
-from hf_poprisk.label_noise.noise_fit import MAX_RATE, NoiseFit, fit_noise
+from hf_poprisk.label_noise.noise_fit import OPEN_RATE, NoiseFit, fit_noise
 from hf_poprisk.label_noise.sample import Sample, other_row
 from hf_poprisk.label_noise.table import INDEX, TABLE_NAME, ExampleTable
 from hf_poprisk.record import write_json
@@ -39,6 +39,7 @@ SURE_ENOUGH_TO_SWAP = 0.5
 # Nats per example and epoch: while held-out labels are still predicted better by more than this, the model is
 # not competent to judge, and what it has not learned yet would pass for wrong.
 STILL_LEARNING = 0.01
+RULE = 2  # of scores and estimates; a run cannot go on with those of another one
 
 
 @dataclass
@@ -64,8 +65,8 @@ class LabelNoise:
         judging_since: the optimizer step from which on weights are given; None until then. Pairs: the end
             of the first epoch, whose visits need nothing taken off. Classes, because what is not learned yet
             looks wrong, and pairs that the model had been trained on before: when the held-out
-            log-likelihood has stopped rising from one epoch to the next. While held-out labels are predicted
-            no better than by chance, no class is judged.
+            log-likelihood has stopped rising from one epoch to the next, and is better than chance. Classes
+            are judged no longer while it is not.
     """
 
     def __init__(
@@ -200,10 +201,9 @@ class LabelNoise:
         once = (self.table.visits == 1).sum() > (self.table.visits > 1).sum()
         fit = replace(fit_noise(heldout, self._num_labels, step, epoch), exact=bool(once) and self.untrained)
         self.fits.append(fit)
-        at_once = self.preferences and fit.exact and len(self.fits) == 1
-        later = epoch >= self.fits[0].epoch + 1 - 1e-6 and competent(fit)
-        learned = later and last_rise(self.fits) < STILL_LEARNING
-        if self.judging_since is None and (at_once or learned):
+        later = epoch >= self.fits[0].epoch + 1 - 1e-6
+        learned = later and competent(fit) and last_rise(self.fits) < STILL_LEARNING
+        if self.judging_since is None and ((self.preferences and fit.exact) or learned):
             self.judging_since = step
 
     def restart_epochs(self) -> None:
@@ -232,8 +232,8 @@ class LabelNoise:
             logger.warning(
                 "poprisk_label_noise=swap: pairs are weighted and none is swapped, because their first "
                 f"visits were not predicted well: {known:.0%} of what can be known, where it takes "
-                f"{SURE_ENOUGH_TO_SWAP:.0%}, and up to {first.high:.0%} wrong labels, where it takes less "
-                f"than {MAX_RATE:.0%}."
+                f"{SURE_ENOUGH_TO_SWAP:.0%}, and up to {first.high:.0%} wrong labels, where it takes no more "
+                f"than {OPEN_RATE:.0%}."
             )
 
     def summary(self, folder: str, step: int) -> str:
@@ -268,16 +268,16 @@ class LabelNoise:
                 f"{name}: no example was weighted, because {why_not_judged(self.fits, self.preferences)}: "
                 "train for more epochs."
             )
+        elif self.fits[-1].capped or not competent(self.fits[-1]):
+            logger.warning(
+                f"{name}: the model does not predict held-out labels, for want of training or of signal (the "
+                f"estimated noise rate is {self.fit.rate:.2f}); its weights and suspicions mean little; "
+                "raise the learning rate or the number of epochs."
+            )
         elif weighs and self.judging_since == step:
             logger.warning(
                 f"{name}: no example was weighted, because training ended where weights would have begun: "
                 "train for more epochs."
-            )
-        elif self.fits[-1].capped or not competent(self.fits[-1]):
-            logger.warning(
-                f"{name}: the model does not predict held-out labels, for want of training or of signal (the "
-                f"estimated noise rate is {self.fit.rate:.2f}, its limit {MAX_RATE}); its weights and "
-                "suspicions mean little; raise the learning rate or the number of epochs."
             )
         elif (nothing_known := left_open(self.fits, self.preferences)) is not None:
             logger.warning(f"{name}: {nothing_known}.")
@@ -297,7 +297,7 @@ class LabelNoise:
             "num_labels": self._num_labels,
             "quarters": self._quarters,
             "judging_since": self.judging_since,
-            "kept_share": self.kept_share,
+            "rule": RULE,
             "untrained": self.untrained,
             "clip_coefficient": float(self.clip_coefficient),
             "interval": self._sums.tolist(),
@@ -322,7 +322,7 @@ class LabelNoise:
                 f"the training data are not those of {folder}: example {different[0]} has another "
                 f"{different[1]}. Give them in the same order, or with the column {INDEX} from the start."
             )
-        if content.get("kept_share") != self.kept_share:
+        if content.get("rule") != RULE:
             raise ValueError(
                 f"{folder} holds scores by another rule, of an earlier version, which this one cannot go on "
                 "from: set poprisk_label_noise=off, or start over."
@@ -345,10 +345,10 @@ def competent(fit: NoiseFit) -> bool:
 
 
 def judged_by(fits: Sequence[NoiseFit], preferences: bool) -> NoiseFit:
-    """The last fit; of pairs with the rate of the first one if it is higher, and its interval.
+    """The last fit; of pairs with the rate and the interval of the first one if its rate is higher.
 
     The first visits are the only ones that are held out exactly, and no label becomes right later: what falls
-    below their estimate has been learned by heart.
+    below their estimate has been learned by heart. τ is of the log-odds as they are now.
     """
     first, last = fits[0], fits[-1]
     if not (preferences and first.exact and first.rate > last.rate):
@@ -361,10 +361,12 @@ def left_open(fits: Sequence[NoiseFit], preferences: bool) -> str | None:
     first = fits[0]
     if not (preferences and first.exact) or (competent(first) and not first.open_ended):
         return None
+    what = f"leave the noise rate open ({first.low:.2f} to {first.high:.2f})"
+    if not competent(first):
+        what = "were predicted hardly better than by chance"
     return (
-        "the first visits of the pairs, the only ones that are held out exactly, leave the noise rate open "
-        f"({first.low:.2f} to {first.high:.2f}): the estimate, {judged_by(fits, preferences).rate:.2f}, may "
-        "be far off"
+        f"the first visits of the pairs, the only ones that are held out exactly, {what}: the estimate, "
+        f"{judged_by(fits, preferences).rate:.2f}, may be far off"
     )
 
 

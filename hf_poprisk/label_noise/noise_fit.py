@@ -6,8 +6,9 @@ calibrated). If a share ε of the labels was replaced by another label at random
 observed one is ``(1 − ε) q + ε (1 − q)/(K − 1)``, and the posterior probability that it was not replaced is
 the first term over the sum.
 
-ε̂ is the posterior median, with ε and log τ uniform beforehand. The top of the likelihood is not enough to go
-by: with 40 % of a few hundred pairs swapped it is so flat that it may lie anywhere, also at ε = 0.
+ε̂ is the posterior median, with ε and log τ uniform between their bounds beforehand. The top of the
+likelihood is not enough to go by: with 40 % of a few hundred pairs swapped it is so flat that it may lie
+anywhere, also at ε = 0.
 """
 
 from __future__ import annotations
@@ -24,11 +25,10 @@ MAX_RATE = 0.45  # beyond it the wrong labels could be taken for the right ones
 # With K > 2 the q of an example's K labels add up to one at τ = 1 only, so a τ without bound would take every
 # label that is not the likeliest one for wrong. Models that learned from noise are underconfident: some room.
 TAU_OF_CLASSES = (0.05, 3.0)
-# For pairs τ may be anything, and is large where log-odds are small: early in training. In units of one over
-# the median: from "the labels are as good as open" to "their sign tells all".
-TAU_OF_PAIRS = (0.05, 50.0)
-_MARGIN = 0.02  # a quantile over [0, ``MAX_RATE``] never lies quite at its end
-_BINS = 512
+# With K = 2 τ may be anything, and is large where log-odds are small: early in training. In units of one over
+# the median |ζ|: from "the labels are as good as open" to "the sign of ζ tells all".
+TAU_OF_TWO = (0.05, 50.0)
+OPEN_RATE = 0.43  # an upper end beyond it: a flat posterior has .439, no quantile lies quite at ``MAX_RATE``
 _GRID = 32  # points along ε, and along log τ
 _NEGLIGIBLE = 12.0  # nats below the top
 
@@ -40,9 +40,9 @@ class NoiseFit:
     Attributes:
         rate: ε̂, the estimated share of wrong labels, its posterior median.
         low, high: its 95 % credible interval.
-        tau: the likeliest τ with this rate.
+        tau: τ̂, the likeliest with this rate.
         num_labels: K.
-        log_likelihood: the largest, mean over the examples, in nats: how well held-out labels are predicted.
+        log_likelihood: at (ε̂, τ̂), mean over the examples, in nats: how well held-out labels are predicted.
         num_examples: how many examples it is a fit to.
         step, epoch: how far training was.
         exact: most examples had been visited once, by a model that had not been trained on them.
@@ -61,13 +61,13 @@ class NoiseFit:
 
     @property
     def capped(self) -> bool:
-        """Whether ε̂ lies at the end of its range: the model cannot tell the labels apart (yet)."""
-        return self.rate > MAX_RATE - _MARGIN
+        """Whether ε̂ lies at the end of its range."""
+        return self.rate > MAX_RATE - 0.01
 
     @property
     def open_ended(self) -> bool:
         """Whether the interval reaches the end of the range: the labels do not tell how many are wrong."""
-        return self.high > MAX_RATE - _MARGIN
+        return self.high > OPEN_RATE
 
     @property
     def explained(self) -> float:
@@ -86,9 +86,8 @@ class NoiseFit:
     def probability_right(self, heldout: Tensor) -> Tensor:
         """Posterior probability that each label is right; heldout: ζ, any shape, floating point."""
         c = math.log(self.num_labels - 1)
-        q = torch.sigmoid(self.tau * (heldout + c) - c)
-        right, wrong = (1 - self.rate) * q, self.rate * (1 - q) / (self.num_labels - 1)
-        return torch.where(right + wrong > 0, right / (right + wrong), 0.0)
+        before = math.log((1 - self.rate) / self.rate) if self.rate else math.inf
+        return torch.sigmoid(before + self.tau * (heldout + c))  # Bayes' rule in log-odds
 
 
 def fit_noise(heldout: np.ndarray, num_labels: int = 2, step: int = 0, epoch: float = 0.0) -> NoiseFit:
@@ -104,11 +103,10 @@ def fit_noise(heldout: np.ndarray, num_labels: int = 2, step: int = 0, epoch: fl
     """
     if not len(heldout) or not np.isfinite(heldout).all():
         raise ValueError("the noise rate needs at least one example, and finite log-odds.")
-    z, counts = _binned(np.asarray(heldout, dtype=np.float64))
-    lowest, highest = TAU_OF_CLASSES
-    if num_labels == 2:
-        size = np.median(np.abs(heldout[heldout != 0])) if heldout.any() else 1.0
-        lowest, highest = (tau / size for tau in TAU_OF_PAIRS)
+    z = np.asarray(heldout, dtype=np.float64)
+    scale = np.median(np.abs(z[z != 0])).clip(1e-30, 1e30) if z.any() else 1.0
+    lowest, highest = TAU_OF_CLASSES if num_labels > 2 else (tau / scale for tau in TAU_OF_TWO)
+    z, counts = _binned(z, scale)
     bounds = np.array([[0.0, MAX_RATE], [math.log(lowest), math.log(highest)]])
     for _ in range(3):  # closer and closer to where the posterior is
         rates, log_taus = (np.linspace(*ends, _GRID) for ends in bounds)
@@ -116,26 +114,29 @@ def fit_noise(heldout: np.ndarray, num_labels: int = 2, step: int = 0, epoch: fl
         for axis, values in enumerate((rates, log_taus)):
             near = np.flatnonzero((total > total.max() - _NEGLIGIBLE).any(1 - axis))
             bounds[axis] = values[max(near[0] - 1, 0)], values[min(near[-1] + 1, _GRID - 1)]
-    posterior = np.exp(total - total.max()).sum(1)
-    posterior /= posterior.sum()
-    low, rate, high = np.interp((0.025, 0.5, 0.975), posterior.cumsum() - posterior / 2, rates).tolist()
+    density = np.exp(total - total.max()).sum(1)
+    below = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
+    low, rate, high = np.interp((0.025, 0.5, 0.975), below / below[-1], rates).tolist()
+    here = total[np.abs(rates - rate).argmin()]
     return NoiseFit(
         rate=rate,
         low=low,
         high=high,
-        tau=math.exp(log_taus[total[np.abs(rates - rate).argmin()].argmax()]),
+        tau=math.exp(log_taus[here.argmax()]),
         num_labels=num_labels,
-        log_likelihood=float(total.max()) / len(heldout),
+        log_likelihood=float(here.max()) / len(heldout),
         num_examples=len(heldout),
         step=step,
         epoch=epoch,
     )
 
 
-def _binned(heldout: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most ``_BINS`` values in place of many, and how many examples each stands for."""
-    parts = np.array_split(np.sort(heldout), min(len(heldout), _BINS))
-    return np.array([part.mean() for part in parts]), np.array([len(part) for part in parts])
+def _binned(z: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """A few hundred values in place of many, to 3 % of them, and how many examples each stands for."""
+    _, where, counts = np.unique(
+        np.round(np.arcsinh(50 * z / scale) / 0.03), return_inverse=True, return_counts=True
+    )
+    return np.bincount(where, z) / counts, counts
 
 
 def _log_likelihood(
