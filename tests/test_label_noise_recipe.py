@@ -331,6 +331,9 @@ def test_the_table_chooses_by_validation_and_pairs_the_seeds(tmp_path: Path) -> 
     assert "oracle: best epoch on test* | 0.1 | | 0.500" in printed
     assert "| adamw | 0.500 | 0.400 |" in printed  # at each rate
     assert "| weight | 0.505, +0.005 [-0.059, +0.069] | – |" in printed
+    assert "earlier rule" not in printed
+    rows[-1]["earlier_rule"] = True
+    assert "**The share estimated by an earlier rule: weight at 0.1.**" in tables(rows)
 
 
 def test_weight_is_held_against_what_it_should_beat() -> None:

@@ -103,7 +103,7 @@ def about(arms: dict[str, list[Row]]) -> tuple[str, str]:
 
 
 def remarks(arms: dict[str, list[Row]], expected: list[str]) -> list[str]:
-    """Missing cells, and rates that are not the same for every arm."""
+    """Missing cells, those of an earlier rule, and rates that are not the same for every arm."""
     seeds = {row["seed"] for rows in arms.values() for row in rows}
     counts = {arm: len({row["learning_rate"] for row in rows}) for arm, rows in arms.items()}
     missing = [f"{arm} altogether" for arm in expected if arm not in arms]
@@ -111,10 +111,14 @@ def remarks(arms: dict[str, list[Row]], expected: list[str]) -> list[str]:
         for (rate,), part in sorted(by(rows, ["learning_rate"]).items()):
             gone = sorted(seeds - {row["seed"] for row in part})
             missing += [f"{arm} at {rate:g}, seeds {', '.join(map(str, gone))}"] if gone else []
+    older = {(arm, row["learning_rate"]) for arm in arms for row in arms[arm] if "earlier_rule" in row}
     uneven = ", ".join(f"{arm} {count}" for arm, count in counts.items())
     lines = []
     if len(set(counts.values())) > 1:
         lines += [f"**Not the same number of learning rates for every arm: {uneven}.**"]
+    if older:
+        cells = "; ".join(f"{arm} at {rate:g}" for arm, rate in sorted(older))
+        lines += [f"**The share estimated by an earlier rule: {cells}.**"]
     return lines + ([f"**Missing: {'; '.join(missing)}.**"] if missing else [])
 
 
