@@ -921,6 +921,19 @@ def test_pairs_are_judged_by_their_first_visits_at_least() -> None:
     torch.testing.assert_close(weights(), replace(last, rate=0.4).probability_right(z))
 
 
+def test_pairs_that_nothing_is_known_of_weigh_about_the_same() -> None:
+    """They are judged all the same, and none is swapped: the posterior says by itself how little it knows."""
+    judge = LabelNoise("swap", True, ExampleTable(np.arange(400)))
+    z = torch.tensor(np.random.default_rng(1).choice([-1.0, 1.0], 400))
+    judge.table.visit(torch.arange(400), heldout_logodds=z)
+    judge.maybe_fit(1.0, 10)
+    assert judge.judging_since == 10 and not competent(judge.fits[0]) and not judge.swaps
+    visit = _Visit(torch.arange(3), None, None, None, None)
+    strength = judge._strength(visit, torch.tensor([-1.0, 0.0, 1.0]), 2)
+    assert torch.equal(strength, visit.weight) and 0.5 < strength.min() < strength.max() < 0.9
+    assert strength.max() - strength.min() < 0.1
+
+
 def test_only_what_is_predicted_well_is_swapped(caplog: pytest.LogCaptureFixture) -> None:
     """Else a pair weighs as much as it is likely to be right, and a warning says so."""
     judge = LabelNoise("swap", True, ExampleTable(np.arange(400)))

@@ -111,9 +111,9 @@ def _summary(run: Run) -> list[RenderableType]:
 
 
 def _of_first_visits(run: Run) -> list[str]:
-    """Where the share is from, if not from the last estimate."""
-    fit = run.fit
-    if fit is None or run.judged_by is fit:
+    """Where the share is from, if not from the last estimate; there is a fit."""
+    fit = run.fits[-1]
+    if run.judged_by is fit:
         return []
     return [
         f"the share is that of the first visits (epoch {run.fits[0].epoch:.2f}), because the last one is "

@@ -39,7 +39,7 @@ SURE_ENOUGH_TO_SWAP = 0.5
 # Nats per example and epoch: while held-out labels are still predicted better by more than this, the model is
 # not competent to judge, and what it has not learned yet would pass for wrong.
 STILL_LEARNING = 0.01
-RULE = 2  # of scores and estimates; a run cannot go on with those of another one
+RULE = 2  # of scores (what is kept) and estimates; raise it with either: a run cannot go on with others
 
 
 @dataclass
