@@ -23,7 +23,8 @@ from hf_poprisk import audit
 from hf_poprisk.audit import AuditError, Bin, auroc
 from hf_poprisk.audit.data import check_labels
 from hf_poprisk.label_noise import INDEX, TABLE_NAME, ExampleTable, LabelNoise, NoiseFit
-from hf_poprisk.label_noise.judge import FITS_NAME, _Visit
+from hf_poprisk.label_noise.estimates import FITS_NAME
+from hf_poprisk.label_noise.judge import _Visit
 from hf_poprisk.label_noise.noise_fit import MAX_RATE
 from hf_poprisk.label_noise.sample import take_sample
 
@@ -362,7 +363,7 @@ def test_report_with_truth(run: Path, saved: Path, capsys: pytest.CaptureFixture
         ),
         ({"fits": []}, "warning: the noise rate was not estimated"),
         (
-            {"fits": [NoiseFit(MAX_RATE, 0.3, MAX_RATE, 0.1, 2, -0.69, N)]},
+            {"fits": [NoiseFit(MAX_RATE, 0.3, MAX_RATE, 0.1, 2, -0.5, N)]},
             "warning: the estimate is at its limit",
         ),
         ({"fits": [*FITS, CHANCE]}, "warning: held-out labels are predicted hardly better than by chance"),
@@ -686,9 +687,16 @@ def test_what_cannot_be_written(run: Path, saved: Path, tmp_path: Path, capsys: 
     assert "needs the columns chosen and rejected" in sentence("reflipped", data=tmp_path / "half")
     pairs().add_column("margin", [1.0] * N).save_to_disk(tmp_path / "margin")
     assert "cannot turn the column margin round" in sentence("reflipped", data=tmp_path / "margin")
-    for name, options in (("guess", {"fits": [CHANCE]}), ("waiting", {"since": None})):
+    capped = NoiseFit(MAX_RATE, 0.3, MAX_RATE, 0.1, 2, -0.5, N)
+    for name, options, why in (
+        ("guess", {"fits": [CHANCE]}, "predicted hardly better than by chance"),
+        ("capped", {"fits": [capped], "preferences": False}, "at its limit of 0.45"),
+        ("open", {"fits": [replace(FITS[0], high=0.44), *FITS[1:]]}, "leave the noise rate open"),
+        ("waiting", {"since": None}, "predicted better and better until the end"),
+    ):
         unsure = save_run(tmp_path / name, **options)
-        assert "an estimate that means little" in sentence("weighted", unsure)
+        said = sentence("weighted", unsure)
+        assert "would follow an estimate that means little (" in said and why in said
     tokens = Dataset.from_dict({"input_ids": [[i] for i in range(N)], "labels": [0] * N})
     other = save_run(tmp_path / "other", sample=take_sample(tokens, np.arange(N)))
     assert "was trained on (input_ids, labels): nothing tells" in sentence("filtered", other)

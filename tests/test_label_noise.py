@@ -22,7 +22,8 @@ from hf_poprisk import PopRiskTrainer, PopRiskTrainingArguments
 from hf_poprisk.checkpoints import damage
 from hf_poprisk.influence import Influence
 from hf_poprisk.label_noise import INDEX, TABLE_NAME, ExampleTable, LabelNoise, NoiseFit, fit_noise
-from hf_poprisk.label_noise.judge import FITS_NAME, _Visit, competent, load_fits
+from hf_poprisk.label_noise.estimates import FITS_NAME, competent, load_fits
+from hf_poprisk.label_noise.judge import _Visit
 from hf_poprisk.label_noise.log_odds import LogOddsError, LogOddsTap, class_log_odds
 from hf_poprisk.label_noise.mixin import IndexCollator, with_index
 from hf_poprisk.label_noise.noise_fit import MAX_RATE
@@ -825,13 +826,14 @@ def test_warnings_say_what_the_numbers_are_not_worth(
         return caplog.text
 
     assert judge.judging_since == 10  # pairs need no second epoch
-    assert not competent(judge.fits[-1]) and "does not predict held-out labels" in warning()
+    assert not competent(judge.fits[-1]) and "predicted hardly better than by chance" in warning()
     judge.mode = "weight"
-    assert "does not predict held-out labels" in warning()
+    assert "predicted hardly better than by chance, for want of training" in warning()
     first = judge.fits[0]
     judge.fits[0] = replace(first, rate=MAX_RATE, log_likelihood=-0.5)
-    assert judge.fits[-1].capped and "does not predict held-out labels" in warning()
+    assert judge.fits[-1].capped and "the estimate is at its limit of 0.45" in warning()
     judge.fits[0], judge.judging_since = first, None
+    assert "hardly better than by chance: train for more epochs, or with a higher learning rate" in warning()
     judge.fits.append(replace(judge.fits[0], epoch=1.75, rate=0.2, log_likelihood=-0.5))
     assert "pairs that the model had been trained on before are judged from the end of the" in warning()
     judge.preferences = False

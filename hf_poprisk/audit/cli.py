@@ -23,7 +23,7 @@ from hf_poprisk.audit.report import report
 from hf_poprisk.audit.run import load_run
 from hf_poprisk.audit.write import WRITES, check_target, check_write, write_data
 from hf_poprisk.label_noise import TABLE_NAME
-from hf_poprisk.label_noise.judge import FITS_NAME
+from hf_poprisk.label_noise.estimates import FITS_NAME
 
 if TYPE_CHECKING:
     from rich.console import Console

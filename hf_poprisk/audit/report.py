@@ -20,7 +20,7 @@ from hf_poprisk.audit.scores import (
     most_contradicted,
 )
 from hf_poprisk.label_noise import NoiseFit
-from hf_poprisk.label_noise.judge import STILL_LEARNING, competent, last_rise, left_open, why_not_judged
+from hf_poprisk.label_noise.estimates import STILL_LEARNING, doubt, last_rise, why_not_judged
 from hf_poprisk.label_noise.noise_fit import MAX_RATE, TAU_OF_CLASSES
 
 if TYPE_CHECKING:
@@ -77,21 +77,8 @@ def _summary(run: Run) -> list[RenderableType]:
         ),
         Text(_since(run)),
     ]
-    if fit.capped:
-        out += [
-            _warning(
-                f"the estimate is at its limit of {MAX_RATE}: the model does not predict held-out labels, "
-                "for want of training or of signal, and what follows means little."
-            )
-        ]
-    elif not competent(fit):
-        out += [
-            _warning(
-                "held-out labels are predicted hardly better than by chance, and what follows means little."
-            )
-        ]
-    elif (nothing_known := left_open(run.fits, run.preferences)) is not None:
-        out += [_warning(f"{nothing_known}.")]
+    if (why := doubt(run.fits, run.preferences)) is not None:
+        out += [_warning(f"{why}.")]
     if fit.num_labels > 2 and fit.tau > 0.999 * TAU_OF_CLASSES[1]:
         out += [
             _warning(

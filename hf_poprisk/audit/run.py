@@ -13,7 +13,7 @@ import torch
 
 from hf_poprisk.audit.common import AuditError, need, one_line
 from hf_poprisk.label_noise import INDEX, LABEL_NOISE_MODES, TABLE_NAME, NoiseFit
-from hf_poprisk.label_noise.judge import FITS_NAME, judged_by, load_fits, train_longer
+from hf_poprisk.label_noise.estimates import FITS_NAME, judged_by, load_fits, train_longer
 from hf_poprisk.label_noise.noise_fit import MAX_RATE
 from hf_poprisk.label_noise.sample import Sample
 

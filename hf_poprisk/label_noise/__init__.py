@@ -18,6 +18,7 @@ derivation (arXiv:2605.01172) holds out gradients; this holds out log-odds.
     noise_fit.py   the two-part model                       <- read first
     log_odds.py    where z is found, and how an example is weighted
     table.py       the rows of ``label_noise.parquet``
+    estimates.py   what labels are judged by, and when the estimates mean little
     judge.py       what happens at a visit, at a step, four times per epoch (of a stream: per pass)
     mixin.py       its place in the trainers
 """

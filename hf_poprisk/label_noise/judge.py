@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_poprisk.influence import Influence
+from hf_poprisk.label_noise.estimates import (
+    FITS_NAME,
+    STILL_LEARNING,
+    competent,
+    doubt,
+    judged_by,
+    last_rise,
+    load_fits,
+    train_longer,
+    why_not_judged,
+)
 from hf_poprisk.label_noise.log_odds import LogOddsError, LogOddsTap
 from hf_poprisk.label_noise.noise_fit import OPEN_RATE, NoiseFit, fit_noise
 from hf_poprisk.label_noise.sample import Sample, other_row
@@ -27,7 +38,6 @@ from hf_poprisk.record import write_json
 logger = logging.getLogger(__name__)
 
 LABEL_NOISE_MODES = ("off", "audit", "weight", "swap")
-FITS_NAME = "label_noise.json"
 FITS_PER_EPOCH = 4
 # Of what its own steps taught an example; the rest is undone by the steps of others. More stays in a
 # language model, whose examples have little in common: recipes/held_out.py finds 0.68 to 0.81 for pairs, and
@@ -36,9 +46,6 @@ KEPT_BY_CLASSES, KEPT_BY_PAIRS = 0.5, 0.7
 # Of what can be known of the labels, see ``NoiseFit.explained``: with less than that pairs are weighted, and
 # not swapped. Swaps by a model that is not sure feed on their own mistakes.
 SURE_ENOUGH_TO_SWAP = 0.5
-# Nats per example and epoch: while held-out labels are still predicted better by more than this, the model is
-# not competent to judge, and what it has not learned yet would pass for wrong.
-STILL_LEARNING = 0.01
 RULE = 2  # of scores (what is kept) and estimates; raise it with either: a run cannot go on with others
 
 
@@ -263,24 +270,19 @@ class LabelNoise:
                 f"{name}: training ended within its first epoch, so the noise rate was not estimated and no "
                 f"example was weighted: {train_longer(self.preferences)}."
             )
-        elif weighs and self.judging_since is None and competent(self.fits[-1]):
+        elif weighs and self.judging_since is None:
+            rate = "" if competent(self.fits[-1]) else ", or with a higher learning rate"
             logger.warning(
                 f"{name}: no example was weighted, because {why_not_judged(self.fits, self.preferences)}: "
-                "train for more epochs."
-            )
-        elif self.fits[-1].capped or not competent(self.fits[-1]):
-            logger.warning(
-                f"{name}: the model does not predict held-out labels, for want of training or of signal (the "
-                f"estimated noise rate is {self.fit.rate:.2f}); its weights and suspicions mean little; "
-                "raise the learning rate or the number of epochs."
+                f"train for more epochs{rate}."
             )
         elif weighs and self.judging_since == step:
             logger.warning(
                 f"{name}: no example was weighted, because training ended where weights would have begun: "
                 "train for more epochs."
             )
-        elif (nothing_known := left_open(self.fits, self.preferences)) is not None:
-            logger.warning(f"{name}: {nothing_known}.")
+        elif (why := doubt(self.fits, self.preferences)) is not None:
+            logger.warning(f"{name}: {why}.")
         elif last_rise(self.fits) > STILL_LEARNING:
             logger.warning(
                 f"{name}: held-out labels were still predicted better and better at the end, by which the "
@@ -333,69 +335,3 @@ class LabelNoise:
         self.clip_coefficient = content["clip_coefficient"]
         self._sums = torch.tensor(content["interval"], dtype=torch.float64)
         self.fits = load_fits(folder)
-
-
-def competent(fit: NoiseFit) -> bool:
-    """Whether held-out labels are predicted better than by chance: else everybody would look wrong.
-
-    By a tenth of what can be known, and beyond luck: a likelihood-ratio test at 5 %.
-    """
-    gain = fit.log_likelihood + math.log(fit.num_labels)
-    return fit.explained > 0.1 and 2 * fit.num_examples * gain > 3.84
-
-
-def judged_by(fits: Sequence[NoiseFit], preferences: bool) -> NoiseFit:
-    """The last fit; of pairs with the rate and the interval of the first one if its rate is higher.
-
-    The first visits are the only ones that are held out exactly, and no label becomes right later: what falls
-    below their estimate has been learned by heart. τ is of the log-odds as they are now.
-    """
-    first, last = fits[0], fits[-1]
-    if not (preferences and first.exact and first.rate > last.rate):
-        return last
-    return replace(last, rate=first.rate, low=first.low, high=first.high)
-
-
-def left_open(fits: Sequence[NoiseFit], preferences: bool) -> str | None:
-    """What the first visits of pairs leave open, a sentence without its end; None if they tell the rate."""
-    first = fits[0]
-    if not (preferences and first.exact) or (competent(first) and not first.open_ended):
-        return None
-    what = f"leave the noise rate open ({first.low:.2f} to {first.high:.2f})"
-    if not competent(first):
-        what = "were predicted hardly better than by chance"
-    return (
-        f"the first visits of the pairs, the only ones that are held out exactly, {what}: the estimate, "
-        f"{judged_by(fits, preferences).rate:.2f}, may be far off"
-    )
-
-
-def why_not_judged(fits: Sequence[NoiseFit], preferences: bool) -> str:
-    """What ``judging_since`` was waiting for, as the end of a sentence; there is a fit."""
-    if not competent(fits[-1]):
-        return "held-out labels were predicted hardly better than by chance"
-    if fits[-1].epoch >= fits[0].epoch + 1 - 1e-6:
-        return "held-out labels were predicted better and better until the end"
-    if preferences:
-        return (
-            "pairs that the model had been trained on before are judged from the end of the second epoch on "
-            "at the earliest"
-        )
-    return "classes are judged from the end of the second epoch on at the earliest"
-
-
-def train_longer(preferences: bool) -> str:
-    """How long it takes until weights can have an effect."""
-    return f"train for {'two' if preferences else 'three'} epochs or more"
-
-
-def last_rise(fits: Sequence[NoiseFit]) -> float:
-    """Nats by which the held-out log-likelihood rose over the last epoch; 0 within the first two."""
-    before = next((fit for fit in reversed(fits) if fit.epoch <= fits[-1].epoch - 1 + 1e-6), None)
-    return 0.0 if before is None else fits[-1].log_likelihood - before.log_likelihood
-
-
-def load_fits(folder: str | Path) -> list[NoiseFit]:
-    """The estimates of a saved run, oldest first."""
-    content = json.loads(Path(folder, FITS_NAME).read_text())
-    return [NoiseFit(**fit) for fit in content["fits"]]

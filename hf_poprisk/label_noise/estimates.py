@@ -1,0 +1,99 @@
+"""What the estimates of a run amount to: what labels are judged by, and when they mean little.
+
+Training and the audit of its folder answer from here, so that they say the same.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from hf_poprisk.label_noise.noise_fit import MAX_RATE, NoiseFit
+
+FITS_NAME = "label_noise.json"
+# Nats per example and epoch: while held-out labels are still predicted better by more than this, the model is
+# not competent to judge, and what it has not learned yet would pass for wrong.
+STILL_LEARNING = 0.01
+
+
+def competent(fit: NoiseFit) -> bool:
+    """Whether held-out labels are predicted better than by chance: else everybody would look wrong.
+
+    By a tenth of what can be known, and beyond luck: a likelihood-ratio test at 5 %.
+    """
+    gain = fit.log_likelihood + math.log(fit.num_labels)
+    return fit.explained > 0.1 and 2 * fit.num_examples * gain > 3.84
+
+
+def judged_by(fits: Sequence[NoiseFit], preferences: bool) -> NoiseFit:
+    """The last fit; of pairs with the rate and the interval of the first one if its rate is higher.
+
+    The first visits are the only ones that are held out exactly, and no label becomes right later: what falls
+    below their estimate has been learned by heart. τ is of the log-odds as they are now.
+    """
+    first, last = fits[0], fits[-1]
+    if not (preferences and first.exact and first.rate > last.rate):
+        return last
+    return replace(last, rate=first.rate, low=first.low, high=first.high)
+
+
+def doubt(fits: Sequence[NoiseFit], preferences: bool) -> str | None:
+    """Why the last estimate means little, a sentence without its end; None if nothing speaks against it.
+
+    There is a fit.
+    """
+    first, last = fits[0], fits[-1]
+    rate = judged_by(fits, preferences).rate
+    if not competent(last):
+        return (
+            "held-out labels are predicted hardly better than by chance, for want of training or of signal: "
+            f"the estimate, {rate:.2f}, means little; a higher learning rate or more epochs may help"
+        )
+    if last.capped:
+        return (
+            f"the estimate is at its limit of {MAX_RATE}: the model has not learned the task, has learned "
+            "wrong labels by heart, or nearly half of the labels are wrong"
+        )
+    if not (preferences and first.exact) or (competent(first) and not first.open_ended):
+        return None
+    what = f"leave the noise rate open ({first.low:.2f} to {first.high:.2f})"
+    if not competent(first):
+        what = "were predicted hardly better than by chance"
+    return (
+        f"the first visits of the pairs, the only ones that are held out exactly, {what}: the estimate, "
+        f"{rate:.2f}, may be far off"
+    )
+
+
+def why_not_judged(fits: Sequence[NoiseFit], preferences: bool) -> str:
+    """What ``judging_since`` was waiting for, as the end of a sentence; there is a fit."""
+    if not competent(fits[-1]):
+        return "held-out labels were predicted hardly better than by chance"
+    if fits[-1].epoch >= fits[0].epoch + 1 - 1e-6:
+        return "held-out labels were predicted better and better until the end"
+    if preferences:
+        return (
+            "pairs that the model had been trained on before are judged from the end of the second epoch on "
+            "at the earliest"
+        )
+    return "classes are judged from the end of the second epoch on at the earliest"
+
+
+def train_longer(preferences: bool) -> str:
+    """How long it takes until weights can have an effect."""
+    return f"train for {'two' if preferences else 'three'} epochs or more"
+
+
+def last_rise(fits: Sequence[NoiseFit]) -> float:
+    """Nats by which the held-out log-likelihood rose over the last epoch; 0 within the first two."""
+    before = next((fit for fit in reversed(fits) if fit.epoch <= fits[-1].epoch - 1 + 1e-6), None)
+    return 0.0 if before is None else fits[-1].log_likelihood - before.log_likelihood
+
+
+def load_fits(folder: str | Path) -> list[NoiseFit]:
+    """The estimates of a saved run, oldest first."""
+    content = json.loads(Path(folder, FITS_NAME).read_text())
+    return [NoiseFit(**fit) for fit in content["fits"]]
