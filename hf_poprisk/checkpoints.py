@@ -162,8 +162,10 @@ class CheckpointMixin:
         optimizer, self._weights_step = self._poprisk_optimizer(), None
         if optimizer is not None:
             optimizer.statistics = GateStatistics()  # of a new run
-        if self._risk is not None:
+        if self._risk is not None and checkpoint is None:
             self._risk.clear()
+        elif self._risk is not None:
+            self._risk.load(checkpoint, self.args.device)
         self._load_label_noise(checkpoint)
         if checkpoint is None or optimizer is None or not Path(checkpoint, STATISTICS_NAME).is_file():
             return
@@ -189,6 +191,8 @@ class CheckpointMixin:
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)  # type: ignore[misc]
+        if self._risk is not None and self.args.should_save:
+            self._risk.save(output_dir)
         self.accelerator.wait_for_everyone()  # before the seal
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

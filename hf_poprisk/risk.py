@@ -15,17 +15,22 @@ rate, late in training), it is below zero although nothing is memorised.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from hf_poprisk.record import write_json
+
 logger = logging.getLogger(__name__)
 
 POPULATION, EMPIRICAL, SPREAD = "poprisk/gain_population", "poprisk/gain_empirical", "poprisk/gain_spread"
+GAINS_NAME = "poprisk_gains.json"  # in a checkpoint
 TOTAL, RATIO = "poprisk/gain_total", "poprisk/gain_ratio"
 
 
@@ -60,16 +65,14 @@ def gains(
         clip = (max_norm * scale / (torch.nn.utils.get_total_norm(every) + 1e-6)).clamp(max=1.0)
     for group in optimizer.param_groups:
         beta1, beta2 = group.get("betas", (0.0, 0.0))
-        for p in group["params"]:
-            state = optimizer.state.get(p)
-            if p.grad is None or not state:
-                continue
-            if "exp_avg" not in state or "exp_avg_sq" not in state:
-                raise ValueError(
-                    f"poprisk_risk needs the moments of Adam, which {type(optimizer).__name__} does not "
-                    "keep: set poprisk_risk=false or another optim."
-                )
-            step = float(state["step"])
+        params = [p for p in group["params"] if p.grad is not None and optimizer.state.get(p)]
+        states = [optimizer.state[p] for p in params]
+        if not all("exp_avg" in state and "exp_avg_sq" in state for state in states):
+            raise ValueError(
+                f"poprisk_risk needs the moments of Adam, which {type(optimizer).__name__} does not "
+                "keep: set poprisk_risk=false or another optim."
+            )
+        for p, state, step in zip(params, states, _steps(states), strict=True):
             grad, square = p.grad.float() / scale, state["exp_avg_sq"].float()
             written = grad * state["written"] if "written" in state else grad
             last = square.sqrt().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
@@ -83,6 +86,13 @@ def gains(
     return total
 
 
+def _steps(states: list[dict[str, Any]]) -> list[float]:
+    """How many steps each parameter has made; a fused optimizer counts on the device, which is read once."""
+    if not states:
+        return []
+    return torch.stack([torch.as_tensor(state["step"]) for state in states]).double().tolist()
+
+
 class RiskMeter:
     """Collects ``gains`` on the device and reads them once per logging interval."""
 
@@ -91,6 +101,17 @@ class RiskMeter:
 
     def clear(self) -> None:
         self._seen.clear()
+
+    def save(self, folder: str | Path) -> None:
+        """What has been seen since the last log, for a run that goes on from a checkpoint."""
+        write_json(Path(folder, GAINS_NAME), [seen.tolist() for seen in self._seen if seen.isfinite().all()])
+
+    def load(self, folder: str | Path, device: torch.device) -> None:
+        """Go on from where ``save`` was, if it was there."""
+        self.clear()
+        if Path(folder, GAINS_NAME).is_file():
+            seen = json.loads(Path(folder, GAINS_NAME).read_text())
+            self._seen += [torch.tensor(both, device=device) for both in seen]
 
     def observe(
         self, optimizer: torch.optim.Optimizer, scale: float = 1.0, max_norm: float | None = None

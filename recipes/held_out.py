@@ -169,7 +169,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, help="default: 20, and 4 for dpo")
     args = parser.parse_args()
     with ends_in_a_sentence(parser):
-        epochs = args.epochs or TASKS[args.task].epochs
+        epochs = TASKS[args.task].epochs if args.epochs is None else args.epochs
         if not (0 <= args.noise < 0.5 and args.learning_rate > 0 and args.folds > 1 and epochs > 0):
             raise common.RecipeError("0 ≤ --noise < 0.5, --learning_rate > 0, --folds > 1 and --epochs > 0.")
         cells = [

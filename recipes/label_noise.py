@@ -38,7 +38,10 @@ def plan(args: argparse.Namespace) -> list[Cell]:
     """
     rates = args.learning_rates or [1.0]
     for wrong, message in (
-        (min(args.processes, args.epochs or 1) < 1, "--processes and --epochs must be at least 1."),
+        (
+            min(args.processes, 1 if args.epochs is None else args.epochs) < 1,
+            "--processes and --epochs must be at least 1.",
+        ),
         (min(args.seeds) < 0, "--seeds must be at least 0."),
         (not all(0 <= noise < 0.5 for noise in args.noise), "--noise must lie in [0, 0.5)."),
         (not all(0 < rate < 100 for rate in rates), "--learning_rates must be positive."),

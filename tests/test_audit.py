@@ -260,15 +260,15 @@ def test_the_audit_gives_the_reason_that_training_gave(
     for i, (fits, preferences) in enumerate(
         [(FITS[:2], True), (FITS[:2], False), ([CHANCE, early], True), ([FITS[0], early], False)]
     ):
-        judge = LabelNoise("weight", preferences, ExampleTable(np.arange(N)))
+        judge = LabelNoise("weight" if i else "audit", preferences, ExampleTable(np.arange(N)))
         judge.fits = fits
         caplog.clear()
         judge.warn_at_end(48)
-        reason = re.search("no example was weighted, because (.*): train for more epochs", caplog.text)
+        reason = re.search("no label was judged, because .*: train for more epochs", caplog.text)
         out = command(
             capsys, save_run(tmp_path / str(i), fits=fits, preferences=preferences, since=None), "--top", 0
         )
-        assert f"no weights were given, because {reason[1]}\n" in out
+        assert f"warning: {reason[0]}" in out
 
 
 def test_first_visits_that_leave_the_rate_open_are_named(tmp_path: Path, capsys: Any) -> None:
@@ -343,7 +343,7 @@ def test_report_with_truth(run: Path, saved: Path, capsys: pytest.CaptureFixture
         ({"mode": "audit"}, "scored only; weights would have been given from optimizer step 32"),
         (
             {"since": None, "fits": FITS[:2]},
-            "no weights were given, because held-out labels were predicted better and better until the end",
+            "no label was judged, because held-out labels were predicted better and better until the end",
         ),
         (
             {"since": None, "fits": [FITS[0], replace(FIT, epoch=1.75)], "preferences": False},
@@ -351,11 +351,11 @@ def test_report_with_truth(run: Path, saved: Path, capsys: pytest.CaptureFixture
         ),
         (
             {"since": None, "fits": [CHANCE, replace(FIT, epoch=1.75)], "mode": "audit"},
-            "no weights would have been given, because pairs that the model had been trained on before are",
+            "no label was judged, because pairs that the model had been trained on before are",
         ),
         (
             {"since": None, "fits": [CHANCE]},
-            "no weights were given, because held-out labels were predicted hardly better than by chance",
+            "no label was judged, because held-out labels were predicted hardly better than by chance",
         ),
         (
             {"since": 16, "fits": FITS[:1]},
@@ -696,7 +696,7 @@ def test_what_cannot_be_written(run: Path, saved: Path, tmp_path: Path, capsys: 
     ):
         unsure = save_run(tmp_path / name, **options)
         said = sentence("weighted", unsure)
-        assert "would follow an estimate that means little (" in said and why in said
+        assert "would follow an estimate that means little: " in said and why in said
     tokens = Dataset.from_dict({"input_ids": [[i] for i in range(N)], "labels": [0] * N})
     other = save_run(tmp_path / "other", sample=take_sample(tokens, np.arange(N)))
     assert "was trained on (input_ids, labels): nothing tells" in sentence("filtered", other)
@@ -859,6 +859,12 @@ def change(table: pa.Table, name: str, values: Any) -> pa.Table:
 def test_tables_of_something_else(run: Path, capsys: Any, damage: Any, says: str) -> None:
     pq.write_table(damage(pq.read_table(run / TABLE_NAME)), run / TABLE_NAME)
     assert re.search(says, refused(capsys, run))
+
+
+def test_scores_of_two_moments_are_not_taken_for_one(run: Path, tmp_path: Path, capsys: Any) -> None:
+    later = save_run(tmp_path / "later", never=(3,))
+    (later / TABLE_NAME).replace(run / TABLE_NAME)
+    assert "are not of the same moment" in refused(capsys, run)
 
 
 @pytest.mark.parametrize("content", [b"", b"no table at all", None])

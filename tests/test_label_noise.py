@@ -366,8 +366,11 @@ def test_audit_changes_nothing_in_training(gate: str, tmp_path: Path) -> None:
     seen = []
     for mode in ("off", "audit"):
         trainer = classify(tmp_path, examples(), poprisk_label_noise=mode, poprisk_gate=gate)
+        if mode == "audit":
+            judged_from(trainer, 6)
         trainer.train()
         seen.append(weights(trainer))
+    assert trainer._label_noise.table.columns["weight"].min() < 0.9  # that it would have given
     # the weight gradient of one token is one product without the scores and a sum of products with them
     for name, value in seen[0].items():
         torch.testing.assert_close(value, seen[1][name], rtol=1e-4, atol=2e-5 if gate == "none" else 0.02)
@@ -791,12 +794,30 @@ def test_evaluation_sees_no_index(tmp_path: Path) -> None:
     assert trainer._label_noise.table.visits.sum() == 24
 
 
-def test_a_stream_with_ids(tmp_path: Path) -> None:
+@pytest.mark.parametrize("gate", ["none", "hard"])
+def test_an_ignored_label_leaves_the_others_alone(gate: str, tmp_path: Path) -> None:
+    data = examples()
+    data[5]["labels"] = torch.tensor(-100)
+    trainer = classify(tmp_path, data, poprisk_label_noise="weight", poprisk_gate=gate)
+    judged_from(trainer, 6)
+    trainer.train()
+    table = trainer._label_noise.table
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+    assert not any(e.get("poprisk/steps_skipped") for e in trainer.state.log_history)
+    assert table.visits[5] == 0 and table.columns["weight"].min() < 0.9
+
+
+def streamed(tmp_path: Path, **options: Any) -> PopRiskTrainer:
+    """Six steps a pass."""
     rows = [
         {"x": e["x"].tolist(), "labels": int(e["labels"]), INDEX: 7 * i} for i, e in enumerate(examples())
     ]
     stream = Dataset.from_list(rows).to_iterable_dataset()
-    trainer = classify(tmp_path, stream, poprisk_label_noise="audit", max_steps=18, num_train_epochs=1)
+    return classify(tmp_path, stream, poprisk_label_noise="audit", num_train_epochs=1, **options)
+
+
+def test_a_stream_with_ids(tmp_path: Path) -> None:
+    trainer = streamed(tmp_path, max_steps=18)
     trainer.train()
     table = trainer._label_noise.table
     assert table.ids.tolist() == [7 * i for i in range(24)] and table.visits[:24].tolist() == [3] * 24
@@ -806,6 +827,35 @@ def test_a_stream_with_ids(tmp_path: Path) -> None:
         (2, 12, False),
         (3, 18, False),
     ]
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "max_steps", "steps"), [(1, 8, [6]), (3, 4, [2, 4]), (3, 5, [2, 4])]
+)
+def test_a_part_of_a_stream_is_no_pass(
+    accumulation: int, max_steps: int, steps: list[int], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = streamed(tmp_path, gradient_accumulation_steps=accumulation, max_steps=max_steps)
+    trainer.train()
+    fits = trainer._label_noise.fits
+    assert [(fit.epoch, fit.step) for fit in fits] == [(i, step) for i, step in enumerate(steps, 1)]
+    cut = streamed(tmp_path, gradient_accumulation_steps=accumulation, max_steps=1)
+    cut.train()
+    assert not cut._label_noise.fits and "training ended within its first epoch" in caplog.text
+
+
+def test_a_stream_is_resumed_within_its_first_pass_only(tmp_path: Path) -> None:
+    options = {"max_steps": 12, "save_strategy": "steps", "save_steps": 4}
+    whole, resumed = streamed(tmp_path, **options), streamed(tmp_path, **options)
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    one, other = whole._label_noise, resumed._label_noise
+    assert (
+        [(f.epoch, f.step) for f in one.fits] == [(f.epoch, f.step) for f in other.fits] == [(1, 6), (2, 12)]
+    )
+    assert torch.equal(one.table.visits, other.table.visits) and one.fits[0] == other.fits[0]
+    with pytest.raises(ValueError, match="a stream that has been passed once is not resumed where it was"):
+        streamed(tmp_path, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
 
 
 def test_warnings_say_what_the_numbers_are_not_worth(

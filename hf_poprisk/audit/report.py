@@ -20,7 +20,7 @@ from hf_poprisk.audit.scores import (
     most_contradicted,
 )
 from hf_poprisk.label_noise import NoiseFit
-from hf_poprisk.label_noise.estimates import STILL_LEARNING, doubt, last_rise, why_not_judged
+from hf_poprisk.label_noise.estimates import STILL_LEARNING, doubt, last_rise
 from hf_poprisk.label_noise.noise_fit import MAX_RATE, TAU_OF_CLASSES
 
 if TYPE_CHECKING:
@@ -75,9 +75,10 @@ def _summary(run: Run) -> list[RenderableType]:
             f"more likely wrong than right (posterior below 0.5): {called} of {visited} "
             f"({percent(called, visited)})"
         ),
-        Text(_since(run)),
     ]
-    if (why := doubt(run.fits, run.preferences)) is not None:
+    if run.judging_since is not None:
+        out += [Text(_since(run))]
+    if (why := doubt(run.fits, run.preferences, run.judging_since)) is not None:
         out += [_warning(f"{why}.")]
     if fit.num_labels > 2 and fit.tau > 0.999 * TAU_OF_CLASSES[1]:
         out += [
@@ -110,9 +111,6 @@ def _of_first_visits(run: Run) -> list[str]:
 
 def _since(run: Run) -> str:
     """From when on weights were given; there is a fit."""
-    if run.judging_since is None:
-        start = "scored only; no weights would have been" if run.mode == "audit" else "no weights were"
-        return f"{start} given, because {why_not_judged(run.fits, run.preferences)}"
     epoch = next((f" (epoch {fit.epoch:.2f})" for fit in run.fits if fit.step == run.judging_since), "")
     step = f"from optimizer step {run.judging_since} on{epoch}"
     if run.judging_since == run.fits[-1].step:

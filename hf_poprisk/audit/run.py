@@ -109,6 +109,11 @@ def load_run(folder: str | Path) -> Run:
     if not valid:
         raise AuditError(f"{folder / FITS_NAME} cannot be read (a value is out of its range).")
     table = _load_table(folder / TABLE_NAME)
+    if content.get("visits", table["visits"].sum()) != table["visits"].sum():
+        raise AuditError(
+            f"{TABLE_NAME} and {FITS_NAME} of {folder} are not of the same moment, because saving was "
+            "interrupted: give a checkpoint of the run."
+        )
     return Run(folder, mode, preferences, since, fits, sample=sample, **table)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from hf_poprisk.audit.common import TRUTH, AuditError, beside
 from hf_poprisk.audit.run import Run
 from hf_poprisk.label_noise import INDEX
-from hf_poprisk.label_noise.estimates import doubt, why_not_judged
+from hf_poprisk.label_noise.estimates import doubt
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -44,15 +44,9 @@ def check_write(run: Run, data: Dataset, rows: np.ndarray, kind: str) -> None:
         AuditError: no estimate of the noise rate or one that means nothing, data without a column of the run,
             no pairs to flip, nothing left, or a column that is there already.
     """
-    if run.fits:
-        why = doubt(run.fits, run.preferences)
-        if run.judging_since is None:
-            why = why_not_judged(run.fits, run.preferences)
-        if why is not None:
-            raise AuditError(
-                f"--write {kind} would follow an estimate that means little ({why}): train longer, or with "
-                "another learning rate."
-            )
+    why = doubt(run.fits, run.preferences, run.judging_since) if run.fits else None
+    if why is not None:
+        raise AuditError(f"--write {kind} would follow an estimate that means little: {why}.")
     sampled = {column for columns in run.sample.values() for column in columns}
     if sampled and not sampled & set(data.column_names):
         raise AuditError(

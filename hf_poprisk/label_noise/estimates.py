@@ -1,6 +1,6 @@
 """What the estimates of a run amount to: what labels are judged by, and when they mean little.
 
-Training and the audit of its folder answer from here, so that they say the same.
+Training, the audit of its folder and what is written by it answer from here.
 """
 
 from __future__ import annotations
@@ -40,13 +40,19 @@ def judged_by(fits: Sequence[NoiseFit], preferences: bool) -> NoiseFit:
     return replace(last, rate=first.rate, low=first.low, high=first.high)
 
 
-def doubt(fits: Sequence[NoiseFit], preferences: bool) -> str | None:
-    """Why the last estimate means little, a sentence without its end; None if nothing speaks against it.
+def doubt(fits: Sequence[NoiseFit], preferences: bool, judging_since: int | None) -> str | None:
+    """Why the estimate means little, a sentence without its end; None if nothing speaks against it.
 
-    There is a fit.
+    Args:
+        fits: one or more.
+        judging_since: as in ``LabelNoise``.
     """
     first, last = fits[0], fits[-1]
     rate = judged_by(fits, preferences).rate
+    if judging_since is None:
+        higher = "" if competent(last) else ", or with a higher learning rate"
+        why = why_not_judged(fits, preferences)
+        return f"no label was judged, because {why}: train for more epochs{higher}"
     if not competent(last):
         return (
             "held-out labels are predicted hardly better than by chance, for want of training or of signal: "

@@ -27,7 +27,6 @@ from hf_poprisk.label_noise.estimates import (
     last_rise,
     load_fits,
     train_longer,
-    why_not_judged,
 )
 from hf_poprisk.label_noise.log_odds import LogOddsError, LogOddsTap
 from hf_poprisk.label_noise.noise_fit import OPEN_RATE, NoiseFit, fit_noise
@@ -115,7 +114,8 @@ class LabelNoise:
         visit.weight = torch.ones_like(visit.heldout)
         if self.judging_since is None or not (self.preferences or competent(self.fits[-1])):
             return visit.weight.to(device)
-        visit.weight = self.fit.probability_right(visit.heldout)
+        # NaN, where the loss ignores the label, would spread through a gradient of zero
+        visit.weight = self.fit.probability_right(visit.heldout).nan_to_num(nan=1.0)
         if self.mode == "audit":
             return torch.ones_like(log_odds)
         return (2 * visit.weight - 1 if self.swaps else visit.weight).to(device)
@@ -270,18 +270,12 @@ class LabelNoise:
                 f"{name}: training ended within its first epoch, so the noise rate was not estimated and no "
                 f"example was weighted: {train_longer(self.preferences)}."
             )
-        elif weighs and self.judging_since is None:
-            rate = "" if competent(self.fits[-1]) else ", or with a higher learning rate"
-            logger.warning(
-                f"{name}: no example was weighted, because {why_not_judged(self.fits, self.preferences)}: "
-                f"train for more epochs{rate}."
-            )
         elif weighs and self.judging_since == step:
             logger.warning(
                 f"{name}: no example was weighted, because training ended where weights would have begun: "
                 "train for more epochs."
             )
-        elif (why := doubt(self.fits, self.preferences)) is not None:
+        elif (why := doubt(self.fits, self.preferences, self.judging_since)) is not None:
             logger.warning(f"{name}: {why}.")
         elif last_rise(self.fits) > STILL_LEARNING:
             logger.warning(
@@ -303,6 +297,7 @@ class LabelNoise:
             "untrained": self.untrained,
             "clip_coefficient": float(self.clip_coefficient),
             "interval": self._sums.tolist(),
+            "visits": int(self.table.visits.sum()),  # of the table that belongs to this
             "fits": [fit.to_dict() for fit in self.fits],
             "sample": self.sample,
         }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import math
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,12 +31,16 @@ class LabelNoiseMixin:
     _preferences = False  # an example is a preference pair
     _label_noise: LabelNoise | None = None
     _tap: LogOddsTap | None = None  # around the forward in progress
+    _pass_ended = False  # with the batches that were taken last
 
     def _start_label_noise(self, ids: np.ndarray | None, sample: Sample) -> None:
         """After the trainer is built; ids as ``with_index`` gave them."""
-        table = ExampleTable(ids, self.accelerator.device)
-        self._label_noise = LabelNoise(self.args.poprisk_label_noise, self._preferences, table, sample)
+        self._label_noise = self._new_judge(ids, sample)
         self.add_callback(_Steps(self))
+
+    def _new_judge(self, ids: np.ndarray | None, sample: Sample) -> LabelNoise:
+        table = ExampleTable(ids, self.accelerator.device)
+        return LabelNoise(self.args.poprisk_label_noise, self._preferences, table, sample)
 
     # -- data -------------------------------------------------------------------------------------------
 
@@ -53,6 +56,12 @@ class LabelNoiseMixin:
             return super().get_train_dataloader()  # type: ignore[misc]
         finally:
             self.data_collator, self._signature_columns = collator, columns
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, *args: Any) -> Any:
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, *args)  # type: ignore[misc]
+        # a stream says only now how long it is, and training may end within a pass
+        self._pass_ended = len(batches) < num_batches or self.accelerator.gradient_state.end_of_dataloader
+        return batches, items
 
     # -- a micro-step -----------------------------------------------------------------------------------
 
@@ -146,13 +155,20 @@ class LabelNoiseMixin:
         """Go on from a checkpoint.
 
         Raises:
-            ValueError: a checkpoint of a run that did not score its examples, or of other data.
+            ValueError: a checkpoint of a run that did not score its examples, or of other data, or of a
+                stream after its first pass.
         """
         if self._label_noise is None or checkpoint is None:
             return
         self._start_over()
         if Path(checkpoint, FITS_NAME).is_file():
             self._label_noise.load(checkpoint)
+            if self._label_noise.table.streamed and self._label_noise.fits:
+                raise ValueError(
+                    f"poprisk_label_noise cannot resume from {checkpoint}, because a stream that has been "
+                    "passed once is not resumed where it was: take an earlier checkpoint, start over, or "
+                    "train on a data set that is no stream."
+                )
         elif self.args.poprisk_allow_change:
             self._label_noise.untrained = False
         else:
@@ -165,8 +181,7 @@ class LabelNoiseMixin:
     def _start_over(self) -> None:
         judge = self._label_noise
         ids = None if judge.table.streamed else judge.table.ids.numpy()
-        table = ExampleTable(ids, self.accelerator.device)
-        self._label_noise = LabelNoise(judge.mode, judge.preferences, table, judge.sample)
+        self._label_noise = self._new_judge(ids, judge.sample)
 
 
 class _Steps(TrainerCallback):
@@ -186,8 +201,9 @@ class _Steps(TrainerCallback):
             self._fit(state, state.epoch)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._trainer._label_noise.table.streamed:  # how long a pass is shows at its end only
-            self._fit(state, math.ceil(state.epoch - 1e-6))
+        judge = self._trainer._label_noise
+        if judge.table.streamed and self._trainer._pass_ended:
+            self._fit(state, len(judge.fits) + 1)
 
     def _fit(self, state: Any, epoch: float) -> None:
         judge = self._trainer._label_noise

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import common
 import numpy as np
 import torch
 from controls import RandomMaskAdamW
@@ -18,6 +19,8 @@ class ShuffledWeights(LabelNoise):
 
     def _strength(self, visit: Any, log_odds: Tensor, num_labels: int) -> Tensor:
         super()._strength(visit, log_odds, num_labels)
+        if len(visit.weight) < 2:
+            raise common.RecipeError("weight-shuffled needs two examples or more in every forward.")
         visit.weight = visit.weight.roll(1)
         return visit.weight
 
@@ -104,21 +107,14 @@ def trainer_class(base: Any, arm: Arm, noise: float, wrong: np.ndarray) -> Any:
     """The trainer with the arm's own judge and optimizer in it; ``wrong``, [n] bool, are its examples."""
 
     class ArmTrainer(base):
-        def _start_label_noise(self, *ids: Any) -> None:
-            super()._start_label_noise(*ids)
-            self._replace_judge()
-
-        def _start_over(self) -> None:
-            super()._start_over()
-            self._replace_judge()
-
-        def _replace_judge(self) -> None:
-            plain = self._label_noise
-            if arm.judge is not None:
-                self._label_noise = arm.judge(plain.mode, plain.preferences, plain.table, plain.sample)
-                self._label_noise.told = noise
-                self._label_noise.wrong = torch.from_numpy(wrong).to(plain.table.device)
-                self._label_noise.never_seen = len(plain.table) - len(self.train_dataset)
+        def _new_judge(self, *args: Any) -> LabelNoise:
+            plain = super()._new_judge(*args)
+            if arm.judge is None:
+                return plain
+            judge = arm.judge(plain.mode, plain.preferences, plain.table, plain.sample)
+            judge.told, judge.wrong = noise, torch.from_numpy(wrong).to(plain.table.device)
+            judge.never_seen = len(plain.table) - len(self.train_dataset)
+            return judge
 
         @staticmethod
         def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
