@@ -22,6 +22,7 @@ import common  # noqa: E402
 import controls  # noqa: E402
 import dpo  # noqa: E402
 import label_noise  # noqa: E402
+import sweep  # noqa: E402
 from noisy_labels import arms, classification, preferences, runs, words  # noqa: E402
 from noisy_labels.arms import ARMS  # noqa: E402
 from noisy_labels.cells import Cell, load_rows  # noqa: E402
@@ -30,6 +31,7 @@ from noisy_labels.runs import run_cell  # noqa: E402
 from noisy_labels.table import AIMS, aims, tables  # noqa: E402
 
 from hf_poprisk.label_noise import LabelNoise  # noqa: E402
+from hf_poprisk.label_noise.judge import RULE  # noqa: E402
 
 
 def test_every_arm_of_a_classification_runs(tmp_path: Path) -> None:
@@ -230,7 +232,7 @@ def test_a_recipe_is_a_task(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> No
     options = ["--arms", "adamw-early", "swap", "--learning_rates", "1e-3", "--noise", "0.3", "--seeds", "0"]
     cells = asked(monkeypatch, "--tasks", recipe, *options)
     place = {"task": str(recipe), "noise": 0.3, "learning_rate": 1e-3, "seed": 0, "epochs": 2}
-    assert cells == [place | {"arm": "adamw-early"}, place | {"arm": "swap"}]
+    assert cells == [place | {"arm": "adamw-early", "rule": None}, place | {"arm": "swap", "rule": RULE}]
     assert not (recipe.parent / "out").exists()
     cells = asked(monkeypatch, "--tasks", recipe, *options, "--epochs", 1)
     rows = [cell | run_cell(cell) | {"versions": {"torch": "2"}} for cell in cells]
@@ -300,6 +302,7 @@ def row(arm: str, rate: float, seed: int, validation: float, test: float, **more
         "learning_rate": rate,
         "seed": seed,
         "epochs": 20,
+        "rule": None if arm == "adamw" else RULE,
         "validation_accuracy": validation,
         "test_accuracy": test,
         "test_accuracy_per_epoch": [test, test - 0.1],
@@ -332,8 +335,25 @@ def test_the_table_chooses_by_validation_and_pairs_the_seeds(tmp_path: Path) -> 
     assert "| adamw | 0.500 | 0.400 |" in printed  # at each rate
     assert "| weight | 0.505, +0.005 [-0.059, +0.069] | – |" in printed
     assert "earlier rule" not in printed
-    rows[-1]["earlier_rule"] = True
+    rows[-1]["rule"] = RULE - 1
     assert "**The share estimated by an earlier rule: weight at 0.1.**" in tables(rows)
+
+
+def test_a_run_by_an_earlier_rule_is_run_again_and_gives_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--arms", "adamw", "weight", "--learning_rates", "0.1", "--noise", "0.3", "--seeds", "0"]
+    new, rows = asked(monkeypatch, "--tasks", "digits", *options), []
+    assert [cell["rule"] for cell in new] == [None, RULE]
+    for cell in new:
+        old = row(cell["arm"], 0.1, 0, 0.5, 0.5)
+        rows += [old | cell, old | cell | {"rule": cell["rule"] and RULE - 1}]
+    path, names = tmp_path / "results.jsonl", list(new[0])
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows[1::2]))
+    left = {sweep.key(cell, names) for cell in new} - {sweep.key(r, names) for r in rows[1::2]}
+    assert left == {sweep.key(new[1], names)}
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert load_rows(path) == rows[::2]
 
 
 def test_weight_is_held_against_what_it_should_beat() -> None:

@@ -1,7 +1,7 @@
 """What the comparison is made of: tasks, the cells that are run, and a run that is ready to start."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import numpy as np
 import sweep
 from transformers import Trainer
 
+from hf_poprisk.label_noise.judge import RULE
 from noisy_labels.arms import ARMS
 
 HELD_OUT = 0.1  # of the training examples: for early stopping, and for validation where a recipe has none
@@ -25,7 +26,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run; the fields are its place in the results file."""
+    """One run; the fields and ``rule`` are its place in the results file."""
 
     task: str
     arm: str
@@ -33,6 +34,11 @@ class Cell:
     learning_rate: float
     seed: int
     epochs: int
+
+    @property
+    def rule(self) -> int | None:
+        """Which rule judges its labels; a run by another one does not count as this. None: nobody does."""
+        return RULE if ARMS[self.arm].label_noise != "off" else None
 
     def options(self, folder: str) -> dict[str, Any]:
         """The training arguments that all tasks share."""
@@ -70,10 +76,17 @@ def hold_out(n: int, early: bool, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return np.sort(order[count:]), np.sort(order[:count])
 
 
+def place_of(cell: Cell) -> sweep.Row:
+    """What a line of the results file begins with."""
+    return asdict(cell) | {"rule": cell.rule}
+
+
 def load_rows(path: Path) -> list[sweep.Row]:
-    """The finished runs of a results file.
+    """The finished runs of a results file; of a cell that was run by several rules, by the last one.
 
     Raises:
         RecipeError: a line that no run has written.
     """
-    return sweep.load_rows(path, list(Cell.__dataclass_fields__))
+    names = list(Cell.__dataclass_fields__)
+    rows = sorted(sweep.load_rows(path, [*names, "rule"]), key=lambda row: row["rule"] or 0)
+    return list({sweep.key(row, names): row for row in rows}.values())

@@ -28,8 +28,8 @@ class Curves(TrainerCallback):
 
 
 def run_cell(place: Row) -> Row:
-    """Train once; takes the fields of a ``Cell`` and returns what came out."""
-    cell = Cell(**place)
+    """Train once; takes the place of a ``Cell`` and returns what came out."""
+    cell = Cell(**{name: place[name] for name in Cell.__dataclass_fields__})
     with tempfile.TemporaryDirectory() as folder:
         setup = (classification if cell.task in classification.TASKS else preferences).prepare(cell, folder)
         trainer, timer, curves = setup.trainer, common.StepTimer(), Curves(setup)

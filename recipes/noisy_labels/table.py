@@ -5,6 +5,7 @@ from statistics import fmean, median
 from comparison import best, by, markdown, mean_of, paired, paired_difference, starred, with_error
 from sweep import Row
 
+from hf_poprisk.label_noise.judge import RULE
 from noisy_labels import classification, preferences
 from noisy_labels.arms import ARMS
 
@@ -111,13 +112,16 @@ def remarks(arms: dict[str, list[Row]], expected: list[str]) -> list[str]:
         for (rate,), part in sorted(by(rows, ["learning_rate"]).items()):
             gone = sorted(seeds - {row["seed"] for row in part})
             missing += [f"{arm} at {rate:g}, seeds {', '.join(map(str, gone))}"] if gone else []
-    older = {(arm, row["learning_rate"]) for arm in arms for row in arms[arm] if "earlier_rule" in row}
+    older = {
+        arm: sorted({row["learning_rate"] for row in rows if row["rule"] not in (None, RULE)})
+        for arm, rows in arms.items()
+    }
     uneven = ", ".join(f"{arm} {count}" for arm, count in counts.items())
     lines = []
     if len(set(counts.values())) > 1:
         lines += [f"**Not the same number of learning rates for every arm: {uneven}.**"]
-    if older:
-        cells = "; ".join(f"{arm} at {rate:g}" for arm, rate in sorted(older))
+    cells = "; ".join(f"{arm} at {', '.join(f'{rate:g}' for rate in at)}" for arm, at in older.items() if at)
+    if cells:
         lines += [f"**The share estimated by an earlier rule: {cells}.**"]
     return lines + ([f"**Missing: {'; '.join(missing)}.**"] if missing else [])
 
