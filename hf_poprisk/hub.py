@@ -196,23 +196,30 @@ class HubMixin:
             data.eval_results = others + results
 
     def _evaluation(self) -> list[EvalResult]:
-        """The newest evaluation as model-index entries, its timings left out."""
-        newest: dict[str, float] = {}
+        """The newest evaluation of every set as model-index entries, timings left out."""
+        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+        newest: dict[tuple[str, str], float] = {}
         for entry in self.state.log_history:
-            newest |= {name: value for name, value in entry.items() if name.startswith("eval_")}
+            # each set has a log of its own, in which TRL's metrics do not bear its name
+            of = next((name for name in sets if f"eval_{name}_runtime" in entry), "")
+            for name, value in entry.items():
+                if name.startswith("eval_"):
+                    metric = name.removeprefix("eval_").removeprefix(f"{of}_" if of else "")
+                    newest[of, metric] = value
         model = type(self.accelerator.unwrap_model(self.model)).__name__
         task = "text-classification" if "Classification" in model else "text-generation"
-        timing = ("_runtime", "_per_second", "_time", "_num_tokens")
+        timing = ("runtime", "_per_second", "_time", "num_tokens")
         return [
             EvalResult(
                 task_type=task,
                 dataset_type="evaluation",
-                dataset_name="held-out examples of the training run",
-                metric_type=name.removeprefix("eval_"),
+                dataset_name="evaluation data of the training run",
+                dataset_split=of or None,
+                metric_type=metric,
                 metric_value=value,
             )
-            for name, value in sorted(newest.items())
-            if isinstance(value, float) and not name.endswith(timing)
+            for (of, metric), value in sorted(newest.items())
+            if isinstance(value, float) and not metric.endswith(timing)
         ]
 
     def _card_section(self) -> str:
@@ -236,6 +243,8 @@ class HubMixin:
             Path(self.args.output_dir, PLOT_NAME).unlink(missing_ok=True)  # of an earlier run
             if self._plot():
                 lines += ["", f"![share of the update that the gate let through]({PLOT_NAME})"]
+        if self._label_noise is not None and self._label_noise.fits:
+            lines += ["", f"{self._label_noise.found(self.state.global_step)}."]
         if examples is not None:
             share = (
                 "" if altered is None else f", {altered / max(examples, 1):.1%} of them with an altered label"

@@ -18,6 +18,8 @@ An experiment is a YAML file with these keys:
     columns:   more results to print → their headings
     curve:     x and y, lists among the results or a facet and a result; dashed, one more of them; x_label,
                y_label; log, the axes that are
+
+grid, settings, facets, equal and columns may be left out.
 """
 
 import importlib.util

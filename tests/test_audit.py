@@ -264,7 +264,7 @@ def test_the_audit_gives_the_reason_that_training_gave(
         judge.fits = fits
         caplog.clear()
         judge.warn_at_end(48)
-        reason = re.search("no label was judged, because .*: train for more epochs", caplog.text)
+        reason = re.search("no label was judged, because .*: raise num_train_epochs", caplog.text)
         out = command(
             capsys, save_run(tmp_path / str(i), fits=fits, preferences=preferences, since=None), "--top", 0
         )
@@ -279,7 +279,7 @@ def test_first_visits_that_leave_the_rate_open_are_named(tmp_path: Path, capsys:
         run = save_run(tmp_path / str(i), fits=[first, *FITS[1:]], preferences=preferences)
         out = command(capsys, run, "--top", 0)
         assert ("may be far off" in out) == says
-        assert ("leave the noise rate open (0.20 to 0.44)" in out) == (i == 0)
+        assert ("leave the noise rate open (0.200 to 0.440)" in out) == (i == 0)
         assert ("first visits of the pairs" in out and "hardly better than by chance" in out) == (i == 1)
 
 
@@ -478,6 +478,7 @@ def test_unreadable_data_are_refused(run: Path, saved: Path, tmp_path: Path, cap
     assert "broken cannot be read" in refused(capsys, run, "--dataset", broken)
     next(saved.glob("*.arrow")).write_bytes(b"no table")
     assert "data cannot be read" in refused(capsys, run, "--dataset", saved)
+    assert "typo is no folder here, and cannot be read" in refused(capsys, run, "--dataset", "typo")
 
 
 # -- examples as text -------------------------------------------------------------------------------------
@@ -767,8 +768,8 @@ def test_targets_are_refused_before_any_work(tmp_path: Path, saved: Path, capsys
     file.write_text("mine")
     folder.mkdir()
     (folder / "mine").write_text("")
-    assert refused(capsys, nowhere, *write, folder) == f"--to {folder} is not empty."
-    assert refused(capsys, nowhere, *write, file) == f"--to {file} is a file."
+    assert refused(capsys, nowhere, *write, folder) == f"--to {folder} is not empty: give another folder."
+    assert refused(capsys, nowhere, *write, file) == f"--to {file} is a file: give a folder."
     assert refused(capsys, nowhere, "--plot", folder) == f"--plot {folder} is a folder."
     assert (
         refused(capsys, nowhere, *write, file / "a" / "b") == f"--to {file}/a/b goes through a file, {file}."

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from models import preferences
 from test_trainer import Scaler
 from torch import Tensor, nn
@@ -883,7 +884,7 @@ def test_warnings_say_what_the_numbers_are_not_worth(
     judge.fits[0] = replace(first, rate=MAX_RATE, log_likelihood=-0.5)
     assert judge.fits[-1].capped and "the estimate is at its limit of 0.45" in warning()
     judge.fits[0], judge.judging_since = first, None
-    assert "hardly better than by chance: train for more epochs, or with a higher learning rate" in warning()
+    assert "hardly better than by chance: raise num_train_epochs or learning_rate" in warning()
     judge.fits.append(replace(judge.fits[0], epoch=1.75, rate=0.2, log_likelihood=-0.5))
     assert "pairs that the model had been trained on before are judged from the end of the" in warning()
     judge.preferences = False
@@ -893,21 +894,23 @@ def test_warnings_say_what_the_numbers_are_not_worth(
     judge.judging_since = 20
     assert "because training ended where weights would have begun" in warning()
     judge.judging_since = 5
-    assert "its last values are too low if labels are learned by heart" in warning()
+    assert "is not settled, and too low if labels are learned by heart" in warning()
     judge.preferences = True
     assert (
         judge.fits[0].exact
-        and "were predicted hardly better than by chance: the estimate, 0.28, may be far off" in warning()
+        and "were predicted hardly better than by chance: the estimate, 0.282, may be far off" in warning()
     )
-    judge.fits[0] = replace(judge.fits[0], high=0.4, log_likelihood=-0.6)
-    assert "its last values are too low" in warning()
+    judge.fits[0] = replace(judge.fits[0], low=0.2, high=0.4, log_likelihood=-0.6)
+    assert "is not settled, and too low" in warning()
     judge.fits[0] = replace(judge.fits[0], high=0.44)
-    assert "leave the noise rate open (0.02 to 0.44): the estimate, 0.28" in warning()
+    assert "leave the noise rate open (0.200 to 0.440): the estimate, 0.282" in warning()
+    judge.fits[0] = replace(judge.fits[0], low=0.05, high=0.4)
+    assert "leave the noise rate open (0.050 to 0.400): the estimate, 0.282" in warning()
     judge.preferences = False
     judge.fits = []
-    assert "no example was weighted: train for three epochs or more" in warning()
+    assert "no example was weighted: set num_train_epochs to three or more" in warning()
     judge.preferences = True
-    assert "no example was weighted: train for two epochs or more" in warning()
+    assert "no example was weighted: set num_train_epochs to two or more" in warning()
 
 
 @pytest.mark.parametrize("mode", ["audit", "weight"])
@@ -920,13 +923,36 @@ def test_the_end_of_training_says_what_was_found(
     trainer.train()
     judge = trainer._label_noise
     fit, since = judge.fits[-1], judge.judging_since
-    assert since is not None and "weights since" not in judge.summary("out", since)
+    assert since is not None and "weights since" not in judge.found(since)
     weights = f", weights since step {since}" * (mode == "weight")
     assert (
-        f"poprisk_label_noise={mode}: estimated noise rate {fit.rate:.2f} ({fit.low:.2f} to {fit.high:.2f})"
+        f"poprisk_label_noise={mode}: estimated noise rate {fit.rate:.3f} ({fit.low:.3f} to {fit.high:.3f})"
         f"{weights}; `python -m hf_poprisk.audit {tmp_path}` shows the examples." in caplog.text
     )
     assert any("poprisk/weight_mean" in e for e in trainer.state.log_history) == (mode == "weight")
+
+
+def test_the_card_tells_evaluation_sets_apart_and_says_what_the_labels_were_found_to_be(
+    llama_dir: Path, tmp_path: Path
+) -> None:
+    """TRL's metrics do not bear the name of their set, and the last set would stand for all of them."""
+    args = hf_poprisk.PopRiskDPOConfig(
+        str(tmp_path), bf16=False, poprisk_label_noise="audit", eval_strategy="epoch", **QUIET
+    )
+    data, flipped = preferences(16), preferences(8, 7)
+    sets = {"test": data, "flipped": flipped.rename_columns({"chosen": "rejected", "rejected": "chosen"})}
+    trainer = hf_poprisk.PopRiskDPOTrainer(str(llama_dir), args=args, train_dataset=data, eval_dataset=sets)
+    trainer.train()
+    trainer.create_model_card()
+    card = ModelCard.load(tmp_path / "README.md")
+    found = {(r.dataset_split, r.metric_type): r.metric_value for r in card.data.eval_results}
+    logged = {name: e for e in trainer.state.log_history for name in sets if f"eval_{name}_loss" in e}
+    for name, entry in logged.items():
+        assert found[name, "loss"] == entry[f"eval_{name}_loss"]
+        assert found[name, "rewards/margins"] == entry["eval_rewards/margins"]
+    assert logged["test"]["eval_rewards/margins"] != logged["flipped"]["eval_rewards/margins"]
+    assert not any(metric.endswith(("runtime", "per_second")) for _, metric in found)
+    assert f"{trainer._label_noise.found(trainer.state.global_step)}.\n" in card.text
 
 
 def test_what_is_explained_is_none_at_chance_and_all_where_every_label_is_sure() -> None:

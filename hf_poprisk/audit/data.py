@@ -50,7 +50,8 @@ def load_data(name: str, split: str | None = None, config: str | None = None) ->
         else:
             data = load_from_disk(str(folder))
     except Exception as error:  # the loaders raise whatever their file systems and parsers do
-        raise AuditError(f"--dataset {name} cannot be read ({one_line(error)}).") from error
+        where = "" if folder.exists() else "is no folder here, and "
+        raise AuditError(f"--dataset {name} {where}cannot be read ({one_line(error)}).") from error
     if isinstance(data, DatasetDict):
         if (split or "train") not in data:
             raise AuditError(f"{name} has no split {split or 'train'}: it has {', '.join(data)}.")

@@ -142,6 +142,6 @@ def check_target(folder: Path) -> None:
         AuditError: a file, or a folder that is not empty.
     """
     if folder.exists() and not folder.is_dir():
-        raise AuditError(f"--to {folder} is a file.")
+        raise AuditError(f"--to {folder} is a file: give a folder.")
     if folder.is_dir() and any(folder.iterdir()):
-        raise AuditError(f"--to {folder} is not empty.")
+        raise AuditError(f"--to {folder} is not empty: give another folder.")

@@ -17,6 +17,7 @@ FITS_NAME = "label_noise.json"
 # Nats per example and epoch: while held-out labels are still predicted better by more than this, the model is
 # not competent to judge, and what it has not learned yet would pass for wrong.
 STILL_LEARNING = 0.01
+OPEN_WIDTH = 0.3  # of an interval that tells little; that of a flat posterior is .43
 
 
 def competent(fit: NoiseFit) -> bool:
@@ -50,27 +51,28 @@ def doubt(fits: Sequence[NoiseFit], preferences: bool, judging_since: int | None
     first, last = fits[0], fits[-1]
     rate = judged_by(fits, preferences).rate
     if judging_since is None:
-        higher = "" if competent(last) else ", or with a higher learning rate"
+        higher = "" if competent(last) else " or learning_rate"
         why = why_not_judged(fits, preferences)
-        return f"no label was judged, because {why}: train for more epochs{higher}"
+        return f"no label was judged, because {why}: raise num_train_epochs{higher}"
     if not competent(last):
         return (
             "held-out labels are predicted hardly better than by chance, for want of training or of signal: "
-            f"the estimate, {rate:.2f}, means little; a higher learning rate or more epochs may help"
+            f"the estimate, {rate:.3f}, means little; a higher learning_rate or num_train_epochs may help"
         )
     if last.capped:
         return (
             f"the estimate is at its limit of {MAX_RATE}: the model has not learned the task, has learned "
             "wrong labels by heart, or nearly half of the labels are wrong"
         )
-    if not (preferences and first.exact) or (competent(first) and not first.open_ended):
+    known = competent(first) and not first.open_ended and first.high - first.low < OPEN_WIDTH
+    if known or not (preferences and first.exact):
         return None
-    what = f"leave the noise rate open ({first.low:.2f} to {first.high:.2f})"
+    what = f"leave the noise rate open ({first.low:.3f} to {first.high:.3f})"
     if not competent(first):
         what = "were predicted hardly better than by chance"
     return (
         f"the first visits of the pairs, the only ones that are held out exactly, {what}: the estimate, "
-        f"{rate:.2f}, may be far off"
+        f"{rate:.3f}, may be far off; more pairs, or another learning rate, may tell"
     )
 
 
@@ -90,7 +92,7 @@ def why_not_judged(fits: Sequence[NoiseFit], preferences: bool) -> str:
 
 def train_longer(preferences: bool) -> str:
     """How long it takes until weights can have an effect."""
-    return f"train for {'two' if preferences else 'three'} epochs or more"
+    return f"set num_train_epochs to {'two' if preferences else 'three'} or more"
 
 
 def last_rise(fits: Sequence[NoiseFit]) -> float:

@@ -243,19 +243,18 @@ class LabelNoise:
                 f"than {OPEN_RATE:.0%}."
             )
 
-    def summary(self, folder: str, step: int) -> str:
-        """One line for the end of training; there is a fit.
+    def found(self, step: int) -> str:
+        """One clause on the labels; there is a fit.
 
         Args:
-            folder: where the scores were saved.
             step: optimizer steps at the end of training.
         """
         fit, since = self.fit, self.judging_since
         weighted = self.mode != "audit" and since not in (None, step)
         weights = f", weights since step {since}" if weighted else ""
         return (
-            f"poprisk_label_noise={self.mode}: estimated noise rate {fit.rate:.2f} ({fit.low:.2f} to "
-            f"{fit.high:.2f}){weights}; `python -m hf_poprisk.audit {folder}` shows the examples."
+            f"poprisk_label_noise={self.mode}: estimated noise rate {fit.rate:.3f} ({fit.low:.3f} to "
+            f"{fit.high:.3f}){weights}"
         )
 
     def warn_at_end(self, step: int) -> None:
@@ -273,14 +272,14 @@ class LabelNoise:
         elif weighs and self.judging_since == step:
             logger.warning(
                 f"{name}: no example was weighted, because training ended where weights would have begun: "
-                "train for more epochs."
+                "raise num_train_epochs."
             )
         elif (why := doubt(self.fits, self.preferences, self.judging_since)) is not None:
             logger.warning(f"{name}: {why}.")
         elif last_rise(self.fits) > STILL_LEARNING:
             logger.warning(
-                f"{name}: held-out labels were still predicted better and better at the end, by which the "
-                "estimated noise rate falls: its last values are too low if labels are learned by heart."
+                f"{name}: held-out labels were still predicted better and better at the end: the estimated "
+                "noise rate is not settled, and too low if labels are learned by heart."
             )
 
     # -- saving -----------------------------------------------------------------------------------------

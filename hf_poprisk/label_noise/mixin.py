@@ -218,7 +218,10 @@ class _Steps(TrainerCallback):
         if state.is_world_process_zero:
             judge = self._trainer._label_noise
             if judge.fits and args.should_save:
-                logger.warning(judge.summary(args.output_dir, state.global_step))
+                logger.warning(
+                    f"{judge.found(state.global_step)}; `python -m hf_poprisk.audit {args.output_dir}` shows "
+                    "the examples."
+                )
             judge.warn_at_end(state.global_step)
 
 
