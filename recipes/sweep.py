@@ -131,9 +131,11 @@ def _run_all(
     except BaseException:
         for worker in multiprocessing.active_children():
             worker.terminate()
-        raise
-    finally:
         pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    else:
+        pool.shutdown()
+    finally:
         bar.close()
     return int(failed > 0)
 
