@@ -84,6 +84,7 @@ class Experiment:
         experiment._check_options()
         experiment._check_results()
         experiment._check_grid()
+        experiment._check_values()
         return experiment
 
     def _check_kinds(self) -> None:
@@ -151,6 +152,19 @@ class Experiment:
         for name, value in self.equal.items():
             if value not in self.grid.get(name, []):
                 raise common.RecipeError(f"equal in {self.path} is not on the grid: {name}={value}.")
+
+    def _check_values(self) -> None:
+        """What the trainer would refuse, arm by arm."""
+        for cell in {cell["arm"]: cell for cell in self.cells()}.values():
+            given = {
+                name: value
+                for name, value in cell["options"].items()
+                if name in PopRiskTrainingArguments.__dataclass_fields__
+            }
+            try:
+                PopRiskTrainingArguments(output_dir=".", use_cpu=True, **given)
+            except (TypeError, ValueError) as error:
+                raise common.RecipeError(f"the arm {cell['arm']} of {self.path}: {error}") from error
 
     def cells(self) -> list[Row]:
         """All runs, seed by seed: an interrupted comparison is a balanced one."""

@@ -522,6 +522,7 @@ def test_what_is_not_finite_is_no_result(tmp_path: Path) -> None:
         ({"reports": [{"select": "a", "report": "b", "better": "up"}]}, "which is lower or higher"),
         ({"script": "none.py"}, "script=none.py is not a Python file beside {}"),
         ({"arms": {"adamw": {"poprisk_gat": "none"}}}, "nothing reads poprisk_gat of {}"),
+        ({"arms": {"adamw": {"poprisk_gate": "med"}}}, "the arm adamw of {}: poprisk_gate"),
         ({"settings": {"max_steps": 3}}, "nothing reads max_steps of {}"),
         ({"arms": {"adamw": {"learning_rate": 0.1}}}, "learning_rate is given in two places of {}"),
         ({"facets": {"width": [1]}}, "equal and columns have no effect with the facets"),
