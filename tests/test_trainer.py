@@ -391,7 +391,7 @@ def test_the_mixin_hides_nothing_of_the_stock_trainers() -> None:
         "_load_best_model",
     }
     overridden |= {"_push_from_checkpoint", "_finish_current_push"}
-    overridden |= {"_clip_grad_norm", "get_train_dataloader", "_prepare_inputs"}
+    overridden |= {"_clip_grad_norm", "get_train_dataloader", "get_batch_samples", "_prepare_inputs"}
     own = {name for base in (PopRiskMixin, *PopRiskMixin.__bases__) for name in vars(base)} - overridden
     for stock in (Trainer, trl.DPOTrainer, trl.SFTTrainer, trl.RewardTrainer):
         assert not [name for name in own if not name.startswith("__") and hasattr(stock, name)]
