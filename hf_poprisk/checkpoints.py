@@ -162,10 +162,10 @@ class CheckpointMixin:
         optimizer, self._weights_step = self._poprisk_optimizer(), None
         if optimizer is not None:
             optimizer.statistics = GateStatistics()  # of a new run
-        if self._risk is not None and checkpoint is None:
+        if self._risk is not None:
             self._risk.clear()
-        elif self._risk is not None:
-            self._risk.load(checkpoint, self.args.device)
+            if checkpoint is not None:
+                self._risk.load(checkpoint, self.args.device)
         self._load_label_noise(checkpoint)
         if checkpoint is None or optimizer is None or not Path(checkpoint, STATISTICS_NAME).is_file():
             return

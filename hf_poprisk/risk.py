@@ -90,7 +90,8 @@ def _steps(states: list[dict[str, Any]]) -> list[float]:
     """How many steps each parameter has made; a fused optimizer counts on the device, which is read once."""
     if not states:
         return []
-    return torch.stack([torch.as_tensor(state["step"]) for state in states]).double().tolist()
+    device = torch.as_tensor(states[0]["step"]).device  # of the first one, if a model is spread over several
+    return torch.stack([torch.as_tensor(s["step"], device=device) for s in states]).tolist()
 
 
 class RiskMeter:
@@ -108,7 +109,6 @@ class RiskMeter:
 
     def load(self, folder: str | Path, device: torch.device) -> None:
         """Go on from where ``save`` was, if it was there."""
-        self.clear()
         if Path(folder, GAINS_NAME).is_file():
             seen = json.loads(Path(folder, GAINS_NAME).read_text())
             self._seen += [torch.tensor(both, device=device) for both in seen]

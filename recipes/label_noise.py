@@ -19,7 +19,7 @@ from pathlib import Path
 import common
 from noisy_labels import classification, preferences
 from noisy_labels.arms import ARMS
-from noisy_labels.cells import Cell, load_rows, place_of
+from noisy_labels.cells import Cell, load_rows
 from noisy_labels.figure import frontier
 from noisy_labels.runs import run_cell
 from noisy_labels.table import tables
@@ -100,7 +100,7 @@ def main() -> None:
     args = parser.parse_args()
     with ends_in_a_sentence(parser):
         if args.command == "run":
-            cells = [place_of(cell) for cell in plan(args)]
+            cells = [cell.place for cell in plan(args)]
             sys.exit(run_cells(cells, run_cell, args.out, args.processes, alike="task"))
         rows = load_rows(args.results)
         if not rows:

@@ -104,6 +104,15 @@ def test_controls_of_judging_are_what_they_are_called(
     assert torch.equal(columns["heldout_logodds"], columns["logodds"])
 
 
+def test_a_neighbour_takes_two(recipe: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "one.yaml"
+    settings = yaml.safe_load(recipe.read_text())
+    settings |= {"per_device_train_batch_size": 1, "output_dir": str(tmp_path / "out")}
+    alone.write_text(yaml.safe_dump(settings))
+    with pytest.raises(common.RecipeError, match="two examples or more in every forward"):
+        run_cell(Cell(str(alone), "weight-shuffled", 0.3, 1e-3, 0, 1).place)
+
+
 def test_a_mask_has_the_density_of_its_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decide, written = controls.RandomMaskAdamW._decide, []
 
@@ -396,6 +405,7 @@ def test_a_foreign_line_and_senseless_options_are_refused(
         (["run", "--tasks", "digits", "--noise", "0.6"], "--noise must lie in"),
         (["run", "--tasks", "digits", "--arms", "swap"], "the arm swap is for preference pairs"),
         (["run", "--tasks", "digits", "--processes", "0"], "--processes"),
+        (["run", "--tasks", "digits", "--epochs", "0"], "--epochs must be at least 1"),
         (["run", "--tasks", "dpo"], "`python scripts/prepare_tiny.py` makes it"),
         (["run", "--tasks", "dpo-lora"], "`python scripts/prepare_tiny.py` makes it"),
         (["run", "--tasks", "digit"], "--tasks digit is neither a task nor a YAML file"),

@@ -110,7 +110,7 @@ def _of_first_visits(run: Run) -> list[str]:
 
 
 def _since(run: Run) -> str:
-    """From when on weights were given; there is a fit."""
+    """From when on weights were given, which they were."""
     epoch = next((f" (epoch {fit.epoch:.2f})" for fit in run.fits if fit.step == run.judging_since), "")
     step = f"from optimizer step {run.judging_since} on{epoch}"
     if run.judging_since == run.fits[-1].step:

@@ -52,7 +52,7 @@ def doubt(fits: Sequence[NoiseFit], preferences: bool, judging_since: int | None
     rate = judged_by(fits, preferences).rate
     if judging_since is None:
         higher = "" if competent(last) else " or learning_rate"
-        why = why_not_judged(fits, preferences)
+        why = _why_not_judged(fits, preferences)
         return f"no label was judged, because {why}: raise num_train_epochs{higher}"
     if not competent(last):
         return (
@@ -76,7 +76,7 @@ def doubt(fits: Sequence[NoiseFit], preferences: bool, judging_since: int | None
     )
 
 
-def why_not_judged(fits: Sequence[NoiseFit], preferences: bool) -> str:
+def _why_not_judged(fits: Sequence[NoiseFit], preferences: bool) -> str:
     """What ``judging_since`` was waiting for, as the end of a sentence; there is a fit."""
     if not competent(fits[-1]):
         return "held-out labels were predicted hardly better than by chance"

@@ -26,7 +26,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run; the fields and ``rule`` are its place in the results file."""
+    """One run."""
 
     task: str
     arm: str
@@ -36,9 +36,9 @@ class Cell:
     epochs: int
 
     @property
-    def rule(self) -> int | None:
-        """Which rule judges its labels; a run by another one does not count as this. None: nobody does."""
-        return RULE if ARMS[self.arm].label_noise != "off" else None
+    def place(self) -> sweep.Row:
+        """What its line in the results file begins with; a run by another ``rule`` does not count as this."""
+        return asdict(self) | {"rule": RULE if ARMS[self.arm].label_noise != "off" else None}
 
     def options(self, folder: str) -> dict[str, Any]:
         """The training arguments that all tasks share."""
@@ -74,11 +74,6 @@ def hold_out(n: int, early: bool, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Training examples to train on and to stop early by, ascending."""
     order, count = np.random.default_rng([seed, 2]).permutation(n), round(HELD_OUT * n) if early else 0
     return np.sort(order[count:]), np.sort(order[:count])
-
-
-def place_of(cell: Cell) -> sweep.Row:
-    """What a line of the results file begins with."""
-    return asdict(cell) | {"rule": cell.rule}
 
 
 def load_rows(path: Path) -> list[sweep.Row]:
