@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_poprisk.batched import BatchedGradients, Capture, Uncovered
+from hf_poprisk.batched import BatchedGradients, Capture, Layout, Uncovered
 from hf_poprisk.influence import Influence
 
 # Elements per all-reduce: large enough to fill the link, small against the model.
@@ -49,63 +49,91 @@ class ExampleWindow:
         self._written: set[Tensor] = set()  # parameters whose buffer belongs to this window
         self._fired: set[Tensor] = set()  # parameters seen by the backward in progress
         self._stamp: tuple[object, ...] | None = None
-        self._verified = False  # the batched way, once per run
+        self._verified = False  # of the batched way, once per run
         self.num_examples = 0  # on this rank
+        self.shared: set[Tensor] = set()  # parameters whose gradient may hold a term of no example
 
     @contextmanager
-    def example(self, influence: Influence | None = None) -> Iterator[None]:
+    def example(self, influence: Influence | None = None, index: int = 0) -> Iterator[None]:
         """Capture the one backward inside this block as one example's contribution.
 
         Args:
-            influence: takes the gradients too, of one example.
+            influence: takes the gradients too.
+            index: of the example, in ``influence``.
 
         Raises:
             RuntimeError: the gradients changed since the last example (clipped, unscaled, or touched
                 by a backward outside the block), none was produced, or a parameter's gradient came in
                 several parts, whose squares do not add up to the square of their sum.
         """
-        with self._backward(partial(self._add, influence), every=influence is not None):
+        with self._backward(partial(self._add, influence, index), every=influence is not None):
             yield
         self.num_examples += 1
+
+    @contextmanager
+    def no_example(self, allowed: Iterable[Tensor]) -> Iterator[set[Tensor]]:
+        """Let the backward inside this block add to the gradients what belongs to no example.
+
+        A penalty on the weights is of that kind. It goes into G, and not into Q.
+
+        Args:
+            allowed: the parameters that may get such a gradient.
+
+        Yields:
+            The parameters that got one, filled by the backward.
+
+        Raises:
+            RuntimeError: as ``example``; or another parameter got a gradient.
+        """
+        self.shared = set(allowed)
+        met = set[Tensor]()
+
+        def see(param: Tensor, grad: Tensor) -> None:
+            met.add(param)
+
+        with self._backward(see, every=True):
+            yield met
+        if met - self.shared:
+            names = ", ".join(self.describe(p) for p in list(met - self.shared)[:3])
+            raise RuntimeError(
+                f"the loss reaches {names} by another way than the model's outputs, which it did not at the "
+                "start of the run: set per_device_train_batch_size=1 and accumulate."
+            )
 
     @contextmanager
     def batch(
         self,
         layers: BatchedGradients,
-        num_examples: int,
-        num_rows: int,
+        layout: Layout,
         influence: Influence | None = None,
     ) -> Iterator[Capture]:
         """Capture the one forward and backward inside this block as those of several examples.
 
         Args:
             layers: of the model; its ``uncovered`` must be empty.
-            num_examples: N, the examples of the batch.
-            num_rows: its rows; row j belongs to example j mod N.
+            layout: which part of the batch belongs to which example.
             influence: takes the gradients too, of N examples.
 
         Raises:
             RuntimeError: as ``example``; or a gradient that is not made of what was captured.
         """
         every = influence is not None
-        capture = Capture(
-            num_examples, num_rows, self._seen(every), self._buffer, not self._verified, influence
-        )
+        capture = Capture(layout, self._seen(every), self._buffer, not self._verified, influence)
 
         def finish(param: Tensor, grad: Tensor) -> None:
             self._check_part(param, grad)
             try:
                 capture.finish(param, grad)
             except Uncovered as error:
-                raise RuntimeError(
-                    f"the examples' gradients of {self.describe(param)} cannot be told apart: {error}; set "
+                raise Uncovered(
+                    f"the per-example gradients of {self.describe(param)} cannot be formed: {error}; set "
                     "per_device_train_batch_size=1 and accumulate."
                 ) from error
 
         with layers.capture(capture), self._backward(finish, every):
             yield capture
         self._verified = True
-        self.num_examples += num_examples
+        self.num_examples += layout.num_examples
 
     def _seen(self, every: bool) -> list[Tensor]:
         """The trainable parameters whose gradients are looked at: the gated ones, or every one."""
@@ -116,7 +144,7 @@ class ExampleWindow:
         """Call ``hook(param, grad)`` for each parameter when this backward is through with it."""
         if all(p.grad is None for p in self._params):
             self.reset()  # the accumulated gradient is gone, so is what was collected beside it
-        elif self.num_examples:
+        elif self._stamp is not None:
             self._check_untouched()
         elif torch.nn.utils.get_total_norm([p.grad for p in self._params if p.grad is not None]):
             raise RuntimeError(
@@ -147,11 +175,11 @@ class ExampleWindow:
             )
         self._fired.add(param)
 
-    def _add(self, influence: Influence | None, param: Tensor, grad: Tensor) -> None:
+    def _add(self, influence: Influence | None, index: int, param: Tensor, grad: Tensor) -> None:
         """Leaf hook: ``Q += h²``. The first example writes, so no buffer is ever zeroed."""
         self._check_part(param, grad)
         if influence is not None:
-            influence.add(param, 0, grad)
+            influence.add(param, index, grad)
         sq_sum, fresh = self._buffer(param)
         if sq_sum is None:
             return
@@ -211,6 +239,10 @@ class ExampleWindow:
                     slack = 2.0 * torch.finfo(p.grad.dtype).eps + 8.0 * torch.finfo(sq_sum.dtype).eps
                     sq_sum.mul_(1.0 + slack)
         return num_examples, sq_sums
+
+    def squares(self) -> dict[Tensor, Tensor]:
+        """Q of this rank so far, for the parameters that have one."""
+        return {p: self._sq_sums[p] for p in self._written}
 
     def reset(self) -> None:
         """Forget the window; the buffers stay for the next one."""

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from hf_poprisk import kernels, kernels_cpu
-from hf_poprisk.batched import BatchedGradients, Capture
+from hf_poprisk.batched import BatchedGradients, Capture, Layout
 from hf_poprisk.gate import (
     GATES,
     REDUCTIONS,
@@ -152,33 +152,34 @@ class PopRiskAdamW(torch.optim.AdamW):
         """What ``name_parameters`` was told; a parameter without a name is left out of records."""
         return self._names
 
-    def example(self, influence: Influence | None = None) -> AbstractContextManager[None]:
+    def example(self, influence: Influence | None = None, index: int = 0) -> AbstractContextManager[None]:
         """Block around the backward of one example (of one micro-batch with ``estimator="group"``).
 
         Args:
-            influence: ``Influence(optimizer, 1)``, to be filled; works with the gate off too.
+            influence: ``Influence(optimizer, N)``, to be filled; works with the gate off too.
+            index: of this example among its N.
 
         Raises:
             RuntimeError: see ``ExampleWindow.example``; or the window was closed and not stepped.
         """
         if not self.needs_examples and influence is None:
             return nullcontext()
-        return self._free_window().example(influence)
+        return self._free_window().example(influence, index)
+
+    def no_example(self, allowed: Iterable[Tensor]) -> AbstractContextManager[set[Tensor]]:
+        """Block around a backward whose gradients belong to no example; see ``ExampleWindow.no_example``."""
+        return self._free_window().no_example(allowed)
 
     def batch(
-        self,
-        layers: BatchedGradients,
-        num_examples: int,
-        num_rows: int,
-        influence: Influence | None = None,
+        self, layers: BatchedGradients, layout: Layout, influence: Influence | None = None
     ) -> AbstractContextManager[Capture | None]:
         """Block around the forward and the backward of several examples; the sums are those of ``example``.
 
         Args:
             layers: ``BatchedGradients(model, optimizer.gated_parameters)`` with nothing uncovered.
-            num_examples: N, the examples of the batch.
-            num_rows: its rows, the first axis of the model's inputs; row j belongs to example j mod N.
-            influence: ``Influence(optimizer, num_examples)``, to be filled, for which ``layers`` must hold
+            layout: ``Rows(N, rows)`` for N examples in a batch whose tensors have ``rows`` rows, of which row
+                j belongs to example j mod N; or ``Packed(lengths)`` for sequences packed into one row.
+            influence: ``Influence(optimizer, N)``, to be filled, for which ``layers`` must hold
                 every trainable parameter; works with the gate off too.
 
         Raises:
@@ -189,7 +190,7 @@ class PopRiskAdamW(torch.optim.AdamW):
             raise ValueError("estimator='group' takes a batch as one unit: use optimizer.example().")
         if not self.needs_examples and influence is None:
             return nullcontext()
-        return self._free_window().batch(layers, num_examples, num_rows, influence)
+        return self._free_window().batch(layers, layout, influence)
 
     def _free_window(self) -> ExampleWindow:
         """The window, not closed."""
@@ -244,6 +245,8 @@ class PopRiskAdamW(torch.optim.AdamW):
         stacked = torch.stack([s.to(device) for s in sums])
         _, _, energy, noise = stacked.unbind(1)
         unseen = (noise == 0) & (energy > _UNDERFLOW)
+        if window.shared:  # a penalty may reach what no example does
+            unseen &= torch.tensor([p not in window.shared for p in sq_sums], device=device)
         # the only wait for the device in a step
         finite, any_missed = torch.stack([torch.isfinite(stacked.sum(0)).all(), unseen.any()]).tolist()
         if any_missed:
@@ -455,11 +458,15 @@ class PopRiskAdamW(torch.optim.AdamW):
 
     def _open_window(self) -> ExampleWindow:
         if self._window is None:
-            # with those that are frozen now: they may be trained later
-            every = list(self._all_parameters())
-            gated = dict.fromkeys(p for p in every if self.needs_examples and p not in self._ungated)
-            self._window = ExampleWindow(gated, self._names, [p for p in every if p not in gated])
+            self._window = self.new_window()
         return self._window
+
+    def new_window(self) -> ExampleWindow:
+        """An empty window over the parameters, apart from the optimizer's own."""
+        # with those that are frozen now: they may be trained later
+        every = list(self._all_parameters())
+        gated = dict.fromkeys(p for p in every if self.needs_examples and p not in self._ungated)
+        return ExampleWindow(gated, self._names, [p for p in every if p not in gated])
 
     def _end_window(self) -> None:
         self._openness, self._skip_step = None, False

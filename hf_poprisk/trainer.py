@@ -16,14 +16,18 @@ from transformers import Trainer
 from transformers.trainer_utils import has_length
 
 from hf_poprisk.arguments import OPTIM, PopRiskTrainingArguments
-from hf_poprisk.batched import BatchedGradients, Capture
+from hf_poprisk.batched import BatchedGradients, Capture, Layout, Packed, Rows
 from hf_poprisk.checkpoints import CheckpointMixin, describe_data
 from hf_poprisk.hub import HubMixin
 from hf_poprisk.influence import Influence
 from hf_poprisk.label_noise.mixin import LabelNoiseMixin, check_datasets_installed, with_index
 from hf_poprisk.label_noise.sample import take_sample
+from hf_poprisk.microbatch import NotSeparable, find_layout, like
+from hf_poprisk.microbatch import take_example as take_example
+from hf_poprisk.one_by_one import OneByOne, same_random_numbers
 from hf_poprisk.optimizer import PopRiskAdamW, matching
 from hf_poprisk.risk import RiskMeter
+from hf_poprisk.self_check import EXACT, LOW_PRECISION, SelfCheck, some_examples, unlogged
 
 logger = logging.getLogger(__name__)
 
@@ -43,11 +47,10 @@ class PopRiskMixin(HubMixin, CheckpointMixin, LabelNoiseMixin):
     _config_class: type[Any] = PopRiskTrainingArguments
     _rows_per_example = 1  # rows i, i + N, … of a micro-batch of N examples are one of them
     _layers: BatchedGradients | None = None  # of the model, where a micro-batch is taken in one backward
-    _capture: Capture | None = None  # of the micro-batch in progress
-    _loss_divisor = 1  # of an example that is taken out of its micro-batch
-    _fit_checked = False
-    _loss_sums: bool | None = None
-    _ambiguous = _count_checked = False
+    _not_together: str | None = None  # why it is not
+    _one_by_one: OneByOne  # where it is not
+    _shared: set[torch.Tensor] = set()  # parameters with a term in the loss that belongs to no example
+    _paths_checked = _count_checked = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # Bound by name, because DPO has `ref_model` where the others have `args`.
@@ -172,15 +175,23 @@ class PopRiskMixin(HubMixin, CheckpointMixin, LabelNoiseMixin):
         optimizer = self._poprisk_optimizer()
         if optimizer is None:
             return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
-        step = partial(super().training_step, num_items_in_batch=num_items_in_batch)  # type: ignore[misc]
-        size = self.args.per_device_train_batch_size
-        rows = self._take_rows(inputs)
-        grouped = self.args.poprisk_estimator == "group" or not self._needs_examples(optimizer)
-        if grouped or size == 1:
-            with self._judging(rows, optimizer) as influence, optimizer.example(influence):
-                loss = step(model, inputs)
-        else:
-            loss = self._several_examples(optimizer, step, model, inputs, rows)
+        inputs, rows = self._take_rows(inputs)
+        layout = self._layout(optimizer, inputs)
+        if layout.num_examples > 1 and not self._paths_checked:
+            self._check_paths(optimizer, model, inputs, num_items_in_batch, layout)
+        step = partial(super().training_step, model, inputs, num_items_in_batch)  # type: ignore[misc]
+        with self._judging(rows, optimizer) as influence:
+            if layout.num_examples == 1:
+                with optimizer.example(influence):
+                    loss = step()
+            elif self._layers is not None:
+                with (
+                    optimizer.batch(self._layers, layout, influence) as capture,
+                    self._row_operations(capture),
+                ):
+                    loss = step()
+            else:
+                loss = self._one_by_one_step(optimizer, step, model, layout, influence)
         if self.accelerator.sync_gradients:
             optimizer.close_window()
             self._book_visits(optimizer.open_share)
@@ -189,98 +200,118 @@ class PopRiskMixin(HubMixin, CheckpointMixin, LabelNoiseMixin):
     def _needs_examples(self, optimizer: PopRiskAdamW) -> bool:
         return optimizer.needs_examples or self._label_noise is not None
 
-    def _several_examples(
+    def _layout(self, optimizer: PopRiskAdamW, inputs: Any) -> Layout:
+        """Where the examples are; a single one where none are asked for."""
+        if self.args.poprisk_estimator == "group" or not self._needs_examples(optimizer):
+            return Rows(1, 1)
+        main_input = getattr(self.accelerator.unwrap_model(self.model), "main_input_name", "input_ids")
+        size = self.args.per_device_train_batch_size
+        try:
+            layout = find_layout(inputs, self._rows_per_example, main_input)
+        except NotSeparable as error:
+            if size == 1:
+                return Rows(1, 1)
+            raise ValueError(f"{error}: {self._way_out}.") from error
+        if isinstance(layout, Packed):
+            return layout
+        if size == 1:
+            return Rows(1, layout.num_rows)
+        self._check_count(layout.num_examples)
+        return layout
+
+    def _one_by_one_step(
         self,
         optimizer: PopRiskAdamW,
-        step: Callable[..., torch.Tensor],
+        step: Callable[[], torch.Tensor],
         model: nn.Module,
-        inputs: Any,
-        table_rows: torch.Tensor | None,
+        layout: Layout,
+        influence: Influence | None,
     ) -> torch.Tensor:
-        """All in one backward where the layers allow it, one after the other elsewhere: the same G and Q."""
-        rows = self._num_rows(inputs)
-        if rows % self._rows_per_example:
-            raise ValueError(f"{rows} rows are not examples of {self._rows_per_example} rows each.")
-        count = rows // self._rows_per_example
-        self._check_count(count)
-        if self._layers is not None:
-            # [tokens, rows] would look like [rows, tokens]
-            self._ambiguous = any(
-                isinstance(x, torch.Tensor) and x.dim() > 1 and x.shape[1] == rows for x in inputs.values()
-            )
-            # only the first forward may turn out a misfit; reading a GPU's state would wait for it
-            random_state = None if self._fit_checked else _random_state(self.accelerator.device)
-            try:
-                with (
-                    self._judging(table_rows, optimizer) as influence,
-                    optimizer.batch(self._layers, count, rows, influence) as self._capture,
-                    self._row_operations(self._capture),
-                ):
-                    return step(model, inputs)
-            except _Misfit as misfit:  # before the backward of the first micro-batch
-                self._say_one_by_one(str(misfit))
-                self._layers = None
-                if random_state is not None:
-                    _set_random_state(random_state)  # a resumed run comes by here once more
-            finally:
-                self._capture = None
-        losses = []
-        self._find_out_whether_loss_sums(model, inputs, step.keywords["num_items_in_batch"])
-        for i in range(count):
-            # without the last one's synchronisation, the gradients would be averaged over and over
-            last = i == count - 1
-            with nullcontext() if last else self.accelerator.no_sync(model):
-                self._loss_divisor = count
-                mine = None if table_rows is None else table_rows[i : i + 1]
-                try:
-                    with self._judging(mine, optimizer) as influence, optimizer.example(influence):
-                        losses.append(step(model, take_example(inputs, i, count, rows)))
-                finally:
-                    self._loss_divisor = 1
-        return torch.stack(losses).sum()
-
-    def compute_loss(
-        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """As the trainer's own. An example taken from its micro-batch keeps the weight it has there."""
-        result = super().compute_loss(  # type: ignore[misc]
-            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
-        )
-        if self._capture is not None:
-            self._check_fit(self._capture)
-        if self._loss_divisor == 1 or self._loss_sums:
-            return result
-        return result / self._loss_divisor
-
-    def _find_out_whether_loss_sums(self, model: nn.Module, inputs: Any, num_items_in_batch: Any) -> None:
-        """Is the loss a sum over a given number of items, or a mean over the micro-batch? Once per run.
-
-        By trying: many models take ``num_items_in_batch`` and do nothing with it.
-        """
-        if self._loss_sums is not None:
-            return
-        if self.loss_is_scaled_for_ga is not None or num_items_in_batch is None:
-            self._loss_sums = bool(self.loss_is_scaled_for_ga)
-            return
-        devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
+        """The stock step on the examples' outputs, and then each example's share of its gradient."""
         with (
-            torch.no_grad(),
-            torch.random.fork_rng(devices),
-        ):  # transformers' own loss: TRL's would count the examples twice in its logs
-            once, twice = (
-                Trainer.compute_loss(
-                    self,
-                    model,
-                    self._prepare_inputs(dict(inputs)),
-                    num_items_in_batch=factor * num_items_in_batch,
-                ).item()
-                for factor in (1, 2)
+            self._uncompiled(),
+            self.accelerator.no_sync(model),
+            self._one_by_one.cached(layout),
+            optimizer.no_example(self._shared),
+        ):
+            loss = step()
+        self._one_by_one.check()
+        unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        with same_random_numbers(), self._uncompiled():
+            for i in range(layout.num_examples):
+                # only the last one is synchronised: the gradients would be averaged over and over
+                last = i == layout.num_examples - 1
+                with (
+                    nullcontext() if last else self.accelerator.no_sync(model),
+                    self.compute_loss_context_manager(),
+                    optimizer.example(influence, i),
+                ):
+                    self._one_by_one.backward(model if last else unwrapped, i)
+        self._one_by_one.release()
+        return loss
+
+    def _uncompiled(self) -> AbstractContextManager[Any]:
+        """Examples alone are not what a compiled model was compiled for."""
+        if self.args.torch_compile:
+            return torch.compiler.set_stance("force_eager")
+        return nullcontext()
+
+    def _check_paths(
+        self, optimizer: PopRiskAdamW, model: nn.Module, inputs: Any, num_items_in_batch: Any, layout: Layout
+    ) -> None:
+        """The self-check, once per run: choose a path on which the gradient is the stock one, or refuse."""
+        self._paths_checked = True
+        if self._layers is None and self._not_together is None:  # packed rows that nothing announced
+            self._find_layers(optimizer)
+        unwrapped = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        self._one_by_one = OneByOne(unwrapped)
+
+        def backward(batch: Any) -> None:
+            with self.compute_loss_context_manager():
+                batch = self._prepare_inputs(_copied(batch))
+                loss = self.compute_loss(model, batch, num_items_in_batch=num_items_in_batch)
+            loss.backward()
+
+        if layout.num_examples > 2 and any(
+            getattr(m, "gradient_checkpointing", False) for m in unwrapped.modules()
+        ):
+            # in eval mode nothing is recomputed, and all of them may not fit
+            inputs, layout = some_examples(inputs, layout, [0, 1], unwrapped)
+        mixed = self.accelerator.mixed_precision != "no" or torch.backends.cuda.matmul.allow_tf32
+        low = mixed or any(p.dtype in (torch.bfloat16, torch.float16) for p in unwrapped.parameters())
+        check = SelfCheck(unwrapped, optimizer.new_window, backward, LOW_PRECISION if low else EXACT)
+        with unlogged(self), self._uncompiled(), self.accelerator.no_sync(model):
+            verdict = check.run(
+                inputs, layout, self._layers, self._row_operations, self._one_by_one, self._not_together
             )
-        self._loss_sums = abs(twice - once / 2) < abs(twice - once)  # dropout blurs both
+        self._shared = verdict.shared
+        wrong = torch.tensor(
+            [float(verdict.together is not None), float(verdict.one_by_one is not None)],
+            device=self.accelerator.device,
+        )
+        together, one_by_one = (bool(x) for x in self.accelerator.reduce(wrong).tolist())
+        elsewhere = "something on another rank"
+        if not together:
+            return
+        if one_by_one:
+            raise ValueError(
+                "the gradient of the examples of a micro-batch would not be the stock trainer's ("
+                f"{verdict.one_by_one or verdict.together or elsewhere}): {self._way_out}."
+            )
+        self._layers = None
+        if self._not_together is None:
+            self._say_one_by_one(verdict.together or elsewhere)
+
+    @property
+    def _way_out(self) -> str:
+        grouping = ", or poprisk_estimator=group" * (self._label_noise is None)
+        return f"set per_device_train_batch_size=1 and raise gradient_accumulation_steps{grouping}"
 
     def _check_count(self, count: int) -> None:
         """The collator must leave as many examples as it was given; only the last of an epoch may be few."""
         size, data = self.args.per_device_train_batch_size, self.train_dataset
+        if self.accelerator.split_batches:
+            size //= self.args.world_size
         full = has_length(data) and len(data) >= size * self.args.world_size
         first, self._count_checked = not self._count_checked and self.state.global_step == 0, True
         if count > size or count < size and full and first:
@@ -293,54 +324,54 @@ class PopRiskMixin(HubMixin, CheckpointMixin, LabelNoiseMixin):
         """For trainers with operations of their own on a parameter."""
         return nullcontext()
 
-    def _check_fit(self, capture: Capture) -> None:
-        """After the forward: were the rows of the batch visible to every layer, on every rank?"""
-        misfits = [f"{self._parameter_name(p)} ({why})" for p, why in capture.misfits.items()]
-        if not self._fit_checked:
-            self._fit_checked = True
-            if self._ambiguous:
-                misfits.append(f"an input whose second axis is {capture.num_rows} too, as many as the rows")
-            seen = torch.tensor(float(bool(misfits)), device=self.accelerator.device)
-            if self.accelerator.reduce(seen).item():
-                raise _Misfit(", ".join(misfits[:3]) or "a layer on another rank")
-        elif misfits:
-            raise RuntimeError(
-                f"the rows of the batch are not visible to {', '.join(misfits[:3])}: set "
-                "per_device_train_batch_size=1 and raise gradient_accumulation_steps."
-            )
-
-    def _num_rows(self, inputs: Mapping[str, Any]) -> int:
-        name = getattr(self.accelerator.unwrap_model(self.model), "main_input_name", "input_ids")
-        tensors = [inputs.get(name), *inputs.values()]
-        return next(x.shape[0] for x in tensors if isinstance(x, torch.Tensor) and x.dim() > 0)
-
-    def _parameter_name(self, param: torch.Tensor) -> str:
-        return next((name for name, p in self.model.named_parameters() if p is param), "a parameter")
+    def _balances_experts(self, model: nn.Module) -> bool:
+        """Whether the loss holds a term over the experts' loads, asked for by the trainer or the model."""
+        asked = getattr(self, "aux_loss_enabled", None)
+        if asked is not None:  # of TRL: its coefficient is in the arguments
+            return bool(asked) and getattr(self, "router_aux_loss_coef", 1) != 0
+        config = getattr(model, "config", None)
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        return any(
+            bool(getattr(c, "output_router_logits", False) and getattr(c, "router_aux_loss_coef", 0))
+            for c in (config, text)
+        )
 
     def _prepare_layers(self, optimizer: PopRiskAdamW) -> None:
         """Decide how micro-batches of several examples are taken, and say so."""
-        args, self._layers, self._loss_sums = self.args, None, None
-        self._fit_checked = self._count_checked = False
+        args, self._layers, self._not_together = self.args, None, None
+        self._paths_checked = self._count_checked = False
         if not self._needs_examples(optimizer) or args.poprisk_estimator == "group":
             return
         model = self.accelerator.unwrap_model(self.model)
-        if self._label_noise is not None and _balances_experts(model):
+        balanced = self._balances_experts(model)
+        if self._label_noise is not None and balanced:
             raise ValueError(
                 "router_aux_loss_coef adds a term to the loss that is not about labels: set it to 0, or "
                 "poprisk_label_noise=off."
             )
-        if args.per_device_train_batch_size == 1:
+        if args.per_device_train_batch_size == 1 and not getattr(args, "packing", False):
             return
-        _check_coupling(model, grouping=self._label_noise is None)
+        if balanced:
+            raise ValueError(
+                "router_aux_loss_coef balances the experts over the examples of a micro-batch: set it to 0, "
+                f"or {self._way_out}."
+            )
+        _check_batch_norm(model, self._way_out)
+        self._find_layers(optimizer)
+
+    def _find_layers(self, optimizer: PopRiskAdamW) -> None:
+        """The layers for one backward, or why there is none."""
+        model = self.accelerator.unwrap_model(self.model)
         for option in ("torch_compile", "use_liger_kernel"):
-            if getattr(args, option, False):
-                return self._say_one_by_one(f"{option}=True")
+            if getattr(self.args, option, False):
+                without = ", and not compiled" * (option == "torch_compile")
+                return self._say_one_by_one(f"{option}=True{without}")
         if any(module._compiled_call_impl is not None for module in model.modules()):
             return self._say_one_by_one("model.compile()")
-        told_apart = optimizer.gated_parameters
+        wanted = optimizer.gated_parameters
         if self._label_noise is not None:
-            told_apart = Influence(optimizer, 1).params
-        layers = BatchedGradients(model, told_apart)
+            wanted = Influence(optimizer, 1).params
+        layers = BatchedGradients(model, wanted)
         if layers.uncovered:
             some = [f"{name} ({why})" for name, why in list(layers.uncovered.items())[:3]]
             more = f" and {len(layers.uncovered) - 3} more" if len(layers.uncovered) > 3 else ""
@@ -348,6 +379,7 @@ class PopRiskMixin(HubMixin, CheckpointMixin, LabelNoiseMixin):
         self._layers = layers
 
     def _say_one_by_one(self, reason: str) -> None:
+        self._not_together = reason
         if self.args.ddp_static_graph:
             raise ValueError(
                 "ddp_static_graph=True fails in PyTorch when the examples of a micro-batch are taken one by "
@@ -380,61 +412,18 @@ def _unwrap(optimizer: Any) -> Any:
     return optimizer
 
 
-def _random_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+def _copied(batch: Any) -> Any:
+    """Its containers are new: a loss may take things out of the batch it is given."""
+    if isinstance(batch, Mapping):
+        return like(batch, {name: _copied(value) for name, value in batch.items()})
+    return like(batch, [_copied(value) for value in batch]) if isinstance(batch, list | tuple) else batch
 
 
-def _set_random_state(state: tuple[torch.Tensor, torch.Tensor | None]) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1])
-
-
-class _Misfit(Exception):
-    """The rows of the batch are not visible to a layer; nothing has been backpropagated yet."""
-
-
-def take_example(inputs: Mapping[str, Any], index: int, count: int, rows: int) -> dict[str, Any]:
-    """Example ``index`` of a collated micro-batch of ``count`` examples: its rows of everything.
-
-    Raises:
-        ValueError: a tensor whose first axis is neither the rows nor the examples.
-    """
-    taken: dict[str, Any] = {}
-    for name, value in inputs.items():
-        sized = isinstance(value, torch.Tensor) and value.dim() > 0 or isinstance(value, list | tuple)
-        if isinstance(value, Mapping):
-            taken[name] = take_example(value, index, count, rows)
-        elif not sized:
-            taken[name] = value
-        elif len(value) == rows:
-            taken[name] = value[index::count]
-        elif len(value) == count:
-            taken[name] = value[index : index + 1]
-        else:
-            raise ValueError(
-                f"inputs[{name!r}] has {len(value)} entries for {count} examples, which hides them: set "
-                "per_device_train_batch_size=1 and raise gradient_accumulation_steps."
-            )
-    return taken
-
-
-def _balances_experts(model: nn.Module) -> bool:
-    config = getattr(model, "config", None)
-    return bool(getattr(config, "output_router_logits", False) and getattr(config, "router_aux_loss_coef", 0))
-
-
-def _check_coupling(model: nn.Module, grouping: bool) -> None:
-    """Refuse what makes an example's gradient depend on the others in its micro-batch."""
-    way_out = "set per_device_train_batch_size=1" + ", or poprisk_estimator=group" * grouping
+def _check_batch_norm(model: nn.Module, way_out: str) -> None:
+    """Refuse what makes an example depend on the others in its micro-batch, and not in eval mode."""
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise ValueError(f"{name} normalises over the examples of a micro-batch: {way_out}.")
-    if _balances_experts(model):
-        raise ValueError(
-            "router_aux_loss_coef balances the experts over the examples of a micro-batch: set it to 0, "
-            f"or {way_out}."
-        )
 
 
 def _check_agreement(optimizer: PopRiskAdamW, named: dict[str, torch.Tensor], args: Any) -> None:

@@ -14,7 +14,7 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, S
 from trl.trainer import utils as trl_utils
 
 from hf_poprisk.arguments import PopRiskArgumentsMixin
-from hf_poprisk.batched import Capture
+from hf_poprisk.batched import Capture, Packed
 from hf_poprisk.trainer import PopRiskMixin
 
 _TAG = "poprisk"
@@ -63,12 +63,12 @@ class PopRiskSFTConfig(PopRiskArgumentsMixin, SFTConfig):
 
     def _check_examples(self) -> None:
         super()._check_examples()
-        if self.packing and self.poprisk_estimator == "example":
+        if self.packing and self.packing_strategy != "bfd" and self.poprisk_estimator == "example":
             raise ValueError(
-                "packing=True puts several examples into one row, which hides the single ones: set "
-                "packing=False, or poprisk_estimator=group to gate on packed rows."
+                f"packing_strategy={self.packing_strategy} cuts sequences, and the parts of one are no "
+                "examples of their own: set packing_strategy=bfd, or poprisk_estimator=group to gate on "
+                "packed rows."
             )
-        _check_padding_free(self)
 
     def _check_label_noise(self) -> None:
         raise ValueError(
@@ -116,16 +116,23 @@ class _FusedHeadMixin(PopRiskMixin):
         def apply(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *rest: Any) -> Any:
             if not (capture.wants(weight) or capture.wants(bias)):
                 return stock.apply(hidden, weight, bias, labels, *rest)
-            if trl_utils._use_triton(hidden.device):  # only the labelled tokens are there
-                shifted = seen["labels"][:, 1:] if seen["shift_labels"] is None else seen["shift_labels"]
+            layout = capture.layout
+            shifted = seen["labels"][:, 1:] if seen["shift_labels"] is None else seen["shift_labels"]
+            compact = trl_utils._use_triton(hidden.device)  # only the labelled tokens are there
+            if isinstance(layout, Packed):  # the last sequence has no token after it
+                parts = shifted[0].split(
+                    [*layout.lengths[:-1], layout.lengths[-1] - layout.num_tokens + shifted.shape[1]]
+                )
+                lengths = [int((part != -100).sum()) if compact else len(part) for part in parts]
+            elif compact:
                 lengths = (shifted != -100).sum(1).tolist()
             else:
-                lengths = [len(hidden) // capture.num_rows] * capture.num_rows
+                lengths = [len(hidden) // layout.num_rows] * layout.num_rows
             rows = list(zip(hidden.split(lengths), labels.split(lengths), strict=True))
-            outputs: list[Any] = [None] * capture.num_rows
-            for i in range(capture.num_examples):
+            outputs: list[Any] = [None] * len(rows)
+            for i in range(layout.num_examples):
                 mine = [capture.for_example(p, i) if capture.wants(p) else p for p in (weight, bias)]
-                for row in range(i, capture.num_rows, capture.num_examples):
+                for row in range(i, len(rows), layout.num_examples):
                     row_hidden, row_labels = rows[row]
                     outputs[row] = stock.apply(row_hidden, *mine, row_labels, *rest)
             columns = zip(*outputs, strict=True)

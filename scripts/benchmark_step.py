@@ -32,7 +32,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from hf_poprisk import PopRiskAdamW, kernels_cpu
-from hf_poprisk.batched import BatchedGradients
+from hf_poprisk.batched import BatchedGradients, Rows
 from hf_poprisk.influence import Influence
 
 VOCABULARY = 4096
@@ -124,7 +124,7 @@ def batched(args: argparse.Namespace) -> tuple[Step, Squares]:
     layers = BatchedGradients(model, optimizer.gated_parameters)
 
     def backward() -> None:
-        with optimizer.batch(layers, len(ids), len(ids)):
+        with optimizer.batch(layers, Rows(len(ids), len(ids))):
             loss_of(model, ids).backward()
 
     return _gated(model, optimizer, backward)
@@ -138,7 +138,7 @@ def judged(args: argparse.Namespace) -> tuple[Step, None]:
 
     def step() -> None:
         influence = Influence(optimizer, len(ids))
-        with optimizer.batch(layers, len(ids), len(ids), influence):
+        with optimizer.batch(layers, Rows(len(ids), len(ids)), influence):
             loss_of(model, ids).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from hf_poprisk import PopRiskAdamW, reference
-from hf_poprisk.batched import BatchedGradients
+from hf_poprisk.batched import BatchedGradients, Rows
 from hf_poprisk.batched import capture as capturing
 from hf_poprisk.moments import ExampleWindow
 
@@ -77,7 +77,7 @@ def captured(
     assert not layers.uncovered
     window = ExampleWindow(params.values(), {p: name for name, p in params.items()})
     for inputs, n in batches:
-        with window.batch(layers, n, inputs["input_ids"].shape[0]) as capture:
+        with window.batch(layers, Rows(n, inputs["input_ids"].shape[0])) as capture:
             (example_losses(model, inputs, pairs).sum() / total).backward()
         assert not capture.misfits
     b, sq_sums = window.reduce()
@@ -160,7 +160,7 @@ def test_a_window_of_several_batches_and_single_examples(large: None) -> None:
     with window.example():
         (example_losses(model, part([0]), False).sum() / 7).backward()
     for rows in ([1, 2, 3], [4, 5], [6]):
-        with window.batch(layers, len(rows), len(rows)):
+        with window.batch(layers, Rows(len(rows), len(rows))):
             (example_losses(model, part(rows), False).sum() / 7).backward()
     b, sq_sums = window.reduce()
     assert b == 7
@@ -193,7 +193,7 @@ def test_a_layer_used_twice(width_of_small: int, monkeypatch: pytest.MonkeyPatch
     params = trainable(model)
     gradients = reference.per_example_gradients(params, lambda row: model(row[None]).sum().square(), x)
     layers, window = BatchedGradients(model, params.values()), ExampleWindow(params.values())
-    with window.batch(layers, N, N):
+    with window.batch(layers, Rows(N, N)):
         model(x).square().sum().backward()
     _, sq_sums = window.reduce()
     for name, p in params.items():
@@ -224,7 +224,7 @@ def test_squares_of_single_uses_would_be_seen(
         gradients = reference.per_example_gradients(params, lambda row: model(row[None]).sum(), x)
         expected = {name: reference.grad_and_square_sums(gradients, name)}
         window = ExampleWindow(params.values())
-        with window.batch(BatchedGradients(model, params.values()), N, N):
+        with window.batch(BatchedGradients(model, params.values()), Rows(N, N)):
             model(x).sum().backward()
         got = {name: (model.layer.weight.grad, window._sq_sums[model.layer.weight])}
     torch.testing.assert_close(got[name][0], expected[name][0])
@@ -246,8 +246,8 @@ def test_a_use_outside_the_layers_is_an_error_that_names_it() -> None:
     params = trainable(model)
     window = ExampleWindow(params.values(), {p: name for name, p in params.items()})
     with (
-        pytest.raises(RuntimeError, match="layer.weight cannot be told apart: a part of its gradient"),
-        window.batch(BatchedGradients(model, params.values()), N, N),
+        pytest.raises(RuntimeError, match="of layer.weight cannot be formed: a part of its gradient"),
+        window.batch(BatchedGradients(model, params.values()), Rows(N, N)),
     ):
         model(x).sum().backward()
 
@@ -256,7 +256,7 @@ def test_rows_that_a_layer_cannot_see_are_reported() -> None:
     model, x = Uses(flat=True), torch.randn(N, 3, 6)
     params = trainable(model)
     window = ExampleWindow(params.values())
-    with window.batch(BatchedGradients(model, params.values()), N, N) as capture:
+    with window.batch(BatchedGradients(model, params.values()), Rows(N, N)) as capture:
         model(x)
         assert capture.misfits.keys() == {model.last.weight, model.last.bias}
         capture.misfits.clear()
@@ -293,7 +293,7 @@ def test_under_bfloat16_autocast_the_gate_is_that_of_single_examples(kind: str) 
         layers = BatchedGradients(model, optimizer.gated_parameters)
         for start in range(0, 2 * N, n):
             rows = {k: v[start : start + n] for k, v in inputs.items()}
-            with optimizer.batch(layers, n, n) if n > 1 else optimizer.example():
+            with optimizer.batch(layers, Rows(n, n)) if n > 1 else optimizer.example():
                 with torch.autocast("cpu", torch.bfloat16):
                     loss = example_losses(model, rows, False).sum() / (2 * N)
                 loss.backward()
@@ -331,7 +331,7 @@ def test_reentrant_checkpointing_of_a_layer_used_twice(
     model.last.requires_grad_(False)
     model.layer.bias.requires_grad_(False)
     window = ExampleWindow(params.values())
-    with window.batch(BatchedGradients(model, params.values()), N, N):
+    with window.batch(BatchedGradients(model, params.values()), Rows(N, N)):
         run(x).sum().backward()
     torch.testing.assert_close(window.reduce()[1][model.layer.weight], expected)
 
@@ -348,7 +348,7 @@ def test_a_gradient_that_the_loss_takes_for_itself_is_not_captured() -> None:
     params = trainable(model)
     gradients = reference.per_example_gradients(params, lambda row: loss(row[None]), x)
     window = ExampleWindow(params.values())
-    with window.batch(BatchedGradients(model, params.values()), N, N):
+    with window.batch(BatchedGradients(model, params.values()), Rows(N, N)):
         loss(x).backward()
     for name, p in params.items():
         expected = reference.grad_and_square_sums(gradients, name)
@@ -372,7 +372,7 @@ class Positions(nn.Module):
 def test_positions_of_an_unknown_model_are_not_guessed_at(flat: bool) -> None:
     model, x = Positions(flat), torch.randn(N, N, 6)  # as many positions as rows
     window = ExampleWindow(model.parameters())
-    with window.batch(BatchedGradients(model, model.parameters()), N, N) as capture:
+    with window.batch(BatchedGradients(model, model.parameters()), Rows(N, N)) as capture:
         model(x)
     assert capture.misfits.keys() == {model.table.weight}
 
@@ -413,13 +413,16 @@ def test_arguments_by_name_and_a_forward_replaced_later() -> None:
     layer, norm, x = nn.Linear(6, 6), nn.LayerNorm(6), torch.randn(N, 3, 6)
     model = nn.ModuleList([layer, norm])
     layers, window = BatchedGradients(model, model.parameters()), ExampleWindow(model.parameters())
-    with window.batch(layers, N, N):
+    with window.batch(layers, Rows(N, N)):
         norm(input=layer(input=x)).square().sum().backward()
     assert window._sq_sums[layer.weight].any()
     window.reset()
     model.zero_grad()
     layer.forward = lambda x: x
-    with pytest.raises(RuntimeError, match="forward of Linear was replaced"), window.batch(layers, N, N):
+    with (
+        pytest.raises(RuntimeError, match="forward of Linear was replaced"),
+        window.batch(layers, Rows(N, N)),
+    ):
         pass
     assert layer.forward(3) == 3  # and it is not lost
 
@@ -427,7 +430,7 @@ def test_arguments_by_name_and_a_forward_replaced_later() -> None:
 def test_a_loss_that_is_held_on_to_holds_no_buffers() -> None:
     model, x = nn.Linear(6, 6), torch.randn(N, 3, 6)
     window = ExampleWindow(model.parameters())
-    with window.batch(BatchedGradients(model, model.parameters()), N, N) as capture:
+    with window.batch(BatchedGradients(model, model.parameters()), Rows(N, N)) as capture:
         loss = model(x).sum()
         loss.backward()
     assert loss.grad_fn is not None and not capture._scratch and not capture._kept

@@ -22,19 +22,23 @@ ONE_BY_ONE = "are taken one by one, because of"
 class Classifier(nn.Module):
     """Mean loss over the rows; ``hidden`` flattens rows and tokens, ``conv`` has a layer we do not know."""
 
-    def __init__(self, hidden: bool = False, conv: bool = False) -> None:
+    def __init__(
+        self, hidden: bool = False, conv: bool = False, tokens: int = 7, tokens_first: bool = False
+    ) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.first, self.last = nn.Linear(6, 5), nn.Linear(5, 3)
         self.conv = nn.Conv1d(6, 6, 1) if conv else None
-        self.hidden = hidden
+        self.hidden, self.tokens, self.tokens_first = hidden, tokens, tokens_first
 
     def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """x: [rows, 7, 6], labels: [rows]."""
         if self.conv is not None:
             x = self.conv(x.transpose(1, 2)).transpose(1, 2)
-        h = self.first(x.reshape(-1, 6)).view(len(x), 7, 5) if self.hidden else self.first(x)
-        logits = self.last(h.tanh()).mean(1)
+        if self.tokens_first:
+            x = x.transpose(0, 1)
+        h = self.first(x.reshape(-1, 6)).view(len(x), self.tokens, 5) if self.hidden else self.first(x)
+        logits = self.last(h.tanh()).mean(0 if self.tokens_first else 1)
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
@@ -45,14 +49,15 @@ def rows(count: int) -> list[dict[str, Any]]:
 
 def windows(
     model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int, **options: Any
-) -> list[Any]:
-    """b, G and Q of two steps of eight examples."""
+) -> tuple[list[Any], PopRiskTrainer]:
+    """b, G and Q of two steps of eight examples, and who took them."""
     with monkeypatch.context() as patch:
         record = Record(patch)
         steps = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": 8 // batch}
         args = PopRiskTrainingArguments(str(tmp_path), max_steps=2, **{**QUIET, **steps, **options})
-        PopRiskTrainer(model, args=args, train_dataset=rows(16)).train()
-    return record.windows
+        trainer = PopRiskTrainer(model, args=args, train_dataset=rows(16))
+        trainer.train()
+    return record.windows, trainer
 
 
 def assert_same_windows(got: list[Any], expected: list[Any]) -> None:
@@ -67,7 +72,11 @@ def assert_same_windows(got: list[Any], expected: list[Any]) -> None:
     [
         ({}, None),
         ({"conv": True}, "conv.weight (a parameter of Conv1d), conv.bias (a parameter of Conv1d)"),
-        ({"hidden": True}, "first.weight (its input is [28, 6] and the batch has 4 rows)"),
+        (
+            {"hidden": True},
+            "first.bias cannot be formed: a layer does not see the examples: its input is "
+            "[28, 6] and the batch has 4 rows",
+        ),
     ],
     ids=["layers", "unknown-layer", "hidden-rows"],
 )
@@ -78,23 +87,22 @@ def test_the_way_is_chosen_and_makes_no_difference(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    backwards: list[int] = []
-    expected = windows(Classifier(**options), tmp_path, monkeypatch, 1)
-    model = Classifier(**options)
-    model.last.bias.register_post_accumulate_grad_hook(lambda p: backwards.append(1))
+    expected, _ = windows(Classifier(**options), tmp_path, monkeypatch, 1)
     with caplog.at_level(logging.WARNING):
-        got = windows(model, tmp_path, monkeypatch, 4)
+        got, trainer = windows(Classifier(**options), tmp_path, monkeypatch, 4)
     assert_same_windows(got, expected)
     said = [record.message for record in caplog.records if ONE_BY_ONE in record.message]
-    assert len(backwards) == (4 if reason is None else 16)
+    assert (trainer._layers is None) == (reason is not None)
     assert len(said) == (reason is not None)
     assert reason is None or reason in said[0]
 
 
 def test_rows_hidden_later_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Classifier()
-    model.register_forward_hook(lambda *_: setattr(model, "hidden", True))  # after the first forward
-    with pytest.raises(RuntimeError, match="rows of the batch are not visible to first.weight .*set per_dev"):
+    model.register_forward_hook(
+        lambda *_: setattr(model, "hidden", model.training)
+    )  # after the first forward
+    with pytest.raises(RuntimeError, match="first.bias cannot be formed: a layer does not see .*set per_dev"):
         windows(model, tmp_path, monkeypatch, 4)
 
 
@@ -230,18 +238,25 @@ def test_a_collator_that_makes_other_examples_is_refused(collator: Any, made: in
         trainer.train()
 
 
-def test_a_length_that_equals_the_rows_goes_one_by_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("tokens_first", [False, True])
+def test_a_length_that_equals_the_rows_is_looked_into(
+    tokens_first: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """[tokens, rows] could not be told from [rows, tokens]."""
+    """[tokens, rows] passes for [rows, tokens] by its shape, and not by its squares."""
     data = [{**row, "x": row["x"][:4]} for row in rows(16)]
-    with caplog.at_level(logging.WARNING), monkeypatch.context() as patch:
-        record = Record(patch)
-        options = {**QUIET, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
-        args = PopRiskTrainingArguments(str(tmp_path), max_steps=2, **options)
-        PopRiskTrainer(Classifier(), args=args, train_dataset=data).train()
-    assert f"{ONE_BY_ONE} an input whose second axis is 4 too" in caplog.text
-    assert [b for b, _ in record.windows] == [8, 8]
+    found = []
+    for size in (4, 1):
+        with caplog.at_level(logging.WARNING), monkeypatch.context() as patch:
+            record = Record(patch)
+            options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size}
+            args = PopRiskTrainingArguments(str(tmp_path), max_steps=2, **{**QUIET, **options})
+            model = Classifier(tokens=4, tokens_first=tokens_first)
+            trainer = PopRiskTrainer(model, args=args, train_dataset=data)
+            trainer.train()
+        found.append(record.windows)
+        assert size == 1 or (trainer._layers is None) == tokens_first
+    assert_same_windows(*found)
+    assert tokens_first == ("are not those of the examples alone" in caplog.text)
 
 
 @pytest.mark.parametrize("kind", ["norm", "experts"])
@@ -254,7 +269,7 @@ def test_what_couples_the_examples_is_refused(kind: str, tmp_path: Path) -> None
     args = PopRiskTrainingArguments(str(tmp_path), max_steps=1, **{**QUIET, "per_device_train_batch_size": 4})
     trainer = PopRiskTrainer(model, args=args, train_dataset=rows(16))
     said = {"norm": "norm normalises over the examples", "experts": "router_aux_loss_coef balances"}[kind]
-    with pytest.raises(ValueError, match=f"{said} .*set per_device_train_batch_size=1, or poprisk_est"):
+    with pytest.raises(ValueError, match=f"{said} .*set per_device_train_batch_size=1 .*or poprisk_est"):
         trainer.train()
 
 

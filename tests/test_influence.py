@@ -9,7 +9,7 @@ from test_batched import N, adapted, batch, example_losses, trainable
 from torch import nn
 
 from hf_poprisk import PopRiskAdamW, reference
-from hf_poprisk.batched import BatchedGradients
+from hf_poprisk.batched import BatchedGradients, Rows
 from hf_poprisk.batched import capture as capturing
 from hf_poprisk.influence import Influence
 
@@ -74,7 +74,7 @@ def measured(
     if together:
         influence = Influence(optimizer, N, scale)
         layers = BatchedGradients(model, influence.params)
-        with optimizer.batch(layers, N, len(inputs["input_ids"]), influence):
+        with optimizer.batch(layers, Rows(N, len(inputs["input_ids"])), influence):
             (example_losses(model, inputs, pairs).sum() / N).backward()
         return torch.stack([influence.energy, influence.agreement])
     found = []
@@ -188,7 +188,7 @@ def test_a_sample_is_close_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
     for stride in (8, 1):
         monkeypatch.setattr("hf_poprisk.influence.STRIDE", stride)
         influence = Influence(optimizer, 64)
-        with optimizer.batch(BatchedGradients(model, influence.params), 64, 64, influence):
+        with optimizer.batch(BatchedGradients(model, influence.params), Rows(64, 64), influence):
             nn.functional.cross_entropy(model(x), y).backward()
         energies.append(influence.energy)
         optimizer.zero_grad()
@@ -246,7 +246,7 @@ def test_the_gate_decides_the_same_with_the_sums_beside_it() -> None:
     seen = []
     for influence in (None, Influence(optimizer, N)):
         layers = BatchedGradients(model, optimizer.gated_parameters)
-        with optimizer.batch(layers, N, 2 * N, influence):
+        with optimizer.batch(layers, Rows(N, 2 * N), influence):
             (example_losses(model, inputs, True).sum() / N).backward()
         optimizer.close_window()
         seen.append({n: optimizer._openness[p].clone() for n, p in trainable(model).items()})

@@ -12,7 +12,7 @@ from test_batched import N, assert_same, batch, captured, example_losses, textbo
 from torch import Tensor
 
 from hf_poprisk import PopRiskAdamW, kernels
-from hf_poprisk.batched import BatchedGradients
+from hf_poprisk.batched import BatchedGradients, Rows
 from hf_poprisk.batched import capture as capturing
 from hf_poprisk.gate import openness
 
@@ -106,7 +106,7 @@ def test_a_step_through_the_kernels(interpreted: None, monkeypatch: pytest.Monke
         optimizer = PopRiskAdamW(model.parameters(), lr=1e-3)
         layers = BatchedGradients(model, optimizer.gated_parameters)
         for _ in range(2):
-            with optimizer.batch(layers, N, N):
+            with optimizer.batch(layers, Rows(N, N)):
                 (example_losses(model, inputs, False).sum() / N).backward()
             optimizer.close_window()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)

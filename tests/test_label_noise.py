@@ -1211,7 +1211,7 @@ class Spoiled(Classifier):
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         out = super().forward(x, labels)
-        self.calls += 1
+        self.calls += self.training
         return {**out, "loss": out["loss"] * math.nan} if self.calls == 6 else out
 
 

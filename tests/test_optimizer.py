@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_poprisk import PopRiskAdamW, reference
-from hf_poprisk.batched import BatchedGradients
+from hf_poprisk.batched import BatchedGradients, Rows
 from hf_poprisk.gate import streaming_null_openness
 from hf_poprisk.optimizer import EMA_DECAY, matching
 
@@ -498,8 +498,8 @@ def test_a_batch_is_no_group() -> None:
     model = torch.nn.Linear(4, 3)
     layers = BatchedGradients(model, model.parameters())
     with pytest.raises(ValueError, match="takes a batch as one unit: use optimizer.example"):
-        PopRiskAdamW(model.parameters(), estimator="group").batch(layers, 2, 2)
-    with PopRiskAdamW(model.parameters(), gate="none").batch(layers, 2, 2) as capture:
+        PopRiskAdamW(model.parameters(), estimator="group").batch(layers, Rows(2, 2))
+    with PopRiskAdamW(model.parameters(), gate="none").batch(layers, Rows(2, 2)) as capture:
         assert capture is None
 
 

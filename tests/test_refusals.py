@@ -145,8 +145,8 @@ SETTINGS = {
         "^loss_type=aot compares", {"loss_type": ["sigmoid", "aot"]}, only=PopRiskDPOTrainer
     ),
     "sft_packing": Setting(
-        "^packing=True puts several examples into one row, .* set packing=False, or poprisk_estimator=group",
-        {"packing": True},
+        "^packing_strategy=wrapped cuts sequences, .* set packing_strategy=bfd, or poprisk_estimator=group",
+        {"packing": True, "packing_strategy": "wrapped"},
         only=PopRiskSFTTrainer,
     ),
 }

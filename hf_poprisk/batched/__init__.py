@@ -10,11 +10,13 @@ package. Small parameters (norms, biases, adapter factors) keep their ``h_i`` un
 with them, because they may be used more than once; so does an embedding that is tied to the head.
 
     layers.py      which layers can be told apart, how each is run    <- read first
+    layout.py      which part of a tensor belongs to which example
     functions.py   the autograd functions they run through
     capture.py     what becomes of the examples' gradients
 """
 
 from hf_poprisk.batched.capture import Capture, Uncovered
 from hf_poprisk.batched.layers import BatchedGradients
+from hf_poprisk.batched.layout import Layout, Packed, Rows
 
-__all__ = ["BatchedGradients", "Capture", "Uncovered"]
+__all__ = ["BatchedGradients", "Capture", "Layout", "Packed", "Rows", "Uncovered"]

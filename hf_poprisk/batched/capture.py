@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hf_poprisk import kernels, kernels_cpu
 from hf_poprisk.batched.functions import PerExample, PerRow
+from hf_poprisk.batched.layout import Layout, Rows, wide
 from hf_poprisk.influence import Influence
 
 # Elements of G, Q and h_i that are worked on together: three of these fit a core's cache.
@@ -31,10 +32,8 @@ class Capture:
     """The per-example gradients of one backward.
 
     Args:
-        num_examples: N.
-        num_rows: rows of the batch, a multiple of N; row j belongs to example j mod N, which is how TRL
-            lays out preference pairs.
-        params: the parameters whose gradients are to be told apart.
+        layout: which part of the batch belongs to which example.
+        params: the parameters whose per-example gradients are wanted.
         square_buffer: parameter → its Q, and whether nothing has been written to it in this window; no Q
             where it is not gated.
         verify: compare what was captured with what autograd accumulated (first micro-batch of a run).
@@ -43,17 +42,14 @@ class Capture:
 
     def __init__(
         self,
-        num_examples: int,
-        num_rows: int,
+        layout: Layout,
         params: Iterable[Tensor],
         square_buffer: Callable[[Tensor], tuple[Tensor | None, bool]],
         verify: bool,
         influence: Influence | None = None,
     ) -> None:
-        if num_rows % num_examples:
-            raise Uncovered(f"{num_rows} rows do not divide over {num_examples} examples")
-        self.num_examples = num_examples
-        self.num_rows = num_rows
+        self.layout = layout
+        self.num_examples = layout.num_examples
         self.misfits: dict[Tensor, str] = {}  # parameters seen with a shape that hides the rows
         self.positions: set[Tensor] = set()  # tables whose [1, T] lookups belong to every row
         self._params = set(params)
@@ -95,7 +91,7 @@ class Capture:
         """Count a lookup of token ids, [rows, …], in an embedding."""
         if self.used(weight):
             if weight not in self._tokens:
-                self._tokens[weight] = _Tokens(weight.shape[0], weight.shape[1], self.num_examples)
+                self._tokens[weight] = _Tokens(weight, self.layout)
             self._tokens[weight].uses += 1
             self._tokens[weight].see(ids)
 
@@ -107,16 +103,16 @@ class Capture:
         self._scratch.clear()
 
     def fits(self, x: Tensor, params: Iterable[Tensor | None]) -> bool:
-        """Whether the rows of the batch are the first axis of ``x``; if not, remember whom it concerns."""
-        if x.dim() >= 2 and x.shape[0] == self.num_rows:
+        """Whether the examples can be seen in ``x``; if not, remember whom it concerns."""
+        if self.layout.fits(x):
             return True
         for p in params:
             if self.wants(p):
-                self.misfits[p] = f"its input is {list(x.shape)} and the batch has {self.num_rows} rows"
+                self.misfits[p] = f"its input is {list(x.shape)} and {self.layout}"
         return False
 
     def per_row(self, param: Tensor, dims: int) -> Tensor:
-        """An elementwise parameter as [rows, 1, …, *shape] with ``dims`` axes, one copy per row."""
+        """An elementwise parameter as ``layout.copies`` with ``dims`` axes."""
         self.used(param)
         return PerRow.apply(param, self, dims)
 
@@ -156,19 +152,18 @@ class Capture:
         tokens = self._tokens.get(param)
         dense_uses = self._uses[param] - (tokens.uses if tokens else 0)
         if self.num_examples * param.numel() <= _SMALL and tokens is None:
-            return self._returning(param, self._keep(param, _outer(a, d, self.num_examples)))
+            return self._returning(param, self._keep(param, _outer(a, d, self.layout)))
         if dense_uses > 1:
             self._inputs[param].append((a, d))
             return self._returning(param, _flat(d).T @ _flat(a))
-        grad = torch.empty_like(param, dtype=_sum_dtype(param.dtype))
+        grad = torch.empty_like(param, dtype=wide(param.dtype))
         self._sum_and_square(param, [(a, d)], grad, tokens)
         return self._returning(param, grad)
 
     def elementwise(self, param: Tensor, h: Tensor) -> Tensor:
-        """h: [rows, *shape]. Returns the sum over rows."""
+        """h: the gradient of ``per_row``'s copies, or of one at every token. Returns their sum."""
         self._seen.add(param)
-        h = h.reshape(-1, self.num_examples, *param.shape).sum(0, dtype=_sum_dtype(h.dtype))
-        return self._returning(param, self._keep(param, h))
+        return self._returning(param, self._keep(param, self.layout.sums(h, param.shape)))
 
     def embedding(self, param: Tensor, ids: Tensor, d: Tensor, padding: int | None) -> Tensor:
         """ids: [rows, …], d: [rows, …, width]."""
@@ -187,11 +182,11 @@ class Capture:
         if self._returned is not None:
             self._returned[param].append(h.clone())
         if self.num_examples * param.numel() <= _SMALL and tokens is None:
-            wide = h.to(_sum_dtype(h.dtype))
             kept = self._kept.get(param)
             if kept is None:
-                kept = self._kept[param] = wide.new_zeros(self.num_examples, *param.shape)
-            kept[example] += wide
+                shape = (self.num_examples, *param.shape)
+                kept = self._kept[param] = h.new_zeros(shape, dtype=wide(h.dtype))
+            kept[example] += h
             return
         if self._uses[param] - (tokens.uses if tokens else 0) > 1:
             raise Uncovered("a large weight is used both by a fused head and elsewhere")
@@ -201,7 +196,7 @@ class Capture:
             return
         rows = self._rows_per_block(param)
         for start in range(0, param.shape[0], rows):
-            block = h[start : start + rows].to(_sum_dtype(h.dtype), copy=True)
+            block = h[start : start + rows].to(wide(h.dtype), copy=True)
             if tokens is not None:
                 tokens.take(example, start, block)
             self._square(param, example, start, block, target, fresh)
@@ -212,6 +207,8 @@ class Capture:
         Raises:
             Uncovered: the gradient is not made of what was captured.
         """
+        if param in self.misfits:
+            raise Uncovered(f"a layer does not see the examples: {self.misfits[param]}")
         if param not in self._seen:
             raise Uncovered("it was used outside the layers whose gradients are captured")
         if self._returned is not None:
@@ -221,7 +218,7 @@ class Capture:
                 raise Uncovered("a part of its gradient did not come through the captured layers")
         if param in self._kept:
             target, fresh = self._square_buffer(param)
-            h = self._kept.pop(param)
+            h = _rounded(self._kept.pop(param), param)
             if self._influence is not None:
                 self._influence.add_some(param, 0, h)
             if target is not None:
@@ -232,12 +229,13 @@ class Capture:
         if param in self._tokens:
             target, fresh = self._square_buffer(param)
             tokens = self._tokens.pop(param)
+            grads = _rounded(tokens.grads, param)
             if self._influence is not None:
-                self._influence.add_rows(param, tokens.ids, tokens.examples, tokens.grads)
+                self._influence.add_rows(param, tokens.ids, tokens.examples, grads)
             if target is not None:
                 if fresh:
                     target.zero_()
-                target.index_add_(0, tokens.ids, tokens.grads.square_())
+                target.index_add_(0, tokens.ids, grads.square_())
 
     def _returning(self, param: Tensor, grad: Tensor) -> Tensor:
         grad = grad.to(param.dtype)
@@ -248,6 +246,7 @@ class Capture:
     def _keep(self, param: Tensor, h: Tensor) -> Tensor:
         """Add [N, *shape] to the examples' gradients of a small parameter; returns their sum."""
         total = h.sum(0)
+        h = _rounded(h, param)
         self._kept[param] = self._kept[param].add_(h) if param in self._kept else h
         return total
 
@@ -266,17 +265,20 @@ class Capture:
         """``grad = Σ_i h_i`` (if given) and ``Q += Σ_i h_i²``, h_i summed over the uses."""
         target, fresh = self._square_buffer(param)
         if target is None and tokens is None and self._influence.stride(param) > 1:
-            return self._weigh(param, uses, grad)
+            return self._weigh(param, uses, grad)  # of labels, and those are never packed
         single = tokens is None and len(uses) == 1
-        plain = single and self._influence is None and target is not None
-        if plain and uses[0][0].shape[:2] == (self.num_examples, 1):
+        by_rows = isinstance(self.layout, Rows)
+        plain = single and by_rows and self._influence is None and target is not None
+        # of low precision h_i must be rounded before it is squared, so it must be formed
+        exact = param.dtype in (torch.float32, torch.float64)
+        if plain and exact and uses[0][0].shape[:2] == (self.num_examples, 1):
             a, d = (x[:, 0] for x in uses[0])
             if grad is not None:
                 grad.copy_(d.T @ a)
             wide_a, wide_d = (x.to(target.dtype).square() for x in (a, d))
             target.copy_(wide_d.T @ wide_a) if fresh else target.addmm_(wide_d.T, wide_a)
             return
-        if single and grad is not None and grad.dtype == torch.float32:
+        if single and by_rows and grad is not None and grad.dtype == torch.float32:
             a, d = uses[0]
             if plain and kernels.usable(a, d, grad, target) and self._fused_is_faster(param, a, d, grad):
                 return kernels.weight_gradient(d, a, self.num_examples, grad, target, fresh)
@@ -331,14 +333,15 @@ class Capture:
         tokens: _Tokens | None,
     ) -> None:
         """``_sum_and_square`` with one matrix product per example, block of rows and use."""
-        n, rows, wide = self.num_examples, self._rows_per_block(param), _sum_dtype(param.dtype)
+        rows, sums = self._rows_per_block(param), wide(param.dtype)
         # per example and use: D_iᵀ [out, tokens] and A_i [tokens, in]
-        factors = [[(_flat(d[i::n]).T, _flat(a[i::n])) for a, d in uses] for i in range(n)]
-        low = None if factors[0][0][0].dtype == wide else factors[0][0][0].dtype
+        split = [list(zip(*map(self.layout.split, use), strict=True)) for use in uses]
+        factors = [[(d.T, a) for a, d in parts] for parts in zip(*split, strict=True)]
+        low = None if factors[0][0][0].dtype == sums else factors[0][0][0].dtype
         for start in range(0, param.shape[0], rows):
             stop = min(start + rows, param.shape[0])
             total = None if grad is None else grad[start:stop]
-            h = self._scratch_like(param[start:stop], wide)
+            h = self._scratch_like(param[start:stop], sums)
             rounded = h if low is None else self._scratch_like(param[start:stop], low)
             for i, parts in enumerate(factors):
                 # the first example needs no scratch: it is the sum so far
@@ -407,9 +410,10 @@ class _Tokens:
         grads: their gradients, [rows of it, width].
     """
 
-    def __init__(self, vocabulary: int, width: int, num_examples: int) -> None:
+    def __init__(self, weight: Tensor, layout: Layout) -> None:
         self.uses = 0
-        self._vocabulary, self._width, self._num_examples = vocabulary, width, num_examples
+        self._weight, self._layout = weight, layout
+        self._vocabulary, self._width = weight.shape
         self._keys: Tensor | None = None  # example · vocabulary + token, sorted
 
     def see(self, ids: Tensor) -> None:
@@ -418,33 +422,27 @@ class _Tokens:
         self._keys = keys if self._keys is None else torch.cat([self._keys, keys]).unique()
         self.ids, self.examples = self._keys % self._vocabulary, self._keys // self._vocabulary
         self._per_example: list[list[int]] | None = None
-        self.grads: Tensor | None = None
+        self.grads = torch.zeros(
+            len(self.ids), self._width, dtype=wide(self._weight.dtype), device=self.ids.device
+        )
 
     def _key(self, ids: Tensor) -> Tensor:
-        example = torch.arange(ids.shape[0], device=ids.device) % self._num_examples
-        return (ids.reshape(ids.shape[0], -1) + self._vocabulary * example[:, None]).reshape(-1)
-
-    def _rows(self, dtype: torch.dtype) -> Tensor:
-        if self.grads is None:
-            self.grads = torch.zeros(
-                len(self.ids), self._width, dtype=_sum_dtype(dtype), device=self.ids.device
-            )
-        return self.grads
+        return (ids + self._vocabulary * self._layout.owners(ids)).reshape(-1)
 
     def add(self, ids: Tensor, d: Tensor, padding: int | None) -> Tensor:
         """Add the gradients of one lookup; returns the rows of this lookup alone."""
-        d = d.reshape(-1, self._width).to(_sum_dtype(d.dtype))
+        d = d.reshape(-1, self._width).to(self.grads.dtype)
         if padding is not None:
             d = d.masked_fill((ids.reshape(-1) == padding)[:, None], 0)
-        h = torch.zeros_like(self._rows(d.dtype))
+        h = torch.zeros_like(self.grads)
         h.index_add_(0, torch.searchsorted(self._keys, self._key(ids)), d)
-        self._rows(d.dtype).add_(h)
+        self.grads.add_(_rounded(h, self._weight))
         return h
 
     def take(self, example: int, start: int, block: Tensor) -> None:
         """Move the example's rows out of ``block``, rows ``start`` … of its gradient: they are not final."""
         if self._per_example is None:
-            edges = torch.arange(self._num_examples + 1, device=self.ids.device) * self._vocabulary
+            edges = torch.arange(self._layout.num_examples + 1, device=self.ids.device) * self._vocabulary
             self._edges = torch.searchsorted(self._keys, edges).tolist()
             ids = self.ids.tolist()
             self._per_example = [ids[lo:hi] for lo, hi in zip(self._edges[:-1], self._edges[1:], strict=True)]
@@ -452,7 +450,7 @@ class _Tokens:
         lo, hi = bisect_left(mine, start), bisect_left(mine, start + block.shape[0])
         if lo < hi:
             where = self.ids[offset + lo : offset + hi] - start
-            self._rows(block.dtype)[offset + lo : offset + hi].add_(block[where])
+            self.grads[offset + lo : offset + hi].add_(block[where])
             block[where] = 0
 
 
@@ -475,11 +473,15 @@ def _by_example(x: Tensor, num_examples: int) -> Tensor:
     return x.reshape(num_examples, -1, x.shape[-1])
 
 
-def _outer(a: Tensor, d: Tensor, num_examples: int) -> Tensor:
+def _outer(a: Tensor, d: Tensor, layout: Layout) -> Tensor:
     """Every example's ``D_iᵀ A_i`` at once, [N, out, in], in the dtype of sums."""
-    a, d = _by_example(a, num_examples), _by_example(d, num_examples)
-    return torch.bmm(d.transpose(1, 2), a).to(_sum_dtype(a.dtype))
+    if isinstance(layout, Rows):
+        a, d = _by_example(a, layout.num_examples), _by_example(d, layout.num_examples)
+        return torch.bmm(d.transpose(1, 2), a).to(wide(a.dtype))
+    parts = zip(layout.split(a), layout.split(d), strict=True)
+    return torch.stack([(d_i.T @ a_i).to(wide(a_i.dtype)) for a_i, d_i in parts])
 
 
-def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def _rounded(h: Tensor, param: Tensor) -> Tensor:
+    """As the parameter's gradient is rounded, or an element that one example touched has G² ≠ Q."""
+    return h if h.dtype == param.dtype else h.to(param.dtype).to(h.dtype)

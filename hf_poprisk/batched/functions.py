@@ -48,9 +48,10 @@ class Linear(Function):
             if _wanted(ctx.nodes[0]):
                 grad_weight = ctx.capture.dense(ctx.weight, *((d, x) if ctx.transposed else (x, d)))
             if _wanted(ctx.nodes[1]):
-                h = d.sum(1)
                 gated = ctx.capture.gates(ctx.bias)
-                grad_bias = ctx.capture.elementwise(ctx.bias, h) if gated else h.sum(0).to(ctx.bias.dtype)
+                grad_bias = (
+                    ctx.capture.elementwise(ctx.bias, d) if gated else d.sum((0, 1)).to(ctx.bias.dtype)
+                )
         return grad_x, grad_weight, grad_bias, None, None
 
 
@@ -73,15 +74,13 @@ class PerRow(Function):
     @staticmethod
     def forward(ctx: Any, param: Tensor, capture: Any, dims: int) -> Tensor:
         ctx.param, ctx.capture, ctx.node = param, capture, _node(param)
-        ones = (1,) * (dims - 1 - param.dim())
-        return param.view(1, *ones, *param.shape).expand(capture.num_rows, *ones, *param.shape)
+        return capture.layout.copies(param, dims)
 
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> tuple[Any, ...]:
         if not _wanted(ctx.node):
             return None, None, None
-        h = d.reshape(ctx.capture.num_rows, *ctx.param.shape)
-        return ctx.capture.elementwise(ctx.param, h), None, None
+        return ctx.capture.elementwise(ctx.param, d), None, None
 
 
 class PerExample(Function):

@@ -127,7 +127,7 @@ class _EmbeddingMode(TorchFunctionMode):
             return func(*args, **kwargs)
         ids, capture, weight = args[0], self._capture, self._weight
         if ids.dim() == 2 and ids.shape[0] == 1 and weight in capture.positions:
-            ids = ids.expand(capture.num_rows, *ids.shape[1:])  # positions, the same for every row
+            ids = ids.expand(capture.layout.num_rows, *ids.shape[1:])  # positions, the same for every row
         if not capture.fits(ids, (weight,)):  # ids of one axis may as well be positions
             return func(*args, **kwargs)
         capture.lookup(weight, ids)

@@ -47,7 +47,8 @@ class LogOddsTap(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is not (F.logsigmoid if self._preferences else F.cross_entropy):
+        wanted = F.logsigmoid if self._preferences else F.cross_entropy
+        if func is not wanted or not torch.is_grad_enabled():  # an example may be tried out alone
             return func(*args, **kwargs)
         if self.log_odds is not None:
             raise LogOddsError("it takes more than one log-probability of an example")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +31,6 @@ class LabelNoiseMixin:
 
     _preferences = False  # an example is a preference pair
     _label_noise: LabelNoise | None = None
-    _tap: LogOddsTap | None = None  # around the forward in progress
     _pass_ended = False  # with the batches that were taken last
 
     def _start_label_noise(self, ids: np.ndarray | None, sample: Sample) -> None:
@@ -65,17 +65,21 @@ class LabelNoiseMixin:
 
     # -- a micro-step -----------------------------------------------------------------------------------
 
-    def _take_rows(self, inputs: dict[str, Any]) -> Tensor | None:
-        """Take the index out of a batch; the examples' rows in the table, [N]."""
+    def _take_rows(self, inputs: Any) -> tuple[Any, Tensor | None]:
+        """Take the index out of a batch: the batch, and the examples' rows in the table, [N]."""
         if self._label_noise is None:
-            return None
-        index = inputs.pop(INDEX, None)
+            return inputs, None
+        index = None
+        if isinstance(inputs, _IndexedBatch):
+            inputs, index = inputs
+        elif isinstance(inputs, MutableMapping):
+            index = inputs.pop(INDEX, None)
         if index is None:
             raise ValueError(
                 f"poprisk_label_noise finds no {INDEX} in the batch: leave get_train_dataloader as it is, "
                 "or let its collator be an IndexCollator."
             )
-        return self._label_noise.table.rows(index)
+        return inputs, self._label_noise.table.rows(index)
 
     def _check_judged(self, data: Any) -> None:
         """Refuse training data from which the loss takes more than the pairs or the labels."""
@@ -89,23 +93,26 @@ class LabelNoiseMixin:
         scaler = self.accelerator.scaler
         scale = self._label_noise.clip_coefficient / self.accelerator.num_processes
         influence = Influence(optimizer, len(rows), scale / (1.0 if scaler is None else scaler.get_scale()))
-        self._tap = self._label_noise.visit(rows, influence)
+        # around the loss, and not in it: a subclass may have one of its own
+        before, loss = vars(self).get("compute_loss"), self.compute_loss
+        self.compute_loss = partial(self._tapped, self._label_noise.visit(rows, influence), loss)
         try:
             yield influence
         except BaseException:
             self._label_noise.abandon()
             raise
         finally:
-            self._tap = None
+            if before is None:
+                del self.compute_loss
+            else:
+                self.compute_loss = before
 
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        if self._tap is None:
-            return super().compute_loss(*args, **kwargs)  # type: ignore[misc]
+    def _tapped(self, tap: LogOddsTap, loss: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         what = "logsigmoid of reward margins" if self._preferences else "cross-entropy of class labels"
         try:
-            with self._tap:
-                result = super().compute_loss(*args, **kwargs)  # type: ignore[misc]
-            if self._tap.log_odds is None:
+            with tap:
+                result = loss(*args, **kwargs)
+            if tap.log_odds is None:
                 raise LogOddsError("it computes none")
         except LogOddsError as error:
             raise ValueError(
@@ -115,6 +122,8 @@ class LabelNoiseMixin:
         return result
 
     def _prepare_inputs(self, inputs: Any) -> Any:
+        if isinstance(inputs, _IndexedBatch):
+            inputs = inputs.batch
         prepared = super()._prepare_inputs(inputs)  # type: ignore[misc]
         if self._label_noise is not None and isinstance(prepared, MutableMapping):
             prepared.pop(INDEX, None)  # an evaluation on the training set
@@ -236,15 +245,31 @@ class IndexCollator:
         self.collator = collator
 
     def __call__(self, features: list[Any]) -> Any:
-        if not all(isinstance(feature, Mapping) and INDEX in feature for feature in features):
+        if all(isinstance(feature, _IndexedItem) for feature in features):
+            items, index = zip(*features, strict=True)
+            batch = self.collator(list(items))
+        elif all(isinstance(feature, Mapping) and INDEX in feature for feature in features):
+            index = [int(feature[INDEX]) for feature in features]
+            batch = self.collator([{k: v for k, v in f.items() if k != INDEX} for f in features])
+        else:
             raise ValueError(
                 f"poprisk_label_noise finds no {INDEX} in the training examples: a stream needs a column of "
                 "that name with an integer of its own for every example, and a transform must keep it."
             )
-        index = [int(feature[INDEX]) for feature in features]
-        batch = self.collator([{k: v for k, v in f.items() if k != INDEX} for f in features])
+        if not isinstance(batch, MutableMapping):
+            return _IndexedBatch(batch, torch.tensor(index))
         batch[INDEX] = torch.tensor(index)
         return batch
+
+
+class _IndexedItem(NamedTuple):
+    item: Any  # no mapping: an image and its label, for instance
+    index: int
+
+
+class _IndexedBatch(NamedTuple):
+    batch: Any  # no mapping
+    index: Tensor  # [N]
 
 
 class _Indexed(torch.utils.data.Dataset):
@@ -256,8 +281,9 @@ class _Indexed(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self._data)
 
-    def __getitem__(self, position: int) -> dict[str, Any]:
-        return {**self._data[position], INDEX: position}
+    def __getitem__(self, position: int) -> Any:
+        item = self._data[position]
+        return {**item, INDEX: position} if isinstance(item, Mapping) else _IndexedItem(item, position)
 
 
 def with_index(dataset: Any) -> tuple[Any, np.ndarray | None]:

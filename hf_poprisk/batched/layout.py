@@ -1,0 +1,112 @@
+"""Which part of a tensor of a micro-batch belongs to which example."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """An example owns whole rows: row j belongs to example j mod N, as TRL lays out preference pairs.
+
+    Args:
+        num_examples: N.
+        num_rows: the first axis of the micro-batch's tensors, a multiple of N.
+    """
+
+    num_examples: int
+    num_rows: int
+
+    def __str__(self) -> str:
+        return f"the batch has {self.num_rows} rows"
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether the examples can be seen in ``x``."""
+        return x.dim() >= 2 and x.shape[0] == self.num_rows
+
+    def split(self, x: Tensor) -> list[Tensor]:
+        """x: [rows, tokens, width]. Returns N tensors [tokens of the example, width]."""
+        return [x[i :: self.num_examples].reshape(-1, x.shape[-1]) for i in range(self.num_examples)]
+
+    def owners(self, x: Tensor) -> Tensor:
+        """The example of each entry of ``x``, [rows, …] int64 that broadcasts over it."""
+        owners = torch.arange(self.num_rows, device=x.device) % self.num_examples
+        return owners.view(-1, *(1,) * (x.dim() - 1))
+
+    def copies(self, param: Tensor, dims: int) -> Tensor:
+        """An elementwise parameter with one copy per row, [rows, 1, …, *shape] with ``dims`` axes."""
+        ones = (1,) * (dims - 1 - param.dim())
+        return param.view(1, *ones, *param.shape).expand(self.num_rows, *ones, *param.shape)
+
+    def sums(self, h: Tensor, shape: Sequence[int]) -> Tensor:
+        """Gradients of ``copies``, or of them at every token, summed per example: [N, *shape], wide."""
+        h = h.reshape(-1, self.num_examples, h[0].numel() // _numel(shape), *shape)
+        return h.sum((0, 2), dtype=wide(h.dtype))
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One row holds the sequences one after the other; a sequence is an example.
+
+    Args:
+        lengths: tokens of each sequence; they add up to the length T of the row.
+    """
+
+    lengths: tuple[int, ...]
+
+    num_rows = 1
+
+    @property
+    def num_examples(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.lengths)
+
+    def __str__(self) -> str:
+        return f"the batch has {self.num_tokens} tokens in one row"
+
+    def fits(self, x: Tensor) -> bool:
+        return x.dim() >= 2 and x.shape[:2] == (1, self.num_tokens)
+
+    def spans(self) -> list[slice]:
+        """Where each sequence is."""
+        return [slice(start, stop) for start, stop in pairwise(accumulate(self.lengths, initial=0))]
+
+    def split(self, x: Tensor) -> list[Tensor]:
+        """x: [1, T, width]. Returns N tensors [tokens of the example, width]."""
+        return list(x[0].split(self.lengths))
+
+    def owners(self, x: Tensor) -> Tensor:
+        """The example of each token of ``x``, [1, T, …] int64 that broadcasts over it."""
+        lengths = torch.tensor(self.lengths, device=x.device)
+        owners = torch.arange(self.num_examples, device=x.device).repeat_interleave(lengths)
+        return owners.view(1, -1, *(1,) * (x.dim() - 2))
+
+    def copies(self, param: Tensor, dims: int) -> Tensor:
+        """An elementwise parameter with one copy per token, [1, T, 1, …, *shape] with ``dims`` axes."""
+        ones = (1,) * (dims - 2 - param.dim())
+        return param.view(1, 1, *ones, *param.shape).expand(1, self.num_tokens, *ones, *param.shape)
+
+    def sums(self, h: Tensor, shape: Sequence[int]) -> Tensor:
+        """Gradients of ``copies`` summed per example: [N, *shape], wide."""
+        h = h.reshape(self.num_tokens, -1, *shape).sum(1, dtype=wide(h.dtype))
+        return h.new_zeros(self.num_examples, *shape).index_add_(0, self.owners(h[None]).view(-1), h)
+
+
+Layout = Rows | Packed
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums: float32, float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _numel(shape: Sequence[int]) -> int:
+    return int(torch.Size(shape).numel())

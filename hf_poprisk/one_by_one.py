@@ -1,0 +1,380 @@
+"""The examples of a micro-batch backpropagated one by one, each with the weight that the loss gives it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from hf_poprisk.batched import Layout, Packed, Rows
+from hf_poprisk.microbatch import NotSeparable, num_rows, take
+
+_Outputs = list[tuple[nn.Module, Any]]  # modules and what they gave, in the order of the calls
+
+
+@dataclass
+class _Slot:
+    """A tensor that a module gave: how the examples lie in it, and the loss's slope there."""
+
+    axis: int | None  # None: the examples share it, or it is no function of single ones
+    shift: int = 0  # of packed sequences: entries fewer than tokens
+    slope: Tensor | None = None
+
+
+@dataclass
+class _Call:
+    """One call of the model within the loss."""
+
+    layout: Layout
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    states: list[Any] = field(default_factory=list)  # of the random generators, before each example
+    modules: list[nn.Module] = field(default_factory=list)  # of the cut, in the order of their calls
+    slots: list[list[_Slot]] = field(default_factory=list)  # of what each of them gave
+
+
+class OneByOne:
+    """The gradients of a micro-batch's loss, example by example, whatever the loss makes of them.
+
+    The gradient cache of Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited
+    Setup" (arXiv:2101.06983), with chunks of one example. Inside ``cached`` the model is run on each example
+    alone, without a graph, and the loss is computed from the outputs put side by side. Its backward ends at
+    these outputs and leaves its slope there. ``backward`` then runs an example again, with the same random
+    numbers, and sends its part of the slope through it. So each example keeps the weight that the loss gives
+    it, and the sum over the examples is the gradient of the loss. A micro-batch costs a third more than its
+    examples alone.
+
+    Where a model computes its loss itself, the cut is at the outputs of its parts instead of its own: see
+    ``refine``.
+
+    Args:
+        model: the model, not wrapped by DDP.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._config = getattr(model, "config", None)
+        self._cut: list[nn.Module] = [model]  # whose outputs are cached
+        self._axes: dict[tuple[int, int, int], _Slot] = {}  # call, output, tensor → where the examples are
+        self._calls: list[_Call] = []
+
+    @contextmanager
+    def cached(self, layout: Layout, learn: bool = False) -> Iterator[None]:
+        """Run the loss, and its backward, on a micro-batch inside this block.
+
+        Args:
+            layout: of the micro-batch.
+            learn: find out where the examples are in the outputs: once, in eval mode.
+        """
+        self._calls = []
+        if learn:
+            self._axes = {}
+        original = self._model.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return original(*args, **kwargs)
+            return self._answer(original, layout, args, kwargs, learn)
+
+        with _replaced(self._model, forward):
+            yield
+
+    def check(self) -> None:
+        """After the loss's backward: was its slope at outputs that belong to examples?
+
+        Raises:
+            NotSeparable: it was at others, too.
+        """
+        if modules := self._entangled():
+            raise NotSeparable(
+                f"the loss depends on an output of {type(modules[0]).__name__} that no example owns"
+            )
+
+    def backward(self, model: Callable[..., Any], example: int) -> None:
+        """Backpropagate one example of the last micro-batch.
+
+        Args:
+            model: the model as it is called in training, wrapped by DDP or not.
+            example: its index.
+        """
+        tensors, slopes = [], []
+        for call in self._calls:
+            args, kwargs = self._piece(call, example)
+            _set_random_state(call.states[example])
+            with self._recorded() as outputs:
+                model(*args, **kwargs)
+            for (_, output), slots in zip(outputs, call.slots, strict=True):
+                for tensor, slot in zip(tree_flatten(output)[0], slots, strict=True):
+                    if slot.slope is not None and slot.axis is not None and tensor.requires_grad:
+                        tensors.append(tensor)
+                        slopes.append(_part(slot.slope, slot, call.layout, example).to(tensor.dtype))
+        if tensors:
+            torch.autograd.backward(tensors, slopes)
+
+    def release(self) -> None:
+        """Let go of the last micro-batch."""
+        self._calls = []
+
+    def refine(self) -> bool:
+        """Move the cut into the modules at whose outputs the loss has a slope that no example owns.
+
+        Such an output is a loss that a module computed itself, from the labels it was given.
+
+        Returns:
+            Whether there was such a module.
+        """
+        entangled = self._entangled()
+        if entangled:
+            kept = [module for module in self._cut if module not in entangled]
+            self._cut = list(dict.fromkeys([*kept, *self._parts(entangled)]))
+        return bool(entangled)
+
+    def _entangled(self) -> list[nn.Module]:
+        """The modules of the cut with an output that belongs to no example, and a slope there."""
+        return [
+            module
+            for call in self._calls
+            for module, slots in zip(call.modules, call.slots, strict=True)
+            if any(slot.axis is None and slot.slope is not None and bool(slot.slope.any()) for slot in slots)
+        ]
+
+    def _parts(self, modules: list[nn.Module]) -> list[nn.Module]:
+        """The submodules that these call, and not one another; found out on the first example."""
+        cut, self._cut = (
+            self._cut,
+            [part for module in modules for part in module.modules() if part is not module],
+        )
+        try:
+            called: list[nn.Module] = []
+            for call in self._calls:
+                args, kwargs = self._piece(call, 0)
+                with torch.no_grad(), self._recorded() as outputs:
+                    self._model.forward(*args, **kwargs)
+                called += [module for module, _ in outputs]
+            return called
+        finally:
+            self._cut = cut
+
+    # -- the micro-batch ---------------------------------------------------------------------------------
+
+    def _answer(
+        self,
+        original: Callable[..., Any],
+        layout: Layout,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        learn: bool,
+    ) -> Any:
+        """The model's answer to the whole micro-batch, from its answers to the examples."""
+        if isinstance(layout, Rows):
+            rows = num_rows((args, kwargs), "")
+            if rows is None or rows % layout.num_examples:
+                raise NotSeparable(f"the model is called on {rows} rows for {layout.num_examples} examples")
+            layout = Rows(layout.num_examples, rows)
+        call = _Call(layout, args, kwargs)
+        answers = []
+        with torch.no_grad(), _replaced(self._model, original):
+            for example in range(layout.num_examples):
+                piece_args, piece_kwargs = self._piece(call, example)
+                call.states.append(_random_state())
+                with self._recorded() as outputs:
+                    self._model.forward(*piece_args, **piece_kwargs)
+                answers.append(outputs)
+            if learn:
+                with self._recorded() as outputs:
+                    self._model.forward(*args, **kwargs)
+                self._learn(len(self._calls), outputs, answers[0], layout)
+        call.modules = [module for module, _ in answers[0]]
+        if any([module for module, _ in outputs] != call.modules for outputs in answers):
+            raise NotSeparable("the model's parts are called in another order for some of the examples")
+        joined = []
+        for k, outputs in enumerate(zip(*answers, strict=True)):
+            whole, slots = self._join((len(self._calls), k), [output for _, output in outputs], layout)
+            joined.append(whole)
+            call.slots.append(slots)
+        self._calls.append(call)
+        with _replaced(self._model, original), self._answered(call.modules, joined):
+            return self._model.forward(*args, **kwargs)
+
+    def _piece(self, call: _Call, example: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args = tuple(take(x, call.layout, [example], self._config) for x in call.args)
+        return args, take(call.kwargs, call.layout, [example], self._config)
+
+    @contextmanager
+    def _recorded(self) -> Iterator[_Outputs]:
+        """What the modules of the cut give inside this block, in the order of their calls."""
+        outputs: _Outputs = []
+        inside = False
+
+        def watch(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                nonlocal inside
+                if inside:  # a part that another one shares
+                    return forward(*args, **kwargs)
+                inside = True
+                try:
+                    output = forward(*args, **kwargs)
+                finally:
+                    inside = False
+                outputs.append((module, output))
+                return output
+
+            return run
+
+        with ExitStack() as stack:
+            for module in self._cut:
+                stack.enter_context(_replaced(module, watch(module, module.forward)))
+            yield outputs
+
+    @contextmanager
+    def _answered(self, modules: list[nn.Module], outputs: list[Any]) -> Iterator[None]:
+        """Let the modules of the cut give these outputs, in order, without being run."""
+        left = list(zip(modules, outputs, strict=True))
+
+        def answer(module: nn.Module) -> Callable[..., Any]:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                if not left or left[0][0] is not module:
+                    raise NotSeparable("the model's parts are called in another order for a single example")
+                return left.pop(0)[1]
+
+            return run
+
+        with ExitStack() as stack:
+            for module in self._cut:
+                stack.enter_context(_replaced(module, answer(module)))
+            yield
+
+    # -- outputs -----------------------------------------------------------------------------------------
+
+    def _learn(
+        self,
+        call: int,
+        whole: list[tuple[nn.Module, Any]],
+        first: list[tuple[nn.Module, Any]],
+        layout: Layout,
+    ) -> None:
+        if [module for module, _ in whole] != [module for module, _ in first]:
+            raise NotSeparable("the model's parts are called in another order for a single example")
+        for k, ((_, all_), (_, one)) in enumerate(zip(whole, first, strict=True)):
+            for j, (x, y) in enumerate(zip(tree_flatten(all_)[0], tree_flatten(one)[0], strict=True)):
+                if isinstance(x, Tensor):
+                    self._axes[call, k, j] = _find(x, y, layout)
+
+    def _join(self, key: tuple[int, int], outputs: Sequence[Any], layout: Layout) -> tuple[Any, list[_Slot]]:
+        """The examples' outputs of one module side by side, and where the loss's slope is to be left."""
+        flat = [tree_flatten(output) for output in outputs]
+        leaves, slots = [], []
+        for j, parts in enumerate(zip(*(leaves for leaves, _ in flat), strict=True)):
+            known = self._axes.get((*key, j), _Slot(None))
+            slot = _Slot(known.axis, known.shift)
+            slots.append(slot)
+            if not isinstance(parts[0], Tensor):
+                leaves.append(parts[0])
+            elif parts[0].is_floating_point():
+                anchor = torch.zeros((), requires_grad=True)
+                leaves.append(_Joined.apply(anchor, slot, layout, *parts))
+            else:
+                leaves.append(_joined(parts, slot, layout))
+        return tree_unflatten(leaves, flat[0][1]), slots
+
+
+class _Joined(Function):
+    """The examples' tensors as one, without a graph behind it; backward leaves the slope in the slot."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, slot: _Slot, layout: Layout, *parts: Tensor) -> Tensor:
+        ctx.slot, ctx.parts = slot, len(parts)
+        return _joined(parts, slot, layout)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Any, ...]:
+        ctx.slot.slope = slope if ctx.slot.slope is None else ctx.slot.slope + slope
+        return (None,) * (3 + ctx.parts)
+
+
+def _joined(parts: Sequence[Tensor], slot: _Slot, layout: Layout) -> Tensor:
+    axis = slot.axis
+    if axis is None:
+        return parts[0].clone()
+    if isinstance(layout, Packed):
+        shape = list(parts[0].shape)
+        shape[axis] = layout.num_tokens - slot.shift
+        whole = parts[0].new_zeros(shape)
+        for span, part in zip(layout.spans(), parts, strict=True):
+            whole.narrow(axis, span.start, part.shape[axis]).copy_(part)
+        return whole
+    per_example = layout.num_rows // layout.num_examples
+    chunks = [part.tensor_split(per_example, axis) for part in parts]  # row j is of example j mod N
+    return torch.cat([chunk for row in zip(*chunks, strict=True) for chunk in row], axis)
+
+
+def _part(slope: Tensor, slot: _Slot, layout: Layout, example: int) -> Tensor:
+    """An example's part of a slope at joined outputs."""
+    axis = slot.axis
+    assert axis is not None
+    if isinstance(layout, Packed):
+        span = layout.spans()[example]
+        return slope.narrow(axis, span.start, span.stop - span.start - slot.shift)
+    per_example = layout.num_rows // layout.num_examples
+    parts = slope.unflatten(axis, (per_example, layout.num_examples, -1))
+    return parts.select(axis + 1, example).flatten(axis, axis + 1)
+
+
+def _find(whole: Tensor, one: Tensor, layout: Layout) -> _Slot:
+    """Where the examples lie in an output, by its shape for all of them and for the first."""
+    if whole.dim() == one.dim():
+        other = [axis for axis in range(whole.dim()) if whole.shape[axis] != one.shape[axis]]
+        if len(other) == 1:
+            (axis,) = other
+            if isinstance(layout, Packed):
+                shift = layout.lengths[0] - one.shape[axis]
+                if shift >= 0 and whole.shape[axis] == layout.num_tokens - shift:
+                    return _Slot(axis, shift)
+            elif whole.shape[axis] == layout.num_examples * one.shape[axis]:
+                return _Slot(axis)
+    return _Slot(None)
+
+
+@contextmanager
+def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    before = vars(module).get("forward")
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before  # type: ignore[method-assign]
+
+
+@contextmanager
+def same_random_numbers() -> Iterator[None]:
+    """Draw inside this block what will be drawn after it."""
+    state = _random_state()
+    try:
+        yield
+    finally:
+        _set_random_state(state)
+
+
+def _random_state() -> tuple[Any, ...]:
+    # SpecAugment of the speech models draws from numpy
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return torch.get_rng_state(), cuda, random.getstate(), np.random.get_state()
+
+
+def _set_random_state(state: tuple[Any, ...]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1]:
+        torch.cuda.set_rng_state_all(state[1])
+    random.setstate(state[2])
+    np.random.set_state(state[3])
