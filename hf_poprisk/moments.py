@@ -42,7 +42,7 @@ class ExampleWindow:
         ungated: Iterable[Tensor] = (),
     ) -> None:
         self._params = list(params)
-        self._gated = set(self._params)
+        self.gated = set(self._params)
         self._ungated = list(ungated)
         self.names: Mapping[Tensor, str] = names or {}
         self._sq_sums: dict[Tensor, Tensor] = {}  # parameter → buffer, kept from step to step
@@ -191,7 +191,7 @@ class ExampleWindow:
 
     def _buffer(self, param: Tensor) -> tuple[Tensor | None, bool]:
         """The parameter's Q if it is gated, and whether its content is of an older window."""
-        if param not in self._gated:
+        if param not in self.gated:
             return None, False
         sq_sum = self._sq_sums.get(param)
         if sq_sum is None or sq_sum.device != param.device:

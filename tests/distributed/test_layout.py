@@ -153,3 +153,10 @@ def test_rounding_on_three_ranks_opens_no_tie(dtype: torch.dtype, monkeypatch: p
     _, sq_sums = window.reduce()
     assert openness(p.grad.float(), exact, 3).sum() > 1000  # what the slack is for
     assert openness(p.grad.float(), sq_sums[p], 3).sum() == 0
+
+
+def test_the_gradient_is_the_stock_one_on_two_processes(saved: dict[int, Any]) -> None:
+    """Token means, sums, class weights, penalties, experts, contrastive losses, adapters."""
+    gaps = {name: gap for name, (gap, _) in saved[2]["stock"].items()}
+    assert max(gaps.values()) < 5e-5, gaps
+    assert {together for _, together in saved[2]["stock"].values()} == {False, True}

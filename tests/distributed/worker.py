@@ -14,6 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import conftest  # noqa: F401
 import torch
 import torch.distributed as dist
+from losses import KINDS as LOSSES
+from losses import first_step, gap
 from models import preferences, sequences, tiny_model, token_examples
 from peft import LoraConfig
 from torch import nn
@@ -25,6 +27,10 @@ from hf_poprisk.moments import ExampleWindow
 
 B, STEPS = 16, 3
 KINDS = ("Trainer", "DPO", "SFT", "Reward", "DPO-LoRA", "DPO-one-by-one", "DPO-audit")
+STOCK = (
+    *("token mean: mt5", "ctc sum: hubert", "class weights: vit", "class weights: bert", "penalty: vit"),
+    *("experts: mixtral", "contrastive: bert", "adapter: adalora", "adapter: prompt"),
+)
 RESUMED = ("Trainer", "DPO", "DPO-LoRA")
 MICRO_BATCHES = {1: (1, 4, 16), 2: (1, 4)}
 
@@ -88,6 +94,13 @@ def run(kind: str, model_dir: str, world: int, micro_batch: int) -> dict[str, An
         found["table"] = {"visits": table.visits, **table.columns}
         found["fits"] = trainer._label_noise.fits
     return found
+
+
+def away_from_stock(name: str, folder: Path) -> tuple[float, bool]:
+    """How far the gradient of a step is from the stock trainer's on as many processes; on which path."""
+    ours, trainer = first_step(LOSSES[name], folder, 2, 2)
+    stock, _ = first_step(LOSSES[name], folder, 2, 2, "adamw_torch")
+    return gap(ours, stock), trainer._layers is not None
 
 
 def resumed_is_uninterrupted(kind: str, model_dir: str, folder: Path, world: int) -> dict[str, bool]:
@@ -202,6 +215,7 @@ def main() -> None:
     if world > 1:
         saved["unused"] = {view: unused_on_one_rank(view) for view in (False, True)}
         saved["nan"] = nan_on_one_rank()
+        saved["stock"] = {name: away_from_stock(name, Path(out).parent / "stock") for name in STOCK}
         folder = Path(out).parent
         saved["resume"] = {k: resumed_is_uninterrupted(k, model_dir, folder, world) for k in RESUMED}
     if not dist.is_initialized() or dist.get_rank() == 0:
