@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from hf_poprisk.arguments import PopRiskTrainingArguments
+from hf_poprisk.arguments import PopRiskArgumentsMixin, PopRiskTrainingArguments
 from hf_poprisk.optimizer import PopRiskAdamW
 from hf_poprisk.record import load_record
 from hf_poprisk.risk import PopRiskEarlyStoppingCallback
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PopRiskAdamW",
+    "PopRiskArgumentsMixin",
     "PopRiskDPOConfig",
     "PopRiskDPOTrainer",
     "PopRiskEarlyStoppingCallback",

@@ -21,7 +21,7 @@ _PREFIX = "poprisk_"
 
 @dataclass
 class PopRiskArgumentsMixin:
-    """Fields and checks shared by every config class; stands before the stock class in the bases."""
+    """The gate's fields and checks; stands before the stock config class in the bases of a dataclass."""
 
     _swappable: ClassVar[bool] = False  # an example is a preference pair
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import has_length
 
-from hf_poprisk.arguments import OPTIM, PopRiskTrainingArguments
+from hf_poprisk.arguments import OPTIM, PopRiskArgumentsMixin, PopRiskTrainingArguments
 from hf_poprisk.batched import BatchedGradients, Capture
 from hf_poprisk.checkpoints import CheckpointMixin, describe_data
 from hf_poprisk.hub import HubMixin
@@ -36,11 +36,12 @@ class PopRiskMixin(HubMixin, CheckpointMixin, LabelNoiseMixin):
     ``groups``) and ``poprisk/margin``.
 
     Raises (on construction with a training set, and in ``train``):
-        TypeError: ``args`` of a stock class.
+        TypeError: ``args`` of a stock class, or of one that is made for another trainer.
         ValueError: a setting that the gate cannot serve; see ``PopRiskArgumentsMixin.check_training``.
     """
 
-    _config_class: type[Any] = PopRiskTrainingArguments
+    # Of the trainers with a config of their own; TRL would make its stock config of another class.
+    _config_class: type[Any] | None = None
     _rows_per_example = 1  # rows i, i + N, … of a micro-batch of N examples are one of them
     _layers: BatchedGradients | None = None  # of the model, where a micro-batch is taken in one backward
     _capture: Capture | None = None  # of the micro-batch in progress
@@ -54,12 +55,9 @@ class PopRiskMixin(HubMixin, CheckpointMixin, LabelNoiseMixin):
         call = inspect.signature(super().__init__).bind(*args, **kwargs)
         config = call.arguments.get("args")
         if config is None:  # the stock trainers would make a config of their own, without the gate
-            config = call.arguments["args"] = self._config_class()
-        if not isinstance(config, self._config_class):
-            raise TypeError(
-                f"{type(self).__name__} takes a {self._config_class.__name__}, got "
-                f"{type(config).__name__}: the stock class has no gate."
-            )
+            config = call.arguments["args"] = (self._config_class or PopRiskTrainingArguments)()
+        if not isinstance(config, self._config_class or PopRiskArgumentsMixin):
+            raise self._wrong_config(config)
         data, ids = call.arguments.get("train_dataset"), None
         judged = data is not None and config.poprisk_label_noise != "off"
         if data is not None:
@@ -76,9 +74,25 @@ class PopRiskMixin(HubMixin, CheckpointMixin, LabelNoiseMixin):
                     "one process, or on a data set that is no stream."
                 )
         self._risk = RiskMeter() if config.poprisk_risk else None
-        super().__init__(*call.args, **call.kwargs)
+        try:
+            super().__init__(*call.args, **call.kwargs)
+        except AttributeError as error:
+            if error.obj is not config:
+                raise
+            raise self._wrong_config(config, f" ({error.name} is missing)") from error
         if judged:
             self._start_label_noise(ids, sample)
+
+    def _wrong_config(self, config: Any, why: str = "") -> TypeError:
+        if self._config_class is not None:
+            way_out = f"use {self._config_class.__name__}"
+        elif type(config) is TrainingArguments:
+            way_out = f"use {PopRiskTrainingArguments.__name__}"
+        else:
+            gated = isinstance(config, PopRiskArgumentsMixin)  # and made for another trainer
+            stock = "the config class of the stock trainer" if gated else type(config).__name__
+            way_out = f"put PopRiskArgumentsMixin before {stock} in a dataclass of your own"
+        return TypeError(f"{type(self).__name__} does not take {type(config).__name__}{why}: {way_out}.")
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
@@ -490,3 +504,5 @@ def _kind(name: str) -> str:
 
 class PopRiskTrainer(PopRiskMixin, Trainer):
     """``transformers.Trainer`` with the gate."""
+
+    _config_class = PopRiskTrainingArguments

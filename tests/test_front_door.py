@@ -1,0 +1,93 @@
+"""What a user meets first: names and signatures, classes of one's own, the install, and early words."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    TrainingArguments,
+)
+
+from hf_poprisk import PopRiskArgumentsMixin, PopRiskMixin, PopRiskTrainer, PopRiskTrainingArguments
+
+COMMON: dict[str, Any] = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
+
+
+# A trainer and a config of one's own
+
+
+@dataclass
+class Seq2SeqArguments(PopRiskArgumentsMixin, Seq2SeqTrainingArguments):
+    """As a user writes it."""
+
+    beams: int = field(default=1, metadata={"help": "A field of the user's own."})
+
+
+class GatedSeq2SeqTrainer(PopRiskMixin, Seq2SeqTrainer):
+    """As a user writes it."""
+
+
+def translator() -> BartForConditionalGeneration:
+    layers = {f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in _SIZES.items()}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    return BartForConditionalGeneration(BartConfig(vocab_size=50, d_model=16, **layers, **ids))
+
+
+_SIZES = {"layers": 1, "attention_heads": 2, "ffn_dim": 32}
+
+
+def translations(count: int) -> list[dict[str, torch.Tensor]]:
+    return [{name: torch.randint(3, 50, (6,)) for name in ("input_ids", "labels")} for _ in range(count)]
+
+
+def test_a_sequence_to_sequence_trainer_of_ones_own_is_gated(tmp_path: Path) -> None:
+    args = Seq2SeqArguments(str(tmp_path), max_steps=2, logging_steps=1, predict_with_generate=True, **COMMON)
+    data = translations(16)
+    trainer = GatedSeq2SeqTrainer(translator(), args, train_dataset=data, eval_dataset=data[:2])
+    trainer.train()
+    assert 0 < trainer.state.log_history[0]["poprisk/fraction_open"] < 1
+    assert "eval_loss" in trainer.evaluate()  # with generation, by the stock trainer
+
+
+@pytest.mark.parametrize(
+    ("config_class", "message"),
+    [
+        (
+            Seq2SeqTrainingArguments,
+            "^GatedSeq2SeqTrainer does not take Seq2SeqTrainingArguments: put PopRiskArgumentsMixin before "
+            r"Seq2SeqTrainingArguments in a dataclass of your own\.$",
+        ),
+        (
+            PopRiskTrainingArguments,
+            r"^GatedSeq2SeqTrainer does not take PopRiskTrainingArguments \(generation_config is missing\): "
+            r"put PopRiskArgumentsMixin before the config class of the stock trainer in a dataclass of your "
+            r"own\.$",
+        ),
+        (
+            TrainingArguments,
+            r"^GatedSeq2SeqTrainer does not take TrainingArguments: use PopRiskTrainingArguments\.$",
+        ),
+    ],
+)
+def test_a_config_without_the_fields_is_refused_with_what_to_write(
+    config_class: type[Any], message: str, tmp_path: Path
+) -> None:
+    args = config_class(str(tmp_path), **COMMON)
+    with pytest.raises(TypeError, match=message):
+        GatedSeq2SeqTrainer(translator(), args, train_dataset=translations(8))
+
+
+def test_an_error_of_the_users_own_keeps_its_own_words(tmp_path: Path) -> None:
+    args = PopRiskTrainingArguments(str(tmp_path), **COMMON)
+
+    def model_init() -> Any:
+        return object().weights  # type: ignore[attr-defined]
+
+    with pytest.raises(AttributeError, match="'object' object has no attribute 'weights'"):
+        PopRiskTrainer(args=args, model_init=model_init, train_dataset=translations(8))
