@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 from torch import nn
@@ -26,6 +26,20 @@ from hf_poprisk.optimizer import PopRiskAdamW, matching
 from hf_poprisk.risk import RiskMeter
 
 logger = logging.getLogger(__name__)
+_P = ParamSpec("_P")
+
+
+def takes_what(stock: Callable[_P, None]) -> Callable[[Callable[..., None]], Callable[_P, None]]:
+    """Give an ``__init__`` that passes everything on the parameters of the stock one.
+
+    For editors, type checkers, ``help`` and ``inspect.signature``, which would see ``*args, **kwargs``.
+    """
+
+    def decorate(init: Callable[..., None]) -> Callable[_P, None]:
+        init.__signature__, init.__doc__ = inspect.signature(stock), stock.__doc__  # type: ignore[attr-defined]
+        return init
+
+    return decorate
 
 
 class PopRiskMixin(HubMixin, CheckpointMixin, LabelNoiseMixin):
@@ -506,3 +520,7 @@ class PopRiskTrainer(PopRiskMixin, Trainer):
     """``transformers.Trainer`` with the gate."""
 
     _config_class = PopRiskTrainingArguments
+
+    @takes_what(Trainer.__init__)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)

@@ -1,5 +1,9 @@
 """What a user meets first: names and signatures, classes of one's own, the install, and early words."""
 
+import inspect
+import subprocess
+import sys
+import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,12 +15,49 @@ from transformers import (
     BartForConditionalGeneration,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
+    Trainer,
     TrainingArguments,
 )
+from trl import DPOTrainer, RewardTrainer, SFTTrainer
 
+import hf_poprisk
 from hf_poprisk import PopRiskArgumentsMixin, PopRiskMixin, PopRiskTrainer, PopRiskTrainingArguments
 
 COMMON: dict[str, Any] = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
+
+
+# Names and signatures
+
+
+def test_dir_lists_the_public_names_before_anything_of_trl_is_imported() -> None:
+    code = "import sys, hf_poprisk; print(*dir(hf_poprisk)); assert 'trl' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert {*hf_poprisk.__all__, "__version__"} <= set(done.stdout.split())
+
+
+def test_the_version_is_the_projects() -> None:
+    project = tomllib.loads(Path(__file__).parents[1].joinpath("pyproject.toml").read_text())["project"]
+    assert hf_poprisk.__version__ == project["version"]
+
+
+@pytest.mark.parametrize(
+    ("ours", "stock"),
+    [
+        (PopRiskTrainer, Trainer),
+        (hf_poprisk.PopRiskDPOTrainer, DPOTrainer),
+        (hf_poprisk.PopRiskSFTTrainer, SFTTrainer),
+        (hf_poprisk.PopRiskRewardTrainer, RewardTrainer),
+    ],
+)
+def test_the_signature_is_the_stock_trainers(ours: type[Any], stock: type[Any]) -> None:
+    assert inspect.signature(ours) == inspect.signature(stock)
+    assert "train_dataset" in inspect.signature(ours.__init__).parameters
+
+    class Own(ours):
+        def __init__(self, extra: int) -> None: ...
+
+    assert list(inspect.signature(Own).parameters) == ["extra"]  # what is not inherited is not hidden
 
 
 # A trainer and a config of one's own
