@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
-from typing import Any, ClassVar
+from textwrap import fill
+from typing import Any, ClassVar, Literal
 
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
@@ -30,18 +31,18 @@ class PopRiskArgumentsMixin:
         default=OPTIM,
         metadata={"help": f"The optimizer to use: {OPTIM}, or any that transformers knows (no gate then)."},
     )
-    poprisk_gate: str = field(
+    poprisk_gate: Literal["hard", "soft", "none"] = field(
         default="hard",
         metadata={"help": "hard: write a parameter only if G² > Q. soft: shrink the write. none: AdamW."},
     )
-    poprisk_estimator: str = field(
+    poprisk_estimator: Literal["example", "group", "ema"] = field(
         default="example",
         metadata={
             "help": "The leave-one-out unit. example: exact. group: a micro-batch, coarser. ema: the "
             "authors' streaming form, which needs no per-example gradients."
         },
     )
-    poprisk_reduction: str = field(
+    poprisk_reduction: Literal["element", "tensor"] = field(
         default="element",
         metadata={"help": "element: one decision per scalar parameter. tensor: one per tensor."},
     )
@@ -69,7 +70,7 @@ class PopRiskArgumentsMixin:
             "optimizers too."
         },
     )
-    poprisk_label_noise: str = field(
+    poprisk_label_noise: Literal["off", "audit", "weight", "swap"] = field(
         default="off",
         metadata={
             "help": "Judge every label by its held-out log-odds. audit: score and write the table. weight: "
@@ -82,13 +83,17 @@ class PopRiskArgumentsMixin:
         default=False,
         metadata={"help": "Resume under other gate settings, or another number of examples per step."},
     )
-    poprisk_hub_gated: str | None = field(
+    poprisk_hub_gated: Literal["auto", "manual"] | None = field(
         default=None,
         metadata={
             "help": "auto or manual: who downloads the pushed model must ask for access. A new repository "
             "stays private until it is gated and filled."
         },
     )
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.__doc__ = _with_fields(cls.__doc__ or f"{cls.__name__}, with the gate's fields.")
 
     def __post_init__(self) -> None:
         name = str(getattr(self.optim, "value", self.optim))
@@ -312,6 +317,21 @@ class PopRiskArgumentsMixin:
                 "average_tokens_across_devices=False makes an example's weight depend on its rank: set "
                 "average_tokens_across_devices=True."
             )
+
+
+def _with_fields(doc: str | None) -> str:
+    """A docstring with the meaning of every field below it, for ``help``."""
+    lines = [doc or "", "", "Args:"]
+    for f in fields(PopRiskArgumentsMixin):
+        if f.name.startswith(_PREFIX):
+            text = f"{f.name} (default {f.default!r}): {f.metadata['help']}"
+            lines.append(
+                fill(text, 100, initial_indent="    ", subsequent_indent="        ", break_on_hyphens=False)
+            )
+    return "\n".join(lines) + "\n"
+
+
+PopRiskArgumentsMixin.__doc__ = _with_fields(PopRiskArgumentsMixin.__doc__)
 
 
 def _parse(key: str, value: str) -> Any:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -27,6 +27,9 @@ from hf_poprisk import (
     PopRiskTrainer,
     PopRiskTrainingArguments,
 )
+from hf_poprisk.gate import GATES, REDUCTIONS
+from hf_poprisk.label_noise import LABEL_NOISE_MODES
+from hf_poprisk.optimizer import ESTIMATORS
 
 CONFIGS = (PopRiskTrainingArguments, PopRiskDPOConfig, PopRiskSFTConfig, PopRiskRewardConfig)
 TRAINERS = (PopRiskTrainer, PopRiskDPOTrainer, PopRiskSFTTrainer, PopRiskRewardTrainer)
@@ -191,6 +194,47 @@ def test_a_fractional_warmup_on_the_command_line_is_refused(
     with pytest.raises(SystemExit):
         parse("--poprisk_warmup_steps", "1.5")
     assert "invalid int value: '1.5'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["gate", "estimator", "reduction", "label_noise"])
+@pytest.mark.parametrize("parser", [HfArgumentParser, TrlParser])
+def test_a_bad_choice_on_the_command_line_ends_in_one_sentence(
+    parse: Any, parser: type[Any], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse(f"--poprisk_{name}", "open", parser=parser)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"argument --poprisk_{name}" in last and "invalid choice: 'open' (choose from " in last
+
+
+@pytest.mark.parametrize("name", ["gate", "estimator", "reduction", "label_noise"])
+def test_a_bad_choice_in_yaml_is_refused_by_name(parse: Any, name: str) -> None:
+    with pytest.raises(ValueError, match=f"^poprisk_{name} must be one of .*; got 'open'\\.$"):
+        parse(config={f"poprisk_{name}": "open"})
+
+
+@pytest.mark.parametrize(
+    ("name", "choices"),
+    [
+        ("gate", GATES),
+        ("estimator", ESTIMATORS),
+        ("reduction", REDUCTIONS),
+        ("label_noise", LABEL_NOISE_MODES),
+    ],
+)
+def test_the_types_hold_the_choices_that_are_checked(
+    config_class: type[Any], name: str, choices: tuple[str, ...]
+) -> None:
+    assert get_args(get_type_hints(config_class)[f"poprisk_{name}"]) == choices
+
+
+def test_help_lists_every_field_with_its_meaning(config_class: type[Any]) -> None:
+    doc = " ".join((config_class.__doc__ or "").split())
+    for spec in dataclasses.fields(config_class):
+        if spec.name.startswith("poprisk_"):
+            assert f"{spec.name} (default {spec.default!r}): {spec.metadata['help']}" in doc
+    own = {"PopRiskTrainingArguments": "transformers.TrainingArguments", "PopRiskSFTConfig": "trl.SFTConfig"}
+    assert own.get(config_class.__name__, "with the gate's fields") in doc
 
 
 # Copies

@@ -201,7 +201,7 @@ def test_flips_are_exact_seeded_and_marked() -> None:
 
 MISTAKES = [
     (["--poprisk_gaet", "soft"], "--poprisk_gaet"),
-    (["--poprisk_gate", "firm"], "poprisk_gate must be one of hard, soft, none"),
+    (["--poprisk_gate", "firm"], "--poprisk-gate: invalid choice: 'firm' (choose from"),
     (["--optim", "poprisk_adam"], "poprisk_adam is not a valid OptimizerNames"),
     (
         ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1"],
