@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from textwrap import fill
@@ -83,12 +84,15 @@ class PopRiskArgumentsMixin:
         default=False,
         metadata={"help": "Resume under other gate settings, or another number of examples per step."},
     )
-    poprisk_hub_gated: Literal["auto", "manual"] | None = field(
+    poprisk_hub_access: Literal["auto", "manual"] | None = field(
         default=None,
         metadata={
             "help": "auto or manual: who downloads the pushed model must ask for access. A new repository "
             "stays private until it is gated and filled."
         },
+    )
+    poprisk_hub_gated: Literal["auto", "manual"] | None = field(
+        default=None, metadata={"help": "The old name of poprisk_hub_access, which replaces it."}
     )
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -96,6 +100,7 @@ class PopRiskArgumentsMixin:
         cls.__doc__ = _with_fields(cls.__doc__ or f"{cls.__name__}, with the gate's fields.")
 
     def __post_init__(self) -> None:
+        self._read_old_name()
         name = str(getattr(self.optim, "value", self.optim))
         known = [member.value for member in OptimizerNames]
         if name not in (OPTIM, *known):
@@ -111,6 +116,23 @@ class PopRiskArgumentsMixin:
         if name == OPTIM:
             self.optim = OPTIM
         self._check_options()
+
+    def _read_old_name(self) -> None:
+        """Let ``poprisk_hub_gated`` set ``poprisk_hub_access``; dropped then, as optim_args is."""
+        old, self.poprisk_hub_gated = self.poprisk_hub_gated, None
+        if old is None:
+            return
+        if self.poprisk_hub_access not in (None, old):
+            raise ValueError(
+                f"poprisk_hub_gated={old} is the old name of poprisk_hub_access, which is "
+                f"{self.poprisk_hub_access}: remove poprisk_hub_gated."
+            )
+        warnings.warn(
+            f"poprisk_hub_gated is called poprisk_hub_access now: set poprisk_hub_access={old}.",
+            FutureWarning,
+            stacklevel=4,  # the call of the config class
+        )
+        self.poprisk_hub_access = old
 
     def _read_optim_args(self, override: bool = False) -> None:
         """Let ``--optim_args "gate=soft,reduction=tensor"`` set the fields of the same names.
@@ -147,8 +169,8 @@ class PopRiskArgumentsMixin:
         ):
             raise ValueError(f"poprisk_exclude must be a list of strings; got {exclude!r}.")
         check_patterns(exclude or ())
-        if self.poprisk_hub_gated not in (None, "auto", "manual"):
-            raise ValueError(f"poprisk_hub_gated must be auto or manual; got {self.poprisk_hub_gated!r}.")
+        if self.poprisk_hub_access not in (None, "auto", "manual"):
+            raise ValueError(f"poprisk_hub_access must be auto or manual; got {self.poprisk_hub_access!r}.")
         if self.poprisk_label_noise not in LABEL_NOISE_MODES:
             raise ValueError(
                 f"poprisk_label_noise must be one of {', '.join(LABEL_NOISE_MODES)}; got "
@@ -157,7 +179,7 @@ class PopRiskArgumentsMixin:
         if self.optim == OPTIM:
             return
         for name, spec in self.__dataclass_fields__.items():
-            if name in (f"{_PREFIX}hub_gated", f"{_PREFIX}risk"):  # not of this optimizer
+            if name in (f"{_PREFIX}hub_access", f"{_PREFIX}risk"):  # not of this optimizer
                 continue
             if name.startswith(_PREFIX) and getattr(self, name) != spec.default:
                 raise ValueError(

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -401,6 +402,34 @@ def test_set_optimizer_refuses_what_the_constructor_refuses(make: Any) -> None:
         make(poprisk_gate="soft").set_optimizer("adamw_torch")
 
 
+# The old name of a field
+
+
+def test_the_old_name_of_hub_access_still_works_and_says_so(make: Any, parse: Any) -> None:
+    sentence = r"^poprisk_hub_gated is called poprisk_hub_access now: set poprisk_hub_access=manual\.$"
+    with pytest.warns(FutureWarning, match=sentence) as warned:
+        args = make(poprisk_hub_gated="manual", optim="adamw_torch")
+    assert [w.filename for w in warned if "poprisk_hub" in str(w.message)] == [__file__]
+    with pytest.warns(FutureWarning, match=sentence):
+        parsed = parse(config={"poprisk_hub_gated": "manual", "poprisk_hub_access": "manual"})
+    for each in (args, parsed):
+        assert changed_fields(each) == {"poprisk_hub_access": "manual"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        copy = dataclasses.replace(args, poprisk_hub_access="auto")
+    assert copy.poprisk_hub_access == "auto"
+
+
+def test_the_old_name_must_not_contradict_the_new_one(make: Any) -> None:
+    with pytest.raises(ValueError, match="poprisk_hub_gated=manual .* is auto: remove poprisk_hub_gated"):
+        make(poprisk_hub_gated="manual", poprisk_hub_access="auto")
+    with (
+        pytest.raises(ValueError, match="poprisk_hub_access must be auto or manual; got 'yes'"),
+        pytest.warns(FutureWarning),
+    ):
+        make(poprisk_hub_gated="yes")
+
+
 # Bad values: one sentence that names the field
 
 
@@ -494,7 +523,7 @@ def test_a_copy_of_the_arguments_may_change_what_optim_args_had_set() -> None:
             {"optim_target_modules": "all-linear"},
             "optim_target_modules has no effect with optim=poprisk_adamw",
         ),
-        ({"poprisk_hub_gated": "yes"}, "poprisk_hub_gated must be auto or manual; got 'yes'"),
+        ({"poprisk_hub_access": "yes"}, "poprisk_hub_access must be auto or manual; got 'yes'"),
         ({"fp16": True}, "^fp16=True has no effect on a CPU: set bf16=True, or neither.$"),
         ({"deepspeed": "ds.json"}, "^deepspeed is not supported by optim=poprisk_adamw: train with DDP"),
         (
