@@ -62,7 +62,7 @@ class PopRiskMixin(HubMixin, CheckpointMixin, LabelNoiseMixin):
     _loss_divisor = 1  # of an example that is taken out of its micro-batch
     _fit_checked = False
     _loss_sums: bool | None = None
-    _ambiguous = _count_checked = False
+    _ambiguous = _count_checked = _said_without_gate = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # Bound by name, because DPO has `ref_model` where the others have `args`.
@@ -159,7 +159,15 @@ class PopRiskMixin(HubMixin, CheckpointMixin, LabelNoiseMixin):
             self._check_copies()
         if self._risk is not None:
             self._check_launch("poprisk_risk=true", "poprisk_risk=false")
+        self._say_without_gate()
         return super().train(*args, **kwargs)  # type: ignore[misc]
+
+    def _say_without_gate(self) -> None:
+        if self.args.optim == OPTIM or self._said_without_gate or not self.is_world_process_zero():
+            return
+        self._said_without_gate = True
+        name = getattr(self.args.optim, "value", self.args.optim)
+        logger.warning(f"optim={name}: plain {name}, no population-risk gate; set optim={OPTIM} for it.")
 
     def _check_launch(self, what: str, without: str) -> None:
         """Sharding that the launcher switched on, which only the built trainer knows."""

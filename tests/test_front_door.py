@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import tiny_model, token_examples
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -132,3 +133,28 @@ def test_an_error_of_the_users_own_keeps_its_own_words(tmp_path: Path) -> None:
 
     with pytest.raises(AttributeError, match="'object' object has no attribute 'weights'"):
         PopRiskTrainer(args=args, model_init=model_init, train_dataset=translations(8))
+
+
+# Early words
+
+
+def small(tmp_path: Path, **options: Any) -> PopRiskTrainer:
+    args = PopRiskTrainingArguments(str(tmp_path), max_steps=1, **{**COMMON, **options})
+    rows = [{name: tensor[0] for name, tensor in row.items()} for row in token_examples(8)]
+    return PopRiskTrainer(tiny_model(), args, train_dataset=rows)
+
+
+def test_a_run_without_the_gate_says_so_once_and_on_the_main_process(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sentence = "optim=sgd: plain sgd, no population-risk gate; set optim=poprisk_adamw for it."
+    trainer = small(tmp_path, optim="sgd")
+    trainer.train()
+    trainer.train()
+    assert [r.message for r in caplog.records if "population-risk gate" in r.message] == [sentence]
+    caplog.clear()
+    other = small(tmp_path, optim="sgd")
+    monkeypatch.setattr(other, "is_world_process_zero", lambda: False)
+    other.train()
+    small(tmp_path).train()
+    assert "no population-risk gate" not in caplog.text
