@@ -76,6 +76,7 @@ class PopRiskMixin(HubMixin, CheckpointMixin, LabelNoiseMixin):
         judged = data is not None and config.poprisk_label_noise != "off"
         if data is not None:
             config.check_training()
+            self._check_label_weight(data, call.arguments.get("model"))
             self._training_data = describe_data(data)
         if judged:
             check_datasets_installed()
@@ -96,6 +97,22 @@ class PopRiskMixin(HubMixin, CheckpointMixin, LabelNoiseMixin):
             raise self._wrong_config(config, f" ({error.name} is missing)") from error
         if judged:
             self._start_label_noise(ids, sample)
+
+    def _check_label_weight(self, data: Any, model: Any) -> None:
+        """Refuse the weights that the audit writes where no loss reads them."""
+        if "label_weight" not in (getattr(data, "column_names", None) or ()):
+            return
+        known = ("hf_poprisk", "transformers", "trl")
+        losses = (c for c in type(self).__mro__ if "compute_loss" in vars(c))
+        own_loss = any(c.__module__.partition(".")[0] not in known for c in losses)
+        forward = getattr(model, "forward", None)  # the model may be a name
+        if own_loss or forward and "label_weight" in inspect.signature(forward).parameters:
+            return
+        raise ValueError(
+            f"{type(self).__name__} does not read the column label_weight: remove it, train with "
+            "poprisk_label_noise=weight, take the filtered copy that python -m hf_poprisk.audit --write filtered "
+            "makes, or read it in a compute_loss of your own."
+        )
 
     def _wrong_config(self, config: Any, why: str = "") -> TypeError:
         if self._config_class is not None:

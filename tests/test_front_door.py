@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import tiny_model, token_examples
+from models import preferences, tiny_model, token_examples
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -158,3 +158,39 @@ def test_a_run_without_the_gate_says_so_once_and_on_the_main_process(
     other.train()
     small(tmp_path).train()
     assert "no population-risk gate" not in caplog.text
+
+
+class OwnLossTrainer(PopRiskTrainer):
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        inputs.pop("label_weight")
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+class WeightedModel(torch.nn.Module):
+    def forward(self, x: torch.Tensor, label_weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("noise", ["off", "weight"])
+def test_label_weights_that_nothing_reads_are_refused(noise: str, tmp_path: Path, llama_dir: Path) -> None:
+    data = preferences(8).add_column("label_weight", [1.0] * 8)
+    sentence = (
+        r"^PopRisk(DPO|Reward)?Trainer does not read the column label_weight: remove it, train with "
+        r"poprisk_label_noise=weight, take the filtered copy that python -m hf_poprisk\.audit --write filtered "
+        r"makes, or read it in a compute_loss of your own\.$"
+    )
+    options = {**COMMON, "bf16": False, "poprisk_label_noise": noise}
+    for kind in ("DPO", "Reward"):
+        args = getattr(hf_poprisk, f"PopRisk{kind}Config")(str(tmp_path), **options)
+        with pytest.raises(ValueError, match=sentence):
+            getattr(hf_poprisk, f"PopRisk{kind}Trainer")(str(llama_dir), args=args, train_dataset=data)
+    args = PopRiskTrainingArguments(str(tmp_path), **options)
+    with pytest.raises(ValueError, match=sentence):
+        PopRiskTrainer(tiny_model(), args, train_dataset=data)
+
+
+def test_label_weights_are_let_through_to_a_loss_of_ones_own(tmp_path: Path) -> None:
+    data = preferences(8).add_column("label_weight", [1.0] * 8)
+    args = PopRiskTrainingArguments(str(tmp_path), **COMMON)
+    OwnLossTrainer(tiny_model(), args, train_dataset=data)
+    PopRiskTrainer(WeightedModel(), args, train_dataset=data)
