@@ -76,6 +76,8 @@ class PopRiskMixin(HubMixin, CheckpointMixin, LabelNoiseMixin):
         judged = data is not None and config.poprisk_label_noise != "off"
         if data is not None:
             config.check_training()
+            if has_length(data) and len(data) == 0:
+                raise ValueError("train_dataset is empty: give it at least one example.")
             self._check_label_weight(data, call.arguments.get("model"))
             self._training_data = describe_data(data)
         if judged:
@@ -95,6 +97,12 @@ class PopRiskMixin(HubMixin, CheckpointMixin, LabelNoiseMixin):
             if error.obj is not config:
                 raise
             raise self._wrong_config(config, f" ({error.name} is missing)") from error
+        left = getattr(self, "train_dataset", None)
+        if data is not None and has_length(left) and len(left) == 0:  # the sampler would not say why
+            raise ValueError(
+                f"no training example is left of {len(data) if has_length(data) else 'the stream'}: "
+                f"max_length={getattr(config, 'max_length', None)} drops them all, so raise max_length."
+            )
         if judged:
             self._start_label_noise(ids, sample)
 
@@ -110,7 +118,7 @@ class PopRiskMixin(HubMixin, CheckpointMixin, LabelNoiseMixin):
             return
         raise ValueError(
             f"{type(self).__name__} does not read the column label_weight: remove it, train with "
-            "poprisk_label_noise=weight, take the filtered copy that python -m hf_poprisk.audit --write filtered "
+            "poprisk_label_noise=weight, take the copy that python -m hf_poprisk.audit --write filtered "
             "makes, or read it in a compute_loss of your own."
         )
 
@@ -526,11 +534,17 @@ def _summary(optimizer: PopRiskAdamW, named: dict[str, torch.Tensor], args: Any)
             f"{'' if args.per_device_train_batch_size == 1 else f' × {args.per_device_train_batch_size}'})"
         )
     )
+    few = ""
+    if optimizer.estimator != "ema" and args.units_per_step < 4:
+        few = (
+            f" With {args.units_per_step} per step the test has little power, and noise often passes: raise "
+            "gradient_accumulation_steps."
+        )
     return (
         f"population-risk gate: {optimizer.gate}, estimator={optimizer.estimator}, "
         f"reduction={optimizer.reduction}{unit}; gated {sum(p.numel() for p in gated):,} parameters in "
         f"{len(gated)} tensors ({', '.join(f'{kind} {n}' for kind, n in sorted(kinds.items()))}), "
-        f"{open_} trainable tensors ungated."
+        f"{open_} trainable tensors ungated.{few}"
     )
 
 

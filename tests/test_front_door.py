@@ -176,7 +176,7 @@ def test_label_weights_that_nothing_reads_are_refused(noise: str, tmp_path: Path
     data = preferences(8).add_column("label_weight", [1.0] * 8)
     sentence = (
         r"^PopRisk(DPO|Reward)?Trainer does not read the column label_weight: remove it, train with "
-        r"poprisk_label_noise=weight, take the filtered copy that python -m hf_poprisk\.audit --write filtered "
+        r"poprisk_label_noise=weight, take the copy that python -m hf_poprisk\.audit --write filtered "
         r"makes, or read it in a compute_loss of your own\.$"
     )
     options = {**COMMON, "bf16": False, "poprisk_label_noise": noise}
@@ -194,3 +194,38 @@ def test_label_weights_are_let_through_to_a_loss_of_ones_own(tmp_path: Path) -> 
     args = PopRiskTrainingArguments(str(tmp_path), **COMMON)
     OwnLossTrainer(tiny_model(), args, train_dataset=data)
     PopRiskTrainer(WeightedModel(), args, train_dataset=data)
+
+
+@pytest.mark.parametrize(
+    ("options", "hint"),
+    [
+        ({"per_device_train_batch_size": 2}, "With 2 per step"),
+        ({"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3}, "With 3 per step"),
+        ({"per_device_train_batch_size": 4}, ""),
+        ({"per_device_train_batch_size": 2, "poprisk_estimator": "ema"}, ""),
+        ({"gradient_accumulation_steps": 2, "poprisk_estimator": "group"}, "With 2 per step"),
+        ({"per_device_train_batch_size": 2, "poprisk_gate": "none"}, ""),
+    ],
+)
+def test_the_summary_hints_at_too_few_examples(
+    options: dict[str, Any], hint: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    small(tmp_path, **options).train()
+    [line] = [r.message for r in caplog.records if r.message.startswith("population-risk gate:")]
+    said = f"{hint} the test has little power, and noise often passes: raise gradient_accumulation_steps."
+    assert line.endswith(said) if hint else "little power" not in line
+
+
+@pytest.mark.parametrize("kind", ["SFT", "DPO", "Reward"])
+def test_a_max_length_that_drops_every_row_is_named(kind: str, tmp_path: Path, llama_dir: Path) -> None:
+    data = preferences(8)
+    if kind == "SFT":
+        data = data.select_columns(["prompt", "chosen"]).rename_column("chosen", "completion")
+    config = getattr(hf_poprisk, f"PopRisk{kind}Config")
+    trainer = getattr(hf_poprisk, f"PopRisk{kind}Trainer")
+    sentence = r"^no training example is left of 8: max_length=2 drops them all, so raise max_length\.$"
+    args = config(str(tmp_path), bf16=False, max_length=2, **COMMON)
+    with pytest.raises(ValueError, match=sentence):
+        trainer(str(llama_dir), args=args, train_dataset=data)
+    with pytest.raises(ValueError, match="^train_dataset is empty: give it at least one example"):
+        trainer(str(llama_dir), args=args, train_dataset=data.select([]))
