@@ -1,9 +1,13 @@
 """What a user meets first: names and signatures, classes of one's own, the install, and early words."""
 
 import inspect
+import os
+import shutil
 import subprocess
 import sys
 import tomllib
+import venv
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,6 +63,63 @@ def test_the_signature_is_the_stock_trainers(ours: type[Any], stock: type[Any]) 
         def __init__(self, extra: int) -> None: ...
 
     assert list(inspect.signature(Own).parameters) == ["extra"]  # what is not inherited is not hidden
+
+
+# The install
+
+
+def build(kind: str, root: Path, out: Path) -> Path:
+    """What pip does: ask the build backend of the folder for a wheel, "wheel" or "editable"."""
+    backend = tomllib.loads((root / "pyproject.toml").read_text())["build-system"]["build-backend"]
+    pytest.importorskip(backend.partition(".")[0])
+    out.mkdir()
+    code = f"import {backend} as backend, sys; print(backend.build_{kind}(sys.argv[1]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(out)], cwd=root, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return out / done.stdout.splitlines()[-1]
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A copy of the project in a folder of the package's name, as `git clone` makes it."""
+    source = Path(__file__).parents[1]
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(source / "hf_poprisk", tmp_path / "hf_poprisk" / "hf_poprisk", ignore=ignore)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(source / name, tmp_path / "hf_poprisk")
+    return tmp_path / "hf_poprisk"
+
+
+def test_an_editable_install_is_found_from_above_the_clone(clone: Path, tmp_path: Path) -> None:
+    wheel = build("editable", clone, tmp_path / "wheel")
+    venv.create(tmp_path / "venv")
+    [site] = (tmp_path / "venv").glob("lib/python*/site-packages")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    # what the package needs, without this environment's own installation of it
+    (site / "zz_dependencies.pth").write_text("\n".join(p for p in sys.path if "-packages" in p))
+    code = "import hf_poprisk; print(hf_poprisk.__file__, hf_poprisk.__version__, hf_poprisk.PopRiskAdamW)"
+    done = subprocess.run(
+        [tmp_path / "venv/bin/python", "-c", code],
+        cwd=clone.parent,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    file, version, *_ = done.stdout.split()
+    assert (Path(file), version) == (clone / "hf_poprisk/__init__.py", hf_poprisk.__version__)
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(clone: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(build("wheel", clone, tmp_path / "wheel")) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        licenses = [name for name in archive.namelist() if name.endswith(".dist-info/licenses/LICENSE")]
+    files = {str(p.relative_to(clone)) for p in clone.glob("hf_poprisk/**/*") if p.is_file()}
+    assert names == files and "hf_poprisk/py.typed" in names and licenses
 
 
 # A trainer and a config of one's own
