@@ -1,8 +1,9 @@
 """Training on population risk: AdamW whose update is gated by leave-one-out evidence."""
 
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from hf_poprisk.arguments import PopRiskTrainingArguments
+from hf_poprisk.arguments import PopRiskArgumentsMixin, PopRiskTrainingArguments
 from hf_poprisk.optimizer import PopRiskAdamW
 from hf_poprisk.record import load_record
 from hf_poprisk.risk import PopRiskEarlyStoppingCallback
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PopRiskAdamW",
+    "PopRiskArgumentsMixin",
     "PopRiskDPOConfig",
     "PopRiskDPOTrainer",
     "PopRiskEarlyStoppingCallback",
@@ -32,6 +34,15 @@ __all__ = [
     "PopRiskTrainingArguments",
     "load_record",
 ]
+
+try:
+    __version__ = version("hf_poprisk")
+except PackageNotFoundError:  # a copy that is not installed
+    __version__ = "unknown"
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str) -> Any:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import tempfile
-from dataclasses import dataclass, field
+import warnings
+from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
-from typing import Any, ClassVar
+from textwrap import fill
+from typing import Any, ClassVar, Literal
 
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
@@ -21,7 +23,7 @@ _PREFIX = "poprisk_"
 
 @dataclass
 class PopRiskArgumentsMixin:
-    """Fields and checks shared by every config class; stands before the stock class in the bases."""
+    """The gate's fields and checks; stands before the stock config class in the bases of a dataclass."""
 
     _swappable: ClassVar[bool] = False  # an example is a preference pair
 
@@ -30,18 +32,18 @@ class PopRiskArgumentsMixin:
         default=OPTIM,
         metadata={"help": f"The optimizer to use: {OPTIM}, or any that transformers knows (no gate then)."},
     )
-    poprisk_gate: str = field(
+    poprisk_gate: Literal["hard", "soft", "none"] = field(
         default="hard",
         metadata={"help": "hard: write a parameter only if G² > Q. soft: shrink the write. none: AdamW."},
     )
-    poprisk_estimator: str = field(
+    poprisk_estimator: Literal["example", "group", "ema"] = field(
         default="example",
         metadata={
             "help": "The leave-one-out unit. example: exact. group: a micro-batch, coarser. ema: the "
             "authors' streaming form, which needs no per-example gradients."
         },
     )
-    poprisk_reduction: str = field(
+    poprisk_reduction: Literal["element", "tensor"] = field(
         default="element",
         metadata={"help": "element: one decision per scalar parameter. tensor: one per tensor."},
     )
@@ -69,7 +71,7 @@ class PopRiskArgumentsMixin:
             "optimizers too."
         },
     )
-    poprisk_label_noise: str = field(
+    poprisk_label_noise: Literal["off", "audit", "weight", "swap"] = field(
         default="off",
         metadata={
             "help": "Judge every label by its held-out log-odds. audit: score and write the table. weight: "
@@ -82,15 +84,23 @@ class PopRiskArgumentsMixin:
         default=False,
         metadata={"help": "Resume under other gate settings, or another number of examples per step."},
     )
-    poprisk_hub_gated: str | None = field(
+    poprisk_hub_access: Literal["auto", "manual"] | None = field(
         default=None,
         metadata={
             "help": "auto or manual: who downloads the pushed model must ask for access. A new repository "
             "stays private until it is gated and filled."
         },
     )
+    poprisk_hub_gated: Literal["auto", "manual"] | None = field(
+        default=None, metadata={"help": "The old name of poprisk_hub_access, which replaces it."}
+    )
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.__doc__ = _with_fields(cls.__doc__ or f"{cls.__name__}, with the gate's fields.")
 
     def __post_init__(self) -> None:
+        self._read_old_name()
         name = str(getattr(self.optim, "value", self.optim))
         known = [member.value for member in OptimizerNames]
         if name not in (OPTIM, *known):
@@ -106,6 +116,23 @@ class PopRiskArgumentsMixin:
         if name == OPTIM:
             self.optim = OPTIM
         self._check_options()
+
+    def _read_old_name(self) -> None:
+        """Let ``poprisk_hub_gated`` set ``poprisk_hub_access``; dropped then, as optim_args is."""
+        old, self.poprisk_hub_gated = self.poprisk_hub_gated, None
+        if old is None:
+            return
+        if self.poprisk_hub_access not in (None, old):
+            raise ValueError(
+                f"poprisk_hub_gated={old} is the old name of poprisk_hub_access, which is "
+                f"{self.poprisk_hub_access}: remove poprisk_hub_gated."
+            )
+        warnings.warn(
+            f"poprisk_hub_gated is called poprisk_hub_access now: set poprisk_hub_access={old}.",
+            FutureWarning,
+            stacklevel=4,  # the call of the config class
+        )
+        self.poprisk_hub_access = old
 
     def _read_optim_args(self, override: bool = False) -> None:
         """Let ``--optim_args "gate=soft,reduction=tensor"`` set the fields of the same names.
@@ -142,8 +169,10 @@ class PopRiskArgumentsMixin:
         ):
             raise ValueError(f"poprisk_exclude must be a list of strings; got {exclude!r}.")
         check_patterns(exclude or ())
-        if self.poprisk_hub_gated not in (None, "auto", "manual"):
-            raise ValueError(f"poprisk_hub_gated must be auto or manual; got {self.poprisk_hub_gated!r}.")
+        if self.poprisk_hub_access not in (None, "auto", "manual"):
+            raise ValueError(f"poprisk_hub_access must be auto or manual; got {self.poprisk_hub_access!r}.")
+        if self.poprisk_label_noise is False:  # how YAML reads off
+            self.poprisk_label_noise = "off"
         if self.poprisk_label_noise not in LABEL_NOISE_MODES:
             raise ValueError(
                 f"poprisk_label_noise must be one of {', '.join(LABEL_NOISE_MODES)}; got "
@@ -152,7 +181,7 @@ class PopRiskArgumentsMixin:
         if self.optim == OPTIM:
             return
         for name, spec in self.__dataclass_fields__.items():
-            if name in (f"{_PREFIX}hub_gated", f"{_PREFIX}risk"):  # not of this optimizer
+            if name in (f"{_PREFIX}hub_access", f"{_PREFIX}risk"):  # not of this optimizer
                 continue
             if name.startswith(_PREFIX) and getattr(self, name) != spec.default:
                 raise ValueError(
@@ -312,6 +341,21 @@ class PopRiskArgumentsMixin:
                 "average_tokens_across_devices=False makes an example's weight depend on its rank: set "
                 "average_tokens_across_devices=True."
             )
+
+
+def _with_fields(doc: str | None) -> str:
+    """A docstring with the meaning of every field below it, for ``help``."""
+    lines = [doc or "", "", "Args:"]
+    for f in fields(PopRiskArgumentsMixin):
+        if f.name.startswith(_PREFIX):
+            text = f"{f.name} (default {f.default!r}): {f.metadata['help']}"
+            lines.append(
+                fill(text, 100, initial_indent="    ", subsequent_indent="        ", break_on_hyphens=False)
+            )
+    return "\n".join(lines) + "\n"
+
+
+PopRiskArgumentsMixin.__doc__ = _with_fields(PopRiskArgumentsMixin.__doc__)
 
 
 def _parse(key: str, value: str) -> Any:

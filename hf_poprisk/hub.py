@@ -47,12 +47,12 @@ class HubMixin:
     _open_when_filled = False  # a repository that was made private only to be gated first
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """As in transformers; with ``poprisk_hub_gated``, the repository is private until it is filled.
+        """As in transformers; with ``poprisk_hub_access``, the repository is private until it is filled.
 
         Raises:
             HubError: the repository cannot be made or gated.
         """
-        gated = self.args.poprisk_hub_gated
+        gated = self.args.poprisk_hub_access
         if not self.is_world_process_zero():
             return
         token = token if token is not None else self.args.hub_token

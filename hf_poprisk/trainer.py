@@ -8,14 +8,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import has_length
 
-from hf_poprisk.arguments import OPTIM, PopRiskTrainingArguments
+from hf_poprisk.arguments import OPTIM, PopRiskArgumentsMixin, PopRiskTrainingArguments
 from hf_poprisk.batched import BatchedGradients, Capture, Layout, Packed, Rows
 from hf_poprisk.checkpoints import CheckpointMixin, describe_data
 from hf_poprisk.hub import HubMixin
@@ -30,6 +30,20 @@ from hf_poprisk.risk import RiskMeter
 from hf_poprisk.self_check import EXACT, LOW_PRECISION, SelfCheck, some_examples, unlogged
 
 logger = logging.getLogger(__name__)
+_P = ParamSpec("_P")
+
+
+def takes_what(stock: Callable[_P, None]) -> Callable[[Callable[..., None]], Callable[_P, None]]:
+    """Give an ``__init__`` that passes everything on the parameters of the stock one.
+
+    For editors, type checkers, ``help`` and ``inspect.signature``, which would see ``*args, **kwargs``.
+    """
+
+    def decorate(init: Callable[..., None]) -> Callable[_P, None]:
+        init.__signature__, init.__doc__ = inspect.signature(stock), stock.__doc__  # type: ignore[attr-defined]
+        return init
+
+    return decorate
 
 
 class PopRiskMixin(HubMixin, CheckpointMixin, LabelNoiseMixin):
@@ -40,33 +54,34 @@ class PopRiskMixin(HubMixin, CheckpointMixin, LabelNoiseMixin):
     ``groups``) and ``poprisk/margin``.
 
     Raises (on construction with a training set, and in ``train``):
-        TypeError: ``args`` of a stock class.
+        TypeError: ``args`` of a stock class, or of one that is made for another trainer.
         ValueError: a setting that the gate cannot serve; see ``PopRiskArgumentsMixin.check_training``.
     """
 
-    _config_class: type[Any] = PopRiskTrainingArguments
+    # Of the trainers with a config of their own; TRL would make its stock config of another class.
+    _config_class: type[Any] | None = None
     _rows_per_example = 1  # rows i, i + N, … of a micro-batch of N examples are one of them
     _layers: BatchedGradients | None = None  # of the model, where a micro-batch is taken in one backward
     _not_together: str | None = None  # why it is not
     _one_by_one: OneByOne  # where it is not
     _shared: set[torch.Tensor] = set()  # parameters with a term in the loss that belongs to no example
-    _paths_checked = _count_checked = False
+    _paths_checked = _count_checked = _said_without_gate = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # Bound by name, because DPO has `ref_model` where the others have `args`.
         call = inspect.signature(super().__init__).bind(*args, **kwargs)
         config = call.arguments.get("args")
         if config is None:  # the stock trainers would make a config of their own, without the gate
-            config = call.arguments["args"] = self._config_class()
-        if not isinstance(config, self._config_class):
-            raise TypeError(
-                f"{type(self).__name__} takes a {self._config_class.__name__}, got "
-                f"{type(config).__name__}: the stock class has no gate."
-            )
+            config = call.arguments["args"] = (self._config_class or PopRiskTrainingArguments)()
+        if not isinstance(config, self._config_class or PopRiskArgumentsMixin):
+            raise self._wrong_config(config)
         data, ids = call.arguments.get("train_dataset"), None
         judged = data is not None and config.poprisk_label_noise != "off"
         if data is not None:
             config.check_training()
+            if has_length(data) and len(data) == 0:
+                raise ValueError("train_dataset is empty: give it at least one example.")
+            self._check_label_weight(data, call.arguments.get("model"))
             self._training_data = describe_data(data)
         if judged:
             check_datasets_installed()
@@ -79,9 +94,47 @@ class PopRiskMixin(HubMixin, CheckpointMixin, LabelNoiseMixin):
                     "one process, or on a data set that is no stream."
                 )
         self._risk = RiskMeter() if config.poprisk_risk else None
-        super().__init__(*call.args, **call.kwargs)
+        try:
+            super().__init__(*call.args, **call.kwargs)
+        except AttributeError as error:
+            if error.obj is not config:
+                raise
+            raise self._wrong_config(config, f" ({error.name} is missing)") from error
+        left = getattr(self, "train_dataset", None)
+        if data is not None and has_length(left) and len(left) == 0:  # the sampler would not say why
+            raise ValueError(
+                f"no training example is left of {len(data) if has_length(data) else 'the stream'}: "
+                f"max_length={getattr(config, 'max_length', None)} drops them all, so raise max_length."
+            )
         if judged:
             self._start_label_noise(ids, sample)
+
+    def _check_label_weight(self, data: Any, model: Any) -> None:
+        """Refuse the weights that the audit writes where no loss reads them."""
+        if "label_weight" not in (getattr(data, "column_names", None) or ()):
+            return
+        known = ("hf_poprisk", "transformers", "trl")
+        losses = (c for c in type(self).__mro__ if "compute_loss" in vars(c))
+        own_loss = any(c.__module__.partition(".")[0] not in known for c in losses)
+        forward = getattr(model, "forward", None)  # the model may be a name
+        if own_loss or forward and "label_weight" in inspect.signature(forward).parameters:
+            return
+        raise ValueError(
+            f"{type(self).__name__} does not read the column label_weight: remove it, train with "
+            "poprisk_label_noise=weight, take the copy that python -m hf_poprisk.audit --write filtered "
+            "makes, or read it in a compute_loss of your own."
+        )
+
+    def _wrong_config(self, config: Any, why: str = "") -> TypeError:
+        if self._config_class is not None:
+            way_out = f"use {self._config_class.__name__}"
+        elif type(config) is TrainingArguments:
+            way_out = f"use {PopRiskTrainingArguments.__name__}"
+        else:
+            gated = isinstance(config, PopRiskArgumentsMixin)  # and made for another trainer
+            stock = "the config class of the stock trainer" if gated else type(config).__name__
+            way_out = f"put PopRiskArgumentsMixin before {stock} in a dataclass of your own"
+        return TypeError(f"{type(self).__name__} does not take {type(config).__name__}{why}: {way_out}.")
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
@@ -134,7 +187,15 @@ class PopRiskMixin(HubMixin, CheckpointMixin, LabelNoiseMixin):
             self._check_copies()
         if self._risk is not None:
             self._check_launch("poprisk_risk=true", "poprisk_risk=false")
+        self._say_without_gate()
         return super().train(*args, **kwargs)  # type: ignore[misc]
+
+    def _say_without_gate(self) -> None:
+        if self.args.optim == OPTIM or self._said_without_gate or not self.is_world_process_zero():
+            return
+        self._said_without_gate = True
+        name = getattr(self.args.optim, "value", self.args.optim)
+        logger.warning(f"optim={name}: plain {name}, no population-risk gate; set optim={OPTIM} for it.")
 
     def _check_launch(self, what: str, without: str) -> None:
         """Sharding that the launcher switched on, which only the built trainer knows."""
@@ -462,11 +523,17 @@ def _summary(optimizer: PopRiskAdamW, named: dict[str, torch.Tensor], args: Any)
             f"{'' if args.per_device_train_batch_size == 1 else f' × {args.per_device_train_batch_size}'})"
         )
     )
+    few = ""
+    if optimizer.estimator != "ema" and args.units_per_step < 4:
+        few = (
+            f" With {args.units_per_step} per step the test has little power, and noise often passes: raise "
+            "gradient_accumulation_steps."
+        )
     return (
         f"population-risk gate: {optimizer.gate}, estimator={optimizer.estimator}, "
         f"reduction={optimizer.reduction}{unit}; gated {sum(p.numel() for p in gated):,} parameters in "
         f"{len(gated)} tensors ({', '.join(f'{kind} {n}' for kind, n in sorted(kinds.items()))}), "
-        f"{open_} trainable tensors ungated."
+        f"{open_} trainable tensors ungated.{few}"
     )
 
 
@@ -479,3 +546,9 @@ def _kind(name: str) -> str:
 
 class PopRiskTrainer(PopRiskMixin, Trainer):
     """``transformers.Trainer`` with the gate."""
+
+    _config_class = PopRiskTrainingArguments
+
+    @takes_what(Trainer.__init__)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)

@@ -15,7 +15,7 @@ from trl.trainer import utils as trl_utils
 
 from hf_poprisk.arguments import PopRiskArgumentsMixin
 from hf_poprisk.batched import Capture, Packed
-from hf_poprisk.trainer import PopRiskMixin
+from hf_poprisk.trainer import PopRiskMixin, takes_what
 
 _TAG = "poprisk"
 # These DPO losses sort across the batch, so no pair has a gradient of its own.
@@ -155,12 +155,20 @@ class PopRiskDPOTrainer(_FusedHeadMixin, DPOTrainer):
     _config_class = PopRiskDPOConfig
     _tag_names = [*DPOTrainer._tag_names, _TAG]
 
+    @takes_what(DPOTrainer.__init__)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+
 
 class PopRiskSFTTrainer(_FusedHeadMixin, SFTTrainer):
     """``trl.SFTTrainer`` with the gate."""
 
     _config_class = PopRiskSFTConfig
     _tag_names = [*SFTTrainer._tag_names, _TAG]
+
+    @takes_what(SFTTrainer.__init__)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
 
 
 class PopRiskRewardTrainer(PopRiskMixin, RewardTrainer):
@@ -170,6 +178,10 @@ class PopRiskRewardTrainer(PopRiskMixin, RewardTrainer):
     _preferences = True
     _config_class = PopRiskRewardConfig
     _tag_names = [*RewardTrainer._tag_names, _TAG]
+
+    @takes_what(RewardTrainer.__init__)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
 
     def _check_judged(self, data: Any) -> None:
         super()._check_judged(data)

@@ -9,13 +9,22 @@ import sys
 import time
 import types
 import typing
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from datasets import Dataset, DatasetDict, disable_progress_bars, load_dataset, load_from_disk
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.utils.logging import disable_progress_bar
 from trl import TrlParser
 
 from hf_poprisk.checkpoints import CheckpointError, newest_checkpoint
@@ -27,10 +36,13 @@ ROOT = Path(__file__).parent  # of the recipes
 def parse(dataclass_types: Iterable[Any], argv: list[str] | None = None) -> tuple[Any, ...]:
     """Dataclasses from ``--config RECIPE.yaml`` and the command line, which wins.
 
-    The second dataclass holds the training arguments. A bad key or value ends the program with exit
-    code 2 and one sentence, before anything is loaded.
+    The second dataclass holds the training arguments; they are quiet unless ``disable_tqdm`` is false. A
+    bad key or value ends the program with exit code 2 and one sentence, before anything is loaded.
     """
     parser = TrlParser(dataclass_types, usage="%(prog)s --config RECIPE.yaml [--key value ...]")
+    parser.set_defaults(disable_tqdm=True)  # a line per log; --disable_tqdm false brings the bars back
+    # TRL switches checkpointing on through its old name and asks for it by that.
+    warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
     try:
         parsed = parser.parse_args_and_config(argv)
         for group in parsed:
@@ -38,6 +50,10 @@ def parse(dataclass_types: Iterable[Any], argv: list[str] | None = None) -> tupl
         parsed[1].check_training()
     except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
+    if parsed[1].disable_tqdm:
+        disable_progress_bars()
+        disable_progress_bar()
+        os.environ["TQDM_DISABLE"] = "1"  # the bars of TRL's own loops
     return parsed
 
 
@@ -194,6 +210,35 @@ class StepTimer(TrainerCallback):
     def median(self) -> float:
         """The median step in seconds; NaN before the first one."""
         return statistics.median(self._durations) if self._durations else float("nan")
+
+
+class ShortLog(TrainerCallback):
+    """One short line per log: the losses and shares, of the thirty-odd numbers that go to the history."""
+
+    NAMES = ("loss", "accuracy", "accuracies", "fraction_open", "noise_rate")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        kept = [
+            f"{name} {value:.4g}"
+            for name, value in (logs or {}).items()
+            if name.endswith(self.NAMES) and "token_accuracy" not in name
+        ]
+        if kept and state.is_world_process_zero:
+            print(f"step {state.global_step}/{state.max_steps}: {', '.join(kept)}", flush=True)
+
+
+def shorten_logs(trainer: Trainer) -> None:
+    """Print short lines in place of the whole logs, unless there are progress bars."""
+    if trainer.args.disable_tqdm:
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(ShortLog())
 
 
 def gate_summary(log_history: list[dict[str, float]]) -> dict[str, float]:

@@ -24,6 +24,7 @@ from common import (
     require_path,
     run,
     settings,
+    shorten_logs,
     split,
     write_json,
 )
@@ -172,6 +173,7 @@ def main() -> None:
     trainer = make_trainer(PopRiskDPOTrainer, args, model_args, train, sets)
     timer = StepTimer()
     trainer.add_callback(timer)
+    shorten_logs(trainer)
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     trainer.save_state()

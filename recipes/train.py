@@ -22,6 +22,7 @@ from common import (
     require_path,
     run,
     settings,
+    shorten_logs,
     split,
     write_json,
 )
@@ -145,6 +146,7 @@ def main() -> None:
         compute_metrics=accuracy if script_args.task == "classification" else None,
         callbacks=[timer],
     )
+    shorten_logs(trainer)
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     if args.poprisk_label_noise != "off" and trainer.is_world_process_zero():

@@ -192,7 +192,7 @@ def pretrain(model: LlamaForCausalLM, stream: Tensor, steps: int, seed: int) -> 
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     model.train()
-    progress = tqdm(range(steps), desc="Pretraining", unit="step")
+    progress = tqdm(range(steps), desc="Pretraining", unit="step", disable=None)  # only on a terminal
     for step in progress:
         starts = torch.randint(len(stream) - CONTEXT, (BATCH, 1), generator=generator)
         ids = stream[starts + torch.arange(CONTEXT)]
@@ -230,7 +230,8 @@ def sample(
     tokenizer.padding_side = "left"
     model.eval()
     sampled: list[str | None] = []
-    for start in tqdm(range(0, len(prompts), 64), desc=f"Sampling for {label}", unit="batch"):
+    bar = {"desc": f"Sampling for {label}", "unit": "batch", "leave": False, "disable": None}
+    for start in tqdm(range(0, len(prompts), 64), **bar):
         batch = tokenizer(prompts[start : start + 64], return_tensors="pt", padding=True)
         with torch.no_grad():
             out = model.generate(
@@ -332,6 +333,7 @@ def build(folder: Path, args: Namespace, docs: list[str], found: dict[str, list[
     tokenizer = train_tokenizer(docs, args.vocab_size)
     model = new_model(tokenizer)
     logger.info("model: %s parameters", f"{model.num_parameters():,}")
+    logger.info("pretraining: %d steps, a few minutes", args.steps)
     pretrain(model, token_stream(docs, tokenizer), args.steps, args.seed)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")

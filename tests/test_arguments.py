@@ -4,9 +4,10 @@ import dataclasses
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -27,6 +28,9 @@ from hf_poprisk import (
     PopRiskTrainer,
     PopRiskTrainingArguments,
 )
+from hf_poprisk.gate import GATES, REDUCTIONS
+from hf_poprisk.label_noise import LABEL_NOISE_MODES
+from hf_poprisk.optimizer import ESTIMATORS
 
 CONFIGS = (PopRiskTrainingArguments, PopRiskDPOConfig, PopRiskSFTConfig, PopRiskRewardConfig)
 TRAINERS = (PopRiskTrainer, PopRiskDPOTrainer, PopRiskSFTTrainer, PopRiskRewardTrainer)
@@ -193,6 +197,47 @@ def test_a_fractional_warmup_on_the_command_line_is_refused(
     assert "invalid int value: '1.5'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["gate", "estimator", "reduction", "label_noise"])
+@pytest.mark.parametrize("parser", [HfArgumentParser, TrlParser])
+def test_a_bad_choice_on_the_command_line_ends_in_one_sentence(
+    parse: Any, parser: type[Any], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse(f"--poprisk_{name}", "open", parser=parser)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"argument --poprisk_{name}" in last and "invalid choice: 'open' (choose from " in last
+
+
+@pytest.mark.parametrize("name", ["gate", "estimator", "reduction", "label_noise"])
+def test_a_bad_choice_in_yaml_is_refused_by_name(parse: Any, name: str) -> None:
+    with pytest.raises(ValueError, match=f"^poprisk_{name} must be one of .*; got 'open'\\.$"):
+        parse(config={f"poprisk_{name}": "open"})
+
+
+@pytest.mark.parametrize(
+    ("name", "choices"),
+    [
+        ("gate", GATES),
+        ("estimator", ESTIMATORS),
+        ("reduction", REDUCTIONS),
+        ("label_noise", LABEL_NOISE_MODES),
+    ],
+)
+def test_the_types_hold_the_choices_that_are_checked(
+    config_class: type[Any], name: str, choices: tuple[str, ...]
+) -> None:
+    assert get_args(get_type_hints(config_class)[f"poprisk_{name}"]) == choices
+
+
+def test_help_lists_every_field_with_its_meaning(config_class: type[Any]) -> None:
+    doc = " ".join((config_class.__doc__ or "").split())
+    for spec in dataclasses.fields(config_class):
+        if spec.name.startswith("poprisk_"):
+            assert f"{spec.name} (default {spec.default!r}): {spec.metadata['help']}" in doc
+    own = {"PopRiskTrainingArguments": "transformers.TrainingArguments", "PopRiskSFTConfig": "trl.SFTConfig"}
+    assert own.get(config_class.__name__, "with the gate's fields") in doc
+
+
 # Copies
 
 
@@ -324,7 +369,7 @@ def test_the_optim_flag_decides_what_the_trainer_runs(
 
     gated = optim == "poprisk_adamw"
     assert type(trainer.optimizer.optimizer) is (PopRiskAdamW if gated else torch.optim.AdamW)
-    assert hooks == [len(parameters) if gated else 0] * 4
+    assert hooks[-3:] == [len(parameters) if gated else 0] * 3  # after what the self-check tried out
     logged = {name for entry in trainer.state.log_history for name in entry if name.startswith("poprisk/")}
     names = ("fraction_open", "fraction_open_null", "examples", "margin")
     assert logged == ({f"poprisk/{name}" for name in names} if gated else set())
@@ -355,6 +400,34 @@ def test_set_optimizer_refuses_what_the_constructor_refuses(make: Any) -> None:
         make().set_optimizer("poprisk_adamw", args="gate=open")
     with pytest.raises(ValueError, match="poprisk_gate='soft' has no effect with optim=adamw_torch"):
         make(poprisk_gate="soft").set_optimizer("adamw_torch")
+
+
+# The old name of a field
+
+
+def test_the_old_name_of_hub_access_still_works_and_says_so(make: Any, parse: Any) -> None:
+    sentence = r"^poprisk_hub_gated is called poprisk_hub_access now: set poprisk_hub_access=manual\.$"
+    with pytest.warns(FutureWarning, match=sentence) as warned:
+        args = make(poprisk_hub_gated="manual", optim="adamw_torch")
+    assert [w.filename for w in warned if "poprisk_hub" in str(w.message)] == [__file__]
+    with pytest.warns(FutureWarning, match=sentence):
+        parsed = parse(config={"poprisk_hub_gated": "manual", "poprisk_hub_access": "manual"})
+    for each in (args, parsed):
+        assert changed_fields(each) == {"poprisk_hub_access": "manual"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        copy = dataclasses.replace(args, poprisk_hub_access="auto")
+    assert copy.poprisk_hub_access == "auto"
+
+
+def test_the_old_name_must_not_contradict_the_new_one(make: Any) -> None:
+    with pytest.raises(ValueError, match="poprisk_hub_gated=manual .* is auto: remove poprisk_hub_gated"):
+        make(poprisk_hub_gated="manual", poprisk_hub_access="auto")
+    with (
+        pytest.raises(ValueError, match="poprisk_hub_access must be auto or manual; got 'yes'"),
+        pytest.warns(FutureWarning),
+    ):
+        make(poprisk_hub_gated="yes")
 
 
 # Bad values: one sentence that names the field
@@ -450,7 +523,7 @@ def test_a_copy_of_the_arguments_may_change_what_optim_args_had_set() -> None:
             {"optim_target_modules": "all-linear"},
             "optim_target_modules has no effect with optim=poprisk_adamw",
         ),
-        ({"poprisk_hub_gated": "yes"}, "poprisk_hub_gated must be auto or manual; got 'yes'"),
+        ({"poprisk_hub_access": "yes"}, "poprisk_hub_access must be auto or manual; got 'yes'"),
         ({"fp16": True}, "^fp16=True has no effect on a CPU: set bf16=True, or neither.$"),
         ({"deepspeed": "ds.json"}, "^deepspeed is not supported by optim=poprisk_adamw: train with DDP"),
         (

@@ -325,7 +325,7 @@ def test_nothing_of_a_gated_repository_is_ever_open(
     if before is not None:
         client(hub_client.create_repo, name, private=before == "private")
     options = {"hub_model_id": name, "hub_strategy": "every_save", **options}
-    client(hub_client.train, folder, base=str(llama_dir), poprisk_hub_gated=gated, **options)
+    client(hub_client.train, folder, base=str(llama_dir), poprisk_hub_access=gated, **options)
     repo = hub.repo(name)
     assert (repo.private, repo.gated) == (before != "public", gated)
     client(hub_client.push, folder)
@@ -353,14 +353,14 @@ def test_without_gating_a_repository_is_as_asked(hub: HubServer, client: Client,
     ("fault", "options"),
     [
         (("fail", "create", 500), {}),
-        (("fail", "create", 500), {"poprisk_hub_gated": "auto"}),
-        (("fail", "settings", 500), {"poprisk_hub_gated": "manual"}),
+        (("fail", "create", 500), {"poprisk_hub_access": "auto"}),
+        (("fail", "settings", 500), {"poprisk_hub_access": "manual"}),
         (("cut", "create", 10), {}),
         (None, {"hub_token": "hf_reader"}),
-        (None, {"hub_token": "hf_reader", "poprisk_hub_gated": "auto"}),
+        (None, {"hub_token": "hf_reader", "poprisk_hub_access": "auto"}),
         (None, {"hub_token": "hf_unknown"}),
         (None, {"hub_model_id": "bob/his"}),
-        (None, {"hub_model_id": "bob/his", "poprisk_hub_gated": "manual"}),
+        (None, {"hub_model_id": "bob/his", "poprisk_hub_access": "manual"}),
         (None, {"hub_model_id": "bob/secret"}),
     ],
     ids=str,
@@ -469,12 +469,12 @@ def test_a_cut_that_the_client_mends_is_no_failure(hub: HubServer, client: Clien
     [
         (("fail", "preupload", 403), {}),
         (("fail", "lfs_batch", 403), {"kind": "adapter"}),
-        (("fail", "upload", 403), {"poprisk_hub_gated": "auto"}),
+        (("fail", "upload", 403), {"poprisk_hub_access": "auto"}),
         (("fail", "upload", 500, CUT_FOR_GOOD), {}),
         (("cut", "upload", 1000, CUT_FOR_GOOD), {"kind": "adapter"}),
-        (("fail", "commit", 501), {"poprisk_hub_gated": "manual"}),
+        (("fail", "commit", 501), {"poprisk_hub_access": "manual"}),
         (("cut", "commit", 1000), {}),
-        (("fail", "settings", 500), {"poprisk_hub_gated": "auto"}),
+        (("fail", "settings", 500), {"poprisk_hub_access": "auto"}),
     ],
     ids=str,
 )
@@ -497,7 +497,7 @@ def test_a_final_push_that_fails_can_be_made_again(
     adapter_base = llama_dir if "kind" in options else None
     assert np.array_equal(hub_client.load(folder, adapter_base), trained["logits"])
     assert load_record(folder).config["steps"] == 2 and len(local_checkpoints(folder)) == 2
-    gated = options.get("poprisk_hub_gated", False)
+    gated = options.get("poprisk_hub_access", False)
     assert (hub.repo(name).private, hub.repo(name).gated) == (bool(gated), gated)
     client(hub_client.push, folder)
     repo = hub.repo(name)
@@ -577,7 +577,7 @@ def test_a_token_that_may_write_but_not_create(hub: HubServer, client: Client, t
     client(hub_client.create_repo, f"alice/{tmp_path.name}", private=True)
     for gated in (None, "auto"):
         hub.fail("create", 403)
-        client(hub_client.construct, tmp_path, poprisk_hub_gated=gated)
+        client(hub_client.construct, tmp_path, poprisk_hub_access=gated)
     assert hub.repo(f"alice/{tmp_path.name}").gated == "auto"
 
 

@@ -126,6 +126,28 @@ def test_dpo_from_yaml_to_results(
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
+def test_a_run_prints_short_lines_and_no_bars(tiny: Path, tmp_path: Path) -> None:
+    argv = [sys.executable, ROOT / "recipes/dpo.py", *dpo_argv(tiny, tmp_path)]
+    env = {name: value for name, value in ENV.items() if name != "TQDM_DISABLE"}
+    quiet = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=240)
+    assert quiet.returncode == 0, quiet.stderr
+    lines = quiet.stdout.splitlines()
+    assert len([line for line in lines if ": loss " in line and "poprisk/fraction_open " in line]) == 3
+    assert any(line.startswith("step 3/3: eval_test_loss ") for line in lines)
+    assert all(line.startswith("step ") and len(line) < 110 for line in lines)
+    [summary] = quiet.stderr.splitlines()
+    assert summary.startswith("population-risk gate: hard")
+
+
+def test_the_bars_and_the_whole_logs_can_be_asked_for(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe(dpo, monkeypatch, *dpo_argv(tiny, tmp_path), "--disable_tqdm", "false")
+    printed = capsys.readouterr()
+    assert "'rewards/margins': " in printed.out and "step 1/3: " not in printed.out
+    assert "3/3" in printed.err
+
+
 def test_the_table_shows_the_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -201,7 +223,7 @@ def test_flips_are_exact_seeded_and_marked() -> None:
 
 MISTAKES = [
     (["--poprisk_gaet", "soft"], "--poprisk_gaet"),
-    (["--poprisk_gate", "firm"], "poprisk_gate must be one of hard, soft, none"),
+    (["--poprisk_gate", "firm"], "--poprisk-gate: invalid choice: 'firm' (choose from"),
     (["--optim", "poprisk_adam"], "poprisk_adam is not a valid OptimizerNames"),
     (
         ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1"],

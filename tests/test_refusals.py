@@ -288,7 +288,7 @@ def test_a_config_of_another_class_is_refused(
     make: Make, trainer: type[Any], wrong: type[Any], tmp_path: Path
 ) -> None:
     args, name = make(wrong), CONFIGS[trainer].__name__
-    message = f"^{trainer.__name__} takes a {name}, got {wrong.__name__}: the stock class has no gate"
+    message = rf"^{trainer.__name__} does not take {wrong.__name__}: use {name}\.$"
     with pytest.raises(TypeError, match=message):
         trainer(str(tmp_path / "absent"), args=args, train_dataset=DATA.get(trainer))
     # By position: DPO has the reference model where the others have `args`.
