@@ -330,7 +330,8 @@ class PopRiskArgumentsMixin:
     def _check_examples(self) -> None:
         """What per-example gradients need of the batch layout."""
         args: Any = self
-        if self.units_per_step < 2:
+        packed = getattr(args, "packing", False)  # a row holds several examples
+        if self.units_per_step < 2 and not packed:
             raise ValueError(
                 f"a step of one {self.poprisk_estimator} leaves nothing to hold out: raise "
                 "gradient_accumulation_steps or, for examples, per_device_train_batch_size."

@@ -138,9 +138,7 @@ class _Taker:
 
     def _sequence(self, value: Any, name: str) -> Any:
         rows, count = self.layout.num_rows, self.layout.num_examples
-        nested = [isinstance(v, Mapping) or isinstance(v, Tensor) and self._has_rows(v) for v in value]
-        deeper = any(nested) or all(v is None or isinstance(v, list | tuple) for v in value)
-        if deeper and (all(nested) or len(value) not in (rows, count)):
+        if any(isinstance(x, Tensor) and x.dim() and len(x) in (rows, count) for x in _leaves(value)):
             return like(value, [self(v, f"{name}[{i}]") for i, v in enumerate(value)])
         if len(value) == rows:
             return like(value, [value[row] for row in self._rows])
@@ -149,9 +147,6 @@ class _Taker:
         if not any(isinstance(x, Tensor) for x in _leaves(value)):
             return value
         raise self._hidden(name, len(value))
-
-    def _has_rows(self, value: Tensor) -> bool:
-        return value.dim() > 0 and value.shape[0] in (self.layout.num_rows, self.layout.num_examples)
 
     def _hidden(self, name: str, entries: int) -> NotSeparable:
         return NotSeparable(

@@ -307,6 +307,62 @@ def test_under_bfloat16_autocast_the_gate_is_that_of_single_examples(kind: str) 
     assert sum(int(q.sum()) for q in openness[0].values()) / total > 0.05
 
 
+class Sparse(nn.Module):
+    """Each example has features of its own; one token per row, and a bias that the ReLU shuts for most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(4 * N, 300), nn.Linear(300, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x).relu())
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "sparse"])
+def test_what_one_example_touched_stays_closed_in_low_precision(
+    kind: str, dtype: torch.dtype, pairs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There G² = Q exactly, if what is squared was rounded as G is; for small layers and for large ones."""
+    monkeypatch.setattr(capturing, "_SMALL", 1 << 12)
+    if kind == "sparse":
+        model: nn.Module = Sparse().to(dtype)
+        x = torch.zeros(N, 4 * N, dtype=dtype)
+        for i in range(N):
+            x[i, 4 * i : 4 * i + 4] = torch.randn(4, generator=torch.Generator().manual_seed(i))
+        examples: list[Any] = [x[i : i + 1] for i in range(N)]
+
+        def losses(rows: Tensor) -> Tensor:
+            return model(rows).float().square().sum(1)
+
+        everything: Any = x
+    else:
+        model, inputs = tiny_model(kind, dtype=dtype), batch(2 * N if pairs else N)
+        examples = [{k: v[i::N] for k, v in inputs.items()} for i in range(N)]
+        everything = inputs
+
+        def losses(rows: Any) -> Tensor:
+            return example_losses(model, rows, pairs)
+
+    params = trainable(model)
+    alone = reference.per_example_gradients(params, lambda e: losses(e).sum() / N, examples)
+    window = ExampleWindow(params.values())
+    with window.batch(
+        BatchedGradients(model, params.values()), Rows(N, 2 * N if pairs and kind != "sparse" else N)
+    ):
+        (losses(everything).sum() / N).backward()
+    _, squares = window.reduce()
+    seen = 0
+    for name, p in params.items():
+        single = torch.stack([h[name] != 0 for h in alone]).sum(0) == 1
+        opened = p.grad.to(squares[p].dtype).square() > squares[p]
+        assert not (opened & single).any(), name
+        seen += int(single.sum())
+    assert seen > 100
+
+
 def test_reentrant_checkpointing_gives_the_same_sums() -> None:
     model, inputs = tiny_model("llama", True, torch.float64), batch(N)
     expected = textbook(model, inputs, N, False)
