@@ -47,7 +47,7 @@ class ResumeError(ValueError):
 
 
 def damage(checkpoint: Path) -> str | None:
-    """Why a checkpoint cannot be resumed from; None if it is whole.
+    """Why a checkpoint cannot be resumed from; None if it is whole, or whole but for ``save_only_model``.
 
     Reads the ends of its files, not the tensors.
     """
@@ -73,18 +73,36 @@ def damage(checkpoint: Path) -> str | None:
     return None
 
 
+# What a checkpoint holds beside the weights. Other names: of transformers under FSDP, DeepSpeed.
+_BESIDE_WEIGHTS = {
+    "optimizer.pt": ("optimizer*", "global_step*"),
+    "scheduler.pt": ("scheduler*",),
+    "rng_state.pth": ("rng_state*",),
+}
+
+
+def holds_weights_only(checkpoint: Path) -> bool:
+    """Whether it was saved with ``save_only_model=True``, by our trainers or by the stock one.
+
+    A checkpoint that was being deleted has lost files too; the record, where there is one, says which it is.
+    """
+    if any(next(checkpoint.glob(p), None) for patterns in _BESIDE_WEIGHTS.values() for p in patterns):
+        return False
+    record = checkpoint / CONFIG_NAME
+    content = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
+    said = content.get("save_only_model") if isinstance(content, dict) else None
+    return said is not False  # a record that is older than the entry does not say
+
+
 def _missing(checkpoint: Path) -> str | None:
     """A file that a checkpoint to resume from must have and this one has not."""
     for index in checkpoint.glob("*.index.json"):
         for shard in json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values():
             if not (checkpoint / shard).is_file():
                 return str(shard)
-    parts = {
-        "model.safetensors": ("*model*", "*.safetensors"),  # or an adapter's, or shards
-        "optimizer.pt": ("optimizer*", "global_step*"),  # other names: transformers under FSDP, DeepSpeed
-        "scheduler.pt": ("scheduler*",),
-        "rng_state.pth": ("rng_state*",),
-    }
+    parts = {"model.safetensors": ("*model*", "*.safetensors")}  # or an adapter's, or shards
+    if not holds_weights_only(checkpoint):
+        parts |= _BESIDE_WEIGHTS
     for name, patterns in parts.items():
         if not any(next(checkpoint.glob(pattern), None) for pattern in patterns):
             return name
@@ -113,6 +131,12 @@ class CheckpointMixin:
     _training_data: dict[str, Any] = {"examples": None, "altered_labels": None}
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        saves = str(getattr(self.args.save_strategy, "value", self.args.save_strategy)) != "no"
+        if self.args.save_only_model and saves and self.is_world_process_zero():
+            logger.warning(
+                "save_only_model=True: checkpoints hold weights only, and a resumed run starts with a fresh "
+                "optimizer."
+            )
         if resume_from_checkpoint:
             resume_from_checkpoint = str(self._checkpoint_to_resume(resume_from_checkpoint))
             self._check_same_gate(resume_from_checkpoint)
@@ -120,18 +144,31 @@ class CheckpointMixin:
 
     def _checkpoint_to_resume(self, wanted: str | bool) -> Path:
         if wanted is True:
-            newest = newest_checkpoint(self.args.output_dir)
-            if newest is None:
+            found = newest_checkpoint(self.args.output_dir)
+            if found is None:
                 raise ResumeError(
                     f"resume_from_checkpoint=True, but {self.args.output_dir} holds no complete checkpoint."
                 )
-            return newest
-        if not Path(wanted).is_dir():
-            raise ResumeError(f"resume_from_checkpoint={wanted} is not a folder.")
-        reason = damage(Path(wanted))
-        if reason is not None:
-            raise ResumeError(f"{wanted} cannot be resumed from: {reason}; take an older checkpoint.")
-        return Path(wanted)
+        else:
+            found = Path(wanted)
+            if not found.is_dir():
+                raise ResumeError(f"resume_from_checkpoint={wanted} is not a folder.")
+            reason = damage(found)
+            if reason is not None:
+                raise ResumeError(f"{wanted} cannot be resumed from: {reason}; take an older checkpoint.")
+        if holds_weights_only(found):
+            if not self.args.save_only_model:
+                raise ResumeError(
+                    f"{found} holds weights only, because it was saved with save_only_model=True: set "
+                    "save_only_model=True to go on from the weights with a fresh optimizer, or take a "
+                    "checkpoint that holds the optimizer."
+                )
+            if self.is_world_process_zero():
+                logger.warning(
+                    f"{found} holds weights only (save_only_model=True): the optimizer and the learning-rate "
+                    "schedule start afresh."
+                )
+        return found
 
     def _check_same_gate(self, checkpoint: str) -> None:
         """Refuse to go on under other settings, which would be a third method and called neither."""
@@ -239,6 +276,7 @@ class CheckpointMixin:
             "label_noise": args.poprisk_label_noise,
             "unit": "group" if args.poprisk_estimator == "group" else "example",
             "units_per_step": args.units_per_step,
+            "save_only_model": args.save_only_model,
             "layout": {
                 "processes": args.world_size,
                 "gradient_accumulation_steps": args.gradient_accumulation_steps,

@@ -381,3 +381,104 @@ def test_reading_what_is_no_record(tmp_path: Path) -> None:
     path.write_text("{")
     with pytest.raises(ValueError, match="is damaged: Expecting"):
         load_record(tmp_path / "checkpoint-1")
+
+
+# Checkpoints of weights alone
+
+
+def stock(folder: Path, **options: Any) -> Trainer:
+    args = TrainingArguments(str(folder), **{**OPTIONS, **options})
+    return Trainer(tiny_model("llama"), args=args, train_dataset=rows(10))
+
+
+@pytest.mark.parametrize("optim", ["poprisk_adamw", "adamw_torch"])
+@pytest.mark.parametrize("newest", [False, True])
+def test_weights_alone_are_gone_on_from_with_a_fresh_optimizer(
+    newest: bool, optim: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = {"optim": optim, "save_only_model": True}
+    wanted = True if newest else str(tmp_path / "checkpoint-2")
+    with caplog.at_level(logging.WARNING):
+        causal(tmp_path, max_steps=2, **options).train()
+    said = [r.message for r in caplog.records if "fresh" in r.message]
+    assert said == [
+        "save_only_model=True: checkpoints hold weights only, and a resumed run starts with a fresh optimizer."
+    ]
+    caplog.clear()
+    resumed, seen = causal(tmp_path, max_steps=4, **options), {}
+    load = resumed._load_optimizer_and_scheduler
+
+    def look(path: str | None) -> None:
+        load(path)
+        seen.update({n: p.detach().clone() for n, p in resumed.model.named_parameters()})
+
+    resumed._load_optimizer_and_scheduler = look
+    with caplog.at_level(logging.WARNING):
+        resumed.train(resume_from_checkpoint=wanted)
+    said = [r.message for r in caplog.records if "afresh" in r.message]
+    assert said == [
+        f"{tmp_path}/checkpoint-2 holds weights only (save_only_model=True): the optimizer and the "
+        "learning-rate schedule start afresh."
+    ]
+    assert resumed.state.global_step == 4 and steps_of(resumed) == {2}
+    before = tiny_model("llama")
+    assert all(not torch.equal(seen[n], p) for n, p in before.named_parameters() if "proj" in n)
+    if optim == "poprisk_adamw":  # what the gate did is of the whole run
+        parameters = load_record(tmp_path / "checkpoint-4").statistics["parameters"]
+        assert {entry["steps"] for entry in parameters.values()} == {4}
+    else:
+        other = stock(tmp_path, max_steps=4, **options)
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        for p, q in zip(resumed.model.parameters(), other.model.parameters(), strict=True):
+            assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("optim", ["poprisk_adamw", "adamw_torch"])
+@pytest.mark.parametrize("by", [causal, stock])
+def test_a_run_that_did_not_ask_for_weights_alone_does_not_take_them(
+    by: Any, optim: str, tmp_path: Path
+) -> None:
+    optim_of_saver = "adamw_torch" if by is stock else optim
+    by(tmp_path, max_steps=2, save_steps=2, save_only_model=True, optim=optim_of_saver).train()
+    for wanted in (True, str(tmp_path / "checkpoint-2")):
+        with pytest.raises(
+            ResumeError, match="holds weights only.*set save_only_model=True to go on"
+        ) as caught:
+            causal(tmp_path, max_steps=4, optim=optim).train(resume_from_checkpoint=wanted)
+        assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
+    resumed = causal(tmp_path, max_steps=4, optim=optim, save_only_model=True)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4
+
+
+def test_with_weights_alone_damage_is_still_damage(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"max_steps": 3, "save_only_model": True}
+    causal(tmp_path, **options).train()
+    assert damage(tmp_path / "checkpoint-3") is None
+    cut(tmp_path / "checkpoint-3/model.safetensors")
+    (tmp_path / "checkpoint-2/trainer_state.json").unlink()
+    (tmp_path / "checkpoint-1/model.safetensors").unlink()
+    for step, said in ((3, "cut off"), (2, "which is written last"), (1, "model.safetensors is gone")):
+        with pytest.raises(ResumeError, match=f"checkpoint-{step} cannot be resumed from: .*{said}; take"):
+            causal(tmp_path, **options).train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    with pytest.raises(ResumeError, match="holds no complete checkpoint"):
+        causal(tmp_path, **options).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_that_was_being_deleted_is_none_of_weights_alone(tmp_path: Path) -> None:
+    causal(tmp_path, max_steps=2).train()
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        (tmp_path / "checkpoint-2" / name).unlink()
+    assert damage(tmp_path / "checkpoint-2") == "optimizer.pt is gone"
+    resumed = causal(tmp_path, max_steps=2, save_only_model=True)  # takes whole ones as they are
+    resumed.train(resume_from_checkpoint=True)
+    assert steps_of(resumed) == {2}
+
+
+def test_without_saves_nothing_is_said_about_checkpoints(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        causal(tmp_path, max_steps=1, save_only_model=True, save_strategy="no").train()
+        causal(tmp_path, max_steps=1).train()
+    assert "save_only_model" not in caplog.text
