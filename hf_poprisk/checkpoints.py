@@ -6,11 +6,13 @@ last, after every rank has written its part. A checkpoint without it was being w
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import logging
 import shutil
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from hf_poprisk.record import (
     SCHEMA_VERSION,
     SOURCE,
     STATISTICS_NAME,
+    Record,
     load_record,
     write_json,
 )
@@ -139,7 +142,7 @@ class CheckpointMixin:
             )
         if resume_from_checkpoint:
             resume_from_checkpoint = str(self._checkpoint_to_resume(resume_from_checkpoint))
-            self._check_same_gate(resume_from_checkpoint)
+            self._check_same_run(resume_from_checkpoint)
         return super().train(resume_from_checkpoint or None, *args, **kwargs)  # type: ignore[misc]
 
     def _checkpoint_to_resume(self, wanted: str | bool) -> Path:
@@ -170,29 +173,62 @@ class CheckpointMixin:
                 )
         return found
 
-    def _check_same_gate(self, checkpoint: str) -> None:
-        """Refuse to go on under other settings, which would be a third method and called neither."""
-        args = self.args
-        if args.optim != OPTIM or not Path(checkpoint, CONFIG_NAME).is_file():
-            return  # to or from stock AdamW: the moments mean the same
-        before, now = load_record(checkpoint).config, self._record()
-        if before["optim"] != OPTIM:
+    def _check_same_run(self, checkpoint: str) -> None:
+        """Refuse other parameters, which the optimizer's state does not fit, other data, other settings.
+
+        Other data are other batches than those that were trained on, and other settings would be a third
+        method and called neither.
+        """
+        if not Path(checkpoint, CONFIG_NAME).is_file():
             return
+        record, args = load_record(checkpoint), self.args
+        before, now = record.config, self._record()
+        if not holds_weights_only(Path(checkpoint)):
+            self._check_same_parameters(checkpoint, record)
+        if args.optim != OPTIM or args.poprisk_allow_change:
+            return
+        changes = self._changes_of_gate(before, now) if before["optim"] == OPTIM else []
+        had, has = before["data"]["examples"], now["data"]["examples"]
+        if None not in (had, has) and had != has and not args.ignore_data_skip:
+            changes.append(f"the number of training examples from {had} to {has}")
+        if changes:
+            raise ResumeError(
+                f"resuming from {checkpoint} would change {', '.join(changes)}: set it back, or set "
+                "poprisk_allow_change=true."
+            )
+
+    @staticmethod
+    def _changes_of_gate(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         before = {"label_noise": "off", **before}  # a record that is older than the setting
         names = [name for name in _SETTINGS if before[name] != now[name]]
         if "ema" not in (before["estimator"], now["estimator"]):
             names += ["units_per_step"] if before["units_per_step"] != now["units_per_step"] else []
-        if not names or args.poprisk_allow_change:
-            return
         spell = {"units_per_step": f"{now['unit']}s per step"}
-        changes = ", ".join(
+        return [
             f"{spell.get(name, f'poprisk_{name}')} from {_short(before[name])} to {_short(now[name])}"
             for name in names
-        )
+        ]
+
+    def _check_same_parameters(self, checkpoint: str, record: Record) -> None:
+        had, names = record.config.get("trainable"), self._trainable_names()
+        if had is None or names is None or had == _digest(names):
+            return
+        gone = sorted(set((record.statistics or {}).get("parameters", ())) - set(names))
+        some = ", ".join(_short(name) for name in gone[:3]) + ", …" * (len(gone) > 3)
         raise ResumeError(
-            f"resuming from {checkpoint} would change {changes}: set it back, or set "
-            "poprisk_allow_change=true."
+            f"{checkpoint} holds the optimizer's state of {had['tensors']} trainable tensors, and this model "
+            f"has {len(names) or 'none'}{'' if had['tensors'] != len(names) else ' others'}"
+            f"{f' (no longer trainable: {some})' if gone else ''}: freeze and unfreeze parameters as in "
+            "that run, or start over."
         )
+
+    def _trainable_names(self) -> list[str] | None:
+        """Of the parameters that the optimizer holds, or will; None where it holds others, such as shards."""
+        names = {p: name for name, p in self.model.named_parameters()}
+        if self.optimizer is None:
+            return [name for p, name in names.items() if p.requires_grad]
+        held = [p for group in getattr(self.optimizer, "param_groups", ()) for p in group["params"]]
+        return [names[p] for p in held] if all(p in names for p in held) else None
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
@@ -266,7 +302,7 @@ class CheckpointMixin:
         self._write_label_noise(folder)
 
     def _record(self) -> dict[str, Any]:
-        args = self.args
+        args, names = self.args, self._trainable_names()
         return {
             "schema_version": SCHEMA_VERSION,
             "source": SOURCE,
@@ -285,6 +321,7 @@ class CheckpointMixin:
             "steps": self.state.global_step,
             "weights_step": self._weights_step or self.state.global_step,
             "data": self._training_data,
+            "trainable": None if names is None else _digest(names),
             "versions": {name: version for name in _PACKAGES if (version := _version(name))},
         }
 
@@ -292,6 +329,11 @@ class CheckpointMixin:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:100]}…"
+
+
+def _digest(names: list[str]) -> dict[str, Any]:
+    text = "\n".join(sorted(names))
+    return {"tensors": len(names), "names": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def describe_data(dataset: Any) -> dict[str, Any]:

@@ -17,6 +17,8 @@ ever executed, unpickled or used as a path.
     steps                optimizer steps taken
     weights_step         the step that the weights are of: another one after load_best_model_at_end
     data                 examples; altered_labels, the number whose label was changed on purpose, or null
+    trainable            tensors, how many the optimizer holds; names, a digest of their names; or null, as
+                         in records of before
     versions             package → version
 
 ``poprisk_statistics.json``, schema version 1: ``GateStatistics.of_run``, per parameter.
@@ -208,6 +210,7 @@ _CONFIG: dict[str, Callable[[Any], bool]] = {
     "steps": _count,
     "weights_step": _count,
     "data": _entries(examples=_optional(_count), altered_labels=_optional(_count)),
+    "trainable": _optional(_entries(tensors=_count, names=_text)),
     "versions": _values(_text),
 }
 _STATISTICS: dict[str, Callable[[Any], bool]] = {

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -402,7 +403,8 @@ def test_weights_alone_are_gone_on_from_with_a_fresh_optimizer(
         causal(tmp_path, max_steps=2, **options).train()
     said = [r.message for r in caplog.records if "fresh" in r.message]
     assert said == [
-        "save_only_model=True: checkpoints hold weights only, and a resumed run starts with a fresh optimizer."
+        "save_only_model=True: checkpoints hold weights only, and a resumed run starts with a fresh "
+        "optimizer."
     ]
     caplog.clear()
     resumed, seen = causal(tmp_path, max_steps=4, **options), {}
@@ -482,3 +484,103 @@ def test_without_saves_nothing_is_said_about_checkpoints(
         causal(tmp_path, max_steps=1, save_only_model=True, save_strategy="no").train()
         causal(tmp_path, max_steps=1).train()
     assert "save_only_model" not in caplog.text
+
+
+# Other parameters, other data
+
+
+def freeze(trainer: Any, pattern: str) -> None:
+    for name, p in trainer.model.named_parameters():
+        p.requires_grad_(re.search(pattern, name) is None)
+
+
+def never(*args: Any, **kwargs: Any) -> None:
+    raise AssertionError("something was loaded before the check")
+
+
+@pytest.mark.parametrize("optim", ["poprisk_adamw", "adamw_torch"])
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ("^$", "embed|norm", "of 21 trainable tensors, and this model has 15"),
+        ("embed", "^$", "of 20 trainable tensors, and this model has 21"),
+        ("embed", "lm_head", "of 20 trainable tensors, and this model has 20 others"),
+        ("embed", "", "of 20 trainable tensors, and this model has none"),
+    ],
+    ids=["fewer", "more", "others", "none"],
+)
+def test_other_trainable_parameters_are_refused(
+    before: str, after: str, said: str, optim: str, tmp_path: Path
+) -> None:
+    first = causal(tmp_path, max_steps=2, optim=optim)
+    freeze(first, before)
+    first.train()
+    other = causal(tmp_path, max_steps=4, optim=optim)
+    freeze(other, after)
+    other._load_from_checkpoint = never
+    with pytest.raises(ResumeError, match=f"holds the optimizer's state {said}.*, or start over") as caught:
+        other.train(resume_from_checkpoint=True)
+    assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
+    if optim == "poprisk_adamw" and after != "^$":
+        assert "(no longer trainable: " in str(caught.value)
+    same = causal(tmp_path, max_steps=4, optim=optim)
+    freeze(same, before)
+    same.train(resume_from_checkpoint=True)
+    assert same.state.global_step == 4 and steps_of(same) == {4}
+
+
+def test_parameters_that_the_optimizer_holds_may_be_frozen_on_the_way(tmp_path: Path) -> None:
+    """What counts is what the state is of; a callback, say, may freeze and unfreeze."""
+    first = causal(tmp_path, max_steps=2)
+    save = first._save_checkpoint
+
+    def freeze_and_save(*args: Any) -> None:
+        freeze(first, "embed")
+        save(*args)
+
+    first._save_checkpoint = freeze_and_save
+    first.train()
+    resumed = causal(tmp_path, max_steps=4)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4
+
+
+def longer(folder: Path, count: int, **options: Any) -> PopRiskTrainer:
+    args = PopRiskTrainingArguments(str(folder), **{**OPTIONS, **options})
+    return PopRiskTrainer(tiny_model("llama"), args=args, train_dataset=rows(count))
+
+
+def test_data_of_another_length_are_refused(tmp_path: Path) -> None:
+    causal(tmp_path, max_steps=2).train()
+    other = longer(tmp_path, 12, max_steps=4)
+    other._load_from_checkpoint = never
+    with pytest.raises(
+        ResumeError,
+        match="would change the number of training examples from 10 to 12: set it back, or set "
+        "poprisk_allow_change=true",
+    ):
+        other.train(resume_from_checkpoint=True)
+    for options in ({"poprisk_allow_change": True}, {"ignore_data_skip": True}, {"optim": "adamw_torch"}):
+        allowed = longer(tmp_path, 12, max_steps=4, **options)
+        allowed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        assert allowed.state.global_step == 4
+
+
+@pytest.mark.parametrize("optim", ["poprisk_adamw", "adamw_torch"])
+def test_a_record_of_before_says_nothing_about_parameters(optim: str, tmp_path: Path) -> None:
+    causal(tmp_path, max_steps=1, optim=optim).train()
+    path = tmp_path / "checkpoint-1/poprisk_config.json"
+    config = json.loads(path.read_text())
+    del config["trainable"], config["save_only_model"]
+    path.write_text(json.dumps(config))
+    resumed = causal(tmp_path, max_steps=2, optim=optim)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 2
+
+
+def test_weights_alone_fit_whatever_is_trained(tmp_path: Path) -> None:
+    causal(tmp_path, max_steps=1, save_only_model=True).train()
+    fewer = causal(tmp_path, max_steps=2, save_only_model=True)
+    freeze(fewer, "embed")
+    fewer.train(resume_from_checkpoint=True)
+    assert fewer.state.global_step == 2

@@ -727,9 +727,11 @@ def test_resuming_under_another_mode_is_refused(tmp_path: Path) -> None:
     torn = tmp_path / "checkpoint-12" / TABLE_NAME
     torn.write_bytes(torn.read_bytes()[:-10])
     assert damage(torn.parent) == f"{TABLE_NAME} is cut off"
-    other = classify(tmp_path, examples(32), poprisk_label_noise="audit", **options)
-    with pytest.raises(ValueError, match="resume with the same data"):
-        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    for allow, said in ((False, "training examples from 24 to 32"), (True, "resume with the same data")):
+        options["poprisk_allow_change"] = allow
+        other = classify(tmp_path, examples(32), poprisk_label_noise="audit", **options)
+        with pytest.raises(ValueError, match=said):
+            other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
 
 
 def test_resuming_with_other_rows_is_refused(tmp_path: Path) -> None:
