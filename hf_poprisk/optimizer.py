@@ -122,6 +122,7 @@ class PopRiskAdamW(torch.optim.AdamW):
         self._window: ExampleWindow | None = None
         self._openness: dict[Tensor, Tensor] | None = None  # q of the closed window
         self._skip_step = False
+        self._hopeless: bool | None = None  # no step was ever taken, nor will be; None until it is asked
         self._said_single = False
         super().__init__(params, lr, betas, eps, weight_decay)
         known = set(self._all_parameters())
@@ -218,6 +219,7 @@ class PopRiskAdamW(torch.optim.AdamW):
             # what opens is known after the step only; of noise it opens this much
             beta1 = self.param_groups[0]["betas"][0]
             self.open_share = streaming_null_openness(self._alpha(beta1), beta1, self.gate)
+        self._hopeless = self._nothing_finite()  # before clipping, which spreads a NaN over all gradients
         if not self.needs_examples:
             return
         window = self._open_window()
@@ -296,7 +298,8 @@ class PopRiskAdamW(torch.optim.AdamW):
         because one NaN in a moment would close the gate for good.
 
         Raises:
-            RuntimeError: see ``close_window``.
+            RuntimeError: see ``close_window``; or no gradient of the very first step is finite, and neither
+                would those of the next ones be.
         """
         loss = None
         if closure is not None:
@@ -306,13 +309,40 @@ class PopRiskAdamW(torch.optim.AdamW):
             self.close_window()
         if self.gate != "none" and self.estimator == "ema":
             self._skip_step = not self._finite(p.grad for p in self._all_parameters())
+            if self._hopeless is None:  # the window was not closed, which this estimator does not ask for
+                self._hopeless = self._nothing_finite()
         if self._skip_step:
+            if self._hopeless:  # a loss scaler, which expects that, does not come by here
+                self._end_window()
+                raise RuntimeError(self._why_hopeless())
             logger.warning("a gradient is not finite: this optimizer step was left out.")
             self.statistics.skip()
         else:
             self._update()
         self._end_window()
         return loss
+
+    def _nothing_finite(self) -> bool:
+        """Whether no step was taken yet and no gradient is finite; zeros, as of unused experts, say nothing.
+
+        Waits for the device, but before the first step only, and as a rule for one gradient.
+        """
+        if self.gate == "none" or any(self.state.values()):
+            return False
+        grads = (p.grad for p in self._all_parameters() if p.grad is not None)
+        return not any(0 < float(grad.detach().abs().max()) < math.inf for grad in grads if grad.numel())
+
+    def _why_hopeless(self) -> str:
+        bad = next((p for p in self._all_parameters() if not p.isfinite().all()), None)
+        if bad is None:
+            return (
+                "no gradient of the first step is finite, although the weights are: look for examples whose "
+                "loss is not, or train in bfloat16 or float32."
+            )
+        return (
+            f"no gradient of the first step is finite, because {self._open_window().describe(bad)} is not: "
+            "load the weights again, or train in bfloat16 or float32."
+        )
 
     def _update(self) -> None:
         streamed: dict[Tensor, Tensor] = {}
@@ -434,6 +464,7 @@ class PopRiskAdamW(torch.optim.AdamW):
         """As in torch, with the gate's options: copies and pickles are gated as well."""
         options = {name: getattr(self, name) for name in _OPTIONS}
         fresh = {"statistics": GateStatistics(), "open_share": 1.0, "_window": None, "_openness": None}
+        fresh["_hopeless"] = None
         kept = {name: getattr(self, name) for name in ("_ungated", "_names", "_said_single", "keep_written")}
         return {**super().__getstate__(), **options, **kept, **fresh, "_skip_step": False}
 
@@ -462,7 +493,7 @@ class PopRiskAdamW(torch.optim.AdamW):
         return self._window
 
     def _end_window(self) -> None:
-        self._openness, self._skip_step = None, False
+        self._openness, self._skip_step, self._hopeless = None, False, None
         if self._window is not None:
             self._window.reset()
 
