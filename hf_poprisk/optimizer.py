@@ -33,6 +33,10 @@ logger = logging.getLogger(__name__)
 ESTIMATORS = ("example", "group", "ema")
 EMA_DECAY = 0.99  # ρ of the streaming noise estimate, as published
 _UNDERFLOW = 1e-30  # below this ΣG² says nothing: the squares of such gradients underflow in float32
+_NOTHING_TO_TRAIN = (
+    "nothing to train: no parameter requires a gradient; unfreeze some, or load an adapter with "
+    "is_trainable=True."
+)
 _PIECE = 1 << 18  # elements that are worked on together: they stay in a core's cache
 _OPTIONS = ("gate", "estimator", "reduction", "warmup_steps", "gate_weight_decay", "ema_alpha")
 
@@ -84,7 +88,7 @@ class PopRiskAdamW(torch.optim.AdamW):
             ``written``, in the parameter's shape: for ``hf_poprisk.risk``.
 
     Raises:
-        ValueError: a bad value, an option that would have no effect, or no parameter left to gate.
+        ValueError: a bad value, an option that would have no effect, or no parameter left to train or gate.
         NotImplementedError: sharded parameters (DTensor).
     """
 
@@ -128,6 +132,8 @@ class PopRiskAdamW(torch.optim.AdamW):
         known = set(self._all_parameters())
         if not self._ungated <= known:
             raise ValueError("`ungated` names parameters that this optimizer does not hold.")
+        if not any(p.requires_grad for p in known):
+            raise ValueError(_NOTHING_TO_TRAIN)
         if gate != "none" and not known - self._ungated:
             raise ValueError("every parameter is ungated: use gate='none' if that is what you want.")
 
@@ -552,10 +558,13 @@ def matching(named_parameters: Iterable[tuple[str, Tensor]], patterns: Sequence[
     """The trainable parameters whose name matches one of the regular expressions (``re.search``).
 
     Raises:
-        ValueError: a pattern that is not a regular expression, or that matches no trainable parameter.
+        ValueError: a pattern that is not a regular expression, or that matches no trainable parameter, of
+            which there may be none.
     """
     check_patterns(patterns)
     named = [(name, p) for name, p in named_parameters if p.requires_grad]
+    if patterns and not named:
+        raise ValueError(_NOTHING_TO_TRAIN)
     found: dict[Tensor, None] = {}
     for pattern in patterns:
         hits = [p for name, p in named if re.search(pattern, name)]

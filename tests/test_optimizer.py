@@ -613,3 +613,17 @@ def test_the_streaming_form_opens_what_it_opens_of_noise() -> None:
         optimizer.step()
     assert shares == [1.0, streaming_null_openness((1 - 0.9) / (1 + 0.9), 0.9, "soft")]
     assert 0.0 < shares[1] < 1.0
+
+
+@pytest.mark.parametrize("gate", ["hard", "none"])
+def test_nothing_to_train_is_said_as_such(gate: str) -> None:
+    params = parameters()
+    for p in params:
+        p.requires_grad_(False)
+    for given in (params, [{"params": []}, {"params": []}]):
+        with pytest.raises(ValueError, match="^nothing to train: .* load an adapter with is_trainable=True"):
+            PopRiskAdamW(given, gate=gate)
+    with pytest.raises(ValueError, match="^nothing to train: "):
+        matching(zip("abcd", params, strict=True), ["a"])
+    params[1].requires_grad_(True)  # the others may be unfrozen later
+    assert PopRiskAdamW(params).gated_parameters == params[1:2]
