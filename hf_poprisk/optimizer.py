@@ -65,7 +65,8 @@ class PopRiskAdamW(torch.optim.AdamW):
     does, by the time the window closes.
 
     Args:
-        params: parameters or groups, as for ``torch.optim.AdamW``.
+        params: parameters or groups, as for ``torch.optim.AdamW``. With ``model.named_parameters()`` messages
+            name the parameter that they are about.
         lr, betas, eps, weight_decay: as for ``torch.optim.AdamW``.
         gate: ``hard`` (q is 0 or 1), ``soft`` (shrinkage in [0, 1]) or ``none`` (AdamW, for comparison: the
             other options stay as they are).
@@ -150,14 +151,22 @@ class PopRiskAdamW(torch.optim.AdamW):
         return [p for p in self._all_parameters() if p.requires_grad and p not in self._ungated]
 
     def name_parameters(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
-        """Let error messages say which parameter they are about."""
+        """Let error messages say which parameter they are about, if the optimizer was not given names."""
         self._names = {p: name for name, p in named_parameters}
         self._window = None
 
     @property
     def names(self) -> Mapping[Tensor, str]:
-        """What ``name_parameters`` was told; a parameter without a name is left out of records."""
-        return self._names
+        """What ``name_parameters`` was told, before the names that the optimizer was given.
+
+        A parameter without a name is left out of records.
+        """
+        given = {
+            p: name
+            for group in self.param_groups
+            for p, name in zip(group["params"], group.get("param_names", ()), strict=False)
+        }
+        return {**given, **self._names}
 
     def example(self, influence: Influence | None = None) -> AbstractContextManager[None]:
         """Block around the backward of one example (of one micro-batch with ``estimator="group"``).
@@ -495,7 +504,7 @@ class PopRiskAdamW(torch.optim.AdamW):
             # with those that are frozen now: they may be trained later
             every = list(self._all_parameters())
             gated = dict.fromkeys(p for p in every if self.needs_examples and p not in self._ungated)
-            self._window = ExampleWindow(gated, self._names, [p for p in every if p not in gated])
+            self._window = ExampleWindow(gated, self.names, [p for p in every if p not in gated])
         return self._window
 
     def _end_window(self) -> None:

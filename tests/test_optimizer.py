@@ -615,6 +615,49 @@ def test_the_streaming_form_opens_what_it_opens_of_noise() -> None:
     assert 0.0 < shares[1] < 1.0
 
 
+def named_parameters() -> list[tuple[str, nn.Parameter]]:
+    return list(zip(["embed.weight", "norm.bias", "mlp.up", "scale"], parameters(), strict=True))
+
+
+@pytest.mark.parametrize("as_groups", [False, True])
+def test_names_that_torch_was_given_are_in_messages_and_records(as_groups: bool) -> None:
+    named = named_parameters()
+    given: Any = [{"params": named[:2], "lr": 1e-2}, {"params": named[2:]}] if as_groups else iter(named)
+    optimizer = PopRiskAdamW(given)
+    assert optimizer.names == {p: name for name, p in named}
+    params = [p for _, p in named]
+    run_examples(optimizer, params, draw_examples(params, 4))
+    optimizer.step()
+    assert set(optimizer.statistics.of_run(optimizer.names)["parameters"]) == {name for name, _ in named}
+    optimizer.zero_grad()
+    said = pytest.raises(RuntimeError, match=r"the gradient of mlp\.up arrived in several parts")
+    with said, optimizer.example():
+        params[2].sum().backward()
+        params[2].sum().backward()
+
+
+def test_names_of_groups_that_come_later_and_of_a_loaded_state() -> None:
+    named = named_parameters()
+    optimizer = PopRiskAdamW(named[:2])
+    optimizer.add_param_group({"params": named[2:]})
+    optimizer.load_state_dict(
+        torch.optim.AdamW([{"params": parameters()[:2]}, {"params": parameters()[2:]}]).state_dict()
+    )
+    assert optimizer.names == {p: name for name, p in named}
+    optimizer.name_parameters([("other", named[0][1])])
+    assert optimizer.names[named[0][1]] == "other" and optimizer.names[named[1][1]] == "norm.bias"
+
+
+def test_plain_parameters_go_by_their_shape() -> None:
+    params = parameters()
+    optimizer = PopRiskAdamW(params)
+    assert optimizer.names == {}
+    said = pytest.raises(RuntimeError, match=r"the gradient of a parameter of shape \(7, 5\) arrived")
+    with said, optimizer.example():
+        params[0].sum().backward()
+        params[0].sum().backward()
+
+
 @pytest.mark.parametrize("gate", ["hard", "none"])
 def test_nothing_to_train_is_said_as_such(gate: str) -> None:
     params = parameters()
