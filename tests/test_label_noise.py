@@ -498,6 +498,60 @@ def test_pairs_are_weighted_by_their_posterior(kind: str, mode: str, llama_dir: 
     assert logs[-1]["poprisk/noise_rate_low"] <= logs[-1]["poprisk/noise_rate"]
 
 
+@pytest.mark.parametrize("mode", ["weight", "swap"])
+@pytest.mark.parametrize("logging_steps", [1, 3])
+def test_the_weighted_loss_is_logged_beside_the_plain_one(
+    mode: str, logging_steps: int, llama_dir: Path, tmp_path: Path
+) -> None:
+    trainer = prefer(
+        "DPO",
+        llama_dir,
+        tmp_path,
+        poprisk_label_noise=mode,
+        num_train_epochs=3,
+        learning_rate=3e-2,
+        logging_steps=logging_steps,
+    )
+    judged_from(trainer, 4)
+    seen: list[Any] = []
+    book = trainer._label_noise._booked
+    trainer._label_noise._booked = lambda visit, share: (seen.append(visit), book(visit, share))[1]
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == 12 // logging_steps
+    for k, entry in enumerate(logs):
+        visits = seen[k * logging_steps : (k + 1) * logging_steps]
+        z, weight = torch.cat([v.tap.log_odds for v in visits]), torch.cat([v.weight for v in visits])
+        if mode == "weight":
+            losses = -weight * F.logsigmoid(z)
+        else:
+            losses = -torch.where(
+                weight < 0.5, (1 - 2 * weight) * F.logsigmoid(-z), (2 * weight - 1) * F.logsigmoid(z)
+            )
+        assert entry["poprisk/loss_weighted"] == pytest.approx(losses.mean().item(), rel=1e-5)
+        assert entry["loss"] == pytest.approx(-F.logsigmoid(z).mean().item(), abs=2e-4)
+    assert logs[0]["poprisk/loss_weighted"] == pytest.approx(logs[0]["loss"], abs=2e-4)
+    assert abs(logs[-1]["poprisk/loss_weighted"] - logs[-1]["loss"]) > 0.05  # it is the weights' doing
+
+
+def test_an_audit_weighs_no_loss_and_an_older_interval_is_left_out(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "logging_steps": 2, "max_steps": 4}
+    classify(tmp_path / "audit", examples(), poprisk_label_noise="audit", **options).train()
+    assert "loss_weighted" not in (tmp_path / "audit/checkpoint-4/trainer_state.json").read_text()
+    options |= {"poprisk_label_noise": "weight"}
+    whole = classify(tmp_path / "run", examples(), **options)
+    whole.train()
+    resumed = classify(tmp_path / "run", examples(), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-3"))
+    logged = [t.state.log_history[-2]["poprisk/loss_weighted"] for t in (whole, resumed)]
+    assert logged[0] == logged[1]  # over a step before the checkpoint and one after it
+    path = tmp_path / "run/checkpoint-3" / FITS_NAME
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"interval": [4.0, 4.0, 0.0]}))
+    resumed = classify(tmp_path / "run", examples(), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-3"))
+    assert resumed.state.log_history[-2]["poprisk/loss_weighted"] != logged[0]
+
+
 def test_the_layout_does_not_matter(llama_dir: Path, tmp_path: Path) -> None:
     """One by one, four in a backward, or accumulated: the same scores, weights and parameters."""
     seen = []
