@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import trl
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from models import preferences
@@ -1196,6 +1197,8 @@ def test_who_predicts_nothing_judges_nobody() -> None:
 
 # -- refusals -------------------------------------------------------------------------------------------
 
+WEIGHING = [{"poprisk_label_noise": "weight"}, {"poprisk_label_noise": "swap"}]
+
 
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
@@ -1207,12 +1210,33 @@ def test_who_predicts_nothing_judges_nobody() -> None:
         ("", {"optim": "adamw_torch"}, "has no effect with optim=adamw_torch"),
         ("", {"poprisk_estimator": "group", "poprisk_gate": "hard"}, "set poprisk_estimator=example"),
         ("DPO", {"loss_type": ["ipo"]}, "loss_type=ipo is not one: use sigmoid or sigmoid_norm"),
-        ("DPO", {"loss_type": ["sigmoid", "sft"]}, "loss_type=sigmoid,sft is not one"),
-        ("DPO", {"use_weighting": True}, "set use_weighting=False"),
+        ("DPO", {"loss_type": ["sft"]}, "loss_type=sft is not one: use sigmoid or sigmoid_norm\\.$"),
+        ("DPO", {"loss_type": ["sigmoid", "robust"]}, "loss_type=sigmoid,robust is not one: .*_norm\\.$"),
+        ("DPO", {"loss_type": ["sigmoid", "aot"]}, "loss_type=sigmoid,aot is not one: .*_norm\\.$"),
+        ("DPO", {"loss_type": ["sigmoid", "sigmoid_norm"]}, "loss_type=sigmoid,sigmoid_norm is not one"),
+        *(
+            (
+                "DPO",
+                {"loss_type": ["sigmoid", "sft"], **mode},
+                "is not one: .*, or set poprisk_label_noise=audit",
+            )
+            for mode in WEIGHING
+        ),
+        *(
+            ("DPO", {"use_weighting": True, **mode}, "=False, or set poprisk_label_noise=audit")
+            for mode in WEIGHING
+        ),
         ("DPO", {"sync_ref_model": True}, "set sync_ref_model=False"),
         ("DPO", {"f_divergence_type": "js_divergence"}, "use reverse_kl"),
         ("DPO", {"use_liger_kernel": True}, "set use_liger_kernel=False"),
-        ("Reward", {"center_rewards_coefficient": 0.1}, "remove center_rewards_coefficient"),
+        *(
+            (
+                "Reward",
+                {"center_rewards_coefficient": 0.1, **mode},
+                "remove center_rewards_coefficient, or set",
+            )
+            for mode in WEIGHING
+        ),
         ("SFT", {}, "judges labels, and a sequence has none"),
     ],
 )
@@ -1231,6 +1255,66 @@ def test_what_cannot_be_judged_is_refused(
     }
     with pytest.raises(ValueError, match=message):
         config(str(tmp_path), **settings).check_training()
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("DPO", {}),
+        ("DPO", {"use_weighting": True}),
+        ("DPO", {"loss_type": ["sigmoid", "sft"]}),
+        ("DPO", {"loss_type": ["hinge", "sigmoid"], "loss_weights": [0.3, 0.7]}),
+        ("Reward", {"center_rewards_coefficient": 0.1}),
+    ],
+    ids=["plain", "weighting", "sft", "hinge", "centred"],
+)
+def test_an_audit_reads_the_margins_of_a_loss_with_more_in_it(
+    kind: str, options: dict[str, Any], size: int, llama_dir: Path, tmp_path: Path
+) -> None:
+    """The log-odds are the margins that TRL logs, and weights and gradients are those of its own trainer."""
+    options = {**options, "per_device_train_batch_size": size, "num_train_epochs": 2}
+    audit = prefer(kind, llama_dir, tmp_path, poprisk_label_noise="audit", **options)
+    seen: list[_Visit] = []
+    book = audit._label_noise._booked
+    audit._label_noise._booked = lambda visit, share: (seen.append(visit), book(visit, share))[1]
+    gradients = [first_gradients(audit)]
+    audit.train()
+    margin = "rewards/margins" if kind == "DPO" else "margin"
+    logged = [entry[margin] for entry in audit.state.log_history if "loss" in entry]
+    assert len(logged) == len(seen) == 32 // size and max(map(abs, logged)) > 0.01
+    for value, visit in zip(logged, seen, strict=True):
+        assert visit.tap.log_odds.mean().item() == pytest.approx(value, rel=1e-4, abs=1e-6)
+    table = audit._label_noise.table
+    assert table.visits.tolist() == [2] * 16
+    for visit in seen[len(seen) // 2 :]:
+        assert torch.equal(table.columns["logodds"][visit.rows], visit.tap.log_odds)
+
+    settings = {k: v for k, v in (QUIET | options).items() if not k.startswith("poprisk")}
+    settings |= {"learning_rate": 1e-3, "optim": "adamw_torch"}
+    args = getattr(trl, f"{kind}Config")(str(tmp_path), bf16=False, gradient_checkpointing=False, **settings)
+    stock = getattr(trl, f"{kind}Trainer")(str(llama_dir), args=args, train_dataset=preferences(16))
+    gradients.append(first_gradients(stock))
+    stock.train()
+    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 10
+    if size == 1:
+        assert same(gradients[0], gradients[1]) and same(weights(audit), weights(stock))
+    for name, expected in gradients[1].items():  # summed in another order
+        assert (gradients[0][name] - expected).abs().max() <= 1e-5 * expected.abs().max(), name
+
+
+def first_gradients(trainer: Any) -> dict[str, Tensor]:
+    """Filled when it trains: the gradients before its first step."""
+    found: dict[str, Tensor] = {}
+
+    class Look(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 0:
+                named = trainer.model.named_parameters()
+                found.update({n: p.grad.clone() for n, p in named if p.grad is not None})
+
+    trainer.add_callback(Look())
+    return found
 
 
 def test_margins_that_shift_the_log_odds_are_refused(llama_dir: Path, tmp_path: Path) -> None:
