@@ -132,6 +132,7 @@ class CheckpointMixin:
 
     _weights_step: int | None = None  # where load_best_model_at_end went back to
     _training_data: dict[str, Any] = {"examples": None, "altered_labels": None}
+    _trainable: dict[str, Any] | None = None  # when training began
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         saves = str(getattr(self.args.save_strategy, "value", self.args.save_strategy)) != "no"
@@ -140,6 +141,8 @@ class CheckpointMixin:
                 "save_only_model=True: checkpoints hold weights only, and a resumed run starts with a fresh "
                 "optimizer."
             )
+        if self._trainable is None:  # a second call goes on with the optimizer of the first
+            self._trainable = _digest(self._trainable_names())
         if resume_from_checkpoint:
             resume_from_checkpoint = str(self._checkpoint_to_resume(resume_from_checkpoint))
             self._check_same_run(resume_from_checkpoint)
@@ -210,25 +213,26 @@ class CheckpointMixin:
         ]
 
     def _check_same_parameters(self, checkpoint: str, record: Record) -> None:
-        had, names = record.config.get("trainable"), self._trainable_names()
-        if had is None or names is None or had == _digest(names):
+        had, has = record.config.get("trainable"), self._trainable
+        if had is None or had == has:
             return
+        names = self._trainable_names()
         gone = sorted(set((record.statistics or {}).get("parameters", ())) - set(names))
         some = ", ".join(_short(name) for name in gone[:3]) + ", …" * (len(gone) > 3)
         raise ResumeError(
             f"{checkpoint} holds the optimizer's state of {had['tensors']} trainable tensors, and this model "
-            f"has {len(names) or 'none'}{'' if had['tensors'] != len(names) else ' others'}"
+            f"has {has['tensors'] or 'none'}{'' if had['tensors'] != has['tensors'] else ' others'}"
             f"{f' (no longer trainable: {some})' if gone else ''}: freeze and unfreeze parameters as in "
             "that run, or start over."
         )
 
-    def _trainable_names(self) -> list[str] | None:
-        """Of the parameters that the optimizer holds, or will; None where it holds others, such as shards."""
-        names = {p: name for name, p in self.model.named_parameters()}
-        if self.optimizer is None:
-            return [name for p, name in names.items() if p.requires_grad]
-        held = [p for group in getattr(self.optimizer, "param_groups", ()) for p in group["params"]]
-        return [names[p] for p in held] if all(p in names for p in held) else None
+    def _trainable_names(self) -> list[str]:
+        """Of what the optimizer will be made of, or of what one that was handed to the trainer holds."""
+        held = getattr(self.optimizer, "param_groups", None)
+        if held is None:
+            return [name for name, p in self.model.named_parameters() if p.requires_grad]
+        params = {p for group in held for p in group["params"]}
+        return [name for name, p in self.model.named_parameters() if p in params]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
@@ -302,7 +306,7 @@ class CheckpointMixin:
         self._write_label_noise(folder)
 
     def _record(self) -> dict[str, Any]:
-        args, names = self.args, self._trainable_names()
+        args = self.args
         return {
             "schema_version": SCHEMA_VERSION,
             "source": SOURCE,
@@ -321,7 +325,7 @@ class CheckpointMixin:
             "steps": self.state.global_step,
             "weights_step": self._weights_step or self.state.global_step,
             "data": self._training_data,
-            "trainable": None if names is None else _digest(names),
+            "trainable": self._trainable,
             "versions": {name: version for name in _PACKAGES if (version := _version(name))},
         }
 

@@ -17,8 +17,8 @@ ever executed, unpickled or used as a path.
     steps                optimizer steps taken
     weights_step         the step that the weights are of: another one after load_best_model_at_end
     data                 examples; altered_labels, the number whose label was changed on purpose, or null
-    trainable            tensors, how many the optimizer holds; names, a digest of their names; or null, as
-                         in records of before
+    trainable            tensors, how many were trained when the run began; names, a digest of their names;
+                         null before training and in records of before
     versions             package → version
 
 ``poprisk_statistics.json``, schema version 1: ``GateStatistics.of_run``, per parameter.

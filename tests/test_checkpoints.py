@@ -530,7 +530,7 @@ def test_other_trainable_parameters_are_refused(
 
 
 def test_parameters_that_the_optimizer_holds_may_be_frozen_on_the_way(tmp_path: Path) -> None:
-    """What counts is what the state is of; a callback, say, may freeze and unfreeze."""
+    """What counts is what the optimizer was made of; a callback, say, may freeze and unfreeze."""
     first = causal(tmp_path, max_steps=2)
     save = first._save_checkpoint
 
@@ -584,3 +584,29 @@ def test_weights_alone_fit_whatever_is_trained(tmp_path: Path) -> None:
     freeze(fewer, "embed")
     fewer.train(resume_from_checkpoint=True)
     assert fewer.state.global_step == 2
+
+
+def test_an_optimizer_of_some_parameters_is_resumed_as_it_was(tmp_path: Path) -> None:
+    """Made by the trainer itself, in a way of its own, or handed to it."""
+
+    class Partly(PopRiskTrainer):
+        def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+            self.optimizer = torch.optim.AdamW(self.model.lm_head.parameters())
+            return self.optimizer
+
+    def build(steps: int, handed: bool) -> PopRiskTrainer:
+        options = {**OPTIONS, "max_steps": steps, "optim": "adamw_torch"}
+        args, model = PopRiskTrainingArguments(str(tmp_path), **options), tiny_model("llama")
+        if not handed:
+            return Partly(model, args=args, train_dataset=rows(10))
+        of_the_body = torch.optim.AdamW(model.model.parameters())
+        return PopRiskTrainer(model, args=args, train_dataset=rows(10), optimizers=(of_the_body, None))
+
+    for handed in (False, True):
+        build(2, handed).train()
+        resumed = build(4, handed)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        assert resumed.state.global_step == 4
+        other = build(4, not handed)
+        with pytest.raises(ResumeError, match="trainable tensors, and this model has"):
+            other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
