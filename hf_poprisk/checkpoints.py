@@ -6,11 +6,13 @@ last, after every rank has written its part. A checkpoint without it was being w
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import logging
 import shutil
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from hf_poprisk.record import (
     SCHEMA_VERSION,
     SOURCE,
     STATISTICS_NAME,
+    Record,
     load_record,
     write_json,
 )
@@ -47,7 +50,7 @@ class ResumeError(ValueError):
 
 
 def damage(checkpoint: Path) -> str | None:
-    """Why a checkpoint cannot be resumed from; None if it is whole.
+    """Why a checkpoint cannot be resumed from; None if it is whole, or whole but for ``save_only_model``.
 
     Reads the ends of its files, not the tensors.
     """
@@ -73,18 +76,36 @@ def damage(checkpoint: Path) -> str | None:
     return None
 
 
+# What a checkpoint holds beside the weights. Other names: of transformers under FSDP, DeepSpeed.
+_BESIDE_WEIGHTS = {
+    "optimizer.pt": ("optimizer*", "global_step*"),
+    "scheduler.pt": ("scheduler*",),
+    "rng_state.pth": ("rng_state*",),
+}
+
+
+def holds_weights_only(checkpoint: Path) -> bool:
+    """Whether it was saved with ``save_only_model=True``, by our trainers or by the stock one.
+
+    A checkpoint that was being deleted has lost files too; the record, where there is one, says which it is.
+    """
+    if any(next(checkpoint.glob(p), None) for patterns in _BESIDE_WEIGHTS.values() for p in patterns):
+        return False
+    record = checkpoint / CONFIG_NAME
+    content = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
+    said = content.get("save_only_model") if isinstance(content, dict) else None
+    return said is not False  # a record that is older than the entry does not say
+
+
 def _missing(checkpoint: Path) -> str | None:
     """A file that a checkpoint to resume from must have and this one has not."""
     for index in checkpoint.glob("*.index.json"):
         for shard in json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values():
             if not (checkpoint / shard).is_file():
                 return str(shard)
-    parts = {
-        "model.safetensors": ("*model*", "*.safetensors"),  # or an adapter's, or shards
-        "optimizer.pt": ("optimizer*", "global_step*"),  # other names: transformers under FSDP, DeepSpeed
-        "scheduler.pt": ("scheduler*",),
-        "rng_state.pth": ("rng_state*",),
-    }
+    parts = {"model.safetensors": ("*model*", "*.safetensors")}  # or an adapter's, or shards
+    if not holds_weights_only(checkpoint):
+        parts |= _BESIDE_WEIGHTS
     for name, patterns in parts.items():
         if not any(next(checkpoint.glob(pattern), None) for pattern in patterns):
             return name
@@ -111,51 +132,107 @@ class CheckpointMixin:
 
     _weights_step: int | None = None  # where load_best_model_at_end went back to
     _training_data: dict[str, Any] = {"examples": None, "altered_labels": None}
+    _trainable: dict[str, Any] | None = None  # when training began
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        saves = str(getattr(self.args.save_strategy, "value", self.args.save_strategy)) != "no"
+        if self.args.save_only_model and saves and self.is_world_process_zero():
+            logger.warning(
+                "save_only_model=True: checkpoints hold weights only, and a resumed run starts with a fresh "
+                "optimizer."
+            )
+        if self._trainable is None:  # a second call goes on with the optimizer of the first
+            self._trainable = _digest(self._trainable_names())
         if resume_from_checkpoint:
             resume_from_checkpoint = str(self._checkpoint_to_resume(resume_from_checkpoint))
-            self._check_same_gate(resume_from_checkpoint)
+            self._check_same_run(resume_from_checkpoint)
         return super().train(resume_from_checkpoint or None, *args, **kwargs)  # type: ignore[misc]
 
     def _checkpoint_to_resume(self, wanted: str | bool) -> Path:
         if wanted is True:
-            newest = newest_checkpoint(self.args.output_dir)
-            if newest is None:
+            found = newest_checkpoint(self.args.output_dir)
+            if found is None:
                 raise ResumeError(
                     f"resume_from_checkpoint=True, but {self.args.output_dir} holds no complete checkpoint."
                 )
-            return newest
-        if not Path(wanted).is_dir():
-            raise ResumeError(f"resume_from_checkpoint={wanted} is not a folder.")
-        reason = damage(Path(wanted))
-        if reason is not None:
-            raise ResumeError(f"{wanted} cannot be resumed from: {reason}; take an older checkpoint.")
-        return Path(wanted)
+        else:
+            found = Path(wanted)
+            if not found.is_dir():
+                raise ResumeError(f"resume_from_checkpoint={wanted} is not a folder.")
+            reason = damage(found)
+            if reason is not None:
+                raise ResumeError(f"{wanted} cannot be resumed from: {reason}; take an older checkpoint.")
+        if holds_weights_only(found):
+            if not self.args.save_only_model:
+                raise ResumeError(
+                    f"{found} holds weights only, because it was saved with save_only_model=True: set "
+                    "save_only_model=True to go on from the weights with a fresh optimizer, or take a "
+                    "checkpoint that holds the optimizer."
+                )
+            if self.is_world_process_zero():
+                logger.warning(
+                    f"{found} holds weights only (save_only_model=True): the optimizer and the learning-rate "
+                    "schedule start afresh."
+                )
+        return found
 
-    def _check_same_gate(self, checkpoint: str) -> None:
-        """Refuse to go on under other settings, which would be a third method and called neither."""
-        args = self.args
-        if args.optim != OPTIM or not Path(checkpoint, CONFIG_NAME).is_file():
-            return  # to or from stock AdamW: the moments mean the same
-        before, now = load_record(checkpoint).config, self._record()
-        if before["optim"] != OPTIM:
+    def _check_same_run(self, checkpoint: str) -> None:
+        """Refuse other parameters, which the optimizer's state does not fit, other data, other settings.
+
+        Other data are other batches than those that were trained on, and other settings would be a third
+        method and called neither.
+        """
+        if not Path(checkpoint, CONFIG_NAME).is_file():
             return
+        record, args = load_record(checkpoint), self.args
+        before, now = record.config, self._record()
+        if not holds_weights_only(Path(checkpoint)):
+            self._check_same_parameters(checkpoint, record)
+        if args.optim != OPTIM or args.poprisk_allow_change:
+            return
+        changes = self._changes_of_gate(before, now) if before["optim"] == OPTIM else []
+        had, has = before["data"]["examples"], now["data"]["examples"]
+        if None not in (had, has) and had != has and not args.ignore_data_skip:
+            changes.append(f"the number of training examples from {had} to {has}")
+        if changes:
+            raise ResumeError(
+                f"resuming from {checkpoint} would change {', '.join(changes)}: set it back, or set "
+                "poprisk_allow_change=true."
+            )
+
+    @staticmethod
+    def _changes_of_gate(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         before = {"label_noise": "off", **before}  # a record that is older than the setting
         names = [name for name in _SETTINGS if before[name] != now[name]]
         if "ema" not in (before["estimator"], now["estimator"]):
             names += ["units_per_step"] if before["units_per_step"] != now["units_per_step"] else []
-        if not names or args.poprisk_allow_change:
-            return
         spell = {"units_per_step": f"{now['unit']}s per step"}
-        changes = ", ".join(
+        return [
             f"{spell.get(name, f'poprisk_{name}')} from {_short(before[name])} to {_short(now[name])}"
             for name in names
-        )
+        ]
+
+    def _check_same_parameters(self, checkpoint: str, record: Record) -> None:
+        had, has = record.config.get("trainable"), self._trainable
+        if had is None or had == has:
+            return
+        names = self._trainable_names()
+        gone = sorted(set((record.statistics or {}).get("parameters", ())) - set(names))
+        some = ", ".join(_short(name) for name in gone[:3]) + ", …" * (len(gone) > 3)
         raise ResumeError(
-            f"resuming from {checkpoint} would change {changes}: set it back, or set "
-            "poprisk_allow_change=true."
+            f"{checkpoint} holds the optimizer's state of {had['tensors']} trainable tensors, and this model "
+            f"has {has['tensors'] or 'none'}{'' if had['tensors'] != has['tensors'] else ' others'}"
+            f"{f' (no longer trainable: {some})' if gone else ''}: freeze and unfreeze parameters as in "
+            "that run, or start over."
         )
+
+    def _trainable_names(self) -> list[str]:
+        """Of what the optimizer will be made of, or of what one that was handed to the trainer holds."""
+        held = getattr(self.optimizer, "param_groups", None)
+        if held is None:
+            return [name for name, p in self.model.named_parameters() if p.requires_grad]
+        params = {p for group in held for p in group["params"]}
+        return [name for name, p in self.model.named_parameters() if p in params]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
@@ -239,6 +316,7 @@ class CheckpointMixin:
             "label_noise": args.poprisk_label_noise,
             "unit": "group" if args.poprisk_estimator == "group" else "example",
             "units_per_step": args.units_per_step,
+            "save_only_model": args.save_only_model,
             "layout": {
                 "processes": args.world_size,
                 "gradient_accumulation_steps": args.gradient_accumulation_steps,
@@ -247,6 +325,7 @@ class CheckpointMixin:
             "steps": self.state.global_step,
             "weights_step": self._weights_step or self.state.global_step,
             "data": self._training_data,
+            "trainable": self._trainable,
             "versions": {name: version for name in _PACKAGES if (version := _version(name))},
         }
 
@@ -254,6 +333,11 @@ class CheckpointMixin:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:100]}…"
+
+
+def _digest(names: list[str]) -> dict[str, Any]:
+    text = "\n".join(sorted(names))
+    return {"tensors": len(names), "names": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def describe_data(dataset: Any) -> dict[str, Any]:

@@ -33,6 +33,10 @@ logger = logging.getLogger(__name__)
 ESTIMATORS = ("example", "group", "ema")
 EMA_DECAY = 0.99  # ρ of the streaming noise estimate, as published
 _UNDERFLOW = 1e-30  # below this ΣG² says nothing: the squares of such gradients underflow in float32
+_NOTHING_TO_TRAIN = (
+    "nothing to train: no parameter requires a gradient; unfreeze some, or load an adapter with "
+    "is_trainable=True."
+)
 _PIECE = 1 << 18  # elements that are worked on together: they stay in a core's cache
 _OPTIONS = ("gate", "estimator", "reduction", "warmup_steps", "gate_weight_decay", "ema_alpha")
 
@@ -61,7 +65,8 @@ class PopRiskAdamW(torch.optim.AdamW):
     does, by the time the window closes.
 
     Args:
-        params: parameters or groups, as for ``torch.optim.AdamW``.
+        params: parameters or groups, as for ``torch.optim.AdamW``. With ``model.named_parameters()`` messages
+            name the parameter that they are about.
         lr, betas, eps, weight_decay: as for ``torch.optim.AdamW``.
         gate: ``hard`` (q is 0 or 1), ``soft`` (shrinkage in [0, 1]) or ``none`` (AdamW, for comparison: the
             other options stay as they are).
@@ -84,7 +89,7 @@ class PopRiskAdamW(torch.optim.AdamW):
             ``written``, in the parameter's shape: for ``hf_poprisk.risk``.
 
     Raises:
-        ValueError: a bad value, an option that would have no effect, or no parameter left to gate.
+        ValueError: a bad value, an option that would have no effect, or no parameter left to train or gate.
         NotImplementedError: sharded parameters (DTensor).
     """
 
@@ -122,11 +127,14 @@ class PopRiskAdamW(torch.optim.AdamW):
         self._window: ExampleWindow | None = None
         self._openness: dict[Tensor, Tensor] | None = None  # q of the closed window
         self._skip_step = False
+        self._hopeless: bool | None = None  # no step was ever taken, nor will be; None until it is asked
         self._said_single = False
         super().__init__(params, lr, betas, eps, weight_decay)
         known = set(self._all_parameters())
         if not self._ungated <= known:
             raise ValueError("`ungated` names parameters that this optimizer does not hold.")
+        if not any(p.requires_grad for p in known):
+            raise ValueError(_NOTHING_TO_TRAIN)
         if gate != "none" and not known - self._ungated:
             raise ValueError("every parameter is ungated: use gate='none' if that is what you want.")
 
@@ -143,14 +151,22 @@ class PopRiskAdamW(torch.optim.AdamW):
         return [p for p in self._all_parameters() if p.requires_grad and p not in self._ungated]
 
     def name_parameters(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
-        """Let error messages say which parameter they are about."""
+        """Let error messages say which parameter they are about, if the optimizer was not given names."""
         self._names = {p: name for name, p in named_parameters}
         self._window = None
 
     @property
     def names(self) -> Mapping[Tensor, str]:
-        """What ``name_parameters`` was told; a parameter without a name is left out of records."""
-        return self._names
+        """What ``name_parameters`` was told, before the names that the optimizer was given.
+
+        A parameter without a name is left out of records.
+        """
+        given = {
+            p: name
+            for group in self.param_groups
+            for p, name in zip(group["params"], group.get("param_names", ()), strict=False)
+        }
+        return {**given, **self._names}
 
     def example(self, influence: Influence | None = None, index: int = 0) -> AbstractContextManager[None]:
         """Block around the backward of one example (of one micro-batch with ``estimator="group"``).
@@ -219,6 +235,7 @@ class PopRiskAdamW(torch.optim.AdamW):
             # what opens is known after the step only; of noise it opens this much
             beta1 = self.param_groups[0]["betas"][0]
             self.open_share = streaming_null_openness(self._alpha(beta1), beta1, self.gate)
+        self._hopeless = self._nothing_finite()  # before clipping, which spreads a NaN over all gradients
         if not self.needs_examples:
             return
         window = self._open_window()
@@ -299,7 +316,8 @@ class PopRiskAdamW(torch.optim.AdamW):
         because one NaN in a moment would close the gate for good.
 
         Raises:
-            RuntimeError: see ``close_window``.
+            RuntimeError: see ``close_window``; or no gradient of the very first step is finite, and neither
+                would those of the next ones be.
         """
         loss = None
         if closure is not None:
@@ -309,13 +327,40 @@ class PopRiskAdamW(torch.optim.AdamW):
             self.close_window()
         if self.gate != "none" and self.estimator == "ema":
             self._skip_step = not self._finite(p.grad for p in self._all_parameters())
+            if self._hopeless is None:  # the window was not closed, which this estimator does not ask for
+                self._hopeless = self._nothing_finite()
         if self._skip_step:
+            if self._hopeless:  # a loss scaler, which expects that, does not come by here
+                self._end_window()
+                raise RuntimeError(self._why_hopeless())
             logger.warning("a gradient is not finite: this optimizer step was left out.")
             self.statistics.skip()
         else:
             self._update()
         self._end_window()
         return loss
+
+    def _nothing_finite(self) -> bool:
+        """Whether no step was taken yet and no gradient is finite; zeros, as of unused experts, say nothing.
+
+        Waits for the device, but before the first step only, and as a rule for one gradient.
+        """
+        if self.gate == "none" or any(self.state.values()):
+            return False
+        grads = (p.grad for p in self._all_parameters() if p.grad is not None)
+        return not any(0 < float(grad.detach().abs().max()) < math.inf for grad in grads if grad.numel())
+
+    def _why_hopeless(self) -> str:
+        bad = next((p for p in self._all_parameters() if not p.isfinite().all()), None)
+        if bad is None:
+            return (
+                "no gradient of the first step is finite, although the weights are: look for examples whose "
+                "loss is not, or train in bfloat16 or float32."
+            )
+        return (
+            f"no gradient of the first step is finite, because {self._open_window().describe(bad)} is not: "
+            "load the weights again, or train in bfloat16 or float32."
+        )
 
     def _update(self) -> None:
         streamed: dict[Tensor, Tensor] = {}
@@ -437,6 +482,7 @@ class PopRiskAdamW(torch.optim.AdamW):
         """As in torch, with the gate's options: copies and pickles are gated as well."""
         options = {name: getattr(self, name) for name in _OPTIONS}
         fresh = {"statistics": GateStatistics(), "open_share": 1.0, "_window": None, "_openness": None}
+        fresh["_hopeless"] = None
         kept = {name: getattr(self, name) for name in ("_ungated", "_names", "_said_single", "keep_written")}
         return {**super().__getstate__(), **options, **kept, **fresh, "_skip_step": False}
 
@@ -466,10 +512,10 @@ class PopRiskAdamW(torch.optim.AdamW):
         # with those that are frozen now: they may be trained later
         every = list(self._all_parameters())
         gated = dict.fromkeys(p for p in every if self.needs_examples and p not in self._ungated)
-        return ExampleWindow(gated, self._names, [p for p in every if p not in gated])
+        return ExampleWindow(gated, self.names, [p for p in every if p not in gated])
 
     def _end_window(self) -> None:
-        self._openness, self._skip_step = None, False
+        self._openness, self._skip_step, self._hopeless = None, False, None
         if self._window is not None:
             self._window.reset()
 
@@ -528,10 +574,13 @@ def matching(named_parameters: Iterable[tuple[str, Tensor]], patterns: Sequence[
     """The trainable parameters whose name matches one of the regular expressions (``re.search``).
 
     Raises:
-        ValueError: a pattern that is not a regular expression, or that matches no trainable parameter.
+        ValueError: a pattern that is not a regular expression, or that matches no trainable parameter, of
+            which there may be none.
     """
     check_patterns(patterns)
     named = [(name, p) for name, p in named_parameters if p.requires_grad]
+    if patterns and not named:
+        raise ValueError(_NOTHING_TO_TRAIN)
     found: dict[Tensor, None] = {}
     for pattern in patterns:
         hits = [p for name, p in named if re.search(pattern, name)]

@@ -12,10 +12,13 @@ ever executed, unpickled or used as a path.
                          the options, as the poprisk_ fields of the training arguments
     unit                 "example" or "group": what the gate held out
     units_per_step       b of a full step
+    save_only_model      the argument; null in records of before
     layout               processes, gradient_accumulation_steps, per_device_train_batch_size
     steps                optimizer steps taken
     weights_step         the step that the weights are of: another one after load_best_model_at_end
     data                 examples; altered_labels, the number whose label was changed on purpose, or null
+    trainable            tensors, how many were trained when the run began; names, a digest of their names;
+                         null before training and in records of before
     versions             package → version
 
 ``poprisk_statistics.json``, schema version 1: ``GateStatistics.of_run``, per parameter.
@@ -152,6 +155,10 @@ def _count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MAX_INT
 
 
+def _flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
 def _number(value: Any) -> bool:
     return _count(value) or isinstance(value, float) and math.isfinite(value)
 
@@ -190,18 +197,20 @@ _CONFIG: dict[str, Callable[[Any], bool]] = {
     "estimator": _one_of(*ESTIMATORS),
     "reduction": _one_of(*REDUCTIONS),
     "warmup_steps": _count,
-    "gate_weight_decay": lambda value: isinstance(value, bool),
+    "gate_weight_decay": _flag,
     "ema_alpha": _optional(_number),
     "exclude": _list_of(_text),
     "label_noise": _optional(_text),
     "unit": _one_of("example", "group"),
     "units_per_step": _count,
+    "save_only_model": _optional(_flag),
     "layout": _entries(
         processes=_count, gradient_accumulation_steps=_count, per_device_train_batch_size=_count
     ),
     "steps": _count,
     "weights_step": _count,
     "data": _entries(examples=_optional(_count), altered_labels=_optional(_count)),
+    "trainable": _optional(_entries(tensors=_count, names=_text)),
     "versions": _values(_text),
 }
 _STATISTICS: dict[str, Callable[[Any], bool]] = {

@@ -22,6 +22,9 @@ _TAG = "poprisk"
 _COUPLED_LOSSES = ("aot", "aot_unpaired")
 # −log σ(margin), and nothing else: the margin is the log-odds of the label.
 _LOG_ODDS_LOSSES = ("sigmoid", "sigmoid_norm")
+# These have no log σ of anything, so the margin in the other loss of a list stays the only one.
+_LOSSES_WITHOUT_LOG_ODDS = ("sft", "hinge", "ipo", "sppo_hard", "apo_zero", "apo_down")
+_OR_AUDIT = ", or set poprisk_label_noise=audit"
 
 
 @dataclass
@@ -44,13 +47,19 @@ class PopRiskDPOConfig(PopRiskArgumentsMixin, DPOConfig):
     def _check_label_noise(self) -> None:
         super()._check_label_noise()
         mode = f"poprisk_label_noise={self.poprisk_label_noise}"
-        if len(self.loss_type) > 1 or self.loss_type[0] not in _LOG_ODDS_LOSSES:
+        # An audit reads the margins and lets the loss be. With further terms in it, the own effects are those
+        # of the whole loss, not of the margin alone; the first visits, which have none, are exact.
+        audit, losses = self.poprisk_label_noise == "audit", ",".join(self.loss_type)
+        judged = [name for name in self.loss_type if name in _LOG_ODDS_LOSSES]
+        others = [name for name in self.loss_type if name not in _LOG_ODDS_LOSSES]
+        readable = len(judged) == 1 and all(name in _LOSSES_WITHOUT_LOG_ODDS for name in others)
+        if not readable or others and not audit:
             raise ValueError(
-                f"{mode} needs a loss whose margin is the log-odds of the label, and loss_type="
-                f"{','.join(self.loss_type)} is not one: use {' or '.join(_LOG_ODDS_LOSSES)}."
+                f"{mode} needs a loss whose margin is the log-odds of the label, and loss_type={losses} is "
+                f"not one: use {' or '.join(_LOG_ODDS_LOSSES)}{_OR_AUDIT if readable else ''}."
             )
-        if self.use_weighting:
-            raise ValueError(f"{mode} weighs the pairs itself: set use_weighting=False.")
+        if self.use_weighting and not audit:
+            raise ValueError(f"{mode} weighs the pairs itself: set use_weighting=False{_OR_AUDIT}.")
         if self.sync_ref_model:
             raise ValueError(f"{mode} compares margins to one reference model: set sync_ref_model=False.")
         if self.f_divergence_type == "js_divergence":
@@ -85,10 +94,11 @@ class PopRiskRewardConfig(PopRiskArgumentsMixin, RewardConfig):
 
     def _check_label_noise(self) -> None:
         super()._check_label_noise()
-        if self.center_rewards_coefficient is not None:
+        # In an audit the own effects are those of the whole loss, as with DPO's further terms.
+        if self.center_rewards_coefficient is not None and self.poprisk_label_noise != "audit":
             raise ValueError(
                 f"poprisk_label_noise={self.poprisk_label_noise} needs a loss that is a function of the "
-                "reward margins alone: remove center_rewards_coefficient."
+                f"reward margins alone: remove center_rewards_coefficient{_OR_AUDIT}."
             )
 
 

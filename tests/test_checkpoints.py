@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -381,3 +382,231 @@ def test_reading_what_is_no_record(tmp_path: Path) -> None:
     path.write_text("{")
     with pytest.raises(ValueError, match="is damaged: Expecting"):
         load_record(tmp_path / "checkpoint-1")
+
+
+# Checkpoints of weights alone
+
+
+def stock(folder: Path, **options: Any) -> Trainer:
+    args = TrainingArguments(str(folder), **{**OPTIONS, **options})
+    return Trainer(tiny_model("llama"), args=args, train_dataset=rows(10))
+
+
+@pytest.mark.parametrize("optim", ["poprisk_adamw", "adamw_torch"])
+@pytest.mark.parametrize("newest", [False, True])
+def test_weights_alone_are_gone_on_from_with_a_fresh_optimizer(
+    newest: bool, optim: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = {"optim": optim, "save_only_model": True}
+    wanted = True if newest else str(tmp_path / "checkpoint-2")
+    with caplog.at_level(logging.WARNING):
+        causal(tmp_path, max_steps=2, **options).train()
+    said = [r.message for r in caplog.records if "fresh" in r.message]
+    assert said == [
+        "save_only_model=True: checkpoints hold weights only, and a resumed run starts with a fresh "
+        "optimizer."
+    ]
+    caplog.clear()
+    resumed, seen = causal(tmp_path, max_steps=4, **options), {}
+    load = resumed._load_optimizer_and_scheduler
+
+    def look(path: str | None) -> None:
+        load(path)
+        seen.update({n: p.detach().clone() for n, p in resumed.model.named_parameters()})
+
+    resumed._load_optimizer_and_scheduler = look
+    with caplog.at_level(logging.WARNING):
+        resumed.train(resume_from_checkpoint=wanted)
+    said = [r.message for r in caplog.records if "afresh" in r.message]
+    assert said == [
+        f"{tmp_path}/checkpoint-2 holds weights only (save_only_model=True): the optimizer and the "
+        "learning-rate schedule start afresh."
+    ]
+    assert resumed.state.global_step == 4 and steps_of(resumed) == {2}
+    before = tiny_model("llama")
+    assert all(not torch.equal(seen[n], p) for n, p in before.named_parameters() if "proj" in n)
+    if optim == "poprisk_adamw":  # what the gate did is of the whole run
+        parameters = load_record(tmp_path / "checkpoint-4").statistics["parameters"]
+        assert {entry["steps"] for entry in parameters.values()} == {4}
+    else:
+        other = stock(tmp_path, max_steps=4, **options)
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        for p, q in zip(resumed.model.parameters(), other.model.parameters(), strict=True):
+            assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("optim", ["poprisk_adamw", "adamw_torch"])
+@pytest.mark.parametrize("by", [causal, stock])
+def test_a_run_that_did_not_ask_for_weights_alone_does_not_take_them(
+    by: Any, optim: str, tmp_path: Path
+) -> None:
+    optim_of_saver = "adamw_torch" if by is stock else optim
+    by(tmp_path, max_steps=2, save_steps=2, save_only_model=True, optim=optim_of_saver).train()
+    for wanted in (True, str(tmp_path / "checkpoint-2")):
+        with pytest.raises(
+            ResumeError, match="holds weights only.*set save_only_model=True to go on"
+        ) as caught:
+            causal(tmp_path, max_steps=4, optim=optim).train(resume_from_checkpoint=wanted)
+        assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
+    resumed = causal(tmp_path, max_steps=4, optim=optim, save_only_model=True)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4
+
+
+def test_with_weights_alone_damage_is_still_damage(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"max_steps": 3, "save_only_model": True}
+    causal(tmp_path, **options).train()
+    assert damage(tmp_path / "checkpoint-3") is None
+    cut(tmp_path / "checkpoint-3/model.safetensors")
+    (tmp_path / "checkpoint-2/trainer_state.json").unlink()
+    (tmp_path / "checkpoint-1/model.safetensors").unlink()
+    for step, said in ((3, "cut off"), (2, "which is written last"), (1, "model.safetensors is gone")):
+        with pytest.raises(ResumeError, match=f"checkpoint-{step} cannot be resumed from: .*{said}; take"):
+            causal(tmp_path, **options).train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    with pytest.raises(ResumeError, match="holds no complete checkpoint"):
+        causal(tmp_path, **options).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_that_was_being_deleted_is_none_of_weights_alone(tmp_path: Path) -> None:
+    causal(tmp_path, max_steps=2).train()
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        (tmp_path / "checkpoint-2" / name).unlink()
+    assert damage(tmp_path / "checkpoint-2") == "optimizer.pt is gone"
+    resumed = causal(tmp_path, max_steps=2, save_only_model=True)  # takes whole ones as they are
+    resumed.train(resume_from_checkpoint=True)
+    assert steps_of(resumed) == {2}
+
+
+def test_without_saves_nothing_is_said_about_checkpoints(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        causal(tmp_path, max_steps=1, save_only_model=True, save_strategy="no").train()
+        causal(tmp_path, max_steps=1).train()
+    assert "save_only_model" not in caplog.text
+
+
+# Other parameters, other data
+
+
+def freeze(trainer: Any, pattern: str) -> None:
+    for name, p in trainer.model.named_parameters():
+        p.requires_grad_(re.search(pattern, name) is None)
+
+
+def never(*args: Any, **kwargs: Any) -> None:
+    raise AssertionError("something was loaded before the check")
+
+
+@pytest.mark.parametrize("optim", ["poprisk_adamw", "adamw_torch"])
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ("^$", "embed|norm", "of 21 trainable tensors, and this model has 15"),
+        ("embed", "^$", "of 20 trainable tensors, and this model has 21"),
+        ("embed", "lm_head", "of 20 trainable tensors, and this model has 20 others"),
+        ("embed", "", "of 20 trainable tensors, and this model has none"),
+    ],
+    ids=["fewer", "more", "others", "none"],
+)
+def test_other_trainable_parameters_are_refused(
+    before: str, after: str, said: str, optim: str, tmp_path: Path
+) -> None:
+    first = causal(tmp_path, max_steps=2, optim=optim)
+    freeze(first, before)
+    first.train()
+    other = causal(tmp_path, max_steps=4, optim=optim)
+    freeze(other, after)
+    other._load_from_checkpoint = never
+    with pytest.raises(ResumeError, match=f"holds the optimizer's state {said}.*, or start over") as caught:
+        other.train(resume_from_checkpoint=True)
+    assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
+    if optim == "poprisk_adamw" and after != "^$":
+        assert "(no longer trainable: " in str(caught.value)
+    same = causal(tmp_path, max_steps=4, optim=optim)
+    freeze(same, before)
+    same.train(resume_from_checkpoint=True)
+    assert same.state.global_step == 4 and steps_of(same) == {4}
+
+
+def test_parameters_that_the_optimizer_holds_may_be_frozen_on_the_way(tmp_path: Path) -> None:
+    """What counts is what the optimizer was made of; a callback, say, may freeze and unfreeze."""
+    first = causal(tmp_path, max_steps=2)
+    save = first._save_checkpoint
+
+    def freeze_and_save(*args: Any) -> None:
+        freeze(first, "embed")
+        save(*args)
+
+    first._save_checkpoint = freeze_and_save
+    first.train()
+    resumed = causal(tmp_path, max_steps=4)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4
+
+
+def longer(folder: Path, count: int, **options: Any) -> PopRiskTrainer:
+    args = PopRiskTrainingArguments(str(folder), **{**OPTIONS, **options})
+    return PopRiskTrainer(tiny_model("llama"), args=args, train_dataset=rows(count))
+
+
+def test_data_of_another_length_are_refused(tmp_path: Path) -> None:
+    causal(tmp_path, max_steps=2).train()
+    other = longer(tmp_path, 12, max_steps=4)
+    other._load_from_checkpoint = never
+    with pytest.raises(
+        ResumeError,
+        match="would change the number of training examples from 10 to 12: set it back, or set "
+        "poprisk_allow_change=true",
+    ):
+        other.train(resume_from_checkpoint=True)
+    for options in ({"poprisk_allow_change": True}, {"ignore_data_skip": True}, {"optim": "adamw_torch"}):
+        allowed = longer(tmp_path, 12, max_steps=4, **options)
+        allowed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        assert allowed.state.global_step == 4
+
+
+@pytest.mark.parametrize("optim", ["poprisk_adamw", "adamw_torch"])
+def test_a_record_of_before_says_nothing_about_parameters(optim: str, tmp_path: Path) -> None:
+    causal(tmp_path, max_steps=1, optim=optim).train()
+    path = tmp_path / "checkpoint-1/poprisk_config.json"
+    config = json.loads(path.read_text())
+    del config["trainable"], config["save_only_model"]
+    path.write_text(json.dumps(config))
+    resumed = causal(tmp_path, max_steps=2, optim=optim)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 2
+
+
+def test_weights_alone_fit_whatever_is_trained(tmp_path: Path) -> None:
+    causal(tmp_path, max_steps=1, save_only_model=True).train()
+    fewer = causal(tmp_path, max_steps=2, save_only_model=True)
+    freeze(fewer, "embed")
+    fewer.train(resume_from_checkpoint=True)
+    assert fewer.state.global_step == 2
+
+
+def test_an_optimizer_of_some_parameters_is_resumed_as_it_was(tmp_path: Path) -> None:
+    """Made by the trainer itself, in a way of its own, or handed to it."""
+
+    class Partly(PopRiskTrainer):
+        def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+            self.optimizer = torch.optim.AdamW(self.model.lm_head.parameters())
+            return self.optimizer
+
+    def build(steps: int, handed: bool) -> PopRiskTrainer:
+        options = {**OPTIONS, "max_steps": steps, "optim": "adamw_torch"}
+        args, model = PopRiskTrainingArguments(str(tmp_path), **options), tiny_model("llama")
+        if not handed:
+            return Partly(model, args=args, train_dataset=rows(10))
+        of_the_body = torch.optim.AdamW(model.model.parameters())
+        return PopRiskTrainer(model, args=args, train_dataset=rows(10), optimizers=(of_the_body, None))
+
+    for handed in (False, True):
+        build(2, handed).train()
+        resumed = build(4, handed)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        assert resumed.state.global_step == 4
+        other = build(4, not handed)
+        with pytest.raises(ResumeError, match="trainable tensors, and this model has"):
+            other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

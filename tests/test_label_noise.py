@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import trl
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from models import preferences
@@ -498,6 +499,60 @@ def test_pairs_are_weighted_by_their_posterior(kind: str, mode: str, llama_dir: 
     assert logs[-1]["poprisk/noise_rate_low"] <= logs[-1]["poprisk/noise_rate"]
 
 
+@pytest.mark.parametrize("mode", ["weight", "swap"])
+@pytest.mark.parametrize("logging_steps", [1, 3])
+def test_the_weighted_loss_is_logged_beside_the_plain_one(
+    mode: str, logging_steps: int, llama_dir: Path, tmp_path: Path
+) -> None:
+    trainer = prefer(
+        "DPO",
+        llama_dir,
+        tmp_path,
+        poprisk_label_noise=mode,
+        num_train_epochs=3,
+        learning_rate=3e-2,
+        logging_steps=logging_steps,
+    )
+    judged_from(trainer, 4)
+    seen: list[Any] = []
+    book = trainer._label_noise._booked
+    trainer._label_noise._booked = lambda visit, share: (seen.append(visit), book(visit, share))[1]
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == 12 // logging_steps
+    for k, entry in enumerate(logs):
+        visits = seen[k * logging_steps : (k + 1) * logging_steps]
+        z, weight = torch.cat([v.tap.log_odds for v in visits]), torch.cat([v.weight for v in visits])
+        if mode == "weight":
+            losses = -weight * F.logsigmoid(z)
+        else:
+            losses = -torch.where(
+                weight < 0.5, (1 - 2 * weight) * F.logsigmoid(-z), (2 * weight - 1) * F.logsigmoid(z)
+            )
+        assert entry["poprisk/loss_weighted"] == pytest.approx(losses.mean().item(), rel=1e-5)
+        assert entry["loss"] == pytest.approx(-F.logsigmoid(z).mean().item(), abs=2e-4)
+    assert logs[0]["poprisk/loss_weighted"] == pytest.approx(logs[0]["loss"], abs=2e-4)
+    assert abs(logs[-1]["poprisk/loss_weighted"] - logs[-1]["loss"]) > 0.05  # it is the weights' doing
+
+
+def test_an_audit_weighs_no_loss_and_an_older_interval_is_left_out(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "logging_steps": 2, "max_steps": 4}
+    classify(tmp_path / "audit", examples(), poprisk_label_noise="audit", **options).train()
+    assert "loss_weighted" not in (tmp_path / "audit/checkpoint-4/trainer_state.json").read_text()
+    options |= {"poprisk_label_noise": "weight"}
+    whole = classify(tmp_path / "run", examples(), **options)
+    whole.train()
+    resumed = classify(tmp_path / "run", examples(), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-3"))
+    logged = [t.state.log_history[-2]["poprisk/loss_weighted"] for t in (whole, resumed)]
+    assert logged[0] == logged[1]  # over a step before the checkpoint and one after it
+    path = tmp_path / "run/checkpoint-3" / FITS_NAME
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"interval": [4.0, 4.0, 0.0]}))
+    resumed = classify(tmp_path / "run", examples(), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-3"))
+    assert resumed.state.log_history[-2]["poprisk/loss_weighted"] != logged[0]
+
+
 def test_the_layout_does_not_matter(llama_dir: Path, tmp_path: Path) -> None:
     """One by one, four in a backward, or accumulated: the same scores, weights and parameters."""
     seen = []
@@ -727,9 +782,11 @@ def test_resuming_under_another_mode_is_refused(tmp_path: Path) -> None:
     torn = tmp_path / "checkpoint-12" / TABLE_NAME
     torn.write_bytes(torn.read_bytes()[:-10])
     assert damage(torn.parent) == f"{TABLE_NAME} is cut off"
-    other = classify(tmp_path, examples(32), poprisk_label_noise="audit", **options)
-    with pytest.raises(ValueError, match="resume with the same data"):
-        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    for allow, said in ((False, "training examples from 24 to 32"), (True, "resume with the same data")):
+        options["poprisk_allow_change"] = allow
+        other = classify(tmp_path, examples(32), poprisk_label_noise="audit", **options)
+        with pytest.raises(ValueError, match=said):
+            other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
 
 
 def test_resuming_with_other_rows_is_refused(tmp_path: Path) -> None:
@@ -1140,6 +1197,8 @@ def test_who_predicts_nothing_judges_nobody() -> None:
 
 # -- refusals -------------------------------------------------------------------------------------------
 
+WEIGHING = [{"poprisk_label_noise": "weight"}, {"poprisk_label_noise": "swap"}]
+
 
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
@@ -1151,12 +1210,33 @@ def test_who_predicts_nothing_judges_nobody() -> None:
         ("", {"optim": "adamw_torch"}, "has no effect with optim=adamw_torch"),
         ("", {"poprisk_estimator": "group", "poprisk_gate": "hard"}, "set poprisk_estimator=example"),
         ("DPO", {"loss_type": ["ipo"]}, "loss_type=ipo is not one: use sigmoid or sigmoid_norm"),
-        ("DPO", {"loss_type": ["sigmoid", "sft"]}, "loss_type=sigmoid,sft is not one"),
-        ("DPO", {"use_weighting": True}, "set use_weighting=False"),
+        ("DPO", {"loss_type": ["sft"]}, "loss_type=sft is not one: use sigmoid or sigmoid_norm\\.$"),
+        ("DPO", {"loss_type": ["sigmoid", "robust"]}, "loss_type=sigmoid,robust is not one: .*_norm\\.$"),
+        ("DPO", {"loss_type": ["sigmoid", "aot"]}, "loss_type=sigmoid,aot is not one: .*_norm\\.$"),
+        ("DPO", {"loss_type": ["sigmoid", "sigmoid_norm"]}, "loss_type=sigmoid,sigmoid_norm is not one"),
+        *(
+            (
+                "DPO",
+                {"loss_type": ["sigmoid", "sft"], **mode},
+                "is not one: .*, or set poprisk_label_noise=audit",
+            )
+            for mode in WEIGHING
+        ),
+        *(
+            ("DPO", {"use_weighting": True, **mode}, "=False, or set poprisk_label_noise=audit")
+            for mode in WEIGHING
+        ),
         ("DPO", {"sync_ref_model": True}, "set sync_ref_model=False"),
         ("DPO", {"f_divergence_type": "js_divergence"}, "use reverse_kl"),
         ("DPO", {"use_liger_kernel": True}, "set use_liger_kernel=False"),
-        ("Reward", {"center_rewards_coefficient": 0.1}, "remove center_rewards_coefficient"),
+        *(
+            (
+                "Reward",
+                {"center_rewards_coefficient": 0.1, **mode},
+                "remove center_rewards_coefficient, or set",
+            )
+            for mode in WEIGHING
+        ),
         ("SFT", {}, "judges labels, and a sequence has none"),
     ],
 )
@@ -1175,6 +1255,66 @@ def test_what_cannot_be_judged_is_refused(
     }
     with pytest.raises(ValueError, match=message):
         config(str(tmp_path), **settings).check_training()
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("DPO", {}),
+        ("DPO", {"use_weighting": True}),
+        ("DPO", {"loss_type": ["sigmoid", "sft"]}),
+        ("DPO", {"loss_type": ["hinge", "sigmoid"], "loss_weights": [0.3, 0.7]}),
+        ("Reward", {"center_rewards_coefficient": 0.1}),
+    ],
+    ids=["plain", "weighting", "sft", "hinge", "centred"],
+)
+def test_an_audit_reads_the_margins_of_a_loss_with_more_in_it(
+    kind: str, options: dict[str, Any], size: int, llama_dir: Path, tmp_path: Path
+) -> None:
+    """The log-odds are the margins that TRL logs, and weights and gradients are those of its own trainer."""
+    options = {**options, "per_device_train_batch_size": size, "num_train_epochs": 2}
+    audit = prefer(kind, llama_dir, tmp_path, poprisk_label_noise="audit", **options)
+    seen: list[_Visit] = []
+    book = audit._label_noise._booked
+    audit._label_noise._booked = lambda visit, share: (seen.append(visit), book(visit, share))[1]
+    gradients = [first_gradients(audit)]
+    audit.train()
+    margin = "rewards/margins" if kind == "DPO" else "margin"
+    logged = [entry[margin] for entry in audit.state.log_history if "loss" in entry]
+    assert len(logged) == len(seen) == 32 // size and max(map(abs, logged)) > 0.01
+    for value, visit in zip(logged, seen, strict=True):
+        assert visit.tap.log_odds.mean().item() == pytest.approx(value, rel=1e-4, abs=1e-6)
+    table = audit._label_noise.table
+    assert table.visits.tolist() == [2] * 16
+    for visit in seen[len(seen) // 2 :]:
+        assert torch.equal(table.columns["logodds"][visit.rows], visit.tap.log_odds)
+
+    settings = {k: v for k, v in (QUIET | options).items() if not k.startswith("poprisk")}
+    settings |= {"learning_rate": 1e-3, "optim": "adamw_torch"}
+    args = getattr(trl, f"{kind}Config")(str(tmp_path), bf16=False, gradient_checkpointing=False, **settings)
+    stock = getattr(trl, f"{kind}Trainer")(str(llama_dir), args=args, train_dataset=preferences(16))
+    gradients.append(first_gradients(stock))
+    stock.train()
+    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 10
+    if size == 1:
+        assert same(gradients[0], gradients[1]) and same(weights(audit), weights(stock))
+    for name, expected in gradients[1].items():  # summed in another order
+        assert (gradients[0][name] - expected).abs().max() <= 1e-5 * expected.abs().max(), name
+
+
+def first_gradients(trainer: Any) -> dict[str, Tensor]:
+    """Filled when it trains: the gradients before its first step."""
+    found: dict[str, Tensor] = {}
+
+    class Look(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 0:
+                named = trainer.model.named_parameters()
+                found.update({n: p.grad.clone() for n, p in named if p.grad is not None})
+
+    trainer.add_callback(Look())
+    return found
 
 
 def test_margins_that_shift_the_log_odds_are_refused(llama_dir: Path, tmp_path: Path) -> None:

@@ -272,6 +272,104 @@ def test_not_finite_is_seen_wherever_it_is(options: dict[str, Any]) -> None:
     assert all(torch.equal(p, w) for p, w in zip(params, before, strict=True))
 
 
+@pytest.mark.parametrize("closed", [True, False])
+@pytest.mark.parametrize(
+    "options", [{}, {"estimator": "ema"}, {"estimator": "group"}, {"ungated": True}, {"b": 1}], ids=str
+)
+def test_weights_that_are_not_finite_stop_the_first_step(options: dict[str, Any], closed: bool) -> None:
+    params = parameters()
+    options, b = dict(options), options.get("b", 4)
+    options.pop("b", None)
+    if "ungated" in options:
+        options["ungated"] = params[:1]
+    optimizer = PopRiskAdamW(params, **options)
+    optimizer.name_parameters(zip("abcd", params, strict=True))
+    with torch.no_grad():
+        params[2][0, 0, 0] = float("nan")
+    for _ in range(b):
+        with optimizer.example():
+            torch.stack([(p * p).sum() for p in params]).prod().backward()
+    if closed:
+        optimizer.close_window()
+        nn.utils.clip_grad_norm_(params, 1.0)
+    with pytest.raises(
+        RuntimeError, match=r"^no gradient of the first step is finite, because c is not: load"
+    ):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("estimator", ["example", "ema"])
+def test_a_loss_that_is_not_finite_stops_the_first_step_and_no_other(estimator: str) -> None:
+    params = parameters()
+    optimizer = PopRiskAdamW(params, estimator=estimator)
+    bad = [torch.full_like(p, float("nan")) for p in params]
+    run_examples(optimizer, params, [*draw_examples(params, 3), bad])
+    with pytest.raises(
+        RuntimeError, match="^no gradient of the first step is finite, although the weights are"
+    ):
+        optimizer.step()
+    optimizer.zero_grad()
+    run_examples(optimizer, params, draw_examples(params, 4))
+    optimizer.step()
+    optimizer.zero_grad()
+    for resumed in (False, True):
+        if resumed:
+            before, optimizer = optimizer.state_dict(), PopRiskAdamW(params, estimator=estimator)
+            optimizer.load_state_dict(before)
+        run_examples(optimizer, params, [*draw_examples(params, 3), bad])
+        optimizer.step()
+        optimizer.zero_grad()
+        assert optimizer.statistics.pop("examples")["poprisk/steps_skipped"] == 1
+
+
+@pytest.mark.parametrize("estimator", ["example", "ema"])
+def test_a_first_step_with_some_finite_gradients_is_left_out(estimator: str) -> None:
+    params = parameters()
+    optimizer = PopRiskAdamW(params, estimator=estimator)
+    examples = draw_examples(params, 4)
+    for p_index in range(3):  # of four
+        examples[1][p_index].fill_(float("nan"))
+    run_examples(optimizer, params, examples)
+    optimizer.close_window()
+    nn.utils.clip_grad_norm_(params, 1.0)  # spreads the NaN over all of them
+    assert not any(p.grad.isfinite().any() for p in params)
+    optimizer.step()
+    assert optimizer.statistics.pop("examples") == {"poprisk/steps_skipped": 1.0}
+
+
+def test_gradients_of_zero_do_not_hide_that_no_other_is_finite() -> None:
+    params = parameters()
+    optimizer = PopRiskAdamW(params)
+    bad = [torch.full_like(p, float("nan")) for p in params]
+    bad[1].zero_()  # an expert that no token was sent to
+    run_examples(optimizer, params, [bad, bad])
+    with pytest.raises(RuntimeError, match="^no gradient of the first step is finite"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("estimator", ["example", "ema"])
+def test_windows_that_a_loss_scaler_throws_away_are_none(estimator: str) -> None:
+    """At its first scales nothing is finite, and it does not call the step."""
+    params = parameters()
+    optimizer = PopRiskAdamW(params, estimator=estimator)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120, backoff_factor=2.0**-110)
+    taken = []
+    for _ in range(4):
+        for example in draw_examples(params, 3):
+            with optimizer.example():
+                loss = 1e6 * sum((p * h).sum() for p, h in zip(params, example, strict=True))
+                scaler.scale(loss).backward()
+        optimizer.close_window()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(params, 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        taken.append(bool(optimizer.state))
+        for p in params:  # as model.zero_grad() does
+            p.grad = None
+    assert not taken[0] and taken[-1]
+
+
 def test_a_single_example_is_plain_adamw_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
     params, twins = parameters(), parameters()
     optimizer, stock = PopRiskAdamW(params, **HYPER), torch.optim.AdamW(twins, **HYPER)
@@ -515,3 +613,60 @@ def test_the_streaming_form_opens_what_it_opens_of_noise() -> None:
         optimizer.step()
     assert shares == [1.0, streaming_null_openness((1 - 0.9) / (1 + 0.9), 0.9, "soft")]
     assert 0.0 < shares[1] < 1.0
+
+
+def named_parameters() -> list[tuple[str, nn.Parameter]]:
+    return list(zip(["embed.weight", "norm.bias", "mlp.up", "scale"], parameters(), strict=True))
+
+
+@pytest.mark.parametrize("as_groups", [False, True])
+def test_names_that_torch_was_given_are_in_messages_and_records(as_groups: bool) -> None:
+    named = named_parameters()
+    given: Any = [{"params": named[:2], "lr": 1e-2}, {"params": named[2:]}] if as_groups else iter(named)
+    optimizer = PopRiskAdamW(given)
+    assert optimizer.names == {p: name for name, p in named}
+    params = [p for _, p in named]
+    run_examples(optimizer, params, draw_examples(params, 4))
+    optimizer.step()
+    assert set(optimizer.statistics.of_run(optimizer.names)["parameters"]) == {name for name, _ in named}
+    optimizer.zero_grad()
+    said = pytest.raises(RuntimeError, match=r"the gradient of mlp\.up arrived in several parts")
+    with said, optimizer.example():
+        params[2].sum().backward()
+        params[2].sum().backward()
+
+
+def test_names_of_groups_that_come_later_and_of_a_loaded_state() -> None:
+    named = named_parameters()
+    optimizer = PopRiskAdamW(named[:2])
+    optimizer.add_param_group({"params": named[2:]})
+    optimizer.load_state_dict(
+        torch.optim.AdamW([{"params": parameters()[:2]}, {"params": parameters()[2:]}]).state_dict()
+    )
+    assert optimizer.names == {p: name for name, p in named}
+    optimizer.name_parameters([("other", named[0][1])])
+    assert optimizer.names[named[0][1]] == "other" and optimizer.names[named[1][1]] == "norm.bias"
+
+
+def test_plain_parameters_go_by_their_shape() -> None:
+    params = parameters()
+    optimizer = PopRiskAdamW(params)
+    assert optimizer.names == {}
+    said = pytest.raises(RuntimeError, match=r"the gradient of a parameter of shape \(7, 5\) arrived")
+    with said, optimizer.example():
+        params[0].sum().backward()
+        params[0].sum().backward()
+
+
+@pytest.mark.parametrize("gate", ["hard", "none"])
+def test_nothing_to_train_is_said_as_such(gate: str) -> None:
+    params = parameters()
+    for p in params:
+        p.requires_grad_(False)
+    for given in (params, [{"params": []}, {"params": []}]):
+        with pytest.raises(ValueError, match="^nothing to train: .* load an adapter with is_trainable=True"):
+            PopRiskAdamW(given, gate=gate)
+    with pytest.raises(ValueError, match="^nothing to train: "):
+        matching(zip("abcd", params, strict=True), ["a"])
+    params[1].requires_grad_(True)  # the others may be unfrozen later
+    assert PopRiskAdamW(params).gated_parameters == params[1:2]

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from accelerate.parallelism_config import ParallelismConfig
 from models import preferences, sequences
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -337,6 +338,23 @@ def trained(trainer: Any, before: dict[str, Tensor]) -> bool:
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.clone() for name, p in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("options", [{}, {"poprisk_gate": "none"}, {"poprisk_exclude": ["lora_A"]}], ids=str)
+def test_an_adapter_that_was_loaded_frozen_is_refused_as_such(
+    options: dict[str, Any], make: Make, tmp_path: Path
+) -> None:
+    get_peft_model(Regression(), LoraConfig(target_modules=["first"])).save_pretrained(tmp_path / "adapter")
+    for trainable in (False, True):
+        model = PeftModel.from_pretrained(Regression(), tmp_path / "adapter", is_trainable=trainable)
+        args = make(max_steps=1, remove_unused_columns=False, **options)
+        trainer = PopRiskTrainer(model, args=args, train_dataset=rows(8))
+        if trainable:
+            trainer.train()
+            assert trainer.state.global_step == 1
+        else:
+            with pytest.raises(ValueError, match="^nothing to train: .* an adapter with is_trainable=True"):
+                trainer.train()
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ class LabelNoise:
         self._clear_interval()
 
     def _clear_interval(self) -> None:
-        self._sums = torch.zeros(3, dtype=torch.float64)  # visits, Σ weight, swapped
+        self._sums = torch.zeros(4, dtype=torch.float64)  # visits, Σ weight, swapped, Σ weighted loss
 
     # -- a visit ----------------------------------------------------------------------------------------
 
@@ -167,8 +167,10 @@ class LabelNoise:
             agreement_mean=agreement,
             loss_mean=F.softplus(-z),
         )
-        swapped = (weight < 0.5).sum() if self.swaps else weight.new_zeros(())
-        self._sums += torch.stack([weight.new_tensor(len(rows)), weight.sum(), swapped]).double().cpu()
+        strength = 2 * weight - 1 if self.swaps else weight
+        swapped, loss = (strength < 0).sum(), strength.abs() * F.softplus(-z * strength.sign())
+        sums = [weight.new_tensor(len(rows)), weight.sum(), swapped, loss.sum()]
+        self._sums += torch.stack([x.double() for x in sums]).cpu()
 
     def _booked(self, visit: _Visit, open_share: Tensor | float) -> Tensor:
         """[N, 6] float64: row, z, ζ, weight, own effect, agreement."""
@@ -224,7 +226,9 @@ class LabelNoise:
         if self.fits:
             fit = self.fit
             logs |= {"noise_rate": fit.rate, "noise_rate_low": fit.low, "noise_rate_high": fit.high}
-        visits, weight, swapped = self._sums.tolist()
+        visits, weight, swapped, loss = self._sums.tolist()
+        if self.mode != "audit" and visits:  # the trainer's own loss is without weights, and may rise
+            logs["loss_weighted"] = loss / visits
         if self.mode != "audit" and self.judging_since is not None and visits:
             logs["weight_mean"] = weight / visits
             if self.mode == "swap":
@@ -327,5 +331,7 @@ class LabelNoise:
         self._num_labels, self._quarters = content["num_labels"], content["quarters"]
         self.judging_since = content["judging_since"]
         self.clip_coefficient = content["clip_coefficient"]
-        self._sums = torch.tensor(content["interval"], dtype=torch.float64)
+        interval = torch.tensor(content["interval"], dtype=torch.float64)
+        if len(interval) == len(self._sums):  # not of a version that summed less
+            self._sums = interval
         self.fits = load_fits(folder)
