@@ -14,6 +14,7 @@ from hf_poprisk.batched import Layout, Packed, Rows
 
 # What a vision processor gives per image, and the shape of the patches that one image has in it.
 _IMAGES = {"pixel_values": "image_grid_thw", "pixel_values_videos": "video_grid_thw"}
+_NO_IMAGE = object()  # of rows that hold text alone: the model is not to be given any
 
 
 class NotSeparable(ValueError):
@@ -115,7 +116,8 @@ class _Taker:
     def __call__(self, value: Any, name: str = "") -> Any:
         if isinstance(value, Mapping):
             images = self._images(value)
-            return like(value, {k: images[k] if k in images else self(v, k) for k, v in value.items()})
+            parts = {k: images[k] if k in images else self(v, k) for k, v in value.items()}
+            return like(value, {k: v for k, v in parts.items() if v is not _NO_IMAGE})
         if isinstance(value, Tensor):
             return self._tensor(value, name)
         if isinstance(value, list | tuple):
@@ -154,9 +156,9 @@ class _Taker:
             "them"
         )
 
-    def _images(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    def _images(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """What an image processor gives, taken by the images that the rows hold."""
-        taken: dict[str, Tensor] = {}
+        taken: dict[str, Any] = {}
         for pixels, grid in _IMAGES.items():
             values, grids = inputs.get(pixels), inputs.get(grid)
             if not isinstance(values, Tensor):
@@ -170,11 +172,11 @@ class _Taker:
             owners = self._image_rows(inputs, pixels, len(patches), sizes)
             mine = [image for row in self._rows for image, owner in enumerate(owners) if owner == row]
             parts = values.split(patches)
-            taken[pixels] = torch.cat([parts[i] for i in mine]) if mine else values[:0]
+            taken[pixels] = torch.cat([parts[i] for i in mine]) if mine else _NO_IMAGE
             for name, value in inputs.items():  # the grid, sizes, masks: one entry per image
                 beside = name.startswith(("image_", "pixel_")) and name not in _IMAGES
                 if name == grid or beside and isinstance(value, Tensor) and len(value) == len(patches):
-                    taken[name] = value[mine]
+                    taken[name] = value[mine] if mine else _NO_IMAGE
         return taken
 
     def _image_rows(

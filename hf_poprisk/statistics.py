@@ -3,29 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-class _Set(NamedTuple):
-    """Some parameters, by id (the statistics hold them, so that it stays theirs), and their rows."""
+class _Run:
+    """Sums over a run of the parameters of one device, one row each, whichever have a gradient together."""
 
-    key: list[int]
-    here: Tensor  # rows, on the CPU
-    there: Tensor  # and on the device
-    numel: Tensor
+    def __init__(self, device: torch.device) -> None:
+        self.params: list[Tensor] = []
+        self.sums = torch.zeros(0, 4, dtype=torch.float64, device=device)
+        self.nulls: list[float] = []
+        self.steps: list[int] = []
+        self.examples: list[int] = []
+        self._rows: dict[Tensor, int] = {}
+
+    def add(
+        self, params: Sequence[Tensor], sums: Tensor, nulls: Sequence[float], steps: int, examples: int
+    ) -> None:
+        """sums: [P, 4]; the rest for each of the parameters."""
+        for p in params:
+            if p not in self._rows:
+                self._rows[p] = len(self.params)
+                self.params.append(p)
+                for column in (self.nulls, self.steps, self.examples):
+                    column.append(0)
+        if (missing := len(self.params) - len(self.sums)) > 0:
+            self.sums = torch.cat([self.sums, self.sums.new_zeros(missing, 4)])
+        rows = [self._rows[p] for p in params]
+        if rows == list(range(len(self.params))):  # nearly always
+            self.sums += sums
+        else:
+            self.sums.index_add_(0, torch.tensor(rows, device=self.sums.device), sums.double())
+        for row, null in zip(rows, nulls, strict=True):
+            self.nulls[row] += null
+            self.steps[row] += steps
+            self.examples[row] += examples
 
 
 class GateStatistics:
     """Sums on the device; read once per logging interval and once per save, so no step waits for them."""
 
     def __init__(self) -> None:
-        self._rows: dict[Tensor, int] = {}  # parameter → its row in the two tables of the run
-        self._run_sums: Tensor | None = None  # [rows, 4] float64, on the device
-        self._run_counts = torch.zeros(0, 3, dtype=torch.float64)  # steps, examples, Σ null: on the CPU
-        self._last: _Set | None = None  # of the last step
+        self._run: dict[torch.device, _Run] = {}
         self._skipped_of_run = 0
         self._clear_interval()
 
@@ -51,34 +73,14 @@ class GateStatistics:
         """
         total = sums.sum(0)
         self._sums = total if self._sums is None else self._sums.to(total.device) + total
+        numel = [p.numel() for p in params]
+        self._null += sum(n * null for n, null in zip(numel, nulls, strict=True)) / sum(numel)
         self._examples += num_examples or 0
         self._steps += 1
-        counts = torch.ones(len(nulls), 3, dtype=torch.float64)
-        counts[:, 1], counts[:, 2] = num_examples or 0, torch.tensor(nulls, dtype=torch.float64)
-        numel = self._add_to_run(params, sums, counts)
-        self._null += float(numel @ counts[:, 2] / numel.sum())
+        self._run_on(sums.device).add(params, sums, nulls, 1, num_examples or 0)
 
-    def _add_to_run(self, params: Sequence[Tensor], sums: Tensor, counts: Tensor) -> Tensor:
-        """Add to the rows of some parameters; sums: [P, 4], counts: [P, 3] on the CPU. Returns numel, [P]."""
-        device = sums.device if self._run_sums is None else self._run_sums.device
-        key = list(map(id, params))
-        if self._last is None or self._last.key != key:
-            self._last = self._set_of(key, params, device)
-        self._run_sums.index_add_(0, self._last.there, sums.to(device, torch.float64))  # type: ignore[union-attr]
-        self._run_counts.index_add_(0, self._last.here, counts)
-        return self._last.numel
-
-    def _set_of(self, key: list[int], params: Sequence[Tensor], device: torch.device) -> _Set:
-        """Where these parameters' rows are; those that are new get one."""
-        rows = [self._rows.setdefault(p, len(self._rows)) for p in params]
-        missing = len(self._rows) - len(self._run_counts)
-        new_sums = torch.zeros(missing, 4, dtype=torch.float64, device=device)
-        self._run_sums = new_sums if self._run_sums is None else torch.cat([self._run_sums, new_sums])
-        self._run_counts = torch.cat([self._run_counts, self._run_counts.new_zeros(missing, 3)])
-        # pinned, because a copy from any other memory would wait for the device
-        here = torch.tensor(rows, pin_memory=device.type == "cuda")
-        numel = torch.tensor([p.numel() for p in params], dtype=torch.float64)
-        return _Set(key, here, here.to(device, non_blocking=True), numel)
+    def _run_on(self, device: torch.device) -> _Run:
+        return self._run.setdefault(device, _Run(device))
 
     def skip(self) -> None:
         """Record a step that was left out because its gradient was not finite."""
@@ -115,18 +117,18 @@ class GateStatistics:
             examples) and the ``sums`` they come from; ``interval``: what the next log will hold.
         """
         parameters: dict[str, Any] = {}
-        all_sums = [] if self._run_sums is None else self._run_sums.tolist()
-        for (p, row), sums in zip(self._rows.items(), all_sums, strict=True):
-            if p not in names:
-                continue
-            steps, examples, null = self._run_counts[row].tolist()
-            parameters[names[p]] = {
-                "numel": p.numel(),
-                "steps": int(steps),
-                "examples": int(examples),
-                "null": null,
-                "sums": sums,
-            }
+        for run in self._run.values():
+            rows = zip(run.params, run.sums.tolist(), run.nulls, run.steps, run.examples, strict=True)
+            for p, sums, null, steps, examples in rows:
+                if p not in names:
+                    continue
+                entry = parameters.setdefault(
+                    names[p], {"numel": p.numel(), "steps": 0, "examples": 0, "null": 0.0, "sums": [0.0] * 4}
+                )
+                entry["steps"] += steps
+                entry["examples"] += examples
+                entry["null"] += null
+                entry["sums"] = [a + b for a, b in zip(entry["sums"], sums, strict=True)]
         for entry in parameters.values():
             openness, live, energy, sq_sum = entry["sums"]
             b = entry["examples"] / entry["steps"]
@@ -143,12 +145,12 @@ class GateStatistics:
         """Go on from ``of_run``; parameters that ``params`` (name → parameter) lacks are left out."""
         self.__init__()  # type: ignore[misc]
         self._skipped_of_run = saved["steps_skipped"]
-        found = [(params[name], entry) for name, entry in saved["parameters"].items() if name in params]
-        if found:
-            params_, entries = zip(*found, strict=True)
-            sums = torch.tensor([e["sums"] for e in entries], dtype=torch.float64, device=params_[0].device)
-            counts = [[e["steps"], e["examples"], e["null"]] for e in entries]
-            self._add_to_run(params_, sums, torch.tensor(counts, dtype=torch.float64))
+        for name, entry in saved["parameters"].items():
+            if name in params:
+                p = params[name]
+                sums = torch.tensor([entry["sums"]], dtype=torch.float64, device=p.device)
+                run = self._run_on(p.device)
+                run.add([p], sums, [entry["null"]], entry["steps"], entry["examples"])
         interval = saved["interval"]
         self._sums = None if interval["sums"] is None else torch.tensor(interval["sums"])
         self._null, self._examples = interval["null"], interval["examples"]

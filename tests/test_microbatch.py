@@ -93,6 +93,9 @@ def test_pixels_go_with_the_rows_whose_images_they_are(counts: list[int]) -> Non
                 i for start, row in zip(first, rows, strict=True) for i in range(start, start + counts[row])
             ]
             taken = take(batch, Rows(n, 4), [example], config)
+            if not mine:  # a model that is given no images runs on the text alone
+                assert taken.keys() == {"input_ids"}
+                continue
             assert taken["image_grid_thw"].tolist() == batch["image_grid_thw"][mine].tolist()
             assert taken["pixel_values"].unique_consecutive().tolist() == mine
 
@@ -112,7 +115,7 @@ def test_tiles_without_a_grid() -> None:
     ids = torch.tensor([[99] * 5 * n + [0] * (15 - 5 * n) for n in (1, 3, 0, 2)])
     batch = {"input_ids": ids, "pixel_values": torch.arange(6.0).view(6, 1, 1, 1).expand(6, 3, 4, 4)}
     assert take(batch, Rows(4, 4), [1], config)["pixel_values"][:, 0, 0, 0].tolist() == [1, 2, 3]
-    assert len(take(batch, Rows(4, 4), [2], config)["pixel_values"]) == 0
+    assert "pixel_values" not in take(batch, Rows(4, 4), [2], config)
 
 
 def packed(lengths: list[int], padding: int = 0) -> dict[str, torch.Tensor]:

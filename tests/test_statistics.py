@@ -87,6 +87,7 @@ def size(value: Any) -> int:
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
     inner = [*value, *value.values()] if isinstance(value, dict) else value
+    inner = list(vars(value).values()) if hasattr(value, "__dict__") else inner
     held = sum(map(size, inner)) if isinstance(inner, list | tuple) else 0
     return sys.getsizeof(value) + held
 
