@@ -36,7 +36,8 @@ class _Call:
     layout: Layout
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    states: list[Any] = field(default_factory=list)  # of the random generators, before each example
+    outputs: list[_Outputs] = field(default_factory=list)  # of each example, with the graph behind them
+    state: Any = None  # of the random generators, before the last example
     modules: list[nn.Module] = field(default_factory=list)  # of the cut, in the order of their calls
     slots: list[list[_Slot]] = field(default_factory=list)  # of what each of them gave
 
@@ -44,13 +45,12 @@ class _Call:
 class OneByOne:
     """The gradients of a micro-batch's loss, example by example, whatever the loss makes of them.
 
-    The gradient cache of Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited
-    Setup" (arXiv:2101.06983), with chunks of one example. Inside ``cached`` the model is run on each example
-    alone, without a graph, and the loss is computed from the outputs put side by side. Its backward ends at
-    these outputs and leaves its slope there. ``backward`` then runs an example again, with the same random
-    numbers, and sends its part of the slope through it. So each example keeps the weight that the loss gives
-    it, and the sum over the examples is the gradient of the loss. A micro-batch costs a third more than its
-    examples alone.
+    As in the gradient cache of Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited
+    Setup" (arXiv:2101.06983), with chunks of one example, whose graphs are kept. Inside ``cached`` the model
+    is run on each example alone, and the loss is computed from the outputs put side by side. Its backward
+    ends at these outputs and leaves its slope there. ``backward`` then sends an example's part of the slope
+    back through the example. So each keeps the weight that the loss gives it, and the sum over the examples
+    is the gradient of the loss. Time is that of the examples alone, memory that of the micro-batch.
 
     Where a model computes its loss itself, the cut is at the outputs of its parts instead of its own: see
     ``refine``.
@@ -65,6 +65,7 @@ class OneByOne:
         self._cut: list[nn.Module] = [model]  # whose outputs are cached
         self._axes: dict[tuple[int, int, int], _Slot] = {}  # call, output, tensor → where the examples are
         self._calls: list[_Call] = []
+        self.alone = False  # an example is being run
 
     @contextmanager
     def cached(self, layout: Layout, learn: bool = False) -> Iterator[None]:
@@ -98,24 +99,28 @@ class OneByOne:
                 f"the loss depends on an output of {type(modules[0]).__name__} that no example owns"
             )
 
-    def backward(self, model: Callable[..., Any], example: int) -> None:
+    def backward(self, example: int, through: Callable[..., Any] | None = None) -> None:
         """Backpropagate one example of the last micro-batch.
 
         Args:
-            model: the model as it is called in training, wrapped by DDP or not.
             example: its index.
+            through: DDP, which must see the forward of a backward that it is to synchronise: the example,
+                the last one, is run again.
         """
         tensors, slopes = [], []
         for call in self._calls:
-            args, kwargs = self._piece(call, example)
-            _set_random_state(call.states[example])
-            with self._recorded() as outputs:
-                model(*args, **kwargs)
+            outputs = call.outputs[example]
+            if through is not None:
+                args, kwargs = self._piece(call, example)
+                with same_random_numbers(), self._recorded() as outputs:
+                    _set_random_state(call.state)
+                    through(*args, **kwargs)
             for (_, output), slots in zip(outputs, call.slots, strict=True):
                 for tensor, slot in zip(tree_flatten(output)[0], slots, strict=True):
                     if slot.slope is not None and slot.axis is not None and tensor.requires_grad:
                         tensors.append(tensor)
                         slopes.append(_part(slot.slope, slot, call.layout, example).to(tensor.dtype))
+            call.outputs[example] = []
         if tensors:
             torch.autograd.backward(tensors, slopes)
 
@@ -180,18 +185,22 @@ class OneByOne:
                 raise NotSeparable(f"the model is called on {rows} rows for {layout.num_examples} examples")
             layout = Rows(layout.num_examples, rows)
         call = _Call(layout, args, kwargs)
-        answers = []
-        with torch.no_grad(), _replaced(self._model, original):
-            for example in range(layout.num_examples):
-                piece_args, piece_kwargs = self._piece(call, example)
-                call.states.append(_random_state())
-                with self._recorded() as outputs:
-                    self._model.forward(*piece_args, **piece_kwargs)
-                answers.append(outputs)
-            if learn:
-                with self._recorded() as outputs:
-                    self._model.forward(*args, **kwargs)
-                self._learn(len(self._calls), outputs, answers[0], layout)
+        answers = call.outputs
+        self.alone = True
+        try:
+            with _replaced(self._model, original):
+                for example in range(layout.num_examples):
+                    piece_args, piece_kwargs = self._piece(call, example)
+                    call.state = _random_state()
+                    with self._recorded() as outputs:
+                        self._model.forward(*piece_args, **piece_kwargs)
+                    answers.append(outputs)
+                if learn:
+                    with torch.no_grad(), self._recorded() as outputs:
+                        self._model.forward(*args, **kwargs)
+                    self._learn(len(self._calls), outputs, answers[0], layout)
+        finally:
+            self.alone = False
         call.modules = [module for module, _ in answers[0]]
         if any([module for module, _ in outputs] != call.modules for outputs in answers):
             raise NotSeparable("the model's parts are called in another order for some of the examples")
@@ -278,7 +287,9 @@ class OneByOne:
             slots.append(slot)
             if not isinstance(parts[0], Tensor):
                 leaves.append(parts[0])
-            elif parts[0].is_floating_point():
+                continue
+            parts = [part.detach() for part in parts]
+            if parts[0].is_floating_point():
                 anchor = torch.zeros((), requires_grad=True)
                 leaves.append(_Joined.apply(anchor, slot, layout, *parts))
             else:

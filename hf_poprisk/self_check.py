@@ -146,7 +146,7 @@ class SelfCheck:
             window.reset()
         for example in range(layout.num_examples):
             with window.example():
-                one_by_one.backward(self._model, example)
+                one_by_one.backward(example)
         return met
 
     def _unshared(

@@ -24,7 +24,7 @@ from hf_poprisk.label_noise.mixin import LabelNoiseMixin, check_datasets_install
 from hf_poprisk.label_noise.sample import take_sample
 from hf_poprisk.microbatch import NotSeparable, find_layout, like
 from hf_poprisk.microbatch import take_example as take_example
-from hf_poprisk.one_by_one import OneByOne, same_random_numbers
+from hf_poprisk.one_by_one import OneByOne
 from hf_poprisk.optimizer import PopRiskAdamW, matching
 from hf_poprisk.risk import RiskMeter
 from hf_poprisk.self_check import EXACT, LOW_PRECISION, SelfCheck, some_examples, unlogged
@@ -63,7 +63,7 @@ class PopRiskMixin(HubMixin, CheckpointMixin, LabelNoiseMixin):
     _rows_per_example = 1  # rows i, i + N, … of a micro-batch of N examples are one of them
     _layers: BatchedGradients | None = None  # of the model, where a micro-batch is taken in one backward
     _not_together: str | None = None  # why it is not
-    _one_by_one: OneByOne  # where it is not
+    _one_by_one: OneByOne | None = None  # where it is not
     _shared: set[torch.Tensor] = set()  # parameters with a term in the loss that belongs to no example
     _paths_checked = _count_checked = _said_without_gate = False
 
@@ -258,6 +258,9 @@ class PopRiskMixin(HubMixin, CheckpointMixin, LabelNoiseMixin):
             self._book_visits(optimizer.open_share)
         return loss
 
+    def _runs_an_example_alone(self) -> bool:
+        return self._one_by_one is not None and self._one_by_one.alone
+
     def _needs_examples(self, optimizer: PopRiskAdamW) -> bool:
         return optimizer.needs_examples or self._label_noise is not None
 
@@ -289,26 +292,28 @@ class PopRiskMixin(HubMixin, CheckpointMixin, LabelNoiseMixin):
         influence: Influence | None,
     ) -> torch.Tensor:
         """The stock step on the examples' outputs, and then each example's share of its gradient."""
+        one_by_one = self._one_by_one
+        assert one_by_one is not None  # since the self-check
         with (
             self._uncompiled(),
             self.accelerator.no_sync(model),
-            self._one_by_one.cached(layout),
+            one_by_one.cached(layout),
             optimizer.no_example(self._shared),
         ):
             loss = step()
-        self._one_by_one.check()
+        one_by_one.check()
         unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        with same_random_numbers(), self._uncompiled():
-            for i in range(layout.num_examples):
-                # only the last one is synchronised: the gradients would be averaged over and over
-                last = i == layout.num_examples - 1
-                with (
-                    nullcontext() if last else self.accelerator.no_sync(model),
-                    self.compute_loss_context_manager(),
-                    optimizer.example(influence, i),
-                ):
-                    self._one_by_one.backward(model if last else unwrapped, i)
-        self._one_by_one.release()
+        for i in range(layout.num_examples):
+            # only the last one is synchronised: the gradients would be averaged over and over
+            last = i == layout.num_examples - 1 and self.accelerator.sync_gradients
+            with (
+                nullcontext() if last else self.accelerator.no_sync(model),
+                self._uncompiled(),
+                self.compute_loss_context_manager(),
+                optimizer.example(influence, i),
+            ):
+                one_by_one.backward(i, model if last and model is not unwrapped else None)
+        one_by_one.release()
         return loss
 
     def _uncompiled(self) -> AbstractContextManager[Any]:

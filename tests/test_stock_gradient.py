@@ -64,7 +64,7 @@ def test_each_example_keeps_its_own_dropout(tmp_path: Path) -> None:
         model(**batch).loss.backward()
     assert all(p.grad is None for p in model.parameters())
     for i in range(8):
-        cache.backward(model, i)
+        cache.backward(i)
     ours = {n: p.grad.clone() for n, p in model.named_parameters()}
     model.zero_grad()
     torch.manual_seed(1)

@@ -32,6 +32,7 @@ class LogOddsTap(TorchFunctionMode):
         log_odds: z, [N] float32, once the forward is done; None if no such loss was met. K-class:
             ``o_y − logsumexp_{k≠y} o_k``.
         num_labels: K, 2 for preferences.
+        asleep: whether a loss is to be let through, because it is of a part of the examples.
         slopes: ``∂(accumulated loss)/∂z_i`` as it was backpropagated, [N], once the backward is done.
 
     Raises (inside, as ``LogOddsError``): several such terms, class weights, label smoothing. What else is
@@ -44,11 +45,12 @@ class LogOddsTap(TorchFunctionMode):
         self.log_odds: Tensor | None = None
         self.num_labels = 2
         self.slopes: Tensor | None = None
+        self.asleep: Callable[[], bool] = lambda: False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         wanted = F.logsigmoid if self._preferences else F.cross_entropy
-        if func is not wanted or not torch.is_grad_enabled():  # an example may be tried out alone
+        if func is not wanted or self.asleep():
             return func(*args, **kwargs)
         if self.log_odds is not None:
             raise LogOddsError("it takes more than one log-probability of an example")

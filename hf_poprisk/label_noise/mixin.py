@@ -95,7 +95,9 @@ class LabelNoiseMixin:
         influence = Influence(optimizer, len(rows), scale / (1.0 if scaler is None else scaler.get_scale()))
         # around the loss, and not in it: a subclass may have one of its own
         before, loss = vars(self).get("compute_loss"), self.compute_loss
-        self.compute_loss = partial(self._tapped, self._label_noise.visit(rows, influence), loss)
+        tap = self._label_noise.visit(rows, influence)
+        tap.asleep = self._runs_an_example_alone
+        self.compute_loss = partial(self._tapped, tap, loss)
         try:
             yield influence
         except BaseException:
@@ -106,6 +108,9 @@ class LabelNoiseMixin:
                 del self.compute_loss
             else:
                 self.compute_loss = before
+
+    def _runs_an_example_alone(self) -> bool:
+        return False
 
     def _tapped(self, tap: LogOddsTap, loss: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         what = "logsigmoid of reward margins" if self._preferences else "cross-entropy of class labels"
