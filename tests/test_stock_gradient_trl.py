@@ -1,0 +1,211 @@
+"""The same in TRL's trainers, and in trainers that are put behind the mixins."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from losses import KINDS as LOSSES
+from losses import FirstGradient, gap, mt5
+from models import preferences, save_tiny_model, sequences, tiny_model, tiny_tokenizer
+from peft import LoraConfig
+from test_trainer import QUIET
+from torch import Tensor
+from transformers import (
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+)
+from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+import hf_poprisk
+from hf_poprisk import PopRiskArgumentsMixin, PopRiskMixin
+
+TOLERANCE = 5e-5
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two mixtures of experts, whose layers go one by one."""
+    torch.manual_seed(0)
+    tokenizer, folders = tiny_tokenizer(), {}
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0}
+    sizes |= {"eos_token_id": 1, "bos_token_id": None, "num_experts_per_tok": 2}
+    for name, model in {
+        "qwen3": Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, moe_intermediate_size=16, num_experts=4)),
+        "mixtral": MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=4)),
+    }.items():
+        folders[name] = tmp_path_factory.mktemp(name)
+        model.save_pretrained(folders[name])
+        tokenizer.save_pretrained(folders[name])
+    return folders
+
+
+def first_step(
+    kind: str, model: Any, folder: Path, size: int, steps: int, optim: str = "poprisk_adamw", **options: Any
+) -> tuple[dict[str, Tensor], Any]:
+    """Of one of the TRL trainers."""
+    torch.manual_seed(0)
+    grab, adapter = FirstGradient(), options.pop("peft_config", None)
+    options = {**QUIET, "max_steps": 1, "max_grad_norm": 0.0, "bf16": False, "optim": optim, **options}
+    options |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
+    args = getattr(hf_poprisk, f"PopRisk{kind}Config")(str(folder), **options)
+    data = sequences(8) if kind == "SFT" else preferences(8)
+    trainer = getattr(hf_poprisk, f"PopRisk{kind}Trainer")(
+        model, args=args, train_dataset=data, callbacks=[grab], peft_config=adapter
+    )
+    trainer.train()
+    return grab.gradient, trainer
+
+
+EXPERT_LORA = LoraConfig(
+    task_type="CAUSAL_LM", target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"]
+)
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "dpo": ("DPO", {"router_aux_loss_coef": 0.0}),
+    "dpo and sft": ("DPO", {"loss_type": ["sigmoid", "sft"], "router_aux_loss_coef": 0.0}),
+    "dpo, norms and sft": ("DPO", {"loss_type": ["ipo", "sft"], "router_aux_loss_coef": 0.0}),
+    "dpo on adapted experts": ("DPO", {"peft_config": EXPERT_LORA, "router_aux_loss_coef": 0.0}),
+    "sft": ("SFT", {"router_aux_loss_coef": 0.0}),
+    "sft on adapted experts": ("SFT", {"peft_config": EXPERT_LORA, "router_aux_loss_coef": 0.0}),
+    "sft, packed": ("SFT", {"packing": True, "max_length": 60, "router_aux_loss_coef": 0.0}),
+    "sft, dynamic": ("SFT", {"loss_type": "dft", "router_aux_loss_coef": 0.0}),
+    "reward": ("Reward", {"center_rewards_coefficient": 0.1}),
+}
+
+
+@pytest.mark.parametrize("layout", [(4, 1), (2, 2)], ids=str)
+@pytest.mark.parametrize("family", ["qwen3", "mixtral"])
+@pytest.mark.parametrize("name", CASES)
+def test_the_gradient_is_the_stock_one(
+    name: str, family: str, layout: tuple[int, int], experts: dict[str, Path], tmp_path: Path
+) -> None:
+    kind, options = CASES[name]
+    ours, trainer = first_step(kind, str(experts[family]), tmp_path, *layout, **options)
+    stock, plain = first_step(kind, str(experts[family]), tmp_path, *layout, "adamw_torch", **options)
+    assert trainer._layers is None  # one by one
+    assert gap(ours, stock) < TOLERANCE
+    mine, theirs = (t.state.log_history[0] for t in (trainer, plain))
+    assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    for metric in ("rewards/margins", "entropy", "mean_token_accuracy", "num_tokens", "margin"):
+        if metric in theirs:  # counted once, by the loss on the whole micro-batch
+            assert mine[metric] == pytest.approx(theirs[metric], rel=1e-4, abs=1e-7), metric
+
+
+def test_a_router_loss_is_refused_whoever_asks_for_it(experts: dict[str, Path], tmp_path: Path) -> None:
+    """TRL asks for it by an argument of the forward, the model by its config or that of its language part."""
+    said = "router_aux_loss_coef balances the experts .*: set it to 0, or set per_device_train_batch_size=1"
+    for kind in ("DPO", "SFT"):
+        for options in ({}, {"router_aux_loss_coef": 0.5}, {"peft_config": EXPERT_LORA}):
+            with pytest.raises(ValueError, match=said):
+                first_step(kind, str(experts["qwen3"]), tmp_path, 4, 1, **options)
+    first_step("DPO", str(experts["qwen3"]), tmp_path, 1, 4)
+    kind = LOSSES["experts: mixtral"]
+    for nested in (False, True):
+        model = kind.model()
+        model.config.output_router_logits = not nested
+        if nested:
+            config = type(model.config)(output_router_logits=True)
+            model.config.get_text_config = lambda *_, config=config, **__: config
+        args = hf_poprisk.PopRiskTrainingArguments(
+            str(tmp_path), max_steps=1, **{**QUIET, "per_device_train_batch_size": 4}
+        )
+        with pytest.raises(ValueError, match=said):
+            hf_poprisk.PopRiskTrainer(model, args=args, train_dataset=kind.data).train()
+
+
+@dataclass
+class MyORPOConfig(PopRiskArgumentsMixin, ORPOConfig):
+    pass
+
+
+class MyORPOTrainer(PopRiskMixin, ORPOTrainer):
+    pass
+
+
+@dataclass
+class MyCPOConfig(PopRiskArgumentsMixin, CPOConfig):
+    pass
+
+
+class MyCPOTrainer(PopRiskMixin, CPOTrainer):
+    pass
+
+
+@pytest.mark.parametrize("layout", [(4, 1), (2, 2)], ids=str)
+@pytest.mark.parametrize(("config", "trainer"), [(MyORPOConfig, MyORPOTrainer), (MyCPOConfig, MyCPOTrainer)])
+def test_preference_trainers_behind_the_mixin(
+    config: Any, trainer: Any, layout: tuple[int, int], tmp_path: Path
+) -> None:
+    """The collator gives a row per pair, and the model sees two."""
+    found = []
+    for optim in ("poprisk_adamw", "adamw_torch"):
+        grab, (size, steps) = FirstGradient(), layout
+        options = {**QUIET, "max_steps": 1, "max_grad_norm": 0.0, "bf16": False, "optim": optim}
+        options |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
+        run = trainer(
+            tiny_model(),
+            args=config(str(tmp_path), max_length=64, **options),
+            train_dataset=preferences(8),
+            processing_class=tiny_tokenizer(),
+            callbacks=[grab],
+        )
+        run.train()
+        found.append((grab.gradient, run.state.log_history[0]))
+    assert gap(found[0][0], found[1][0]) < TOLERANCE
+    assert found[0][1]["loss"] == pytest.approx(found[1][1]["loss"], rel=1e-5)
+    assert found[0][1]["poprisk/examples"] == 4
+
+
+@dataclass
+class MySeq2SeqArguments(PopRiskArgumentsMixin, Seq2SeqTrainingArguments):
+    pass
+
+
+class MySeq2SeqTrainer(PopRiskMixin, Seq2SeqTrainer):
+    pass
+
+
+@pytest.mark.parametrize("name", ["token mean: mt5", "token mean: bart"])
+def test_sequence_to_sequence_behind_both_mixins(name: str, tmp_path: Path) -> None:
+    kind, found = LOSSES[name], []
+    for optim in ("poprisk_adamw", "adamw_torch"):
+        torch.manual_seed(0)
+        grab = FirstGradient()
+        options = {**QUIET, "max_steps": 1, "max_grad_norm": 0.0, "optim": optim}
+        options |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+        args = MySeq2SeqArguments(str(tmp_path), predict_with_generate=True, **options)
+        trainer = MySeq2SeqTrainer(kind.model(), args=args, train_dataset=kind.data, callbacks=[grab])
+        trainer.train()
+        found.append(grab.gradient)
+    assert gap(*found) < TOLERANCE
+
+
+def test_dropout_does_not_stop_the_self_check(tmp_path: Path) -> None:
+    """It is off while the paths are compared, and the random numbers after it are those of a run without."""
+    kind = LOSSES["token mean: mt5"]
+    states = []
+    for size in (8, 1):  # the check is for several examples in a micro-batch
+        torch.manual_seed(3)
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size}
+        args = hf_poprisk.PopRiskTrainingArguments(str(tmp_path), max_steps=1, **{**QUIET, **options})
+        trainer = hf_poprisk.PopRiskTrainer(mt5(dropout=0.3), args=args, train_dataset=kind.data)
+        trainer.train()
+        states.append(torch.get_rng_state())
+        assert trainer.model.training
+    assert torch.equal(*states)  # eight examples drew what eight examples draw
+
+
+def test_packed_rows_need_not_be_two(tmp_path: Path) -> None:
+    """A step of one packed row holds several examples; unpacked it would be refused."""
+    folder = save_tiny_model(tmp_path / "model", "llama")
+    _, trainer = first_step("SFT", str(folder), tmp_path, 1, 1, packing=True, max_length=512)
+    assert trainer.state.log_history[0]["poprisk/examples"] == 8
+    with pytest.raises(ValueError, match="a step of one example leaves nothing to hold out"):
+        first_step("SFT", str(folder), tmp_path, 1, 1)
