@@ -1,4 +1,4 @@
-"""Judging labels with losses, data and batches of the user's own: the scores are those of the plain trainer."""
+"""Judging labels with losses, data and batches of the user's own: the scores of the plain trainer."""
 
 from pathlib import Path
 from typing import Any
@@ -110,5 +110,5 @@ def test_a_loss_that_is_no_cross_entropy_is_refused(tmp_path: Path) -> None:
         def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Tensor:
             return F.mse_loss(model(inputs["x"])["logits"], F.one_hot(inputs["labels"], LABELS).float())
 
-    with pytest.raises(ValueError, match="needs a loss that is the mean cross-entropy .* it computes none"):
+    with pytest.raises(ValueError, match="needs a loss that is the mean cross-entropy .*it computes none"):
         scores(tmp_path, Squared, examples(24))
