@@ -14,8 +14,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
-from hf_poprisk import kernels, kernels_cpu
-from hf_poprisk.batched import BatchedGradients, Capture, Layout
 from hf_poprisk.gate import (
     GATES,
     REDUCTIONS,
@@ -24,8 +22,15 @@ from hf_poprisk.gate import (
     streaming_null_openness,
     streaming_openness,
 )
-from hf_poprisk.influence import Influence
-from hf_poprisk.moments import ExampleWindow
+from hf_poprisk.per_example import (
+    BatchedGradients,
+    Capture,
+    ExampleWindow,
+    Layout,
+    Sink,
+    kernels_cpu,
+    kernels_gpu,
+)
 from hf_poprisk.statistics import GateStatistics
 
 logger = logging.getLogger(__name__)
@@ -168,26 +173,26 @@ class PopRiskAdamW(torch.optim.AdamW):
         }
         return {**given, **self._names}
 
-    def example(self, influence: Influence | None = None, index: int = 0) -> AbstractContextManager[None]:
+    def example(self, sink: Sink | None = None, index: int = 0) -> AbstractContextManager[None]:
         """Block around the backward of one example (of one micro-batch with ``estimator="group"``).
 
         Args:
-            influence: ``Influence(optimizer, N)``, to be filled; works with the gate off too.
+            sink: is shown the gradient too; works with the gate off as well.
             index: of this example among its N.
 
         Raises:
             RuntimeError: see ``ExampleWindow.example``; or the window was closed and not stepped.
         """
-        if not self.needs_examples and influence is None:
+        if not self.needs_examples and sink is None:
             return nullcontext()
-        return self._free_window().example(influence, index)
+        return self._free_window().example(sink, index)
 
     def no_example(self, allowed: Iterable[Tensor]) -> AbstractContextManager[set[Tensor]]:
         """Block around a backward whose gradients belong to no example; see ``ExampleWindow.no_example``."""
         return self._free_window().no_example(allowed)
 
     def batch(
-        self, layers: BatchedGradients, layout: Layout, influence: Influence | None = None
+        self, layers: BatchedGradients, layout: Layout, sink: Sink | None = None
     ) -> AbstractContextManager[Capture | None]:
         """Block around the forward and the backward of several examples; the sums are those of ``example``.
 
@@ -195,8 +200,8 @@ class PopRiskAdamW(torch.optim.AdamW):
             layers: ``BatchedGradients(model, optimizer.gated_parameters)`` with nothing uncovered.
             layout: ``Rows(N, rows)`` for N examples in a batch whose tensors have ``rows`` rows, of which row
                 j belongs to example j mod N; or ``Packed(lengths)`` for sequences packed into one row.
-            influence: ``Influence(optimizer, N)``, to be filled, for which ``layers`` must hold
-                every trainable parameter; works with the gate off too.
+            sink: is shown the gradients too; ``layers`` must hold what it wants. Works with the gate off as
+                well.
 
         Raises:
             RuntimeError: see ``ExampleWindow.batch``.
@@ -204,9 +209,9 @@ class PopRiskAdamW(torch.optim.AdamW):
         """
         if self.estimator == "group":
             raise ValueError("estimator='group' takes a batch as one unit: use optimizer.example().")
-        if not self.needs_examples and influence is None:
+        if not self.needs_examples and sink is None:
             return nullcontext()
-        return self._free_window().batch(layers, layout, influence)
+        return self._free_window().batch(layers, layout, sink)
 
     def _free_window(self) -> ExampleWindow:
         """The window, not closed."""
@@ -291,7 +296,7 @@ class PopRiskAdamW(torch.optim.AdamW):
 
     def _decide(self, grad: Tensor, sq_sum: Tensor, num_examples: int) -> Tensor:
         """Write q over Q, which needs no memory beyond Q; returns the sums of ``GateStatistics.add``."""
-        for fused in (kernels, kernels_cpu):
+        for fused in (kernels_gpu, kernels_cpu):
             if self.reduction == "element" and fused.usable(grad, sq_sum):
                 return fused.decide(grad, sq_sum, num_examples, self.gate == "soft")
         pieces = [(grad, sq_sum)]
@@ -405,7 +410,7 @@ class PopRiskAdamW(torch.optim.AdamW):
             if self.keep_written:
                 self.state[param]["written"] = q.clone()
             tensors = param, grad, exp_avg, exp_avg_sq
-            fused = next((k for k in (kernels, kernels_cpu) if k.usable(*tensors, q)), None)
+            fused = next((k for k in (kernels_gpu, kernels_cpu) if k.usable(*tensors, q)), None)
             if fused is not None:
                 step += 1
                 fused.gated_adamw(*tensors, q, step.item(), group, self.gate_weight_decay)

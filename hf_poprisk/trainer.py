@@ -15,19 +15,20 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import has_length
 
+from hf_poprisk.adam_metric import AdamMetric
 from hf_poprisk.arguments import OPTIM, PopRiskArgumentsMixin, PopRiskTrainingArguments
-from hf_poprisk.batched import BatchedGradients, Capture, Layout, Packed, Rows
 from hf_poprisk.checkpoints import CheckpointMixin, describe_data
 from hf_poprisk.hub import HubMixin
-from hf_poprisk.influence import Influence
 from hf_poprisk.label_noise.mixin import LabelNoiseMixin, check_datasets_installed, with_index
 from hf_poprisk.label_noise.sample import take_sample
-from hf_poprisk.microbatch import NotSeparable, find_layout, like
-from hf_poprisk.microbatch import take_example as take_example
-from hf_poprisk.one_by_one import OneByOne
 from hf_poprisk.optimizer import PopRiskAdamW, matching
+from hf_poprisk.per_example import BatchedGradients, Capture, Layout, Packed, Rows
+from hf_poprisk.per_example.examples import NotSeparable, find_layout, like
+from hf_poprisk.per_example.examples import take_example as take_example
+from hf_poprisk.per_example.one_by_one import OneByOne
+from hf_poprisk.per_example.self_check import EXACT, LOW_PRECISION, SelfCheck, some_examples, unlogged
+from hf_poprisk.per_example.sinks import SelfInfluence
 from hf_poprisk.risk import RiskMeter
-from hf_poprisk.self_check import EXACT, LOW_PRECISION, SelfCheck, some_examples, unlogged
 
 logger = logging.getLogger(__name__)
 _P = ParamSpec("_P")
@@ -241,18 +242,18 @@ class PopRiskMixin(HubMixin, CheckpointMixin, LabelNoiseMixin):
         if layout.num_examples > 1 and not self._paths_checked:
             self._check_paths(optimizer, model, inputs, num_items_in_batch, layout)
         step = partial(super().training_step, model, inputs, num_items_in_batch)  # type: ignore[misc]
-        with self._judging(rows, optimizer) as influence:
+        with self._judging(rows, optimizer) as sink:
             if layout.num_examples == 1:
-                with optimizer.example(influence):
+                with optimizer.example(sink):
                     loss = step()
             elif self._layers is not None:
                 with (
-                    optimizer.batch(self._layers, layout, influence) as capture,
+                    optimizer.batch(self._layers, layout, sink) as capture,
                     self._row_operations(capture),
                 ):
                     loss = step()
             else:
-                loss = self._one_by_one_step(optimizer, step, model, layout, influence)
+                loss = self._one_by_one_step(optimizer, step, model, layout, sink)
         if self.accelerator.sync_gradients:
             optimizer.close_window()
             self._book_visits(optimizer.open_share)
@@ -289,7 +290,7 @@ class PopRiskMixin(HubMixin, CheckpointMixin, LabelNoiseMixin):
         step: Callable[[], torch.Tensor],
         model: nn.Module,
         layout: Layout,
-        influence: Influence | None,
+        sink: SelfInfluence | None,
     ) -> torch.Tensor:
         """The stock step on the examples' outputs, and then each example's share of its gradient."""
         one_by_one = self._one_by_one
@@ -310,7 +311,7 @@ class PopRiskMixin(HubMixin, CheckpointMixin, LabelNoiseMixin):
                 nullcontext() if last else self.accelerator.no_sync(model),
                 self._uncompiled(),
                 self.compute_loss_context_manager(),
-                optimizer.example(influence, i),
+                optimizer.example(sink, i),
             ):
                 one_by_one.backward(i, model if last and model is not unwrapped else None)
         one_by_one.release()
@@ -436,7 +437,7 @@ class PopRiskMixin(HubMixin, CheckpointMixin, LabelNoiseMixin):
             return self._say_one_by_one("model.compile()")
         wanted = optimizer.gated_parameters
         if self._label_noise is not None:
-            wanted = Influence(optimizer, 1).params
+            wanted = [p for p in AdamMetric(optimizer).params if p.requires_grad]
         layers = BatchedGradients(model, wanted)
         if layers.uncovered:
             some = [f"{name} ({why})" for name, why in list(layers.uncovered.items())[:3]]

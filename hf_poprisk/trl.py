@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
-import torch
-from torch import Tensor
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from trl.trainer import utils as trl_utils
 
 from hf_poprisk.arguments import PopRiskArgumentsMixin
-from hf_poprisk.batched import Capture, Packed
+from hf_poprisk.per_example import Capture
+from hf_poprisk.per_example.fused_head import head_by_example
 from hf_poprisk.trainer import PopRiskMixin, takes_what
 
 _TAG = "poprisk"
@@ -111,50 +108,10 @@ def _check_padding_free(args: Any) -> None:
 
 
 class _FusedHeadMixin(PopRiskMixin):
-    """Runs TRL's fused language-model head example by example, so that its weight can be gated.
+    """Runs TRL's fused language-model head example by example, so that its weight can be gated."""
 
-    The head multiplies all tokens of a micro-batch at once, and none of its rows says whose it is.
-    """
-
-    @contextmanager
-    def _row_operations(self, capture: Capture) -> Iterator[None]:
-        stock, seen = trl_utils._ChunkedLogProbFunction, {}
-
-        def see(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-            seen.update({name: kwargs.get(name) for name in ("labels", "shift_labels")})
-
-        def apply(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *rest: Any) -> Any:
-            if not (capture.wants(weight) or capture.wants(bias)):
-                return stock.apply(hidden, weight, bias, labels, *rest)
-            layout = capture.layout
-            shifted = seen["labels"][:, 1:] if seen["shift_labels"] is None else seen["shift_labels"]
-            compact = trl_utils._use_triton(hidden.device)  # only the labelled tokens are there
-            if isinstance(layout, Packed):  # the last sequence has no token after it
-                parts = shifted[0].split(
-                    [*layout.lengths[:-1], layout.lengths[-1] - layout.num_tokens + shifted.shape[1]]
-                )
-                lengths = [int((part != -100).sum()) if compact else len(part) for part in parts]
-            elif compact:
-                lengths = (shifted != -100).sum(1).tolist()
-            else:
-                lengths = [len(hidden) // layout.num_rows] * layout.num_rows
-            rows = list(zip(hidden.split(lengths), labels.split(lengths), strict=True))
-            outputs: list[Any] = [None] * len(rows)
-            for i in range(layout.num_examples):
-                mine = [capture.for_example(p, i) if capture.wants(p) else p for p in (weight, bias)]
-                for row in range(i, len(rows), layout.num_examples):
-                    row_hidden, row_labels = rows[row]
-                    outputs[row] = stock.apply(row_hidden, *mine, row_labels, *rest)
-            columns = zip(*outputs, strict=True)
-            return tuple(None if column[0] is None else torch.cat(column) for column in columns)
-
-        hook = self.accelerator.unwrap_model(self.model).register_forward_pre_hook(see, with_kwargs=True)
-        trl_utils._ChunkedLogProbFunction = SimpleNamespace(apply=apply)
-        try:
-            yield
-        finally:
-            trl_utils._ChunkedLogProbFunction = stock
-            hook.remove()
+    def _row_operations(self, capture: Capture) -> AbstractContextManager[None]:
+        return head_by_example(capture, self.accelerator.unwrap_model(self.model), trl_utils)
 
 
 class PopRiskDPOTrainer(_FusedHeadMixin, DPOTrainer):

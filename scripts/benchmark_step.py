@@ -31,9 +31,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from hf_poprisk import PopRiskAdamW, kernels_cpu
-from hf_poprisk.batched import BatchedGradients, Rows
-from hf_poprisk.influence import Influence
+from hf_poprisk import PopRiskAdamW
+from hf_poprisk.adam_metric import AdamMetric
+from hf_poprisk.per_example import BatchedGradients, Rows, kernels_cpu
+from hf_poprisk.per_example.sinks import SelfInfluence
 
 VOCABULARY = 4096
 Step = Callable[[], None]
@@ -137,7 +138,7 @@ def judged(args: argparse.Namespace) -> tuple[Step, None]:
     layers = BatchedGradients(model, trainable(model).values())
 
     def step() -> None:
-        influence = Influence(optimizer, len(ids))
+        influence = SelfInfluence(AdamMetric(optimizer), len(ids))
         with optimizer.batch(layers, Rows(len(ids), len(ids)), influence):
             loss_of(model, ids).backward()
         optimizer.step()
@@ -309,7 +310,8 @@ def interleaved(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
 
 def measure(args: argparse.Namespace) -> None:
     """Print the table of one cell."""
-    from hf_poprisk import reference
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    import reference
 
     arms = {name: make for name, make in ARMS.items() if name in OURS or not args.ours}
     model, ids = build(args)

@@ -1,9 +1,9 @@
 """The rule against its textbook form, its invariances, its bias, and its level under pure noise."""
 
 import pytest
+import reference
 import torch
 
-from hf_poprisk import reference
 from hf_poprisk.gate import (
     margin,
     null_openness,

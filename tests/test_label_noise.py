@@ -21,8 +21,8 @@ from transformers import Trainer, TrainerCallback
 
 import hf_poprisk
 from hf_poprisk import PopRiskTrainer, PopRiskTrainingArguments
+from hf_poprisk.adam_metric import AdamMetric
 from hf_poprisk.checkpoints import damage
-from hf_poprisk.influence import Influence
 from hf_poprisk.label_noise import INDEX, TABLE_NAME, ExampleTable, LabelNoise, NoiseFit, fit_noise
 from hf_poprisk.label_noise.estimates import FITS_NAME, competent, load_fits
 from hf_poprisk.label_noise.judge import _Visit
@@ -30,6 +30,7 @@ from hf_poprisk.label_noise.log_odds import LogOddsError, LogOddsTap, class_log_
 from hf_poprisk.label_noise.mixin import IndexCollator, with_index
 from hf_poprisk.label_noise.noise_fit import MAX_RATE
 from hf_poprisk.label_noise.sample import other_row, take_sample
+from hf_poprisk.per_example.sinks import SelfInfluence
 
 QUIET: dict[str, Any] = {
     "use_cpu": True,
@@ -440,7 +441,7 @@ def test_a_padding_copy_counts_once() -> None:
         theta = nn.Parameter(torch.linspace(-1, 1, 8))
         optimizer = torch.optim.AdamW([theta], lr=0.1)
         for rows in ([1, 3, 5], [5, 0, 3]):
-            influence = Influence(optimizer, 3)
+            influence = SelfInfluence(AdamMetric(optimizer), 3)
             with judge.visit(torch.tensor(rows), influence):
                 loss = -F.logsigmoid(theta[rows]).mean()
             loss.backward()

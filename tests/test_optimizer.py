@@ -5,13 +5,14 @@ import logging
 from typing import Any
 
 import pytest
+import reference
 import torch
 from torch import Tensor, nn
 
-from hf_poprisk import PopRiskAdamW, reference
-from hf_poprisk.batched import BatchedGradients, Rows
+from hf_poprisk import PopRiskAdamW
 from hf_poprisk.gate import streaming_null_openness
 from hf_poprisk.optimizer import EMA_DECAY, matching
+from hf_poprisk.per_example import BatchedGradients, Rows
 
 HYPER = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 

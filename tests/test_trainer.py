@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import reference
 import torch
 import trl
 from datasets import Dataset
@@ -17,8 +18,8 @@ from torch.utils.data import IterableDataset
 from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback
 
 import hf_poprisk
-from hf_poprisk import PopRiskMixin, PopRiskTrainer, PopRiskTrainingArguments, reference
-from hf_poprisk.moments import ExampleWindow
+from hf_poprisk import PopRiskMixin, PopRiskTrainer, PopRiskTrainingArguments
+from hf_poprisk.per_example.window import ExampleWindow
 
 QUIET: dict[str, Any] = {
     "use_cpu": True,

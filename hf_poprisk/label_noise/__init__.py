@@ -8,7 +8,7 @@ own earlier steps (the steps of the others undo the rest; 0.5 for classes, 0.7 f
 
 (ω_i the weight it was given, B the examples per step, q̄ the share of coordinates that the gate opens; each
 term of the sum is bounded by what one step of Adam can be, and of large matrices a part stands for the
-whole, see ``Influence``). Four times per epoch, from the end of the first on, a two-part model of all ζ
+whole, see ``SelfInfluence``). Four times per epoch, from the end of the first on, a two-part model of all ζ
 estimates the share ε of wrong labels. Pairs are judged from then on, and by no lower share than these first
 visits gave; others once the held-out likelihood of the labels no longer rises from one epoch to the next. An
 example weighs the probability w that its label is right (``weight``), or a pair is trained by 2w − 1, swapped

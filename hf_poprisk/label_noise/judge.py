@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_poprisk.influence import Influence
 from hf_poprisk.label_noise.estimates import (
     FITS_NAME,
     STILL_LEARNING,
@@ -32,6 +31,7 @@ from hf_poprisk.label_noise.log_odds import LogOddsError, LogOddsTap
 from hf_poprisk.label_noise.noise_fit import OPEN_RATE, NoiseFit, fit_noise
 from hf_poprisk.label_noise.sample import Sample, other_row
 from hf_poprisk.label_noise.table import INDEX, TABLE_NAME, ExampleTable
+from hf_poprisk.per_example import SelfInfluence
 from hf_poprisk.record import write_json
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ RULE = 2  # of scores (what is kept) and estimates; raise it with either: a run 
 class _Visit:
     rows: Tensor  # [N] int64
     tap: LogOddsTap
-    influence: Influence
+    influence: SelfInfluence
     heldout: Tensor  # [N]
     weight: Tensor  # [N]
 
@@ -94,7 +94,7 @@ class LabelNoise:
 
     # -- a visit ----------------------------------------------------------------------------------------
 
-    def visit(self, rows: Tensor, influence: Influence) -> LogOddsTap:
+    def visit(self, rows: Tensor, influence: SelfInfluence) -> LogOddsTap:
         """Begin the visit of N examples: enter the tap around their forward, then run their backward."""
         visit = _Visit(rows, None, influence, None, None)  # type: ignore[arg-type]
         visit.tap = LogOddsTap(self.preferences, partial(self._strength, visit))
@@ -187,7 +187,7 @@ class LabelNoise:
             visit.heldout,
             visit.weight,
             torch.where(energy.isfinite(), own, torch.nan),
-            visit.influence.agreement,
+            torch.zeros_like(energy),
         )
         return torch.stack([x.to(device, torch.float64) for x in columns], 1)
 

@@ -16,12 +16,13 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
-from hf_poprisk.influence import Influence
+from hf_poprisk.adam_metric import AdamMetric
 from hf_poprisk.label_noise.estimates import FITS_NAME
 from hf_poprisk.label_noise.judge import LabelNoise
 from hf_poprisk.label_noise.log_odds import LogOddsError, LogOddsTap
 from hf_poprisk.label_noise.sample import Sample
 from hf_poprisk.label_noise.table import INDEX, TABLE_NAME, ExampleTable
+from hf_poprisk.per_example import SelfInfluence
 
 logger = logging.getLogger(__name__)
 
@@ -85,14 +86,15 @@ class LabelNoiseMixin:
         """Refuse training data from which the loss takes more than the pairs or the labels."""
 
     @contextmanager
-    def _judging(self, rows: Tensor | None, optimizer: Any) -> Iterator[Influence | None]:
+    def _judging(self, rows: Tensor | None, optimizer: Any) -> Iterator[SelfInfluence | None]:
         """The visit of some examples: their forward and backward go inside this block."""
         if self._label_noise is None or rows is None:
             yield None
             return
         scaler = self.accelerator.scaler
         scale = self._label_noise.clip_coefficient / self.accelerator.num_processes
-        influence = Influence(optimizer, len(rows), scale / (1.0 if scaler is None else scaler.get_scale()))
+        scale = scale / (1.0 if scaler is None else scaler.get_scale())
+        influence = SelfInfluence(AdamMetric(optimizer, scale), len(rows))
         # around the loss, and not in it: a subclass may have one of its own
         before, loss = vars(self).get("compute_loss"), self.compute_loss
         tap = self._label_noise.visit(rows, influence)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from hf_poprisk import moments
 from hf_poprisk.gate import openness
+from hf_poprisk.per_example import sinks
+from hf_poprisk.per_example import window as windows
 
 ROOT = Path(__file__).parents[2]
 B, STEPS = 16, 3
@@ -143,13 +144,14 @@ class ThreeRanks:
 def test_rounding_on_three_ranks_opens_no_tie(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """DDP divides by three, which rounds: an element that one example touched must stay closed."""
     p = nn.Parameter(torch.zeros(20_000, dtype=dtype))
-    window = moments.ExampleWindow([p])
+    window = windows.ExampleWindow([p])
     h = torch.randn(20_000).to(dtype)
     with window.example():
         (p * h).sum().backward()
         p.grad = h / 3
     exact = (h.float().square() / 9).contiguous()
-    monkeypatch.setattr(moments, "dist", ThreeRanks)
+    for module in (sinks, windows):
+        monkeypatch.setattr(module, "dist", ThreeRanks)
     _, sq_sums = window.reduce()
     assert openness(p.grad.float(), exact, 3).sum() > 1000  # what the slack is for
     assert openness(p.grad.float(), sq_sums[p], 3).sum() == 0

@@ -12,6 +12,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import conftest  # noqa: F401
+import reference
 import torch
 import torch.distributed as dist
 from losses import KINDS as LOSSES
@@ -22,8 +23,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import hf_poprisk
-from hf_poprisk import PopRiskAdamW, reference
-from hf_poprisk.moments import ExampleWindow
+from hf_poprisk import PopRiskAdamW
+from hf_poprisk.per_example.window import ExampleWindow
 
 B, STEPS = 16, 3
 KINDS = ("Trainer", "DPO", "SFT", "Reward", "DPO-LoRA", "DPO-one-by-one", "DPO-audit")

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from models import tiny_model
-from test_batched import N, assert_same, batch, captured, example_losses, textbook, trainable
+from test_layers import N, assert_same, batch, captured, example_losses, textbook, trainable
 from torch import Tensor
 
-from hf_poprisk import PopRiskAdamW, kernels
-from hf_poprisk.batched import BatchedGradients, Rows
-from hf_poprisk.batched import capture as capturing
+from hf_poprisk import PopRiskAdamW
 from hf_poprisk.gate import openness
+from hf_poprisk.per_example import BatchedGradients, Rows, kernels_gpu
+from hf_poprisk.per_example import capture as capturing
 
 pytest.importorskip("triton", reason="there is no triton for this platform, so the kernels are never used")
 
@@ -22,8 +22,8 @@ pytest.importorskip("triton", reason="there is no triton for this platform, so t
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """CPU tensors count as GPU tensors, small layers as large ones, and the kernel always wins."""
-    monkeypatch.setattr(kernels, "_interpreted", True)
-    monkeypatch.setattr(kernels, "faster", lambda key, ways: True)
+    monkeypatch.setattr(kernels_gpu, "_interpreted", True)
+    monkeypatch.setattr(kernels_gpu, "faster", lambda key, ways: True)
     monkeypatch.setattr(capturing, "_SMALL", 0)
 
 
@@ -37,7 +37,7 @@ def test_weight_gradient(rows: int, shape: tuple[int, int, int], dtype: torch.dt
         [torch.einsum("rto,rti->oi", d[i::3].double(), a[i::3].double()).to(dtype) for i in range(3)]
     ).double()
     grad, square = torch.full((out, width), torch.nan), torch.ones(out, width)
-    kernels.weight_gradient(d, a, 3, grad, square, fresh)
+    kernels_gpu.weight_gradient(d, a, 3, grad, square, fresh)
     expected = h.square().sum(0) + (not fresh)
     tolerance = 1e-6 if dtype == torch.float32 else 1e-3  # of products that round to either neighbour
     assert (grad - h.sum(0)).abs().max() <= tolerance * h.sum(0).abs().max()
@@ -53,7 +53,7 @@ def test_decide(gate: str) -> None:
     grad, square = h.sum(0), h.square().sum(0)
     expected = openness(grad, square, 4, gate)
     noise = square.sum()
-    sums = kernels.decide(grad, square, 4, gate == "soft")
+    sums = kernels_gpu.decide(grad, square, 4, gate == "soft")
     torch.testing.assert_close(square, expected, rtol=1e-5, atol=1e-6)
     assert not square[:700].any() and 0.2 < (square[700:] > 0).float().mean() < 0.6
     torch.testing.assert_close(sums, torch.stack([square.sum(), torch.tensor(2800.0), grad.dot(grad), noise]))
@@ -65,7 +65,7 @@ def test_gated_adamw(dtype: torch.dtype, gate_weight_decay: bool, monkeypatch: p
     """The same weights and moments as the plain code, over steps that open and close the gate."""
     results = []
     for on in (False, True):
-        monkeypatch.setattr(kernels, "_interpreted", on)
+        monkeypatch.setattr(kernels_gpu, "_interpreted", on)
         torch.manual_seed(0)
         param = torch.nn.Parameter(torch.randn(50, 60).to(dtype))
         optimizer = PopRiskAdamW(
@@ -88,8 +88,8 @@ def test_gated_adamw(dtype: torch.dtype, gate_weight_decay: bool, monkeypatch: p
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_a_model_through_the_kernels(kind: str, interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
-    kernel = kernels.weight_gradient
-    monkeypatch.setattr(kernels, "weight_gradient", lambda *args: (calls.append(args), kernel(*args))[1])
+    kernel = kernels_gpu.weight_gradient
+    monkeypatch.setattr(kernels_gpu, "weight_gradient", lambda *args: (calls.append(args), kernel(*args))[1])
     model = tiny_model(kind, tied=True)
     inputs = batch(2 * N)
     got = captured(model, [(inputs, N)], True, N)
@@ -101,7 +101,7 @@ def test_a_step_through_the_kernels(interpreted: None, monkeypatch: pytest.Monke
     weights: list[dict[str, Tensor]] = []
     openings = []
     for on in (True, False):
-        monkeypatch.setattr(kernels, "_interpreted", on)
+        monkeypatch.setattr(kernels_gpu, "_interpreted", on)
         model, inputs = tiny_model("llama"), batch(N)
         optimizer = PopRiskAdamW(model.parameters(), lr=1e-3)
         layers = BatchedGradients(model, optimizer.gated_parameters)
@@ -120,31 +120,31 @@ def test_a_step_through_the_kernels(interpreted: None, monkeypatch: pytest.Monke
 
 
 def test_the_faster_way_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_chosen", {})
+    monkeypatch.setattr(kernels_gpu, "_chosen", {})
     seconds = iter([1.0, 2.0, 2.0, 1.0])
-    monkeypatch.setattr(kernels, "_seconds", lambda run: next(seconds))
+    monkeypatch.setattr(kernels_gpu, "_seconds", lambda run: next(seconds))
     ways = lambda: (lambda: None, lambda: None)  # noqa: E731
-    assert [kernels.faster((key,), ways) for key in (1, 1, 2, 2)] == [True, True, False, False]
+    assert [kernels_gpu.faster((key,), ways) for key in (1, 1, 2, 2)] == [True, True, False, False]
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    assert not kernels.faster((1,), ways)
+    assert not kernels_gpu.faster((1,), ways)
 
 
 def test_what_is_left_to_plain_code() -> None:
-    assert not kernels.usable(torch.zeros(2))  # a CPU
-    kernels._interpreted = True
+    assert not kernels_gpu.usable(torch.zeros(2))  # a CPU
+    kernels_gpu._interpreted = True
     try:
-        assert kernels.usable(torch.zeros(2, 3), torch.zeros(2, dtype=torch.bfloat16))
-        assert not kernels.usable(torch.zeros(2, 3).T)
-        assert not kernels.usable(torch.zeros(2, dtype=torch.float64))
+        assert kernels_gpu.usable(torch.zeros(2, 3), torch.zeros(2, dtype=torch.bfloat16))
+        assert not kernels_gpu.usable(torch.zeros(2, 3).T)
+        assert not kernels_gpu.usable(torch.zeros(2, dtype=torch.float64))
     finally:
-        kernels._interpreted = False
+        kernels_gpu._interpreted = False
 
 
 COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from hf_poprisk import kernels
+from hf_poprisk.per_example import kernels_gpu
 
 def compiled(kernel, constants, **types):
     names = kernel.arg_names
@@ -153,15 +153,15 @@ def compiled(kernel, constants, **types):
     source = ASTSource(kernel, signature=signature, constexprs=constants)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}).asm["ptx"]
 
-tile = {"BO": kernels._TILE_OUT, "BI": kernels._TILE_IN, "BT": kernels._TILE_TOKENS}
+tile = {"BO": kernels_gpu._TILE_OUT, "BI": kernels_gpu._TILE_IN, "BT": kernels_gpu._TILE_TOKENS}
 sizes = {n: "i32" for n in ("rows", "tokens", "out", "width", "numel")}
-ptx = compiled(kernels._weight_gradient, {"N": 8, "FRESH": False, **tile},
+ptx = compiled(kernels_gpu._weight_gradient, {"N": 8, "FRESH": False, **tile},
                d="*bf16", a="*bf16", grad="*fp32", square="*fp32", **sizes)
 print("tensor cores" if "wgmma.mma_async" in ptx else "no tensor cores")
-block = {"BLOCK": kernels._ELEMENTS}
-compiled(kernels._decide, {"SOFT": True, **block}, grad="*bf16", sq_sum="*fp32", sums="*fp32", **sizes)
+block = {"BLOCK": kernels_gpu._ELEMENTS}
+compiled(kernels_gpu._decide, {"SOFT": True, **block}, grad="*bf16", sq_sum="*fp32", sums="*fp32", **sizes)
 moments = {n: "*bf16" for n in ("param", "grad", "exp_avg", "exp_avg_sq")}
-compiled(kernels._gated_adamw, {"GATE_DECAY": True, **block}, openness="*fp32", **moments, **sizes)
+compiled(kernels_gpu._gated_adamw, {"GATE_DECAY": True, **block}, openness="*fp32", **moments, **sizes)
 print("compiled")
 """
 

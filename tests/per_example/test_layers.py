@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import reference
 import torch
 from models import text, tiny_model, tiny_tokenizer
 from peft import LoraConfig, get_peft_model
@@ -10,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from hf_poprisk import PopRiskAdamW, reference
-from hf_poprisk.batched import BatchedGradients, Rows
-from hf_poprisk.batched import capture as capturing
-from hf_poprisk.moments import ExampleWindow
+from hf_poprisk import PopRiskAdamW
+from hf_poprisk.per_example import BatchedGradients, Rows
+from hf_poprisk.per_example import capture as capturing
+from hf_poprisk.per_example.window import ExampleWindow
 
 N = 4
 KINDS = ("llama", "qwen2", "qwen3", "mistral", "gemma3", "gpt2", "bert")
@@ -226,7 +227,7 @@ def test_squares_of_single_uses_would_be_seen(
         window = ExampleWindow(params.values())
         with window.batch(BatchedGradients(model, params.values()), Rows(N, N)):
             model(x).sum().backward()
-        got = {name: (model.layer.weight.grad, window._sq_sums[model.layer.weight])}
+        got = {name: (model.layer.weight.grad, window.squares.so_far()[model.layer.weight])}
     torch.testing.assert_close(got[name][0], expected[name][0])
     assert (got[name][1] - expected[name][1]).norm() > 0.05 * expected[name][1].norm()
 
@@ -408,7 +409,7 @@ def test_a_gradient_that_the_loss_takes_for_itself_is_not_captured() -> None:
         loss(x).backward()
     for name, p in params.items():
         expected = reference.grad_and_square_sums(gradients, name)
-        for ours, theirs in zip((p.grad, window._sq_sums[p]), expected, strict=True):
+        for ours, theirs in zip((p.grad, window.squares.so_far()[p]), expected, strict=True):
             torch.testing.assert_close(ours, theirs)
 
 
@@ -471,7 +472,7 @@ def test_arguments_by_name_and_a_forward_replaced_later() -> None:
     layers, window = BatchedGradients(model, model.parameters()), ExampleWindow(model.parameters())
     with window.batch(layers, Rows(N, N)):
         norm(input=layer(input=x)).square().sum().backward()
-    assert window._sq_sums[layer.weight].any()
+    assert window.squares.so_far()[layer.weight].any()
     window.reset()
     model.zero_grad()
     layer.forward = lambda x: x

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_poprisk.batched import Layout, Packed, Rows
+from hf_poprisk.per_example import Layout, Packed, Rows
 
 # What a vision processor gives per image, and the shape of the patches that one image has in it.
 _IMAGES = {"pixel_values": "image_grid_thw", "pixel_values_videos": "video_grid_thw"}

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from hf_poprisk import kernels, kernels_cpu
-from hf_poprisk.batched.functions import PerExample, PerRow
-from hf_poprisk.batched.layout import Layout, Rows, wide
-from hf_poprisk.influence import Influence
+from hf_poprisk.per_example import kernels_cpu, kernels_gpu
+from hf_poprisk.per_example.functions import PerExample, PerRow
+from hf_poprisk.per_example.layout import Layout, Rows, wide
+from hf_poprisk.per_example.sinks import Sink, SquareSum
 
 # Elements of G, Q and h_i that are worked on together: three of these fit a core's cache.
 _BLOCK = 1 << 16
@@ -34,27 +34,23 @@ class Capture:
     Args:
         layout: which part of the batch belongs to which example.
         params: the parameters whose per-example gradients are wanted.
-        square_buffer: parameter → its Q, and whether nothing has been written to it in this window; no Q
-            where it is not gated.
+        sinks: are shown the per-example gradients.
         verify: compare what was captured with what autograd accumulated (first micro-batch of a run).
-        influence: takes every example's gradients too.
     """
 
     def __init__(
         self,
         layout: Layout,
         params: Iterable[Tensor],
-        square_buffer: Callable[[Tensor], tuple[Tensor | None, bool]],
+        sinks: Sequence[Sink],
         verify: bool,
-        influence: Influence | None = None,
     ) -> None:
         self.layout = layout
         self.num_examples = layout.num_examples
         self.misfits: dict[Tensor, str] = {}  # parameters seen with a shape that hides the rows
         self.positions: set[Tensor] = set()  # tables whose [1, T] lookups belong to every row
         self._params = set(params)
-        self._square_buffer = square_buffer
-        self._influence = influence
+        self._sinks = sinks
         self._uses: Counter[Tensor] = Counter()  # in the forward, recomputation aside
         self._in_forward: set[Tensor] = set()  # whose uses were counted there
         self._kept: dict[Tensor, Tensor] = {}  # small parameter → Σ over uses of h, [N, *shape]
@@ -157,7 +153,7 @@ class Capture:
             self._inputs[param].append((a, d))
             return self._returning(param, _flat(d).T @ _flat(a))
         grad = torch.empty_like(param, dtype=wide(param.dtype))
-        self._sum_and_square(param, [(a, d)], grad, tokens)
+        self._sum_and_show(param, [(a, d)], grad, tokens)
         return self._returning(param, grad)
 
     def elementwise(self, param: Tensor, h: Tensor) -> Tensor:
@@ -190,16 +186,13 @@ class Capture:
             return
         if self._uses[param] - (tokens.uses if tokens else 0) > 1:
             raise Uncovered("a large weight is used both by a fused head and elsewhere")
-        target, fresh = self._square_buffer(param)
-        if target is None and tokens is None:
-            self._influence.add(param, example, h)
-            return
         rows = self._rows_per_block(param)
         for start in range(0, param.shape[0], rows):
             block = h[start : start + rows].to(wide(h.dtype), copy=True)
             if tokens is not None:
                 tokens.take(example, start, block)
-            self._square(param, example, start, block, target, fresh)
+            for sink in self._of(param):
+                sink.add(param, example, block[None], start)
 
     def finish(self, param: Tensor, grad: Tensor) -> None:
         """The leaf hook: every use of ``param`` has been through its backward.
@@ -217,25 +210,19 @@ class Capture:
             if not parts or gap > 1e-2 * grad.abs().max():
                 raise Uncovered("a part of its gradient did not come through the captured layers")
         if param in self._kept:
-            target, fresh = self._square_buffer(param)
             h = _rounded(self._kept.pop(param), param)
-            if self._influence is not None:
-                self._influence.add_some(param, 0, h)
-            if target is not None:
-                squares = h.square_().sum(0)
-                target.copy_(squares) if fresh else target.add_(squares)
+            for sink in self._of(param):
+                sink.add(param, 0, h)
         elif self._inputs.get(param):
-            self._sum_and_square(param, self._inputs.pop(param), None, self._tokens.get(param))
+            self._sum_and_show(param, self._inputs.pop(param), None, self._tokens.get(param))
         if param in self._tokens:
-            target, fresh = self._square_buffer(param)
             tokens = self._tokens.pop(param)
             grads = _rounded(tokens.grads, param)
-            if self._influence is not None:
-                self._influence.add_rows(param, tokens.ids, tokens.examples, grads)
-            if target is not None:
-                if fresh:
-                    target.zero_()
-                target.index_add_(0, tokens.ids, grads.square_())
+            for sink in self._of(param):
+                sink.add_rows(param, tokens.ids, tokens.examples, grads)
+
+    def _of(self, param: Tensor) -> list[Sink]:
+        return [sink for sink in self._sinks if sink.wants(param)]
 
     def _returning(self, param: Tensor, grad: Tensor) -> Tensor:
         grad = grad.to(param.dtype)
@@ -255,43 +242,60 @@ class Capture:
             return param.shape[0]
         return max(1, _BLOCK // (param.numel() // param.shape[0]))
 
-    def _sum_and_square(
+    def _sum_and_show(
         self,
         param: Tensor,
         uses: list[tuple[Tensor, Tensor]],
         grad: Tensor | None,
         tokens: _Tokens | None,
     ) -> None:
-        """``grad = Σ_i h_i`` (if given) and ``Q += Σ_i h_i²``, h_i summed over the uses."""
-        target, fresh = self._square_buffer(param)
-        if target is None and tokens is None and self._influence.stride(param) > 1:
-            return self._weigh(param, uses, grad)  # of labels, and those are never packed
-        single = tokens is None and len(uses) == 1
-        by_rows = isinstance(self.layout, Rows)
-        plain = single and by_rows and self._influence is None and target is not None
-        # of low precision h_i must be rounded before it is squared, so it must be formed
-        exact = param.dtype in (torch.float32, torch.float64)
-        if plain and exact and uses[0][0].shape[:2] == (self.num_examples, 1):
-            a, d = (x[:, 0] for x in uses[0])
-            if grad is not None:
-                grad.copy_(d.T @ a)
-            wide_a, wide_d = (x.to(target.dtype).square() for x in (a, d))
-            target.copy_(wide_d.T @ wide_a) if fresh else target.addmm_(wide_d.T, wide_a)
-            return
+        """``grad = Σ_i h_i`` (if given), and the h_i, summed over the uses, to the sinks."""
+        sinks = self._of(param)
+        single, by_rows = tokens is None and len(uses) == 1, isinstance(self.layout, Rows)
+        if len(sinks) == 1 and tokens is None and (part := sinks[0].part(param)) is not None:
+            return self._show_part(sinks[0], param, part, uses, grad)
+        squares = sinks[0] if len(sinks) == 1 and isinstance(sinks[0], SquareSum) else None
+        if squares is not None and single and by_rows:
+            a, d = uses[0]
+            # of low precision h_i must be rounded before it is squared, so it must be formed
+            exact = param.dtype in (torch.float32, torch.float64)
+            if exact and a.shape[:2] == (self.num_examples, 1):
+                return self._square_single_tokens(squares, param, a[:, 0], d[:, 0], grad)
+            if (
+                grad is not None
+                and kernels_gpu.usable(a, d, grad)
+                and self._fused_is_faster(param, a, d, grad)
+            ):
+                target, fresh = squares.buffer(param)
+                return kernels_gpu.weight_gradient(d, a, self.num_examples, grad, target, fresh)
         if single and by_rows and grad is not None and grad.dtype == torch.float32:
             a, d = uses[0]
-            if plain and kernels.usable(a, d, grad, target) and self._fused_is_faster(param, a, d, grad):
-                return kernels.weight_gradient(d, a, self.num_examples, grad, target, fresh)
             # on more threads torch's own passes are ahead
-            quick = torch.get_num_threads() == 1 or self._influence is not None
+            quick = torch.get_num_threads() == 1 or squares is None
             if quick and a.dtype == d.dtype == torch.float32 and kernels_cpu.usable(grad):
-                return self._side_by_side(param, a, d, grad, target, fresh)
-        self._one_by_one(param, uses, grad, target, fresh, tokens)
+                return self._side_by_side(param, a, d, grad, sinks)
+        self._one_by_one(param, uses, grad, tokens, sinks)
 
-    def _weigh(self, param: Tensor, uses: list[tuple[Tensor, Tensor]], grad: Tensor | None) -> None:
-        """``grad = Σ_i h_i`` (if given), and of the h_i themselves no more than the influence looks at."""
-        assert self._influence is not None  # else this parameter would not be captured
-        n, part = self.num_examples, self._influence.part(param)
+    def _square_single_tokens(
+        self, squares: SquareSum, param: Tensor, a: Tensor, d: Tensor, grad: Tensor | None
+    ) -> None:
+        """Of one token per example no h_i need be formed: ``Q = (D²)ᵀ(A²)``."""
+        target, fresh = squares.buffer(param)
+        if grad is not None:
+            grad.copy_(d.T @ a)
+        a, d = (x.to(target.dtype).square() for x in (a, d))
+        target.copy_(d.T @ a) if fresh else target.addmm_(d.T, a)
+
+    def _show_part(
+        self,
+        sink: Sink,
+        param: Tensor,
+        part: tuple[slice, slice],
+        uses: list[tuple[Tensor, Tensor]],
+        grad: Tensor | None,
+    ) -> None:
+        """``grad = Σ_i h_i`` (if given), and of the h_i themselves no more than the sink looks at."""
+        n = self.num_examples
         if grad is not None:
             ((a, d),) = uses
             for rows, columns in _around(part, param):
@@ -304,7 +308,7 @@ class Capture:
         for i in range(0, n, some):
             first, *others = (torch.bmm(dt[i : i + some], a[i : i + some]) for dt, a in factors)
             h = sum(others, first)
-            self._influence.add_part(param, i, h)
+            sink.add_part(param, i, h)
             if grad is not None:
                 total = h.sum(0, dtype=grad.dtype)
                 grad[rows, columns] = total if i == 0 else grad[rows, columns] + total
@@ -315,24 +319,24 @@ class Capture:
         key = (a.device, a.dtype, self.num_examples, rows, length.bit_length(), width, out)
 
         def ways() -> tuple[Callable[[], None], Callable[[], None]]:
-            spare = torch.empty_like(grad), torch.empty_like(grad)
+            spare, squares = torch.empty_like(grad), SquareSum([param])
+            fused = partial(kernels_gpu.weight_gradient, d, a, self.num_examples, spare)
             return (
-                partial(kernels.weight_gradient, d, a, self.num_examples, *spare, True),
-                partial(self._one_by_one, param, [(a, d)], *spare, True, None),
+                partial(fused, squares.buffer(param)[0], True),
+                partial(self._one_by_one, param, [(a, d)], spare, None, [squares]),
             )
 
-        return kernels.faster(key, ways)
+        return kernels_gpu.faster(key, ways)
 
     def _one_by_one(
         self,
         param: Tensor,
         uses: list[tuple[Tensor, Tensor]],
         grad: Tensor | None,
-        target: Tensor | None,
-        fresh: bool,
         tokens: _Tokens | None,
+        sinks: Sequence[Sink],
     ) -> None:
-        """``_sum_and_square`` with one matrix product per example, block of rows and use."""
+        """``_sum_and_show`` with one matrix product per example, block of rows and use."""
         rows, sums = self._rows_per_block(param), wide(param.dtype)
         # per example and use: D_iᵀ [out, tokens] and A_i [tokens, in]
         split = [list(zip(*map(self.layout.split, use), strict=True)) for use in uses]
@@ -357,41 +361,27 @@ class Capture:
                     total.copy_(into) if i == 0 else total.add_(into)
                 if tokens is not None:
                     tokens.take(i, start, into)
-                self._square(param, i, start, into, target, fresh and i == 0)
+                for sink in sinks:
+                    sink.add(param, i, into[None], start)
 
-    def _square(
-        self, param: Tensor, example: int, start: int, h: Tensor, target: Tensor | None, fresh: bool
-    ) -> None:
-        """``Q += h²`` in the rows from ``start`` on, where the parameter is gated."""
-        if self._influence is not None:
-            self._influence.add(param, example, h, start)
-        if target is None:
-            return
-        squares = target[start : start + len(h)]
-        if fresh:
-            torch.mul(h, h, out=squares)
-        else:
-            squares.addcmul_(h, h)
-
-    def _side_by_side(
-        self, param: Tensor, a: Tensor, d: Tensor, grad: Tensor, target: Tensor | None, fresh: bool
-    ) -> None:
+    def _side_by_side(self, param: Tensor, a: Tensor, d: Tensor, grad: Tensor, sinks: Sequence[Sink]) -> None:
         """``_one_by_one`` for one use, with several examples in a product: one pass over G and Q for all."""
         n, rows = self.num_examples, min(self._rows_per_block(param), param.shape[0])
         a, dt = _by_example(a, n), _by_example(d, n).transpose(1, 2)  # [N, tokens, in], [N, out, tokens]
         some = max(1, _SIDE_BY_SIDE // (rows * param.shape[1]))
+        squares = next((sink for sink in sinks if isinstance(sink, SquareSum)), None)
         for start in range(0, param.shape[0], rows):
             total = grad[start : start + rows]
             for i in range(0, n, some):
                 h = self._scratch_like(total.expand(min(some, n - i), *total.shape), total.dtype)
                 torch.bmm(dt[i : i + some, start : start + rows], a[i : i + some], out=h)
-                if self._influence is not None:
-                    self._influence.add_some(param, i, h, start)
-                if target is None:
-                    torch.sum(h, 0, out=total) if i == 0 else total.add_(h.sum(0))
+                for sink in sinks:
+                    if sink is not squares:
+                        sink.add(param, i, h, start)
+                if squares is not None:
+                    squares.add_and_sum(param, i, h, start, total)
                 else:
-                    squares = target[start : start + rows]
-                    kernels_cpu.add_squares(h, total, squares, first=i == 0, fresh=fresh and i == 0)
+                    torch.sum(h, 0, out=total) if i == 0 else total.add_(h.sum(0))
 
     def _scratch_like(self, like: Tensor, dtype: torch.dtype) -> Tensor:
         key = (dtype, like.device)

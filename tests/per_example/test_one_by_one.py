@@ -10,9 +10,9 @@ from losses import KINDS, SEQ2SEQ_DATA, TEXTS, VOCABULARY, CallsParts, Kind, Rid
 from test_trainer import QUIET
 from torch import Tensor
 
-from hf_poprisk import PopRiskTrainingArguments, one_by_one
-from hf_poprisk.batched import Capture, Rows
-from hf_poprisk.one_by_one import OneByOne
+from hf_poprisk import PopRiskTrainingArguments
+from hf_poprisk.per_example import Capture, Rows, one_by_one
+from hf_poprisk.per_example.one_by_one import OneByOne
 
 TOLERANCE = 5e-5
 
@@ -98,7 +98,7 @@ def test_wrong_squares_are_not_taken(
 
     def finish(capture: Capture, param: Tensor, grad: Tensor) -> None:
         original(capture, param, grad)
-        capture._square_buffer(param)[0].mul_(2)
+        capture._sinks[0].so_far()[param].mul_(2)
 
     monkeypatch.setattr(Capture, "finish", finish)
     with caplog.at_level(logging.WARNING):

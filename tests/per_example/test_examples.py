@@ -15,8 +15,8 @@ from torch import nn
 from transformers import BatchEncoding, DataCollatorWithFlattening, Trainer, TrainerCallback
 
 from hf_poprisk import PopRiskMixin, PopRiskSFTConfig, PopRiskSFTTrainer, PopRiskTrainingArguments
-from hf_poprisk.batched import Packed, Rows
-from hf_poprisk.microbatch import NotSeparable, find_layout, take
+from hf_poprisk.per_example import Packed, Rows
+from hf_poprisk.per_example.examples import NotSeparable, find_layout, take
 
 
 def test_rows_are_found_in_nested_batches() -> None:

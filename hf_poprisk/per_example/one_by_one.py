@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from hf_poprisk.batched import Layout, Packed, Rows
-from hf_poprisk.microbatch import NotSeparable, num_rows, take
+from hf_poprisk.per_example import Layout, Packed, Rows
+from hf_poprisk.per_example.examples import NotSeparable, num_rows, take
 
 _Outputs = list[tuple[nn.Module, Any]]  # modules and what they gave, in the order of the calls
 

@@ -47,20 +47,19 @@ def add_squares(h: Tensor, grad: Tensor, square: Tensor, first: bool, fresh: boo
     _loops().add_squares(h.view(len(h), numel).numpy(), _array(grad), _array(square), first, fresh)
 
 
-def weigh(h: Tensor, precondition: Tensor, signal: Tensor, bound: float) -> Tensor:
-    """``Σ_k h_ik clamp(P_k h_ik, ±c)`` and ``Σ_k S_k h_ik``, on one thread; see ``Influence``.
+def weigh(h: Tensor, precondition: Tensor, bound: float) -> Tensor:
+    """``Σ_k h_ik clamp(P_k h_ik, ±c)``, on one thread; see ``SelfInfluence``.
 
     Args:
         h: gradients of n examples, [n, numel].
         precondition: P, [numel].
-        signal: S, [numel].
         bound: c.
 
     Returns:
-        [2, n] float32.
+        [n] float32.
     """
-    out = torch.empty(2, len(h))
-    _loops().weigh(h.numpy(), _array(precondition), _array(signal), np.float32(bound), out.numpy())
+    out = torch.empty(len(h))
+    _loops().weigh(h.numpy(), _array(precondition), np.float32(bound), out.numpy())
     return out
 
 
@@ -171,22 +170,20 @@ def _add_squares(h, grad, square, first, fresh):  # type: ignore[no-untyped-def]
                 q[k] += h_i[k] * h_i[k]
 
 
-def _weigh(h, precondition, signal, bound, out):  # type: ignore[no-untyped-def]
+def _weigh(h, precondition, bound, out):  # type: ignore[no-untyped-def]
     out[:] = _ZERO
     for start in range(0, precondition.size, _TILE):
         stop = start + _TILE
-        p, s = precondition[start:stop], signal[start:stop]
+        p = precondition[start:stop]
         for i in range(h.shape[0]):
             h_i = h[i, start:stop]
-            energy = agreement = _ZERO
+            energy = _ZERO
             for k in range(p.size):
                 moved = p[k] * h_i[k]
                 moved = bound if moved > bound else moved
                 moved = -bound if moved < -bound else moved
                 energy += moved * h_i[k]
-                agreement += s[k] * h_i[k]
-            out[0, i] += energy
-            out[1, i] += agreement
+            out[i] += energy
 
 
 def _decide(grad, sq_sum, low, high, scale, soft):  # type: ignore[no-untyped-def]

@@ -4,13 +4,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import reference
 import torch
 from models import tiny_model, token_examples
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from hf_poprisk import PopRiskAdamW, reference
-from hf_poprisk.moments import ExampleWindow
+from hf_poprisk import PopRiskAdamW
+from hf_poprisk.per_example.window import ExampleWindow
 
 B = 5
 
@@ -179,5 +180,5 @@ def test_buffers_are_reused_from_step_to_step() -> None:
                 (p * torch.randn(50)).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-        addresses.add(optimizer._window._sq_sums[p].data_ptr())
+        addresses.add(optimizer._window.squares._sums[p].data_ptr())
     assert len(addresses) == 1

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_poprisk.batched import BatchedGradients, Capture, Layout, Packed, Rows
-from hf_poprisk.microbatch import NotSeparable, take
-from hf_poprisk.moments import ExampleWindow
-from hf_poprisk.one_by_one import OneByOne, same_random_numbers
+from hf_poprisk.per_example import BatchedGradients, Capture, Layout, Packed, Rows
+from hf_poprisk.per_example.examples import NotSeparable, take
+from hf_poprisk.per_example.one_by_one import OneByOne, same_random_numbers
+from hf_poprisk.per_example.window import ExampleWindow
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class SelfCheck:
                     window = self._window()
                     with window.batch(layers, layout) as capture, capturing(capture):
                         self._backward(inputs)
-                    squares = window.squares()
+                    squares = window.squares.so_far()
                     verdict.together = self._differs(stock, self._take_gradients(), squares)
                 except Exception as error:  # of a model on a path that it was not made for
                     verdict.together = _first_line(error)
@@ -116,11 +116,11 @@ class SelfCheck:
             try:
                 window = self._window()
                 verdict.shared = self._run_one_by_one(inputs, layout, one_by_one, window)
-                alone = window.squares()
+                alone = window.squares.so_far()
                 verdict.one_by_one = self._differs(stock, self._take_gradients(), alone)
                 if verdict.one_by_one is None:
                     verdict.one_by_one = self._unshared(
-                        inputs, layout, one_by_one, verdict.shared & window.gated
+                        inputs, layout, one_by_one, verdict.shared & set(window.squares.params)
                     )
             except Exception as error:
                 verdict.one_by_one = _first_line(error)

@@ -1,4 +1,4 @@
-"""Where Q comes from: one backward per example, summed over a window and over the ranks.
+"""One accumulation window: micro-steps, ranks, and which backward holds which examples.
 
 A tensor hook on a leaf parameter sees the gradient of *this* backward, before it is accumulated into
 ``.grad`` and before DDP reduces it. That is the example's contribution ``h_i``, exactly, for every
@@ -7,7 +7,7 @@ architecture; ``G`` needs no buffer, because it is what ``.grad`` holds when the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
@@ -15,58 +15,53 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_poprisk.batched import BatchedGradients, Capture, Layout, Uncovered
-from hf_poprisk.influence import Influence
-
-# Elements per all-reduce: large enough to fill the link, small against the model.
-_BUCKET_NUMEL = 1 << 24
+from hf_poprisk.per_example.capture import Capture, Uncovered
+from hf_poprisk.per_example.layers import BatchedGradients
+from hf_poprisk.per_example.layout import Layout
+from hf_poprisk.per_example.sinks import Sink, SquareSum
 
 
 class ExampleWindow:
-    """Accumulates ``Q = Σ h_i²`` over the backwards of one optimizer step.
+    """Accumulates ``Q = Σ h_i²`` over the backwards of one optimizer step, and shows the h_i to other sinks.
 
-    Q is float32 (float64 for float64 parameters) whatever the parameter's dtype: in float16 the
-    squares of ordinary gradients underflow, in bfloat16 the sum stagnates. It is zero at every step
-    boundary, so it is not part of any checkpoint.
+    Q is zero at every step boundary, so it is not part of any checkpoint.
 
     Args:
-        params: the gated parameters; plain dense tensors.
+        params: the parameters whose squares are summed; plain dense tensors.
         names: parameter → name, only for messages.
-        ungated: further parameters, for an ``Influence`` only: they have no Q.
+        others: further parameters, for other sinks only.
     """
 
     def __init__(
         self,
         params: Iterable[Tensor],
         names: Mapping[Tensor, str] | None = None,
-        ungated: Iterable[Tensor] = (),
+        others: Iterable[Tensor] = (),
     ) -> None:
-        self._params = list(params)
-        self.gated = set(self._params)
-        self._ungated = list(ungated)
+        self.squares = SquareSum(params)
+        self._params = self.squares.params
+        self._others = list(others)
         self.names: Mapping[Tensor, str] = names or {}
-        self._sq_sums: dict[Tensor, Tensor] = {}  # parameter → buffer, kept from step to step
-        self._written: set[Tensor] = set()  # parameters whose buffer belongs to this window
         self._fired: set[Tensor] = set()  # parameters seen by the backward in progress
         self._stamp: tuple[object, ...] | None = None
-        self._verified = False  # of the batched way, once per run
+        self._verified = False  # of several examples in a backward, once per run
         self.num_examples = 0  # on this rank
         self.shared: set[Tensor] = set()  # parameters whose gradient may hold a term of no example
 
     @contextmanager
-    def example(self, influence: Influence | None = None, index: int = 0) -> Iterator[None]:
+    def example(self, sink: Sink | None = None, index: int = 0) -> Iterator[None]:
         """Capture the one backward inside this block as one example's contribution.
 
         Args:
-            influence: takes the gradients too.
-            index: of the example, in ``influence``.
+            sink: is shown the gradients too.
+            index: of the example, for ``sink``.
 
         Raises:
             RuntimeError: the gradients changed since the last example (clipped, unscaled, or touched
                 by a backward outside the block), none was produced, or a parameter's gradient came in
                 several parts, whose squares do not add up to the square of their sum.
         """
-        with self._backward(partial(self._add, influence, index), every=influence is not None):
+        with self._backward(partial(self._add, sink, index), every=sink is not None):
             yield
         self.num_examples += 1
 
@@ -105,20 +100,21 @@ class ExampleWindow:
         self,
         layers: BatchedGradients,
         layout: Layout,
-        influence: Influence | None = None,
+        sink: Sink | None = None,
     ) -> Iterator[Capture]:
         """Capture the one forward and backward inside this block as those of several examples.
 
         Args:
             layers: of the model; its ``uncovered`` must be empty.
             layout: which part of the batch belongs to which example.
-            influence: takes the gradients too, of N examples.
+            sink: is shown the gradients too, of N examples.
 
         Raises:
             RuntimeError: as ``example``; or a gradient that is not made of what was captured.
         """
-        every = influence is not None
-        capture = Capture(layout, self._seen(every), self._buffer, not self._verified, influence)
+        every = sink is not None
+        sinks = [self.squares] if sink is None else [self.squares, sink]
+        capture = Capture(layout, self._seen(every), sinks, not self._verified)
 
         def finish(param: Tensor, grad: Tensor) -> None:
             self._check_part(param, grad)
@@ -137,7 +133,7 @@ class ExampleWindow:
 
     def _seen(self, every: bool) -> list[Tensor]:
         """The trainable parameters whose gradients are looked at: the gated ones, or every one."""
-        return [p for p in self._params + self._ungated * every if p.requires_grad]
+        return [p for p in self._params + self._others * every if p.requires_grad]
 
     @contextmanager
     def _backward(self, hook: Callable[[Tensor, Tensor], None], every: bool) -> Iterator[None]:
@@ -175,31 +171,12 @@ class ExampleWindow:
             )
         self._fired.add(param)
 
-    def _add(self, influence: Influence | None, index: int, param: Tensor, grad: Tensor) -> None:
-        """Leaf hook: ``Q += h²``. The first example writes, so no buffer is ever zeroed."""
+    def _add(self, sink: Sink | None, index: int, param: Tensor, grad: Tensor) -> None:
+        """Leaf hook of one example."""
         self._check_part(param, grad)
-        if influence is not None:
-            influence.add(param, index, grad)
-        sq_sum, fresh = self._buffer(param)
-        if sq_sum is None:
-            return
-        if fresh:
-            # copy before squaring: bfloat16 · bfloat16 would round before the cast
-            torch.square(sq_sum.copy_(grad), out=sq_sum)
-        else:
-            sq_sum.addcmul_(grad, grad)
-
-    def _buffer(self, param: Tensor) -> tuple[Tensor | None, bool]:
-        """The parameter's Q if it is gated, and whether its content is of an older window."""
-        if param not in self.gated:
-            return None, False
-        sq_sum = self._sq_sums.get(param)
-        if sq_sum is None or sq_sum.device != param.device:
-            dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
-            sq_sum = self._sq_sums[param] = torch.empty_like(param, dtype=dtype, requires_grad=False)
-        fresh = param not in self._written
-        self._written.add(param)
-        return sq_sum, fresh
+        for each in (self.squares, sink):
+            if each is not None and each.wants(param):
+                each.add(param, index, grad[None])
 
     @torch.no_grad()
     def reduce(self) -> tuple[int, dict[Tensor, Tensor]]:
@@ -221,32 +198,16 @@ class ExampleWindow:
                 "`with optimizer.example():`, or train with PopRiskTrainer or one of its siblings."
             )
         self._check_untouched()
-        for p in with_grad:
-            if p not in self._written:  # reached on another rank only
-                dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-                self._sq_sums[p] = torch.zeros_like(p.grad, dtype=dtype)
-        sq_sums = {p: self._sq_sums[p] for p in with_grad}
-        num_examples = self.num_examples
-        if dist.is_available() and dist.is_initialized() and (world := dist.get_world_size()) > 1:
-            _all_reduce(list(sq_sums.values()), scale=1.0 / world**2)
+        sq_sums, num_examples = self.squares.reduce(with_grad), self.num_examples
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             count = torch.tensor(num_examples, device=with_grad[0].device if with_grad else None)
             dist.all_reduce(count)
             num_examples = int(count)
-            if world & (world - 1):
-                # Dividing by such a world size rounds G, and an element that one example touched has
-                # G² = Q exactly before it: rounding alone must not open it.
-                for p, sq_sum in sq_sums.items():
-                    slack = 2.0 * torch.finfo(p.grad.dtype).eps + 8.0 * torch.finfo(sq_sum.dtype).eps
-                    sq_sum.mul_(1.0 + slack)
         return num_examples, sq_sums
-
-    def squares(self) -> dict[Tensor, Tensor]:
-        """Q of this rank so far, for the parameters that have one."""
-        return {p: self._sq_sums[p] for p in self._written}
 
     def reset(self) -> None:
         """Forget the window; the buffers stay for the next one."""
-        self._written.clear()
+        self.squares.reset()
         self._stamp = None
         self.num_examples = 0
 
@@ -263,23 +224,3 @@ class ExampleWindow:
 
     def describe(self, param: Tensor) -> str:
         return self.names.get(param, f"a parameter of shape {tuple(param.shape)}")
-
-
-def _all_reduce(tensors: Sequence[Tensor], scale: float) -> None:
-    """Sum each tensor over the ranks and multiply it by ``scale``, in place, in flat buckets."""
-    start = 0
-    while start < len(tensors):
-        stop, numel, kind = start, 0, (tensors[start].dtype, tensors[start].device)
-        while stop < len(tensors) and (numel == 0 or numel + tensors[stop].numel() <= _BUCKET_NUMEL):
-            if (tensors[stop].dtype, tensors[stop].device) != kind:
-                break
-            numel += tensors[stop].numel()
-            stop += 1
-        bucket = torch.cat([t.reshape(-1) for t in tensors[start:stop]])
-        dist.all_reduce(bucket)
-        bucket.mul_(scale)
-        for tensor, reduced in zip(
-            tensors[start:stop], bucket.split([t.numel() for t in tensors[start:stop]]), strict=True
-        ):
-            tensor.copy_(reduced.view_as(tensor))
-        start = stop

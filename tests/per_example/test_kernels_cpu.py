@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 from models import tiny_model
-from test_batched import N, assert_same, batch, captured, textbook
+from test_layers import N, assert_same, batch, captured, textbook
 from torch import Tensor
 
-from hf_poprisk import PopRiskAdamW, kernels_cpu
-from hf_poprisk.batched import capture as capturing
+from hf_poprisk import PopRiskAdamW
 from hf_poprisk.gate import openness
+from hf_poprisk.per_example import capture as capturing
+from hf_poprisk.per_example import kernels_cpu
 
 pytest.importorskip("numba", reason="without numba the plain code runs, which the other files test")
 
@@ -51,16 +52,15 @@ def test_add_squares(shape: tuple[int, ...], first: bool, fresh: bool, threads: 
 
 @pytest.mark.parametrize("numel", [0, 1, 91, 2048, 5000])
 def test_weigh(numel: int) -> None:
-    h, precondition, signal = torch.randn(5, numel), torch.rand(numel) * 10, torch.randn(numel)
+    h, precondition = torch.randn(5, numel), torch.rand(numel) * 10
     exact = h.double()
-    energy = (exact * (exact * precondition).clamp(-2.5, 2.5)).sum(1)
-    expected = torch.stack([energy, (exact * signal).sum(1)])
-    found = kernels_cpu.weigh(h, precondition, signal, 2.5)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-3)
+    expected = (exact * (exact * precondition).clamp(-2.5, 2.5)).sum(1)
+    torch.testing.assert_close(
+        kernels_cpu.weigh(h, precondition, 2.5).double(), expected, rtol=1e-5, atol=1e-3
+    )
     if numel > 1:
         h[2, 1] = torch.nan
-        found = kernels_cpu.weigh(h, precondition, signal, 2.5)
-        assert found.isnan().any(0).tolist() == [i == 2 for i in range(5)]
+        assert kernels_cpu.weigh(h, precondition, 2.5).isnan().tolist() == [i == 2 for i in range(5)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -222,7 +222,7 @@ def test_a_package_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
 def test_a_forked_process_has_threads_of_its_own() -> None:
     code = """
 import os, torch
-from hf_poprisk import kernels_cpu
+from hf_poprisk.per_example import kernels_cpu
 kernels_cpu._SHARE = 1
 torch.set_num_threads(2)
 run = lambda: kernels_cpu.decide(torch.ones(9), torch.full((9,), 0.5), 2, False)[0].item()

@@ -1,0 +1,40 @@
+"""Per-example gradients as a service: the gradient of a loss always, and whatever else a sink makes of them.
+
+A layer's weight gradient is ``G = Σ_i D_iᵀ A_i`` over the examples of a micro-batch, with A the layer's
+input and D the gradient of its output. Computing it one example at a time costs the same arithmetic, and
+every term is the example's ``h_i``, shown to the sinks while it is in the cache. Nothing of the size
+[examples, out, in] exists for a large layer. Where a layer is not known, the examples go back one by one.
+
+    window.py       one accumulation window: micro-steps, ranks                        <- read first
+    sinks.py        what becomes of the h_i: SquareSum (Q), SelfInfluence
+    layout.py       which part of a tensor belongs to which example
+    layers.py       which layers form their per-example gradients, how each is run
+    functions.py    the autograd functions that they run through
+    fused_head.py   TRL's fused language-model head
+    capture.py      the h_i of one forward and backward
+    examples.py     where the examples of a collated micro-batch are, and how one is taken out
+    one_by_one.py   the examples backpropagated alone, whatever the loss
+    self_check.py   is what the sinks are shown the stock gradient?
+    kernels_cpu.py kernels_gpu.py   the inner loops
+
+Nothing here knows of an optimizer, a gate or a trainer.
+"""
+
+from hf_poprisk.per_example.capture import Capture, Uncovered
+from hf_poprisk.per_example.layers import BatchedGradients
+from hf_poprisk.per_example.layout import Layout, Packed, Rows
+from hf_poprisk.per_example.sinks import SelfInfluence, Sink, SquareSum
+from hf_poprisk.per_example.window import ExampleWindow
+
+__all__ = [
+    "BatchedGradients",
+    "Capture",
+    "ExampleWindow",
+    "Layout",
+    "Packed",
+    "Rows",
+    "SelfInfluence",
+    "Sink",
+    "SquareSum",
+    "Uncovered",
+]
