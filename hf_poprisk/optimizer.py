@@ -173,6 +173,10 @@ class PopRiskAdamW(torch.optim.AdamW):
         }
         return {**given, **self._names}
 
+    def describe(self, param: Tensor) -> str:
+        """A parameter's name, or else its shape."""
+        return self._open_window().describe(param)
+
     def example(self, sink: Sink | None = None, index: int = 0) -> AbstractContextManager[None]:
         """Block around the backward of one example (of one micro-batch with ``estimator="group"``).
 
@@ -266,7 +270,8 @@ class PopRiskAdamW(torch.optim.AdamW):
         device = sums[0].device
         stacked = torch.stack([s.to(device) for s in sums])
         _, _, energy, noise = stacked.unbind(1)
-        unseen = (noise == 0) & (energy > _UNDERFLOW)
+        rounding = torch.finfo(torch.float32).eps ** 2 * energy.sum()  # of what cancels out
+        unseen = (noise == 0) & (energy > _UNDERFLOW) & (energy > rounding)
         if window.shared:  # a penalty may reach what no example does
             unseen &= torch.tensor([p not in window.shared for p in sq_sums], device=device)
         # the only wait for the device in a step

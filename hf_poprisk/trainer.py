@@ -5,9 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from collections.abc import Callable
 from typing import Any, ParamSpec
 
 import torch
@@ -15,19 +13,14 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import has_length
 
-from hf_poprisk.adam_metric import AdamMetric
 from hf_poprisk.arguments import OPTIM, PopRiskArgumentsMixin, PopRiskTrainingArguments
 from hf_poprisk.checkpoints import CheckpointMixin, describe_data
 from hf_poprisk.hub import HubMixin
 from hf_poprisk.label_noise.mixin import LabelNoiseMixin, check_datasets_installed, with_index
 from hf_poprisk.label_noise.sample import take_sample
+from hf_poprisk.microbatch import MicrobatchMixin
 from hf_poprisk.optimizer import PopRiskAdamW, matching
-from hf_poprisk.per_example import BatchedGradients, Capture, Layout, Packed, Rows
-from hf_poprisk.per_example.examples import NotSeparable, find_layout, like
 from hf_poprisk.per_example.examples import take_example as take_example
-from hf_poprisk.per_example.one_by_one import OneByOne
-from hf_poprisk.per_example.self_check import EXACT, LOW_PRECISION, SelfCheck, some_examples, unlogged
-from hf_poprisk.per_example.sinks import SelfInfluence
 from hf_poprisk.risk import RiskMeter
 
 logger = logging.getLogger(__name__)
@@ -47,7 +40,7 @@ def takes_what(stock: Callable[_P, None]) -> Callable[[Callable[..., None]], Cal
     return decorate
 
 
-class PopRiskMixin(HubMixin, CheckpointMixin, LabelNoiseMixin):
+class PopRiskMixin(MicrobatchMixin, HubMixin, CheckpointMixin, LabelNoiseMixin):
     """Stands before a ``Trainer`` class in the bases and gates its optimizer.
 
     ``optim="poprisk_adamw"`` in the arguments turns it on; with any other optimizer the trainer is the
@@ -61,12 +54,7 @@ class PopRiskMixin(HubMixin, CheckpointMixin, LabelNoiseMixin):
 
     # Of the trainers with a config of their own; TRL would make its stock config of another class.
     _config_class: type[Any] | None = None
-    _rows_per_example = 1  # rows i, i + N, … of a micro-batch of N examples are one of them
-    _layers: BatchedGradients | None = None  # of the model, where a micro-batch is taken in one backward
-    _not_together: str | None = None  # why it is not
-    _one_by_one: OneByOne | None = None  # where it is not
-    _shared: set[torch.Tensor] = set()  # parameters with a term in the loss that belongs to no example
-    _paths_checked = _count_checked = _said_without_gate = False
+    _said_without_gate = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # Bound by name, because DPO has `ref_model` where the others have `args`.
@@ -233,229 +221,6 @@ class PopRiskMixin(HubMixin, CheckpointMixin, LabelNoiseMixin):
             self._risk.observe(_unwrap(self.optimizer), scale, self.args.max_grad_norm)
         return loss
 
-    def _gated_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any) -> torch.Tensor:
-        optimizer = self._poprisk_optimizer()
-        if optimizer is None:
-            return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
-        inputs, rows = self._take_rows(inputs)
-        layout = self._layout(optimizer, inputs)
-        if layout.num_examples > 1 and not self._paths_checked:
-            self._check_paths(optimizer, model, inputs, num_items_in_batch, layout)
-        step = partial(super().training_step, model, inputs, num_items_in_batch)  # type: ignore[misc]
-        with self._judging(rows, optimizer) as sink:
-            if layout.num_examples == 1:
-                with optimizer.example(sink):
-                    loss = step()
-            elif self._layers is not None:
-                with (
-                    optimizer.batch(self._layers, layout, sink) as capture,
-                    self._row_operations(capture),
-                ):
-                    loss = step()
-            else:
-                loss = self._one_by_one_step(optimizer, step, model, layout, sink)
-        if self.accelerator.sync_gradients:
-            optimizer.close_window()
-            self._book_visits(optimizer.open_share)
-        return loss
-
-    def _runs_an_example_alone(self) -> bool:
-        return self._one_by_one is not None and self._one_by_one.alone
-
-    def _needs_examples(self, optimizer: PopRiskAdamW) -> bool:
-        return optimizer.needs_examples or self._label_noise is not None
-
-    def _layout(self, optimizer: PopRiskAdamW, inputs: Any) -> Layout:
-        """Where the examples are; a single one where none are asked for."""
-        if self.args.poprisk_estimator == "group" or not self._needs_examples(optimizer):
-            return Rows(1, 1)
-        main_input = getattr(self.accelerator.unwrap_model(self.model), "main_input_name", "input_ids")
-        size = self.args.per_device_train_batch_size
-        try:
-            layout = find_layout(inputs, self._rows_per_example, main_input)
-        except NotSeparable as error:
-            if size == 1:
-                return Rows(1, 1)
-            raise ValueError(f"{error}: {self._way_out}.") from error
-        if isinstance(layout, Packed):
-            return layout
-        if size == 1:
-            return Rows(1, layout.num_rows)
-        self._check_count(layout.num_examples)
-        return layout
-
-    def _one_by_one_step(
-        self,
-        optimizer: PopRiskAdamW,
-        step: Callable[[], torch.Tensor],
-        model: nn.Module,
-        layout: Layout,
-        sink: SelfInfluence | None,
-    ) -> torch.Tensor:
-        """The stock step on the examples' outputs, and then each example's share of its gradient."""
-        one_by_one = self._one_by_one
-        assert one_by_one is not None  # since the self-check
-        with (
-            self._uncompiled(),
-            self.accelerator.no_sync(model),
-            one_by_one.cached(layout),
-            optimizer.no_example(self._shared),
-        ):
-            loss = step()
-        one_by_one.check()
-        unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        for i in range(layout.num_examples):
-            # only the last one is synchronised: the gradients would be averaged over and over
-            last = i == layout.num_examples - 1 and self.accelerator.sync_gradients
-            with (
-                nullcontext() if last else self.accelerator.no_sync(model),
-                self._uncompiled(),
-                self.compute_loss_context_manager(),
-                optimizer.example(sink, i),
-            ):
-                one_by_one.backward(i, model if last and model is not unwrapped else None)
-        one_by_one.release()
-        return loss
-
-    def _uncompiled(self) -> AbstractContextManager[Any]:
-        """Examples alone are not what a compiled model was compiled for."""
-        if self.args.torch_compile:
-            return torch.compiler.set_stance("force_eager")
-        return nullcontext()
-
-    def _check_paths(
-        self, optimizer: PopRiskAdamW, model: nn.Module, inputs: Any, num_items_in_batch: Any, layout: Layout
-    ) -> None:
-        """The self-check, once per run: choose a path on which the gradient is the stock one, or refuse."""
-        self._paths_checked = True
-        if self._layers is None and self._not_together is None:  # packed rows that nothing announced
-            self._find_layers(optimizer)
-        unwrapped = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        self._one_by_one = OneByOne(unwrapped)
-
-        def backward(batch: Any) -> None:
-            with self.compute_loss_context_manager():
-                batch = self._prepare_inputs(_copied(batch))
-                loss = self.compute_loss(model, batch, num_items_in_batch=num_items_in_batch)
-            loss.backward()
-
-        if layout.num_examples > 2 and any(
-            getattr(m, "gradient_checkpointing", False) for m in unwrapped.modules()
-        ):
-            # in eval mode nothing is recomputed, and all of them may not fit
-            inputs, layout = some_examples(inputs, layout, [0, 1], unwrapped)
-        mixed = self.accelerator.mixed_precision != "no" or torch.backends.cuda.matmul.allow_tf32
-        low = mixed or any(p.dtype in (torch.bfloat16, torch.float16) for p in unwrapped.parameters())
-        check = SelfCheck(unwrapped, optimizer.new_window, backward, LOW_PRECISION if low else EXACT)
-        with unlogged(self), self._uncompiled(), self.accelerator.no_sync(model):
-            verdict = check.run(
-                inputs, layout, self._layers, self._row_operations, self._one_by_one, self._not_together
-            )
-        self._shared = verdict.shared
-        wrong = torch.tensor(
-            [float(verdict.together is not None), float(verdict.one_by_one is not None)],
-            device=self.accelerator.device,
-        )
-        together, one_by_one = (bool(x) for x in self.accelerator.reduce(wrong).tolist())
-        elsewhere = "something on another rank"
-        if not together:
-            return
-        if one_by_one:
-            raise ValueError(
-                "the gradient of the examples of a micro-batch would not be the stock trainer's ("
-                f"{verdict.one_by_one or verdict.together or elsewhere}): {self._way_out}."
-            )
-        self._layers = None
-        if self._not_together is None:
-            self._say_one_by_one(verdict.together or elsewhere)
-
-    @property
-    def _way_out(self) -> str:
-        grouping = ", or poprisk_estimator=group" * (self._label_noise is None)
-        return f"set per_device_train_batch_size=1 and raise gradient_accumulation_steps{grouping}"
-
-    def _check_count(self, count: int) -> None:
-        """The collator must leave as many examples as it was given; only the last of an epoch may be few."""
-        size, data = self.args.per_device_train_batch_size, self.train_dataset
-        if self.accelerator.split_batches:
-            size //= self.args.world_size
-        full = has_length(data) and len(data) >= size * self.args.world_size
-        first, self._count_checked = not self._count_checked and self.state.global_step == 0, True
-        if count > size or count < size and full and first:
-            raise ValueError(
-                f"the data collator made {count} examples of {size}: if it joins them, as padding-free ones "
-                "do, use another; set per_device_train_batch_size=1, or poprisk_estimator=group."
-            )
-
-    def _row_operations(self, capture: Capture) -> AbstractContextManager[Any]:
-        """For trainers with operations of their own on a parameter."""
-        return nullcontext()
-
-    def _balances_experts(self, model: nn.Module) -> bool:
-        """Whether the loss holds a term over the experts' loads, asked for by the trainer or the model."""
-        asked = getattr(self, "aux_loss_enabled", None)
-        if asked is not None:  # of TRL: its coefficient is in the arguments
-            return bool(asked) and getattr(self, "router_aux_loss_coef", 1) != 0
-        config = getattr(model, "config", None)
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        return any(
-            bool(getattr(c, "output_router_logits", False) and getattr(c, "router_aux_loss_coef", 0))
-            for c in (config, text)
-        )
-
-    def _prepare_layers(self, optimizer: PopRiskAdamW) -> None:
-        """Decide how micro-batches of several examples are taken, and say so."""
-        args, self._layers, self._not_together = self.args, None, None
-        self._paths_checked = self._count_checked = False
-        if not self._needs_examples(optimizer) or args.poprisk_estimator == "group":
-            return
-        model = self.accelerator.unwrap_model(self.model)
-        balanced = self._balances_experts(model)
-        if self._label_noise is not None and balanced:
-            raise ValueError(
-                "router_aux_loss_coef adds a term to the loss that is not about labels: set it to 0, or "
-                "poprisk_label_noise=off."
-            )
-        if args.per_device_train_batch_size == 1 and not getattr(args, "packing", False):
-            return
-        if balanced:
-            raise ValueError(
-                "router_aux_loss_coef balances the experts over the examples of a micro-batch: set it to 0, "
-                f"or {self._way_out}."
-            )
-        _check_batch_norm(model, self._way_out)
-        self._find_layers(optimizer)
-
-    def _find_layers(self, optimizer: PopRiskAdamW) -> None:
-        """The layers for one backward, or why there is none."""
-        model = self.accelerator.unwrap_model(self.model)
-        for option in ("torch_compile", "use_liger_kernel"):
-            if getattr(self.args, option, False):
-                without = ", and not compiled" * (option == "torch_compile")
-                return self._say_one_by_one(f"{option}=True{without}")
-        if any(module._compiled_call_impl is not None for module in model.modules()):
-            return self._say_one_by_one("model.compile()")
-        wanted = optimizer.gated_parameters
-        if self._label_noise is not None:
-            wanted = [p for p in AdamMetric(optimizer).params if p.requires_grad]
-        layers = BatchedGradients(model, wanted)
-        if layers.uncovered:
-            some = [f"{name} ({why})" for name, why in list(layers.uncovered.items())[:3]]
-            more = f" and {len(layers.uncovered) - 3} more" if len(layers.uncovered) > 3 else ""
-            return self._say_one_by_one(", ".join(some) + more)
-        self._layers = layers
-
-    def _say_one_by_one(self, reason: str) -> None:
-        self._not_together = reason
-        if self.args.ddp_static_graph:
-            raise ValueError(
-                "ddp_static_graph=True fails in PyTorch when the examples of a micro-batch are taken one by "
-                f"one, which they are because of {reason}: set ddp_static_graph=False."
-            )
-        logger.warning(
-            f"population-risk gate: the examples of a micro-batch are taken one by one, because of {reason}."
-        )
-
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         optimizer = self._poprisk_optimizer()
         if optimizer is not None and "loss" in logs:
@@ -477,20 +242,6 @@ def _unwrap(optimizer: Any) -> Any:
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
-
-
-def _copied(batch: Any) -> Any:
-    """Its containers are new: a loss may take things out of the batch it is given."""
-    if isinstance(batch, Mapping):
-        return like(batch, {name: _copied(value) for name, value in batch.items()})
-    return like(batch, [_copied(value) for value in batch]) if isinstance(batch, list | tuple) else batch
-
-
-def _check_batch_norm(model: nn.Module, way_out: str) -> None:
-    """Refuse what makes an example depend on the others in its micro-batch, and not in eval mode."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            raise ValueError(f"{name} normalises over the examples of a micro-batch: {way_out}.")
 
 
 def _check_agreement(optimizer: PopRiskAdamW, named: dict[str, torch.Tensor], args: Any) -> None:

@@ -117,7 +117,7 @@ class _FusedHeadMixin(PopRiskMixin):
 class PopRiskDPOTrainer(_FusedHeadMixin, DPOTrainer):
     """``trl.DPOTrainer`` with the gate."""
 
-    _rows_per_example = 2  # chosen rows first, then rejected ones
+    rows_per_example = 2  # chosen rows first, then rejected ones
     _preferences = True
     _config_class = PopRiskDPOConfig
     _tag_names = [*DPOTrainer._tag_names, _TAG]
@@ -141,7 +141,7 @@ class PopRiskSFTTrainer(_FusedHeadMixin, SFTTrainer):
 class PopRiskRewardTrainer(PopRiskMixin, RewardTrainer):
     """``trl.RewardTrainer`` with the gate."""
 
-    _rows_per_example = 2  # chosen rows first, then rejected ones
+    rows_per_example = 2  # chosen rows first, then rejected ones
     _preferences = True
     _config_class = PopRiskRewardConfig
     _tag_names = [*RewardTrainer._tag_names, _TAG]

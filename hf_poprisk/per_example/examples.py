@@ -61,6 +61,8 @@ def _packed_lengths(inputs: Mapping[str, Any]) -> tuple[int, ...] | None:
         return None
     if positions.shape != ids.shape or ids.dim() != 2 or ids.shape[0] != 1:
         return None
+    if inputs.get("attention_mask") is not None:
+        return None  # a single padded row
     used = positions[0].nonzero().flatten()
     starts = (positions[0] == 0).nonzero().flatten().tolist()
     if not len(used) or starts[0] != 0:
@@ -128,24 +130,31 @@ class _Taker:
         rows, count = self.layout.num_rows, self.layout.num_examples
         if value.dim() == 0:
             return value
+        if name == "position_ids" and value.dim() == 3 and value.shape[1] == rows:
+            return _select(value, 1, self._rows)  # of several kinds: [3, rows, tokens]
         if value.shape[0] == rows:
             return _select(value, 0, self._rows)
         if value.shape[0] == count:
             return _select(value, 0, self.examples)
         if value.shape[0] == 1:
             return value
-        if value.dim() > 1 and value.shape[1] == rows:  # positions of several kinds: [3, rows, tokens]
+        if value.dim() > 1 and value.shape[1] == rows:  # sequence first
             return _select(value, 1, self._rows)
         raise self._hidden(name, len(value))
 
     def _sequence(self, value: Any, name: str) -> Any:
         rows, count = self.layout.num_rows, self.layout.num_examples
-        if any(isinstance(x, Tensor) and x.dim() and len(x) in (rows, count) for x in _leaves(value)):
+        held = [isinstance(x, Tensor) and x.dim() > 0 and len(x) in (rows, count) for x in _leaves(value)]
+        if len(value) in (rows, count) and name:
+            if held and all(held):
+                raise NotSeparable(
+                    f"inputs[{name!r}] may hold an entry per example or tensors of all of them: its length "
+                    "is theirs"
+                )
+            taken = self._rows if len(value) == rows else self.examples
+            return like(value, [value[i] for i in taken])
+        if any(held):
             return like(value, [self(v, f"{name}[{i}]") for i, v in enumerate(value)])
-        if len(value) == rows:
-            return like(value, [value[row] for row in self._rows])
-        if len(value) == count:
-            return like(value, [value[i] for i in self.examples])
         if not any(isinstance(x, Tensor) for x in _leaves(value)):
             return value
         raise self._hidden(name, len(value))

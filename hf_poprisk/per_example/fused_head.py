@@ -1,8 +1,8 @@
 """TRL's fused language-model head, run example by example.
 
-The head multiplies all tokens of a micro-batch at once, and none of its rows says whose it is. TRL has no hook
-there: its autograd function is replaced while a micro-batch is captured. This is the only place that reaches
-into TRL's private names.
+The head multiplies all tokens of a micro-batch at once, and none of its rows says whose it is. TRL has no
+hook there: its autograd function is replaced while a micro-batch is captured. This is the only place that
+reaches into TRL's private names.
 """
 
 from __future__ import annotations

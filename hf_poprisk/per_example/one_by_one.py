@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten_with_path, tree_unflatten
 
 from hf_poprisk.per_example import Layout, Packed, Rows
 from hf_poprisk.per_example.examples import NotSeparable, num_rows, take
@@ -62,8 +62,9 @@ class OneByOne:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._config = getattr(model, "config", None)
+        self._main_input = getattr(model, "main_input_name", "input_ids")
         self._cut: list[nn.Module] = [model]  # whose outputs are cached
-        self._axes: dict[tuple[int, int, int], _Slot] = {}  # call, output, tensor → where the examples are
+        self._axes: dict[tuple[int, int, Any], _Slot] = {}  # call, output, path in it → the examples
         self._calls: list[_Call] = []
         self.alone = False  # an example is being run
 
@@ -109,24 +110,55 @@ class OneByOne:
         """
         tensors, slopes = [], []
         for call in self._calls:
-            outputs = call.outputs[example]
+            outputs, call.outputs[example] = call.outputs[example], []
             if through is not None:
-                args, kwargs = self._piece(call, example)
-                with same_random_numbers(), self._recorded() as outputs:
-                    _set_random_state(call.state)
-                    through(*args, **kwargs)
+                outputs = self._again(call, example, through)
             for (_, output), slots in zip(outputs, call.slots, strict=True):
-                for tensor, slot in zip(tree_flatten(output)[0], slots, strict=True):
+                for (_, tensor), slot in zip(tree_flatten_with_path(output)[0], slots, strict=True):
                     if slot.slope is not None and slot.axis is not None and tensor.requires_grad:
                         tensors.append(tensor)
                         slopes.append(_part(slot.slope, slot, call.layout, example).to(tensor.dtype))
-            call.outputs[example] = []
         if tensors:
             torch.autograd.backward(tensors, slopes)
+
+    def _again(self, call: _Call, example: int, through: Callable[..., Any]) -> _Outputs:
+        args, kwargs = self._piece(call, example)
+        with same_random_numbers(), self._recorded() as outputs:
+            set_random_state(call.state)
+            through(*args, **kwargs)
+        return outputs
 
     def release(self) -> None:
         """Let go of the last micro-batch."""
         self._calls = []
+
+    def has_rows_of(self, layout: Layout) -> bool:
+        """Whether the model was called on as many rows as the micro-batch has."""
+        return all(call.layout == layout for call in self._calls)
+
+    def check_rows(self, run: Callable[[], Any]) -> None:
+        """Are the rows that were taken for the first example's those that it has alone?
+
+        Args:
+            run: computes the loss of the first example alone.
+
+        Raises:
+            NotSeparable: the loss lays out the rows of its examples in another way.
+        """
+        expected, original, seen = [self._piece(call, 0) for call in self._calls], self._model.forward, []
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if torch.is_grad_enabled():
+                seen.append((args, kwargs))
+            return original(*args, **kwargs)
+
+        with _replaced(self._model, forward):
+            run()
+        for (args, kwargs), (own_args, own_kwargs) in zip(expected, seen, strict=True):
+            for (_, x), (_, y) in zip(_leaves([args, kwargs]), _leaves([own_args, own_kwargs]), strict=False):
+                comparable = isinstance(x, Tensor) and isinstance(y, Tensor) and x.shape == y.shape
+                if comparable and not torch.equal(x, y):
+                    raise NotSeparable("the rows that the model is called on are not example after example")
 
     def refine(self) -> bool:
         """Move the cut into the modules at whose outputs the loss has a slope that no example owns.
@@ -180,7 +212,7 @@ class OneByOne:
     ) -> Any:
         """The model's answer to the whole micro-batch, from its answers to the examples."""
         if isinstance(layout, Rows):
-            rows = num_rows((args, kwargs), "")
+            rows = num_rows(kwargs if self._main_input in kwargs else (args, kwargs), self._main_input)
             if rows is None or rows % layout.num_examples:
                 raise NotSeparable(f"the model is called on {rows} rows for {layout.num_examples} examples")
             layout = Rows(layout.num_examples, rows)
@@ -191,7 +223,8 @@ class OneByOne:
             with _replaced(self._model, original):
                 for example in range(layout.num_examples):
                     piece_args, piece_kwargs = self._piece(call, example)
-                    call.state = _random_state()
+                    if example == layout.num_examples - 1:
+                        call.state = random_state()
                     with self._recorded() as outputs:
                         self._model.forward(*piece_args, **piece_kwargs)
                     answers.append(outputs)
@@ -273,16 +306,16 @@ class OneByOne:
         if [module for module, _ in whole] != [module for module, _ in first]:
             raise NotSeparable("the model's parts are called in another order for a single example")
         for k, ((_, all_), (_, one)) in enumerate(zip(whole, first, strict=True)):
-            for j, (x, y) in enumerate(zip(tree_flatten(all_)[0], tree_flatten(one)[0], strict=True)):
+            for (path, x), (_, y) in zip(*map(_leaves, (all_, one)), strict=True):
                 if isinstance(x, Tensor):
-                    self._axes[call, k, j] = _find(x, y, layout)
+                    self._axes[call, k, path] = _find(x, y, layout)
 
     def _join(self, key: tuple[int, int], outputs: Sequence[Any], layout: Layout) -> tuple[Any, list[_Slot]]:
         """The examples' outputs of one module side by side, and where the loss's slope is to be left."""
-        flat = [tree_flatten(output) for output in outputs]
-        leaves, slots = [], []
-        for j, parts in enumerate(zip(*(leaves for leaves, _ in flat), strict=True)):
-            known = self._axes.get((*key, j), _Slot(None))
+        spec, leaves, slots = tree_flatten_with_path(outputs[0])[1], [], []
+        for found in zip(*map(_leaves, outputs), strict=True):
+            path, parts = found[0][0], [part for _, part in found]
+            known = self._axes.get((*key, path), _Slot(None))
             slot = _Slot(known.axis, known.shift)
             slots.append(slot)
             if not isinstance(parts[0], Tensor):
@@ -294,7 +327,12 @@ class OneByOne:
                 leaves.append(_Joined.apply(anchor, slot, layout, *parts))
             else:
                 leaves.append(_joined(parts, slot, layout))
-        return tree_unflatten(leaves, flat[0][1]), slots
+        return tree_unflatten(leaves, spec), slots
+
+
+def _leaves(output: Any) -> list[tuple[Any, Any]]:
+    """What is in a module's output, and where."""
+    return [(tuple(map(str, path)), leaf) for path, leaf in tree_flatten_with_path(output)[0]]
 
 
 class _Joined(Function):
@@ -370,20 +408,20 @@ def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 @contextmanager
 def same_random_numbers() -> Iterator[None]:
     """Draw inside this block what will be drawn after it."""
-    state = _random_state()
+    state = random_state()
     try:
         yield
     finally:
-        _set_random_state(state)
+        set_random_state(state)
 
 
-def _random_state() -> tuple[Any, ...]:
+def random_state() -> tuple[Any, ...]:
     # SpecAugment of the speech models draws from numpy
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return torch.get_rng_state(), cuda, random.getstate(), np.random.get_state()
 
 
-def _set_random_state(state: tuple[Any, ...]) -> None:
+def set_random_state(state: tuple[Any, ...]) -> None:
     torch.set_rng_state(state[0])
     if state[1]:
         torch.cuda.set_rng_state_all(state[1])

@@ -1,24 +1,26 @@
-"""Before a run begins: is what the optimizer is shown the gradient that the stock trainer computes?
+"""Before a run begins: is what the sinks are shown the gradient that the stock trainer computes?
 
-On the run's first micro-batch, in eval mode, because dropout draws other numbers for an example alone. Each
-path's sum over the examples is compared with the gradient of the whole micro-batch, and the squares of the
-one-backward path with those of the examples backpropagated alone.
+On the run's first micro-batch each path's sum over the examples is compared with the gradient of the whole
+micro-batch, and the squares of the path in one backward with those of the examples backpropagated alone. In
+train mode if nothing random is drawn there, else in eval mode: dropout draws other numbers for an example
+alone. Gradients, buffers, attributes and random numbers are afterwards as they were.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_poprisk.per_example import BatchedGradients, Capture, Layout, Packed, Rows
+from hf_poprisk.per_example.capture import Capture
 from hf_poprisk.per_example.examples import NotSeparable, take
-from hf_poprisk.per_example.one_by_one import OneByOne, same_random_numbers
+from hf_poprisk.per_example.layers import BatchedGradients
+from hf_poprisk.per_example.layout import Layout, Packed, Rows, wide
+from hf_poprisk.per_example.one_by_one import OneByOne, random_state, same_random_numbers
 from hf_poprisk.per_example.window import ExampleWindow
 
 
@@ -30,15 +32,19 @@ class Tolerance:
         gradient: of a parameter's G, in units of its norm and of √ΣQ.
         square: of a parameter's Q, in units of its sum.
         floor: share of the whole model's gradient that counts as nothing in a single parameter.
+        loss: of the loss, in units of its size.
     """
 
     gradient: float
     square: float
     floor: float
+    loss: float
 
 
-EXACT = Tolerance(gradient=1e-3, square=1e-2, floor=1e-4)
-LOW_PRECISION = Tolerance(gradient=0.1, square=0.3, floor=0.1)
+EXACT = Tolerance(gradient=1e-3, square=1e-2, floor=1e-3, loss=1e-4)
+LOW_PRECISION = Tolerance(gradient=0.1, square=0.3, floor=0.01, loss=2e-2)
+# Of a term that belongs to no example: it is computed from the same weights in the same way.
+_SAME = 1e-2
 
 
 @dataclass
@@ -49,11 +55,15 @@ class Verdict:
         together: all examples in one backward.
         one_by_one: one backward per example.
         shared: the parameters with a term in the loss that belongs to no example.
+        unreached: those of them that no example's backward reaches.
+        decided: False if the gradient was not finite: there was nothing to compare with.
     """
 
-    together: str | None
-    one_by_one: str | None
-    shared: set[Tensor]
+    together: str | None = None
+    one_by_one: str | None = None
+    shared: set[Tensor] = field(default_factory=set)
+    unreached: set[Tensor] = field(default_factory=set)
+    decided: bool = True
 
 
 class SelfCheck:
@@ -61,8 +71,8 @@ class SelfCheck:
 
     Args:
         model: not wrapped by DDP.
-        window: makes an empty ``ExampleWindow`` over the optimizer's parameters.
-        backward: computes the stock loss of a batch and backpropagates it; adds to the gradients.
+        window: makes an empty ``ExampleWindow`` over the parameters.
+        backward: computes the stock loss of a batch, backpropagates it, and returns it.
         tolerance: by the precision of the run.
     """
 
@@ -70,12 +80,14 @@ class SelfCheck:
         self,
         model: nn.Module,
         window: Callable[[], ExampleWindow],
-        backward: Callable[[Any], None],
+        backward: Callable[[Any], float],
         tolerance: Tolerance,
     ) -> None:
-        self._model, self._window, self._backward, self._tolerance = model, window, backward, tolerance
+        self._model, self._window, self._stock, self._tolerance = model, window, backward, tolerance
         self._params = [p for p in model.parameters() if p.requires_grad]
         self._names = {p: name for name, p in model.named_parameters()}
+        self._loss = 0.0
+        self._draws = self._keeps_state = False
 
     def run(
         self,
@@ -96,108 +108,112 @@ class SelfCheck:
             one_by_one: learns here where the examples are in the model's outputs.
             why_not_together: why ``layers`` is None.
         """
-        with _eval(self._model), _without_gradients(self._params), same_random_numbers():
-            self._backward(inputs)
-            stock = self._take_gradients()
-            verdict = Verdict(why_not_together, None, set())
-            squares: dict[Tensor, Tensor] | None = None
+        verdict = Verdict(together=why_not_together)
+        with _mode(self._model, training=True), _undisturbed(self._model, self._params):
+            self._watched(inputs)
+            stock, loss = self._take_gradients(), self._loss
+        with _mode(self._model, training=not self._draws):
+            if self._draws:
+                stock, loss = self._fresh(lambda: self._watched(inputs)), self._loss
             if not all(bool(g.isfinite().all()) for g in stock.values()):
-                return verdict  # nothing to compare with; the optimizer leaves such steps out
+                verdict.decided = False
+                return verdict
+            squares: dict[Tensor, Tensor] | None = None
             if layers is not None:
-                try:
-                    window = self._window()
+                window = self._window()
+
+                def together() -> None:
                     with window.batch(layers, layout) as capture, capturing(capture):
                         self._backward(inputs)
-                    squares = window.squares.so_far()
-                    verdict.together = self._differs(stock, self._take_gradients(), squares)
-                except Exception as error:  # of a model on a path that it was not made for
-                    verdict.together = _first_line(error)
-                self._take_gradients()
-            try:
-                window = self._window()
-                verdict.shared = self._run_one_by_one(inputs, layout, one_by_one, window)
-                alone = window.squares.so_far()
-                verdict.one_by_one = self._differs(stock, self._take_gradients(), alone)
-                if verdict.one_by_one is None:
-                    verdict.one_by_one = self._unshared(
-                        inputs, layout, one_by_one, verdict.shared & set(window.squares.params)
-                    )
-            except Exception as error:
-                verdict.one_by_one = _first_line(error)
-            finally:
-                one_by_one.release()
-                self._take_gradients()
+
+                verdict.together = self._try(together, stock, loss, window)
+                squares = window.squares.so_far()
+            window = self._window()
+            verdict.one_by_one = self._try(
+                lambda: self._run_one_by_one(inputs, layout, one_by_one, window, verdict), stock, loss, window
+            )
+            if verdict.one_by_one is None:
+                verdict.one_by_one = self._reason(lambda: self._is_whole(inputs, layout, one_by_one, verdict))
+            one_by_one.release()
             if squares is not None and verdict.together is None:
-                if verdict.one_by_one is None:
-                    verdict.together = self._other_squares(squares, alone)
-                elif _could_be_other_rows(inputs, layout):  # nothing vouches for its squares
-                    verdict.together = verdict.one_by_one
-            return verdict
+                verdict.together = self._squares_differ(
+                    squares, window.squares.so_far(), verdict, inputs, layout
+                )
+        return verdict
+
+    # -- passes ------------------------------------------------------------------------------------------
+
+    def _backward(self, batch: Any) -> None:
+        self._loss = self._stock(batch)
+
+    def _watched(self, inputs: Any) -> None:
+        """The stock pass; sees whether it draws random numbers and changes buffers."""
+        random = random_state()
+        buffers = {name: b.clone() for name, b in self._model.named_buffers()}
+        self._backward(inputs)
+        self._draws = not _same(random, random_state())
+        self._keeps_state |= any(
+            not torch.equal(b, buffers[name]) for name, b in self._model.named_buffers() if name in buffers
+        )
+
+    def _fresh(self, run: Callable[[], Any]) -> dict[Tensor, Tensor]:
+        """The gradients of a pass that finds everything as at the start, and leaves it so."""
+        with _undisturbed(self._model, self._params):
+            run()
+            return self._take_gradients()
+
+    def _try(
+        self, run: Callable[[], Any], stock: dict[Tensor, Tensor], loss: float, window: ExampleWindow
+    ) -> str | None:
+        """Why a path is wrong."""
+
+        def compare() -> None:
+            ours = self._fresh(run)
+            if abs(self._loss - loss) > self._tolerance.loss * max(abs(loss), 1e-3):
+                raise NotSeparable(f"the loss would be {self._loss:.4g} and not {loss:.4g}")
+            self._compare(stock, ours, window.squares.so_far())
+
+        return self._reason(compare)
+
+    @staticmethod
+    def _reason(run: Callable[[], Any]) -> str | None:
+        try:
+            run()
+        except torch.OutOfMemoryError:
+            raise
+        except NotSeparable as error:
+            return str(error)
+        except Exception as error:  # of a model on a path that it was not made for
+            text = (str(error).strip() or type(error).__name__).splitlines()[0].partition("; set ")[0]
+            return text if isinstance(error, RuntimeError) else f"{type(error).__name__}: {text}"
+        return None
 
     def _run_one_by_one(
-        self, inputs: Any, layout: Layout, one_by_one: OneByOne, window: ExampleWindow
-    ) -> set[Tensor]:
+        self, inputs: Any, layout: Layout, one_by_one: OneByOne, window: ExampleWindow, verdict: Verdict
+    ) -> None:
+        if self._keeps_state:
+            raise NotSeparable("the model keeps state in its forward, which an example alone would change")
         while True:
-            with one_by_one.cached(layout, learn=True), window.no_example(self._params) as met:
+            with (
+                one_by_one.cached(layout, learn=True),
+                window.no_example(self._params) as met,
+                same_random_numbers(),
+            ):
                 self._backward(inputs)
             if not one_by_one.refine():
                 break
             self._take_gradients()
             window.reset()
-        for example in range(layout.num_examples):
-            with window.example():
-                one_by_one.backward(example)
-        return met
-
-    def _unshared(
-        self,
-        inputs: Any,
-        layout: Layout,
-        one_by_one: OneByOne,
-        params: set[Tensor],
-    ) -> str | None:
-        """Is what reaches parameters by another way than the outputs the same whatever the examples?"""
-        if not params:
-            return None
-        terms = []
-        for examples in ([*range(layout.num_examples)], [0]):
-            batch, part = some_examples(inputs, layout, examples, self._model)
-            with one_by_one.cached(part):
-                self._backward(batch)
-            terms.append(self._take_gradients())
-        for p in params:
-            gap = (terms[0][p] - terms[1].get(p, torch.zeros_like(p))).norm()
-            if not gap <= 10 * self._tolerance.gradient * terms[0][p].norm():
-                return (
-                    f"the loss reaches {self._names[p]} by another way than the model's outputs, and "
-                    "differently for each example, where poprisk_exclude could leave it ungated"
-                )
-        return None
-
-    def _differs(
-        self, stock: dict[Tensor, Tensor], ours: dict[Tensor, Tensor], squares: dict[Tensor, Tensor]
-    ) -> str | None:
-        noise = {p: float(q.sum()) ** 0.5 for p, q in squares.items()}
-        total = sum(float(g.norm()) ** 2 for g in stock.values()) ** 0.5
-        total = max(total, sum(x**2 for x in noise.values()) ** 0.5)
-        for p in self._params:
-            g, h = (x[p] if p in x else torch.zeros_like(p) for x in (stock, ours))
-            gap, size = float((g - h).norm()), float(g.norm())
-            allowed = size + noise.get(p, 0.0) + self._tolerance.floor * total
-            if not gap <= self._tolerance.gradient * allowed:
-                return f"the gradient of {self._names[p]} would be {gap / size if size else 1:.0%} off"
-        return None
-
-    def _other_squares(self, squares: dict[Tensor, Tensor], alone: dict[Tensor, Tensor]) -> str | None:
-        total = sum(float(q.sum()) for q in alone.values())
-        for p, q in alone.items():
-            allowed = float(q.sum()) + self._tolerance.floor**2 * total
-            if (
-                not float((q - squares.get(p, torch.zeros_like(q))).abs().sum())
-                <= self._tolerance.square * allowed
-            ):
-                return f"the per-example gradients of {self._names[p]} are not those of the examples alone"
-        return None
+        verdict.shared, reached = set(met), set[Tensor]()
+        hooks = [p.register_hook(lambda _, p=p: reached.add(p)) for p in met]
+        try:
+            for example in range(layout.num_examples):
+                with window.example():
+                    one_by_one.backward(example)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        verdict.unreached = verdict.shared - reached
 
     def _take_gradients(self) -> dict[Tensor, Tensor]:
         """The accumulated gradients, which are taken away."""
@@ -206,9 +222,75 @@ class SelfCheck:
             p.grad = None
         return taken
 
+    # -- comparisons -------------------------------------------------------------------------------------
+
+    def _compare(
+        self, stock: dict[Tensor, Tensor], ours: dict[Tensor, Tensor], squares: dict[Tensor, Tensor]
+    ) -> None:
+        noise = {p: float(q.sum()) ** 0.5 for p, q in squares.items()}
+        total = sum(float(g.norm()) ** 2 for g in stock.values()) ** 0.5
+        total = max(total, sum(x**2 for x in noise.values()) ** 0.5)
+        worst, name, off = 1.0, "", 0.0
+        for p in self._params:
+            g, h = (x[p] if p in x else torch.zeros_like(p) for x in (stock, ours))
+            gap, size = float((g - h).norm()), float(g.norm())
+            allowed = size + noise.get(p, 0.0) + self._tolerance.floor * total
+            excess = gap / (self._tolerance.gradient * allowed) if allowed else float(gap > 0)
+            if not excess <= worst:
+                worst, name, off = excess, self._names[p], gap / size if size else 1.0
+        if name:
+            raise NotSeparable(f"the gradient of {name} would be {off:.0%} off")
+
+    def _is_whole(self, inputs: Any, layout: Layout, one_by_one: OneByOne, verdict: Verdict) -> None:
+        """One by one: are the rows the examples', and is what no example owns the same whatever they are?"""
+        first, part = some_examples(inputs, layout, [0], self._model)
+        if not one_by_one.has_rows_of(layout):
+            self._fresh(lambda: one_by_one.check_rows(lambda: self._backward(first)))
+        gated = verdict.shared & set(self._window().squares.params)
+        if not gated:
+            return
+        terms = []
+        for examples in ([*range(layout.num_examples)], [0], [layout.num_examples - 1]):
+            batch, part = some_examples(inputs, layout, examples, self._model)
+
+            def run(batch: Any = batch, part: Layout = part) -> None:
+                with one_by_one.cached(part):
+                    self._backward(batch)
+
+            terms.append(self._fresh(run))
+        for p in gated:
+            for other in terms[1:]:
+                gap = (terms[0][p] - other.get(p, torch.zeros_like(p))).norm()
+                if not gap <= _SAME * terms[0][p].norm():
+                    raise NotSeparable(
+                        f"the loss reaches {self._names[p]} by another way than the model's outputs, and "
+                        "differently for each example, where poprisk_exclude could leave it ungated"
+                    )
+
+    def _squares_differ(
+        self,
+        together: dict[Tensor, Tensor],
+        alone: dict[Tensor, Tensor],
+        verdict: Verdict,
+        inputs: Any,
+        layout: Layout,
+    ) -> str | None:
+        if verdict.one_by_one is not None:
+            # Random numbers drawn inside the model are others for an example alone: no fault of this path.
+            vouched = self._draws and not _could_be_other_rows(inputs, layout)
+            return None if vouched else f"examples alone: {verdict.one_by_one}"
+        total = sum(float(q.sum()) for q in alone.values())
+        for p in together.keys() | alone.keys():
+            nothing = torch.zeros_like(p, dtype=wide(p.dtype))
+            q, other = alone.get(p, nothing), together.get(p, nothing)
+            allowed = float(q.sum()) + self._tolerance.floor**2 * total
+            if not float((q - other).abs().sum()) <= self._tolerance.square * allowed:
+                return f"the per-example gradients of {self._names[p]} are not those of the examples alone"
+        return None
+
 
 def some_examples(inputs: Any, layout: Layout, examples: list[int], model: nn.Module) -> tuple[Any, Layout]:
-    """Some examples as a micro-batch of their own."""
+    """Some examples as a micro-batch of their own; one may be there twice."""
     batch = take(inputs, layout, examples, getattr(model, "config", None))
     if isinstance(layout, Packed):
         return batch, Packed(tuple(layout.lengths[i] for i in examples))
@@ -222,43 +304,46 @@ def _could_be_other_rows(inputs: Any, layout: Layout) -> bool:
     return isinstance(layout, Packed) or any(shape[1] == layout.num_rows for shape in shapes)
 
 
-def _first_line(error: Exception) -> str:
-    text = (str(error).strip() or type(error).__name__).splitlines()[0].partition("; set ")[0]
-    return text if isinstance(error, NotSeparable | RuntimeError) else f"{type(error).__name__}: {text}"
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return bool((a == b).all()) if hasattr(a, "all") else bool(a == b)
 
 
 @contextmanager
-def _eval(model: nn.Module) -> Iterator[None]:
-    training = {module: module.training for module in model.modules()}
-    model.eval()
+def _mode(model: nn.Module, training: bool) -> Iterator[None]:
+    before = {module: module.training for module in model.modules()}
+    model.train(training)
     for module in model.modules():
-        if isinstance(module, nn.RNNBase):  # cuDNN has no backward in eval mode
-            module.training = training[module] and not module.dropout
+        if isinstance(module, nn.RNNBase) and not training:  # cuDNN has no backward in eval mode
+            module.training = before[module] and not module.dropout
     try:
         yield
     finally:
-        for module, mode in training.items():
+        for module, mode in before.items():
             module.training = mode
 
 
 @contextmanager
-def _without_gradients(params: Iterable[Tensor]) -> Iterator[None]:
-    before = {p: p.grad for p in params}
-    for p in before:
+def _undisturbed(model: nn.Module, params: Iterable[Tensor]) -> Iterator[None]:
+    """Without gradients inside this block, and everything as before after it."""
+    grads = {p: p.grad for p in params}
+    buffers = {b: b.clone() for b in model.buffers() if b.device.type != "meta"}
+    attributes = {m: (dict(vars(m)), dict(m._buffers)) for m in model.modules()}
+    for p in grads:
         p.grad = None
     try:
-        yield
+        with same_random_numbers():
+            yield
     finally:
-        for p, grad in before.items():
+        for p, grad in grads.items():
             p.grad = grad
-
-
-@contextmanager
-def unlogged(trainer: Any) -> Iterator[None]:
-    """Leave TRL's metrics as they are: a loss that is tried out is not logged."""
-    before = copy.deepcopy(getattr(trainer, "_metrics", None))
-    try:
-        yield
-    finally:
-        if before is not None:
-            trainer._metrics = before
+        with torch.no_grad():
+            for buffer, value in buffers.items():
+                buffer.copy_(value)
+        for module, (before, held) in attributes.items():
+            vars(module).clear()
+            vars(module).update(before)
+            module._buffers.update(held)

@@ -20,6 +20,8 @@ from hf_poprisk.per_example.layers import BatchedGradients
 from hf_poprisk.per_example.layout import Layout
 from hf_poprisk.per_example.sinks import Sink, SquareSum
 
+VERIFIED_EVERY = 100  # windows: a loss may change in the course of a run
+
 
 class ExampleWindow:
     """Accumulates ``Q = Σ h_i²`` over the backwards of one optimizer step, and shows the h_i to other sinks.
@@ -44,7 +46,8 @@ class ExampleWindow:
         self.names: Mapping[Tensor, str] = names or {}
         self._fired: set[Tensor] = set()  # parameters seen by the backward in progress
         self._stamp: tuple[object, ...] | None = None
-        self._verified = False  # of several examples in a backward, once per run
+        self._windows = 0  # that have ended
+        self._verified = False  # of several examples in a backward: once in a while
         self.num_examples = 0  # on this rank
         self.shared: set[Tensor] = set()  # parameters whose gradient may hold a term of no example
 
@@ -80,16 +83,16 @@ class ExampleWindow:
         Raises:
             RuntimeError: as ``example``; or another parameter got a gradient.
         """
-        self.shared = set(allowed)
-        met = set[Tensor]()
+        expected, met = set(allowed), set[Tensor]()
 
         def see(param: Tensor, grad: Tensor) -> None:
             met.add(param)
 
         with self._backward(see, every=True):
+            self.shared = expected
             yield met
-        if met - self.shared:
-            names = ", ".join(self.describe(p) for p in list(met - self.shared)[:3])
+        if met - expected:
+            names = ", ".join(self.describe(p) for p in list(met - expected)[:3])
             raise RuntimeError(
                 f"the loss reaches {names} by another way than the model's outputs, which it did not at the "
                 "start of the run: set per_device_train_batch_size=1 and accumulate."
@@ -208,6 +211,9 @@ class ExampleWindow:
     def reset(self) -> None:
         """Forget the window; the buffers stay for the next one."""
         self.squares.reset()
+        self.shared = set()
+        self._windows += self.num_examples > 0
+        self._verified &= self._windows % VERIFIED_EVERY > 0
         self._stamp = None
         self.num_examples = 0
 

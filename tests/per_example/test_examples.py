@@ -45,11 +45,21 @@ def test_containers_keep_their_kind() -> None:
     ):
         taken = take(inputs, Rows(4, 4), [2])
         assert type(taken) is kind and taken["x"].tolist() == [[4, 5]]
-    taken = take(([x, x], {"n": (x,)}, None, "text"), Rows(2, 4), [1])
-    assert [t.tolist() for t in taken[0]] == [[[2, 3], [6, 7]]] * 2
+    taken = take(([x, x, x], {"n": (x,)}, None, "text"), Rows(2, 4), [1])
+    assert [t.tolist() for t in taken[0]] == [[[2, 3], [6, 7]]] * 3
     assert taken[1]["n"][0].tolist() == [[2, 3], [6, 7]] and taken[2:] == (None, "text")
     of_each = [{"x": torch.zeros(3)}, {"x": torch.ones(3)}]  # an entry per example
     assert take(of_each, Rows(2, 2), [1])[0]["x"].tolist() == [1, 1, 1]
+
+
+def test_a_list_as_long_as_the_examples_is_one_per_example() -> None:
+    """Unless its tensors could be of all examples: then nothing is guessed."""
+    ragged = {"points": [torch.zeros(3, 2), torch.ones(2, 2)], "x": torch.zeros(2, 4)}
+    assert take(ragged, Rows(2, 2), [1])["points"][0].tolist() == [[1, 1], [1, 1]]
+    with pytest.raises(NotSeparable, match="'views'.* may hold an entry per example or tensors of all"):
+        take({"views": [torch.zeros(2, 3), torch.zeros(2, 3)]}, Rows(2, 2), [0])
+    views = {"views": [torch.zeros(4, 3), torch.ones(4, 3)]}  # of four examples
+    assert [len(view) for view in take(views, Rows(4, 4), [0])["views"]] == [1, 1]
 
 
 def test_what_the_examples_share_is_left_alone() -> None:

@@ -1,0 +1,341 @@
+"""How a trainer takes a micro-batch: in one backward, or its examples one by one."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.trainer_utils import has_length
+
+from hf_poprisk.adam_metric import AdamMetric
+from hf_poprisk.optimizer import PopRiskAdamW
+from hf_poprisk.per_example import BatchedGradients, Capture, Layout, Packed, Rows, SelfInfluence
+from hf_poprisk.per_example.examples import NotSeparable, find_layout, like
+from hf_poprisk.per_example.one_by_one import OneByOne
+from hf_poprisk.per_example.self_check import EXACT, LOW_PRECISION, SelfCheck, Verdict, some_examples
+
+logger = logging.getLogger(__name__)
+
+
+class MicrobatchMixin:
+    """Shows the optimizer every example of a micro-batch; part of ``PopRiskMixin``.
+
+    ``rows_per_example`` is for trainers whose collator gives several rows to an example: rows i, i + N, … of
+    a micro-batch of N examples are one of them.
+    """
+
+    rows_per_example = 1
+    _layers: BatchedGradients | None = None  # of the model, where a micro-batch is taken in one backward
+    _not_together: str | None = None  # why it is not
+    _one_by_one: OneByOne | None = None  # where it is not
+    _shared: set[torch.Tensor] = set()  # parameters with a term in the loss that belongs to no example
+    _paths_checked = _count_checked = _compiled = False
+
+    def _gated_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any) -> torch.Tensor:
+        optimizer = self._poprisk_optimizer()
+        if optimizer is None:
+            return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        inputs, rows = self._take_rows(inputs)
+        layout = self._layout(optimizer, inputs)
+        decided = self._paths_checked
+        if layout is not None and self._takes_several(layout) and not decided:
+            decided = self._check_paths(optimizer, model, inputs, num_items_in_batch, layout)
+        step = partial(super().training_step, model, inputs, num_items_in_batch)  # type: ignore[misc]
+        with self._judging(rows, optimizer) as sink:
+            if layout is None or layout.num_examples == 1 or not decided:
+                with optimizer.example(sink):
+                    loss = step()
+            elif self._layers is not None:
+                with optimizer.batch(self._layers, layout, sink) as capture, self._row_operations(capture):
+                    loss = step()
+            else:
+                loss = self._one_by_one_step(optimizer, step, model, layout, sink)
+        if self.accelerator.sync_gradients:
+            optimizer.close_window()
+            self._book_visits(optimizer.open_share)
+        return loss
+
+    def _takes_several(self, layout: Layout) -> bool:
+        """Whether micro-batches hold several examples: every rank must give the same answer."""
+        announced = self.args.per_device_train_batch_size > 1 or getattr(self.args, "packing", False)
+        if isinstance(layout, Packed) and not announced and self.accelerator.num_processes > 1:
+            raise ValueError(
+                "a row holds several sequences, which nothing announced to the other processes: set "
+                "per_device_train_batch_size above 1, or train on one process."
+            )
+        return announced or layout.num_examples > 1
+
+    def _runs_an_example_alone(self) -> bool:
+        return self._one_by_one is not None and self._one_by_one.alone
+
+    def _needs_examples(self, optimizer: PopRiskAdamW) -> bool:
+        return optimizer.needs_examples or self._label_noise is not None
+
+    def _layout(self, optimizer: PopRiskAdamW, inputs: Any) -> Layout | None:
+        """Where the examples are; None where none are asked for."""
+        if self.args.poprisk_estimator == "group" or not self._needs_examples(optimizer):
+            return None
+        main_input = getattr(self.accelerator.unwrap_model(self.model), "main_input_name", "input_ids")
+        size = self.args.per_device_train_batch_size
+        try:
+            layout = find_layout(inputs, self.rows_per_example, main_input)
+        except NotSeparable as error:
+            if size == 1:
+                return Rows(1, 1)
+            raise ValueError(f"{error}: {self._way_out}.") from error
+        if isinstance(layout, Packed):
+            return layout
+        if size == 1:
+            return Rows(1, layout.num_rows)
+        self._check_count(layout.num_examples)
+        return layout
+
+    def _one_by_one_step(
+        self,
+        optimizer: PopRiskAdamW,
+        step: Callable[[], torch.Tensor],
+        model: nn.Module,
+        layout: Layout,
+        sink: SelfInfluence | None,
+    ) -> torch.Tensor:
+        """The stock step on the examples' outputs, and then each example's share of its gradient."""
+        one_by_one = self._one_by_one
+        assert one_by_one is not None  # since the self-check
+        with self._uncompiled():
+            try:
+                with (
+                    self.accelerator.no_sync(model),
+                    one_by_one.cached(layout),
+                    optimizer.no_example(self._shared),
+                ):
+                    loss = step()
+                one_by_one.check()
+                for i in range(layout.num_examples):
+                    # only the last one is synchronised: the gradients would be averaged over and over
+                    last = i == layout.num_examples - 1 and self.accelerator.sync_gradients
+                    with (
+                        nullcontext() if last else self.accelerator.no_sync(model),
+                        self.compute_loss_context_manager(),
+                        optimizer.example(sink, i),
+                    ):
+                        one_by_one.backward(i, model if last and self.accelerator.num_processes > 1 else None)
+            except NotSeparable as error:
+                raise RuntimeError(f"{error}, which it did not at the start: {self._way_out}.") from error
+            finally:
+                one_by_one.release()
+        return loss
+
+    def _uncompiled(self) -> AbstractContextManager[Any]:
+        """Examples alone are not what a compiled model was compiled for."""
+        return torch.compiler.set_stance("force_eager") if self._compiled else nullcontext()
+
+    def _check_paths(
+        self, optimizer: PopRiskAdamW, model: nn.Module, inputs: Any, num_items_in_batch: Any, layout: Layout
+    ) -> bool:
+        """The self-check, once per run: choose a path on which the gradient is the stock one, or refuse.
+
+        Returns:
+            False if the gradient is not finite, so that nothing could be compared: the next micro-batch will.
+
+        Raises:
+            ValueError: there is no such path.
+        """
+        if self._layers is None and self._not_together is None:  # packed rows that nothing announced
+            self._find_layers(optimizer)
+        unwrapped = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        self._one_by_one = OneByOne(unwrapped)
+
+        def backward(batch: Any) -> float:
+            with self.compute_loss_context_manager():
+                batch = self._prepare_inputs(_copied(batch))
+                loss = self.compute_loss(model, batch, num_items_in_batch=num_items_in_batch)
+            loss.backward()
+            return float(loss.detach())
+
+        checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in unwrapped.modules())
+        if layout.num_examples == 1:  # another rank has more, and none may check alone
+            inputs, layout = some_examples(inputs, layout, [0, 0], unwrapped)
+        elif layout.num_examples > 2 and checkpointing:
+            # in eval mode nothing is recomputed, and all of them may not fit
+            inputs, layout = some_examples(inputs, layout, [0, 1], unwrapped)
+        check = SelfCheck(unwrapped, optimizer.new_window, backward, self._tolerance(unwrapped))
+        with self._trying_out(model):
+            verdict = check.run(
+                inputs, layout, self._layers, self._row_operations, self._one_by_one, self._not_together
+            )
+        return self._take(verdict, optimizer)
+
+    def _take(self, verdict: Verdict, optimizer: PopRiskAdamW) -> bool:
+        """The path on which all ranks agree."""
+        if verdict.unreached and verdict.one_by_one is None and self.accelerator.num_processes > 1:
+            name = optimizer.describe(next(iter(verdict.unreached)))
+            verdict.one_by_one = f"no example reaches {name}, whose gradient DDP would not reduce"
+        wrong = [not verdict.decided, verdict.together is not None, verdict.one_by_one is not None]
+        flags = torch.tensor(wrong, dtype=torch.float32, device=self.accelerator.device)
+        undecided, together, one_by_one = (bool(x) for x in self.accelerator.reduce(flags).tolist())
+        if undecided:
+            return False
+        self._paths_checked, self._shared = True, verdict.shared
+        elsewhere = "something on another rank"
+        if not together:
+            return True
+        if one_by_one:
+            reasons = dict.fromkeys(filter(None, (verdict.together, verdict.one_by_one)))
+            raise ValueError(
+                "the gradient of the examples of a micro-batch would not be the stock trainer's ("
+                f"{'; '.join(reasons) or elsewhere}): {self._way_out}."
+            )
+        self._layers = None
+        if self._not_together is None:
+            self._say_one_by_one(verdict.together or elsewhere)
+        return True
+
+    def _tolerance(self, model: nn.Module) -> Any:
+        low = self.accelerator.mixed_precision != "no" or any(
+            p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters()
+        )
+        if self.accelerator.device.type == "cuda":  # TF32, in either of the places where it is switched on
+            backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+            low |= any(getattr(b, "fp32_precision", "ieee") != "ieee" for b in backends)
+        return LOW_PRECISION if low else EXACT
+
+    @contextmanager
+    def _trying_out(self, model: nn.Module) -> Iterator[None]:
+        """Losses inside this block are not logged, wait for no rank, and leave the trainer as it was."""
+        before, metrics = dict(vars(self)), copy.deepcopy(getattr(self, "_metrics", None))
+        local = {"gather": _itself, "gather_for_metrics": _itself, "reduce": _itself}
+        with ExitStack() as stack:
+            stack.enter_context(self.accelerator.no_sync(model))
+            stack.enter_context(self._uncompiled())
+            for name, function in local.items():
+                setattr(self.accelerator, name, function)
+                stack.callback(delattr, self.accelerator, name)
+            try:
+                yield
+            finally:
+                vars(self).clear()
+                vars(self).update(before)
+                if metrics is not None:
+                    self._metrics = metrics
+
+    @property
+    def _way_out(self) -> str:
+        grouping = ", or poprisk_estimator=group" * (self._label_noise is None)
+        return f"set per_device_train_batch_size=1 and raise gradient_accumulation_steps{grouping}"
+
+    def _check_count(self, count: int) -> None:
+        """The collator must leave as many examples as it was given; only the last of an epoch may be few."""
+        size, data = self.args.per_device_train_batch_size, self.train_dataset
+        if self.accelerator.split_batches:
+            size //= self.args.world_size
+        full = has_length(data) and len(data) >= size * self.args.world_size
+        first, self._count_checked = not self._count_checked and self.state.global_step == 0, True
+        if count > size or count < size and full and first:
+            rows = count // size
+            several = f" or, if an example has {rows} rows, rows_per_example = {rows} in the class"
+            raise ValueError(
+                f"the data collator made {count} examples of {size}: if it joins them, as padding-free ones "
+                f"do, use another{several * (count % size == 0)}; set per_device_train_batch_size=1, or "
+                "poprisk_estimator=group."
+            )
+
+    def _row_operations(self, capture: Capture) -> AbstractContextManager[Any]:
+        """For trainers with operations of their own on a parameter."""
+        return nullcontext()
+
+    def _balances_experts(self, model: nn.Module) -> bool:
+        """Whether the loss holds a term over the experts' loads, asked for by the trainer or the model."""
+        asked = getattr(self, "aux_loss_enabled", None)
+        if asked is not None:  # of TRL: its coefficient is in the arguments
+            return bool(asked) and getattr(self, "router_aux_loss_coef", 1) != 0
+        config = getattr(model, "config", None)
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        return any(
+            bool(getattr(c, "output_router_logits", False) and getattr(c, "router_aux_loss_coef", 0))
+            for c in (config, text)
+        )
+
+    def _prepare_layers(self, optimizer: PopRiskAdamW) -> None:
+        """Decide how micro-batches of several examples are taken, and say so."""
+        args, self._layers, self._not_together = self.args, None, None
+        self._paths_checked = self._count_checked = False
+        if not self._needs_examples(optimizer) or args.poprisk_estimator == "group":
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        balanced = self._balances_experts(model)
+        if self._label_noise is not None and balanced:
+            raise ValueError(
+                "router_aux_loss_coef adds a term to the loss that is not about labels: set it to 0, or "
+                "poprisk_label_noise=off."
+            )
+        if args.per_device_train_batch_size == 1 and not getattr(args, "packing", False):
+            return
+        if balanced:
+            raise ValueError(
+                "router_aux_loss_coef balances the experts over the examples of a micro-batch: set it to 0, "
+                f"or {self._way_out}."
+            )
+        _check_batch_norm(model, self._way_out)
+        self._find_layers(optimizer)
+
+    def _find_layers(self, optimizer: PopRiskAdamW) -> None:
+        """The layers for one backward, or why there is none."""
+        model = self.accelerator.unwrap_model(self.model)
+        in_place = any(module._compiled_call_impl is not None for module in model.modules())
+        self._compiled = bool(self.args.torch_compile) or in_place
+        if self._compiled:
+            what = "torch_compile=True" if self.args.torch_compile else "model.compile()"
+            return self._say_one_by_one(f"{what}, and not compiled")
+        if getattr(self.args, "use_liger_kernel", False):
+            return self._say_one_by_one("use_liger_kernel=True")
+        wanted = optimizer.gated_parameters
+        if self._label_noise is not None:
+            wanted = [p for p in AdamMetric(optimizer).params if p.requires_grad]
+        layers = BatchedGradients(model, wanted)
+        if layers.uncovered:
+            some = [f"{name} ({why})" for name, why in list(layers.uncovered.items())[:3]]
+            more = f" and {len(layers.uncovered) - 3} more" if len(layers.uncovered) > 3 else ""
+            return self._say_one_by_one(", ".join(some) + more)
+        self._layers = layers
+
+    def _say_one_by_one(self, reason: str) -> None:
+        self._not_together = reason
+        if self.args.ddp_static_graph:
+            raise ValueError(
+                "ddp_static_graph=True fails in PyTorch when the examples of a micro-batch are taken one by "
+                f"one, which they are because of {reason}: set ddp_static_graph=False."
+            )
+        logger.warning(
+            f"population-risk gate: the examples of a micro-batch are taken one by one, because of {reason}."
+        )
+
+
+def _copied(batch: Any) -> Any:
+    """A loss may take things out of the batch that it is given, or scale them in place."""
+    if isinstance(batch, Mapping):
+        return like(batch, {name: _copied(value) for name, value in batch.items()})
+    if isinstance(batch, list | tuple):
+        return like(batch, [_copied(value) for value in batch])
+    return batch.clone() if isinstance(batch, torch.Tensor) else batch
+
+
+def _itself(tensor: Any, *_: Any, **__: Any) -> Any:
+    return tensor
+
+
+def _check_batch_norm(model: nn.Module, way_out: str) -> None:
+    """Refuse what makes an example depend on the others in its micro-batch, and not in eval mode."""
+    training = model.training
+    model.train()  # a model may keep its norms in eval mode
+    try:
+        for name, module in model.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+                raise ValueError(f"{name} normalises over the examples of a micro-batch: {way_out}.")
+    finally:
+        model.train(training)
