@@ -145,7 +145,7 @@ class _Taker:
     def _sequence(self, value: Any, name: str) -> Any:
         rows, count = self.layout.num_rows, self.layout.num_examples
         held = [isinstance(x, Tensor) and x.dim() > 0 and len(x) in (rows, count) for x in _leaves(value)]
-        if len(value) in (rows, count) and name:
+        if len(value) in (rows, count) and (name or not any(held)):
             if held and all(held):
                 raise NotSeparable(
                     f"inputs[{name!r}] may hold an entry per example or tensors of all of them: its length "
