@@ -139,6 +139,10 @@ class SelfCheck:
                 verdict.together = self._squares_differ(
                     squares, window.squares.so_far(), verdict, inputs, layout
                 )
+            if verdict.one_by_one is None and self._keeps_state:
+                verdict.one_by_one = (
+                    "the model keeps state in its forward, which an example alone would change"
+                )
         return verdict
 
     # -- passes ------------------------------------------------------------------------------------------
@@ -191,8 +195,6 @@ class SelfCheck:
     def _run_one_by_one(
         self, inputs: Any, layout: Layout, one_by_one: OneByOne, window: ExampleWindow, verdict: Verdict
     ) -> None:
-        if self._keeps_state:
-            raise NotSeparable("the model keeps state in its forward, which an example alone would change")
         while True:
             with (
                 one_by_one.cached(layout, learn=True),
