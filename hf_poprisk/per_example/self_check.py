@@ -140,9 +140,7 @@ class SelfCheck:
                     squares, window.squares.so_far(), verdict, inputs, layout
                 )
             if verdict.one_by_one is None and self._keeps_state:
-                verdict.one_by_one = (
-                    "the model keeps state in its forward, which an example alone would change"
-                )
+                verdict.one_by_one = "the model keeps state in its forward, which examples alone would change"
         return verdict
 
     # -- passes ------------------------------------------------------------------------------------------
@@ -196,16 +194,13 @@ class SelfCheck:
         self, inputs: Any, layout: Layout, one_by_one: OneByOne, window: ExampleWindow, verdict: Verdict
     ) -> None:
         while True:
-            with (
-                one_by_one.cached(layout, learn=True),
-                window.no_example(self._params) as met,
-                same_random_numbers(),
-            ):
+            with one_by_one.cached(layout, learn=True), same_random_numbers():
                 self._backward(inputs)
+            self._take_gradients()
             if not one_by_one.refine():
                 break
-            self._take_gradients()
-            window.reset()
+        with one_by_one.cached(layout), window.no_example(self._params) as met:
+            self._backward(inputs)
         verdict.shared, reached = set(met), set[Tensor]()
         hooks = [p.register_hook(lambda _, p=p: reached.add(p)) for p in met]
         try:
