@@ -69,8 +69,6 @@ def _packed_lengths(inputs: Mapping[str, Any]) -> tuple[int, ...] | None:
         return None
     # what pads the row to a multiple has position 0 too: it has no label, and goes with the last sequence
     starts = [start for start in starts if start < int(used[-1])]
-    if len(starts) < 2:
-        return None
     return tuple(b - a for a, b in pairwise([*starts, positions.shape[1]]))
 
 

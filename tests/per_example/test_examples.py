@@ -136,7 +136,7 @@ def packed(lengths: list[int], padding: int = 0) -> dict[str, torch.Tensor]:
 def test_packed_rows_are_told_by_their_positions() -> None:
     assert find_layout(packed([3, 1, 4])) == Packed((3, 1, 4))
     assert find_layout(packed([3, 4], padding=3)) == Packed((3, 7))
-    assert find_layout(packed([5])) == Rows(1, 1)
+    assert find_layout(packed([5])) == Packed((5,))
     assert find_layout({k: v.expand(2, -1) for k, v in packed([5]).items()}) == Rows(2, 2)
     batch = {
         **packed([3, 1, 4]),
