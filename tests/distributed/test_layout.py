@@ -162,3 +162,9 @@ def test_the_gradient_is_the_stock_one_on_two_processes(saved: dict[int, Any]) -
     gaps = {name: gap for name, (gap, _) in saved[2]["stock"].items()}
     assert max(gaps.values()) < 5e-5, gaps
     assert {together for _, together in saved[2]["stock"].values()} == {False, True}
+
+
+def test_ranks_may_differ_in_how_many_sequences_a_row_holds(saved: dict[int, Any]) -> None:
+    """The self-check is one that all of them make, or none."""
+    gap, counts = saved[2]["packing"]
+    assert gap < 5e-5 and len(counts) == 2 and len(set(counts)) == 2

@@ -15,8 +15,9 @@ import conftest  # noqa: F401
 import reference
 import torch
 import torch.distributed as dist
+from datasets import Dataset
 from losses import KINDS as LOSSES
-from losses import first_step, gap
+from losses import FirstGradient, first_step, gap
 from models import preferences, sequences, tiny_model, token_examples
 from peft import LoraConfig
 from torch import nn
@@ -102,6 +103,26 @@ def away_from_stock(name: str, folder: Path) -> tuple[float, bool]:
     ours, trainer = first_step(LOSSES[name], folder, 2, 2)
     stock, _ = first_step(LOSSES[name], folder, 2, 2, "adamw_torch")
     return gap(ours, stock), trainer._layers is not None
+
+
+def uneven_packing(model_dir: str, folder: Path) -> tuple[float, list[float]]:
+    """One rank's first packed row holds one sequence and the other's several: away from stock, and b."""
+    lengths = [60] * 5 + [8, 7, 9, 8, 7, 9, 8] * 7
+    rows = [[(7 * i + k) % 200 + 3 for k in range(n)] for i, n in enumerate(lengths)]
+    data, found, counts = Dataset.from_dict({"input_ids": rows}), [], []
+    for optim in ("poprisk_adamw", "adamw_torch"):
+        grab = FirstGradient()
+        args = hf_poprisk.PopRiskSFTConfig(
+            str(folder), packing=True, max_length=60, bf16=False, use_cpu=True, report_to="none", optim=optim,
+            per_device_train_batch_size=1, gradient_accumulation_steps=2, max_steps=2, max_grad_norm=0.0,
+            save_strategy="no", disable_tqdm=True, logging_steps=1, learning_rate=0.0,
+        )  # fmt: skip
+        trainer = hf_poprisk.PopRiskSFTTrainer(model_dir, args=args, train_dataset=data, callbacks=[grab])
+        trainer.train()
+        found.append(grab.gradient)
+        examples = [e["poprisk/examples"] for e in trainer.state.log_history if "poprisk/examples" in e]
+        counts = examples or counts
+    return gap(*found), counts
 
 
 def resumed_is_uninterrupted(kind: str, model_dir: str, folder: Path, world: int) -> dict[str, bool]:
@@ -216,6 +237,7 @@ def main() -> None:
     if world > 1:
         saved["unused"] = {view: unused_on_one_rank(view) for view in (False, True)}
         saved["nan"] = nan_on_one_rank()
+        saved["packing"] = uneven_packing(model_dir, Path(out).parent / "packing")
         saved["stock"] = {name: away_from_stock(name, Path(out).parent / "stock") for name in STOCK}
         folder = Path(out).parent
         saved["resume"] = {k: resumed_is_uninterrupted(k, model_dir, folder, world) for k in RESUMED}
