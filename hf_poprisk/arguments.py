@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-import warnings
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from textwrap import fill
@@ -12,7 +11,6 @@ from typing import Any, ClassVar, Literal
 
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
-from transformers.utils.generic import strtobool
 
 from hf_poprisk.label_noise import LABEL_NOISE_MODES
 from hf_poprisk.optimizer import check_gate_options, check_patterns
@@ -43,19 +41,12 @@ class PopRiskArgumentsMixin:
             "authors' streaming form, which needs no per-example gradients."
         },
     )
-    poprisk_reduction: Literal["element", "tensor"] = field(
-        default="element",
-        metadata={"help": "element: one decision per scalar parameter. tensor: one per tensor."},
-    )
     poprisk_exclude: list[str] | None = field(
         default=None,
         metadata={"help": "Regular expressions: parameters whose name matches one stay ungated."},
     )
     poprisk_warmup_steps: int = field(
         default=0, metadata={"help": "Ungated optimizer steps at the start of training."}
-    )
-    poprisk_gate_weight_decay: bool = field(
-        default=False, metadata={"help": "Gate the decoupled weight decay as well."}
     )
     poprisk_ema_alpha: float | None = field(
         default=None,
@@ -91,16 +82,12 @@ class PopRiskArgumentsMixin:
             "stays private until it is gated and filled."
         },
     )
-    poprisk_hub_gated: Literal["auto", "manual"] | None = field(
-        default=None, metadata={"help": "The old name of poprisk_hub_access, which replaces it."}
-    )
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.__doc__ = _with_fields(cls.__doc__ or f"{cls.__name__}, with the gate's fields.")
 
     def __post_init__(self) -> None:
-        self._read_old_name()
         name = str(getattr(self.optim, "value", self.optim))
         known = [member.value for member in OptimizerNames]
         if name not in (OPTIM, *known):
@@ -117,25 +104,8 @@ class PopRiskArgumentsMixin:
             self.optim = OPTIM
         self._check_options()
 
-    def _read_old_name(self) -> None:
-        """Let ``poprisk_hub_gated`` set ``poprisk_hub_access``; dropped then, as optim_args is."""
-        old, self.poprisk_hub_gated = self.poprisk_hub_gated, None
-        if old is None:
-            return
-        if self.poprisk_hub_access not in (None, old):
-            raise ValueError(
-                f"poprisk_hub_gated={old} is the old name of poprisk_hub_access, which is "
-                f"{self.poprisk_hub_access}: remove poprisk_hub_gated."
-            )
-        warnings.warn(
-            f"poprisk_hub_gated is called poprisk_hub_access now: set poprisk_hub_access={old}.",
-            FutureWarning,
-            stacklevel=4,  # the call of the config class
-        )
-        self.poprisk_hub_access = old
-
     def _read_optim_args(self, override: bool = False) -> None:
-        """Let ``--optim_args "gate=soft,reduction=tensor"`` set the fields of the same names.
+        """Let ``--optim_args "gate=soft,warmup_steps=3"`` set the fields of the same names.
 
         The fields carry the values from here on, so the text is dropped: a copy of the arguments that
         changes a field would otherwise find it contradicted.
@@ -191,11 +161,6 @@ class PopRiskArgumentsMixin:
 
     def _check_effect(self) -> None:
         args: Any = self
-        if self.poprisk_gate_weight_decay and not args.weight_decay:
-            raise ValueError(
-                f"{_PREFIX}gate_weight_decay=true has no effect with weight_decay=0: remove it, or set "
-                "weight_decay."
-            )
         if args.optim_target_modules is not None:
             raise ValueError(
                 f"optim_target_modules has no effect with optim={OPTIM}: remove it; {_PREFIX}exclude leaves "
@@ -207,9 +172,7 @@ class PopRiskArgumentsMixin:
         return {
             "gate": self.poprisk_gate,
             "estimator": self.poprisk_estimator,
-            "reduction": self.poprisk_reduction,
             "warmup_steps": self.poprisk_warmup_steps,
-            "gate_weight_decay": self.poprisk_gate_weight_decay,
             "ema_alpha": self.poprisk_ema_alpha,
         }
 
@@ -364,8 +327,6 @@ def _parse(key: str, value: str) -> Any:
     try:
         if key == "exclude":
             return [value]  # one expression; alternatives are written a|b
-        if key == "gate_weight_decay":
-            return bool(strtobool(value))
         if key == "warmup_steps":
             return int(value)
         if key == "ema_alpha":

@@ -35,10 +35,9 @@ from hf_poprisk.statistics import GateStatistics
 logger = logging.getLogger(__name__)
 
 _PACKAGES = ("hf_poprisk", "torch", "transformers", "accelerate", "trl", "peft", "datasets")
-_SETTINGS = (
-    *("gate", "estimator", "reduction", "warmup_steps", "gate_weight_decay", "ema_alpha", "exclude"),
-    "label_noise",
-)
+_SETTINGS = ("gate", "estimator", "warmup_steps", "ema_alpha", "exclude", "label_noise")
+# Settings that are gone, with the value that means what the code does now.
+_GONE = {"reduction": "element", "gate_weight_decay": False}
 
 
 class CheckpointError(RuntimeError):
@@ -190,6 +189,13 @@ class CheckpointMixin:
             self._check_same_parameters(checkpoint, record)
         if args.optim != OPTIM or args.poprisk_allow_change:
             return
+        if before["optim"] == OPTIM:
+            for name, value in _GONE.items():
+                if before.get(name, value) != value:
+                    raise ResumeError(
+                        f"{checkpoint} was trained with {name}={before[name]!r}, which is no longer there: "
+                        "resume it with hf_poprisk 0.1, or set poprisk_allow_change=true."
+                    )
         changes = self._changes_of_gate(before, now) if before["optim"] == OPTIM else []
         had, has = before["data"]["examples"], now["data"]["examples"]
         if None not in (had, has) and had != has and not args.ignore_data_skip:

@@ -186,8 +186,7 @@ class HubMixin:
             data.base_model = None  # a folder of this machine is no name
         record = self._record()
         data[_TAG] = {
-            name: record[name]
-            for name in ("source", "optim", "gate", "estimator", "reduction", "units_per_step")
+            name: record[name] for name in ("source", "optim", "gate", "estimator", "units_per_step")
         }
         results = self._evaluation()
         if results:
@@ -233,9 +232,9 @@ class HubMixin:
                 "Trained with hf_poprisk: AdamW's update is written only as far as the batch's signal beats "
                 f"its leave-one-out noise, G² > Q ([{SOURCE}](https://arxiv.org/abs/{SOURCE[6:]})).",
                 "",
-                "| gate | estimator | reduction | per step | optimizer steps |",
-                "|---|---|---|---|---|",
-                f"| {record['gate']} | {record['estimator']} | {record['reduction']} "
+                "| gate | estimator | per step | optimizer steps |",
+                "|---|---|---|---|",
+                f"| {record['gate']} | {record['estimator']} "
                 f"| {record['units_per_step']} {record['unit']}s | {record['steps']} |",
                 "",
                 *self._gate_table(),

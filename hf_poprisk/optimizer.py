@@ -18,7 +18,6 @@ from hf_poprisk import kernels, kernels_cpu
 from hf_poprisk.batched import BatchedGradients, Capture, Layout
 from hf_poprisk.gate import (
     GATES,
-    REDUCTIONS,
     null_openness,
     openness,
     streaming_null_openness,
@@ -38,7 +37,7 @@ _NOTHING_TO_TRAIN = (
     "is_trainable=True."
 )
 _PIECE = 1 << 18  # elements that are worked on together: they stay in a core's cache
-_OPTIONS = ("gate", "estimator", "reduction", "warmup_steps", "gate_weight_decay", "ema_alpha")
+_OPTIONS = ("gate", "estimator", "warmup_steps", "ema_alpha")
 
 _Row = tuple[Tensor, ...]  # param, grad, exp_avg, exp_avg_sq, step
 
@@ -73,10 +72,8 @@ class PopRiskAdamW(torch.optim.AdamW):
         estimator: ``example``: every block is one example, exact. ``group``: every block is a
             micro-batch, a valid test with fewer and coarser units. ``ema``: the authors' streaming form;
             needs no blocks.
-        reduction: ``element``, or ``tensor`` to open and close each tensor as one.
         ungated: parameters that the gate leaves alone (see ``matching``).
         warmup_steps: ungated steps at the start.
-        gate_weight_decay: multiply the decoupled decay by q as well.
         ema_alpha: threshold of ``ema``; default ``(1−β₁)/(1+β₁)``. 1 is as published and closes almost
             everything.
         amsgrad: not supported; present so that it is refused by name.
@@ -104,20 +101,16 @@ class PopRiskAdamW(torch.optim.AdamW):
         *,
         gate: str = "hard",
         estimator: str = "example",
-        reduction: str = "element",
         ungated: Iterable[Tensor] = (),
         warmup_steps: int = 0,
-        gate_weight_decay: bool = False,
         ema_alpha: float | None = None,
     ) -> None:
-        check_gate_options(gate, estimator, reduction, warmup_steps, gate_weight_decay, ema_alpha)
+        check_gate_options(gate, estimator, warmup_steps, ema_alpha)
         if amsgrad:
             raise ValueError("amsgrad=True is not supported by PopRiskAdamW: leave it off.")
         self.gate = gate
         self.estimator = estimator
-        self.reduction = reduction
         self.warmup_steps = warmup_steps
-        self.gate_weight_decay = gate_weight_decay
         self.ema_alpha = ema_alpha
         self.statistics = GateStatistics()
         self.open_share: Tensor | float = 1.0
@@ -250,11 +243,7 @@ class PopRiskAdamW(torch.optim.AdamW):
                 )
                 self._said_single = True
             return
-        sums, nulls = [], []
-        for p, sq_sum in sq_sums.items():
-            sums.append(self._decide(p.grad, sq_sum, num_examples))
-            numel = 1 if self.reduction == "element" else p.numel()
-            nulls.append(null_openness(num_examples, self.gate, numel))
+        sums = [self._decide(p.grad, sq_sum, num_examples) for p, sq_sum in sq_sums.items()]
         self._openness = sq_sums
         if not sums:
             return
@@ -277,7 +266,8 @@ class PopRiskAdamW(torch.optim.AdamW):
             finite = self._finite(p.grad for p in self._ungated)
         self._skip_step = not finite
         if finite:
-            self.statistics.add(list(sq_sums), stacked, nulls, num_examples)
+            null = null_openness(num_examples, self.gate)
+            self.statistics.add(list(sq_sums), stacked, null, num_examples)
             if not self._warming_up(sq_sums):
                 openness, live = stacked[:, 0].sum(), stacked[:, 1].sum()
                 ungated = sum(p.numel() for p in self._ungated if p.grad is not None)
@@ -292,10 +282,10 @@ class PopRiskAdamW(torch.optim.AdamW):
     def _decide(self, grad: Tensor, sq_sum: Tensor, num_examples: int) -> Tensor:
         """Write q over Q, which needs no memory beyond Q; returns the sums of ``GateStatistics.add``."""
         for fused in (kernels, kernels_cpu):
-            if self.reduction == "element" and fused.usable(grad, sq_sum):
+            if fused.usable(grad, sq_sum):
                 return fused.decide(grad, sq_sum, num_examples, self.gate == "soft")
         pieces = [(grad, sq_sum)]
-        whole = self.reduction == "tensor" or not (grad.is_contiguous() and sq_sum.is_contiguous())
+        whole = not (grad.is_contiguous() and sq_sum.is_contiguous())
         if grad.device.type == "cpu" and not whole:  # every pass over a piece but the first is in the cache
             pieces = list(zip(*(x.view(-1).split(_PIECE) for x in (grad, sq_sum)), strict=True))
         sums = []
@@ -303,9 +293,8 @@ class PopRiskAdamW(torch.optim.AdamW):
             g = g.to(s.dtype)
             live, noise = torch.gt(s, 0, out=torch.empty_like(s)).sum(), s.sum()
             energy = torch.dot(g.reshape(-1), g.reshape(-1))
-            openness(g, s, num_examples, self.gate, self.reduction, out=s)
-            opened = s.sum() if self.reduction == "element" else s.reshape(-1)[0] * live
-            sums += [opened, live, energy, noise]
+            openness(g, s, num_examples, self.gate, out=s)
+            sums += [s.sum(), live, energy, noise]
         return torch.stack(sums).view(-1, 4).sum(0).float()
 
     @torch.no_grad()
@@ -386,9 +375,7 @@ class PopRiskAdamW(torch.optim.AdamW):
         if streamed:
             beta1 = self.param_groups[0]["betas"][0]
             null = streaming_null_openness(self._alpha(beta1), beta1, self.gate)
-            self.statistics.add(
-                list(streamed), torch.stack(list(streamed.values())), [null] * len(streamed), None
-            )
+            self.statistics.add(list(streamed), torch.stack(list(streamed.values())), null, None)
 
     def _is_gated(self, param: Tensor, step: Tensor) -> bool:
         if self.gate == "none" or param in self._ungated:
@@ -399,7 +386,7 @@ class PopRiskAdamW(torch.optim.AdamW):
 
     def _gated_update(self, group: dict[str, Any], rows: list[_Row]) -> None:
         """AdamW's own update, then back towards where the weights would be without its write."""
-        decay = 0.0 if self.gate_weight_decay else float(group["lr"]) * float(group["weight_decay"])
+        decay = float(group["lr"]) * float(group["weight_decay"])
         for param, grad, exp_avg, exp_avg_sq, step in rows:
             q = self._openness[param]  # type: ignore[index]
             if self.keep_written:
@@ -408,7 +395,7 @@ class PopRiskAdamW(torch.optim.AdamW):
             fused = next((k for k in (kernels, kernels_cpu) if k.usable(*tensors, q)), None)
             if fused is not None:
                 step += 1
-                fused.gated_adamw(*tensors, q, step.item(), group, self.gate_weight_decay)
+                fused.gated_adamw(*tensors, q, step.item(), group)
             elif param.device.type == "cpu" and all(x.is_contiguous() for x in (*tensors, q)):
                 step += 1
                 pieces = zip(*(x.view(-1).split(_PIECE) for x in (*tensors, q)), strict=True)
@@ -449,7 +436,7 @@ class PopRiskAdamW(torch.optim.AdamW):
         if self.keep_written:
             self.state[param]["written"] = q
         if decay:
-            param.mul_(1 - lr * decay * q if self.gate_weight_decay else 1 - lr * decay)
+            param.mul_(1 - lr * decay)
         denom = exp_avg_sq.sqrt().div_(correction2**0.5).add_(group["eps"])
         param.addcmul_(exp_avg / denom, q, value=-lr / correction1)
 
@@ -602,9 +589,7 @@ def check_patterns(patterns: Sequence[str]) -> None:
 def check_gate_options(
     gate: str,
     estimator: str,
-    reduction: str,
     warmup_steps: int,
-    gate_weight_decay: bool,
     ema_alpha: float | None,
     prefix: str = "",
 ) -> None:
@@ -619,19 +604,11 @@ def check_gate_options(
     for name, value, choices in (
         ("gate", gate, GATES),
         ("estimator", estimator, ESTIMATORS),
-        ("reduction", reduction, REDUCTIONS),
     ):
         if value not in choices:
             raise ValueError(f"{prefix}{name} must be one of {', '.join(choices)}; got {value!r}.")
     if not isinstance(warmup_steps, int) or isinstance(warmup_steps, bool) or warmup_steps < 0:
         raise ValueError(f"{prefix}warmup_steps must be an integer ≥ 0; got {warmup_steps!r}.")
-    if not isinstance(gate_weight_decay, bool):
-        raise ValueError(f"{prefix}gate_weight_decay must be true or false; got {gate_weight_decay!r}.")
-    if estimator == "ema" and reduction == "tensor":
-        raise ValueError(
-            f"{prefix}reduction='tensor' needs per-example sums: use {prefix}estimator='example' or "
-            f"{prefix}reduction='element'."
-        )
     if ema_alpha is not None:
         number = isinstance(ema_alpha, int | float) and not isinstance(ema_alpha, bool)
         if not number or not 0 < ema_alpha < math.inf:

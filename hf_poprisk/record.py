@@ -8,7 +8,7 @@ ever executed, unpickled or used as a path.
     schema_version       1
     source               "arXiv:2605.01172", where the method comes from
     optim                "poprisk_adamw", or the stock optimizer of a run without the gate
-    gate, estimator, reduction, warmup_steps, gate_weight_decay, ema_alpha, exclude, label_noise
+    gate, estimator, warmup_steps, ema_alpha, exclude, label_noise
                          the options, as the poprisk_ fields of the training arguments
     unit                 "example" or "group": what the gate held out
     units_per_step       b of a full step
@@ -37,7 +37,7 @@ from typing import Any
 from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 
-from hf_poprisk.gate import GATES, REDUCTIONS
+from hf_poprisk.gate import GATES
 from hf_poprisk.optimizer import ESTIMATORS
 
 CONFIG_NAME = "poprisk_config.json"
@@ -195,9 +195,9 @@ _CONFIG: dict[str, Callable[[Any], bool]] = {
     "optim": _text,
     "gate": _one_of(*GATES),
     "estimator": _one_of(*ESTIMATORS),
-    "reduction": _one_of(*REDUCTIONS),
+    "reduction": _optional(_text),  # of version 0.1
     "warmup_steps": _count,
-    "gate_weight_decay": _flag,
+    "gate_weight_decay": _optional(_flag),  # of version 0.1
     "ema_alpha": _optional(_number),
     "exclude": _list_of(_text),
     "label_noise": _optional(_text),

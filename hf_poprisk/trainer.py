@@ -535,8 +535,8 @@ def _summary(optimizer: PopRiskAdamW, named: dict[str, torch.Tensor], args: Any)
             "gradient_accumulation_steps."
         )
     return (
-        f"population-risk gate: {optimizer.gate}, estimator={optimizer.estimator}, "
-        f"reduction={optimizer.reduction}{unit}; gated {sum(p.numel() for p in gated):,} parameters in "
+        f"population-risk gate: {optimizer.gate}, estimator={optimizer.estimator}{unit}; "
+        f"gated {sum(p.numel() for p in gated):,} parameters in "
         f"{len(gated)} tensors ({', '.join(f'{kind} {n}' for kind, n in sorted(kinds.items()))}), "
         f"{open_} trainable tensors ungated.{few}"
     )

@@ -566,6 +566,24 @@ def test_data_of_another_length_are_refused(tmp_path: Path) -> None:
         assert allowed.state.global_step == 4
 
 
+@pytest.mark.parametrize("gone", [{"reduction": "tensor"}, {"gate_weight_decay": True}])
+def test_a_record_of_a_setting_that_is_gone(gone: dict[str, Any], tmp_path: Path) -> None:
+    """Version 0.1 wrote both names; their defaults are what every run does now."""
+    causal(tmp_path, max_steps=1).train()
+    path = tmp_path / "checkpoint-1/poprisk_config.json"
+    config = {**json.loads(path.read_text()), "reduction": "element", "gate_weight_decay": False}
+    path.write_text(json.dumps({**config, **gone}))
+    with pytest.raises(
+        ResumeError, match=f"was trained with {next(iter(gone))}=.*, which is no longer"
+    ) as said:
+        causal(tmp_path, max_steps=2).train(resume_from_checkpoint=True)
+    assert str(said.value).endswith(".") and "\n" not in str(said.value)
+    path.write_text(json.dumps(config))
+    resumed = causal(tmp_path, max_steps=2)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 2
+
+
 @pytest.mark.parametrize("optim", ["poprisk_adamw", "adamw_torch"])
 def test_a_record_of_before_says_nothing_about_parameters(optim: str, tmp_path: Path) -> None:
     causal(tmp_path, max_steps=1, optim=optim).train()

@@ -205,7 +205,7 @@ def test_the_card_says_how_the_model_was_trained(
     commit = hub.repo(f"alice/{kind}-{strategy}").commits[-1]
     metadata, body = card(commit)
     assert body.count(SECTION) == 1 and "litman2026theory" in body and "arXiv:2605.01172" in body
-    assert "| hard | example | element | 4 examples | 2 |" in body
+    assert "| hard | example | 4 examples | 2 |" in body
     assert "Training data: 8 examples." in body
     assert "(poprisk_gate.png)" in body and commit.files["poprisk_gate.png"].startswith(b"\x89PNG")
     assert "poprisk" in metadata["tags"]
