@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from hf_poprisk.label_noise import LABEL_NOISE_MODES
-from hf_poprisk.optimizer import check_gate_options, check_patterns
+from hf_poprisk.options import check_gate_options, check_patterns
 
 OPTIM = "poprisk_adamw"
 _PREFIX = "poprisk_"

@@ -78,25 +78,6 @@ def openness(
     return torch.clamp(shrunk.nan_to_num_(nan=0.0), 0.0, 1.0, out=out)
 
 
-def streaming_openness(signal: Tensor, noise: Tensor, alpha: float, gate: str) -> Tensor:
-    """The authors' streaming rule, which needs no per-example gradients (their Algorithm 1).
-
-    Args:
-        signal: bias-corrected squared first moment ``m̂²``, any shape.
-        noise: bias-corrected running mean ``ŝ`` of ``(G − m_prev)²``, same shape.
-        alpha: the threshold, and the strength of the shrinkage. 1 is as published; as m̂ averages the
-            noise of G down by (1−β₁)/(1+β₁) and ŝ does not, that value restores the scale.
-        gate: ``hard``: ``1{m̂² > α ŝ}``; ``soft``: ``(m̂² − αŝ)₊ / ((m̂² − αŝ)₊ + αŝ)``.
-
-    Returns:
-        ``q`` in [0, 1], shape and dtype of ``signal``.
-    """
-    evidence = signal - alpha * noise
-    if gate == "hard":
-        return (evidence > 0).to(signal.dtype)
-    return (evidence / signal).nan_to_num_(nan=0.0).clamp_(0.0, 1.0)
-
-
 @lru_cache(maxsize=4096)
 def null_openness(num_examples: int, gate: str) -> float:
     """Mean openness when the population gradient is zero and the ``h_i`` are independent Gaussians.
@@ -122,21 +103,3 @@ def null_openness(num_examples: int, gate: str) -> float:
         for low, high in ((1.0, split), (split, math.inf))
     ]
     return open_share - sum(pieces)
-
-
-def streaming_null_openness(alpha: float, beta1: float, gate: str) -> float:
-    """Stationary mean of ``streaming_openness`` on white Gaussian gradients with zero mean.
-
-    There m̂² has the variance ``a = (1−β₁)/(1+β₁)`` of a gradient, and ŝ the mean ``1 + a``, so the
-    rule is ``z² > c`` with ``c = α (1 + a) / a`` for a standard normal z.
-    """
-    from scipy import special
-
-    a = (1.0 - beta1) / (1.0 + beta1)
-    c = alpha * (1.0 + a) / a
-    tail = 2.0 * float(special.ndtr(-math.sqrt(c)))
-    if gate == "hard":
-        return tail
-    density = math.exp(-c / 2.0) / math.sqrt(2.0 * math.pi)
-    inverse_square = 2.0 * density / math.sqrt(c) - tail  # E[z⁻²; z² > c], by parts
-    return tail - c * inverse_square

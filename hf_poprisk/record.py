@@ -38,7 +38,7 @@ from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_
 from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 
 from hf_poprisk.gate import GATES
-from hf_poprisk.optimizer import ESTIMATORS
+from hf_poprisk.options import ESTIMATORS
 
 CONFIG_NAME = "poprisk_config.json"
 STATISTICS_NAME = "poprisk_statistics.json"

@@ -29,7 +29,7 @@ from hf_poprisk import (
 )
 from hf_poprisk.gate import GATES
 from hf_poprisk.label_noise import LABEL_NOISE_MODES
-from hf_poprisk.optimizer import ESTIMATORS
+from hf_poprisk.options import ESTIMATORS
 
 CONFIGS = (PopRiskTrainingArguments, PopRiskDPOConfig, PopRiskSFTConfig, PopRiskRewardConfig)
 TRAINERS = (PopRiskTrainer, PopRiskDPOTrainer, PopRiskSFTTrainer, PopRiskRewardTrainer)

@@ -8,9 +8,8 @@ from hf_poprisk.gate import (
     margin,
     null_openness,
     openness,
-    streaming_null_openness,
-    streaming_openness,
 )
+from hf_poprisk.streaming import streaming_null_openness, streaming_openness
 
 BATCHES = (2, 4, 8, 16, 64)
 

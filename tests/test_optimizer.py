@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from hf_poprisk import PopRiskAdamW, reference
 from hf_poprisk.batched import BatchedGradients, Rows
-from hf_poprisk.gate import streaming_null_openness
-from hf_poprisk.optimizer import EMA_DECAY, matching
+from hf_poprisk.options import matching
+from hf_poprisk.streaming import EMA_DECAY, StreamingPopRiskAdamW, streaming_null_openness
 
 HYPER = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -554,6 +554,27 @@ def test_a_copy_is_gated_as_well() -> None:
 def test_bad_options_are_named(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         PopRiskAdamW(parameters(), **options)
+
+
+def test_the_streaming_form_is_a_class_of_its_own() -> None:
+    class Mine(PopRiskAdamW):
+        pass
+
+    params = parameters()
+    assert type(PopRiskAdamW(params, estimator="ema")) is StreamingPopRiskAdamW
+    assert type(PopRiskAdamW(params, estimator="ema", gate="none")) is PopRiskAdamW
+    assert type(Mine(params)) is Mine
+    with pytest.raises(TypeError, match="^Mine with estimator='ema' must subclass StreamingPopRiskAdamW.$"):
+        Mine(params, estimator="ema")
+    optimizer = PopRiskAdamW(params, estimator="ema", ema_alpha=0.5)
+    set_gradients(params, 1)
+    optimizer.step()
+    twin_params, twin = copy.deepcopy((params, optimizer))
+    assert type(twin) is StreamingPopRiskAdamW and twin.ema_alpha == 0.5
+    for ps, each in ((params, optimizer), (twin_params, twin)):
+        set_gradients(ps, 2)
+        each.step()
+    assert all(map(torch.equal, params, twin_params))
 
 
 def test_nothing_left_to_gate_is_refused() -> None:
