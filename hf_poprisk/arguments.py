@@ -12,8 +12,10 @@ from typing import Any, ClassVar, Literal
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from hf_poprisk import rules
 from hf_poprisk.label_noise import LABEL_NOISE_MODES
 from hf_poprisk.options import check_gate_options, check_patterns
+from hf_poprisk.rules import Rule, refuse
 
 OPTIM = "poprisk_adamw"
 _PREFIX = "poprisk_"
@@ -23,7 +25,9 @@ _PREFIX = "poprisk_"
 class PopRiskArgumentsMixin:
     """The gate's fields and checks; stands before the stock config class in the bases of a dataclass."""
 
-    _swappable: ClassVar[bool] = False  # an example is a preference pair
+    # Of classes for certain trainers: what their losses add.
+    _example_rules: ClassVar[tuple[Rule, ...]] = rules.EXAMPLES
+    _label_rules: ClassVar[tuple[Rule, ...]] = (rules.NO_PAIRS, *rules.LABELS)
 
     # Redeclared as a string: the stock field is an Enum, which a command line could not extend.
     optim: str = field(
@@ -96,7 +100,7 @@ class PopRiskArgumentsMixin:
             self._read_optim_args()
             per_example = self.poprisk_gate != "none" or self.poprisk_label_noise != "off"
             if self.deepspeed and per_example and find_spec("deepspeed") is None:  # type: ignore[attr-defined]
-                raise self._no_sharding("deepspeed", "train with DDP")  # before its package is asked for
+                raise rules.DEEPSPEED.error(self, **self._our_words)  # before its package is asked for
         # The stock class turns `optim` into its Enum, which does not hold our name.
         self.optim = "adamw_torch" if name == OPTIM else name
         super().__post_init__()  # type: ignore[misc]
@@ -139,15 +143,13 @@ class PopRiskArgumentsMixin:
         ):
             raise ValueError(f"poprisk_exclude must be a list of strings; got {exclude!r}.")
         check_patterns(exclude or ())
-        if self.poprisk_hub_access not in (None, "auto", "manual"):
-            raise ValueError(f"poprisk_hub_access must be auto or manual; got {self.poprisk_hub_access!r}.")
         if self.poprisk_label_noise is False:  # how YAML reads off
             self.poprisk_label_noise = "off"
-        if self.poprisk_label_noise not in LABEL_NOISE_MODES:
-            raise ValueError(
-                f"poprisk_label_noise must be one of {', '.join(LABEL_NOISE_MODES)}; got "
-                f"{self.poprisk_label_noise!r}."
-            )
+        for name, choices in (("label_noise", LABEL_NOISE_MODES), ("hub_access", (None, "auto", "manual"))):
+            value = getattr(self, _PREFIX + name)
+            if value not in choices:
+                allowed = ", ".join(filter(None, choices))
+                raise ValueError(f"{_PREFIX}{name} must be one of {allowed}; got {value!r}.")
         if self.optim == OPTIM:
             return
         for name, spec in self.__dataclass_fields__.items():
@@ -158,14 +160,6 @@ class PopRiskArgumentsMixin:
                     f"{name}={getattr(self, name)!r} has no effect with optim="
                     f"{getattr(self.optim, 'value', self.optim)}: remove it or set optim={OPTIM}."
                 )
-
-    def _check_effect(self) -> None:
-        args: Any = self
-        if args.optim_target_modules is not None:
-            raise ValueError(
-                f"optim_target_modules has no effect with optim={OPTIM}: remove it; {_PREFIX}exclude leaves "
-                "parameters ungated."
-            )
 
     def gate_options(self) -> dict[str, Any]:
         """The keyword arguments of ``PopRiskAdamW`` that the fields set, the exclusions aside."""
@@ -204,47 +198,24 @@ class PopRiskArgumentsMixin:
         Raises:
             ValueError: one sentence that names the setting and the way out.
         """
-        launched = int(os.environ.get("WORLD_SIZE", "1"))
-        if launched != self.world_size:  # type: ignore[attr-defined]
-            raise ValueError(
-                f"launched as {launched} processes that do not see each other: add --use_cpu true if they "
-                "are meant to train together on CPU."
-            )
+        refuse(rules.LAUNCH, self)
         self._check_output_dir()
         if self.poprisk_risk:
-            self._check_sharding("poprisk_risk=true", "poprisk_risk=false")
+            refuse(rules.WHOLE_PARAMETERS, self, of="poprisk_risk=true", without="poprisk_risk=false")
         if self.optim != OPTIM:
             return
-        if self.fp16 and self.device.type == "cpu":  # type: ignore[attr-defined]
-            raise ValueError("fp16=True has no effect on a CPU: set bf16=True, or neither.")
+        refuse(rules.OPTIMIZER, self)
         if self.poprisk_label_noise != "off":
-            self._check_sharding()
-            self._check_label_noise()
-        if self.poprisk_gate == "none":
-            return
-        self._check_effect()
-        self._check_sharding()
-        if self.poprisk_estimator != "ema":
-            self._check_examples()
+            refuse(rules.WHOLE_PARAMETERS, self, **self._our_words)
+            refuse(self._label_rules, self)
+        if self.poprisk_gate != "none":
+            refuse((*rules.GATE, *rules.WHOLE_PARAMETERS), self, **self._our_words)
+            if self.poprisk_estimator != "ema":
+                refuse(self._example_rules, self)
 
-    def _check_label_noise(self) -> None:
-        """What the held-out log-odds need of the loss and the layout."""
-        args: Any = self
-        mode = f"poprisk_label_noise={self.poprisk_label_noise}"
-        if self.poprisk_label_noise == "swap" and not self._swappable:
-            raise ValueError(f"{mode} is for preference pairs: set poprisk_label_noise=weight.")
-        for name, on, way_out in (
-            ("poprisk_estimator=group", self.poprisk_estimator == "group", "set poprisk_estimator=example"),
-            ("torch_compile=True", args.torch_compile, "set torch_compile=False"),
-            ("use_liger_kernel=True", args.use_liger_kernel, "set use_liger_kernel=False"),
-            ("label_smoothing_factor", args.label_smoothing_factor, "set label_smoothing_factor=0"),
-        ):
-            if on:
-                raise ValueError(
-                    f"{mode} judges single examples by the log-odds in the loss, which {name} hides: "
-                    f"{way_out}."
-                )
-        self._check_static_graph()
+    @property
+    def _our_words(self) -> dict[str, str]:
+        return {"of": f"optim={OPTIM}", "without": self.plain_options}
 
     def _check_output_dir(self) -> None:
         args: Any = self
@@ -258,53 +229,6 @@ class PopRiskArgumentsMixin:
             raise ValueError(
                 f"output_dir={args.output_dir} cannot be written to ({error.strerror}): choose another one."
             ) from error
-
-    def _check_sharding(self, of: str = f"optim={OPTIM}", without: str | None = None) -> None:
-        args: Any = self
-        for name, on, way_out in (
-            ("fsdp", bool(args.fsdp), "train with DDP"),
-            ("deepspeed", bool(args.deepspeed), "train with DDP"),
-            ("parallelism_config", args.parallelism_config is not None, "train with DDP"),
-            ("auto_find_batch_size", args.auto_find_batch_size, "set the batch size yourself"),
-            (
-                "nn.DataParallel",
-                args.n_gpu > 1,
-                "start one process per GPU with accelerate launch, or set CUDA_VISIBLE_DEVICES",
-            ),
-        ):
-            if on:
-                raise self._no_sharding(name, way_out, of, without)
-
-    def _no_sharding(
-        self, name: str, way_out: str, of: str = f"optim={OPTIM}", without: str | None = None
-    ) -> ValueError:
-        return ValueError(
-            f"{name} is not supported by {of}: {way_out}, or set {without or self.plain_options}."
-        )
-
-    def _check_static_graph(self) -> None:
-        args: Any = self
-        if args.ddp_static_graph and args.gradient_accumulation_steps > 1:
-            raise ValueError(
-                "ddp_static_graph=True fails in PyTorch when the first backward is not synchronised: "
-                "set ddp_static_graph=False."
-            )
-
-    def _check_examples(self) -> None:
-        """What per-example gradients need of the batch layout."""
-        args: Any = self
-        packed = getattr(args, "packing", False)  # a row holds several examples
-        if self.units_per_step < 2 and not packed:
-            raise ValueError(
-                f"a step of one {self.poprisk_estimator} leaves nothing to hold out: raise "
-                "gradient_accumulation_steps or, for examples, per_device_train_batch_size."
-            )
-        self._check_static_graph()
-        if args.world_size > 1 and not args.average_tokens_across_devices:
-            raise ValueError(
-                "average_tokens_across_devices=False makes an example's weight depend on its rank: set "
-                "average_tokens_across_devices=True."
-            )
 
 
 def _with_fields(doc: str | None) -> str:

@@ -480,7 +480,7 @@ def test_a_copy_of_the_arguments_may_change_what_optim_args_had_set() -> None:
             {"optim_target_modules": "all-linear"},
             "optim_target_modules has no effect with optim=poprisk_adamw",
         ),
-        ({"poprisk_hub_access": "yes"}, "poprisk_hub_access must be auto or manual; got 'yes'"),
+        ({"poprisk_hub_access": "yes"}, "poprisk_hub_access must be one of auto, manual; got 'yes'"),
         ({"fp16": True}, "^fp16=True has no effect on a CPU: set bf16=True, or neither.$"),
         ({"deepspeed": "ds.json"}, "^deepspeed is not supported by optim=poprisk_adamw: train with DDP"),
         (
