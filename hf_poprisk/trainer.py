@@ -17,7 +17,7 @@ from transformers.trainer_utils import has_length
 
 from hf_poprisk.arguments import OPTIM, PopRiskArgumentsMixin, PopRiskTrainingArguments
 from hf_poprisk.batched import BatchedGradients, Capture, Layout, Packed, Rows
-from hf_poprisk.checkpoints import CheckpointMixin, describe_data
+from hf_poprisk.checkpoints import CheckpointMixin
 from hf_poprisk.hub import HubMixin
 from hf_poprisk.influence import Influence
 from hf_poprisk.label_noise.mixin import LabelNoiseMixin, check_datasets_installed, with_index
@@ -26,6 +26,7 @@ from hf_poprisk.microbatch import NotSeparable, find_layout, like
 from hf_poprisk.microbatch import take_example as take_example
 from hf_poprisk.one_by_one import OneByOne
 from hf_poprisk.optimizer import PopRiskAdamW, matching
+from hf_poprisk.record import describe_data
 from hf_poprisk.risk import RiskMeter
 from hf_poprisk.self_check import EXACT, LOW_PRECISION, SelfCheck, some_examples, unlogged
 
