@@ -47,9 +47,9 @@ def damage(checkpoint: Path) -> str | None:
     for path in sorted(p for p in checkpoint.rglob("*") if p.is_file()):
         if _cut_off(path):
             return f"{path.name} is cut off"
-    parts = {"model.safetensors": ("*model*", "*.safetensors")}  # or an adapter's, or shards
-    parts |= {} if holds_weights_only(checkpoint) else _BESIDE_WEIGHTS
-    for name, patterns in parts.items():
+    beside = {} if holds_weights_only(checkpoint) else _BESIDE_WEIGHTS
+    # the weights may also be an adapter's, or shards
+    for name, patterns in {"model.safetensors": ("*model*", "*.safetensors"), **beside}.items():
         if not any(next(checkpoint.glob(pattern), None) for pattern in patterns):
             return f"{name} is gone"
     if not (checkpoint / TRAINER_STATE_NAME).is_file():
@@ -112,7 +112,7 @@ class CheckpointMixin:
         return super().train(resume_from_checkpoint or None, *args, **kwargs)  # type: ignore[misc]
 
     def _checkpoint_to_resume(self, wanted: str | bool) -> Path:
-        found = newest_checkpoint(self.args.output_dir) if wanted is True else Path(wanted)
+        found = newest_checkpoint(self.args.output_dir) if wanted is True else Path(str(wanted))
         if found is None:
             raise ResumeError(
                 f"resume_from_checkpoint=True, but {self.args.output_dir} holds no complete checkpoint."
