@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-import warnings
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from textwrap import fill
@@ -12,10 +11,11 @@ from typing import Any, ClassVar, Literal
 
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
-from transformers.utils.generic import strtobool
 
+from hf_poprisk import rules
 from hf_poprisk.label_noise import LABEL_NOISE_MODES
-from hf_poprisk.optimizer import check_gate_options, check_patterns
+from hf_poprisk.options import check_gate_options, check_patterns
+from hf_poprisk.rules import Rule, refuse
 
 OPTIM = "poprisk_adamw"
 _PREFIX = "poprisk_"
@@ -25,7 +25,9 @@ _PREFIX = "poprisk_"
 class PopRiskArgumentsMixin:
     """The gate's fields and checks; stands before the stock config class in the bases of a dataclass."""
 
-    _swappable: ClassVar[bool] = False  # an example is a preference pair
+    # Of classes for certain trainers: what their losses add.
+    _example_rules: ClassVar[tuple[Rule, ...]] = rules.EXAMPLES
+    _label_rules: ClassVar[tuple[Rule, ...]] = (rules.NO_PAIRS, *rules.LABELS)
 
     # Redeclared as a string: the stock field is an Enum, which a command line could not extend.
     optim: str = field(
@@ -43,19 +45,12 @@ class PopRiskArgumentsMixin:
             "authors' streaming form, which needs no per-example gradients."
         },
     )
-    poprisk_reduction: Literal["element", "tensor"] = field(
-        default="element",
-        metadata={"help": "element: one decision per scalar parameter. tensor: one per tensor."},
-    )
     poprisk_exclude: list[str] | None = field(
         default=None,
         metadata={"help": "Regular expressions: parameters whose name matches one stay ungated."},
     )
     poprisk_warmup_steps: int = field(
         default=0, metadata={"help": "Ungated optimizer steps at the start of training."}
-    )
-    poprisk_gate_weight_decay: bool = field(
-        default=False, metadata={"help": "Gate the decoupled weight decay as well."}
     )
     poprisk_ema_alpha: float | None = field(
         default=None,
@@ -91,16 +86,12 @@ class PopRiskArgumentsMixin:
             "stays private until it is gated and filled."
         },
     )
-    poprisk_hub_gated: Literal["auto", "manual"] | None = field(
-        default=None, metadata={"help": "The old name of poprisk_hub_access, which replaces it."}
-    )
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.__doc__ = _with_fields(cls.__doc__ or f"{cls.__name__}, with the gate's fields.")
 
     def __post_init__(self) -> None:
-        self._read_old_name()
         name = str(getattr(self.optim, "value", self.optim))
         known = [member.value for member in OptimizerNames]
         if name not in (OPTIM, *known):
@@ -109,7 +100,7 @@ class PopRiskArgumentsMixin:
             self._read_optim_args()
             per_example = self.poprisk_gate != "none" or self.poprisk_label_noise != "off"
             if self.deepspeed and per_example and find_spec("deepspeed") is None:  # type: ignore[attr-defined]
-                raise self._no_sharding("deepspeed", "train with DDP")  # before its package is asked for
+                raise rules.DEEPSPEED.error(self, **self._our_words)  # before its package is asked for
         # The stock class turns `optim` into its Enum, which does not hold our name.
         self.optim = "adamw_torch" if name == OPTIM else name
         super().__post_init__()  # type: ignore[misc]
@@ -117,25 +108,8 @@ class PopRiskArgumentsMixin:
             self.optim = OPTIM
         self._check_options()
 
-    def _read_old_name(self) -> None:
-        """Let ``poprisk_hub_gated`` set ``poprisk_hub_access``; dropped then, as optim_args is."""
-        old, self.poprisk_hub_gated = self.poprisk_hub_gated, None
-        if old is None:
-            return
-        if self.poprisk_hub_access not in (None, old):
-            raise ValueError(
-                f"poprisk_hub_gated={old} is the old name of poprisk_hub_access, which is "
-                f"{self.poprisk_hub_access}: remove poprisk_hub_gated."
-            )
-        warnings.warn(
-            f"poprisk_hub_gated is called poprisk_hub_access now: set poprisk_hub_access={old}.",
-            FutureWarning,
-            stacklevel=4,  # the call of the config class
-        )
-        self.poprisk_hub_access = old
-
     def _read_optim_args(self, override: bool = False) -> None:
-        """Let ``--optim_args "gate=soft,reduction=tensor"`` set the fields of the same names.
+        """Let ``--optim_args "gate=soft,warmup_steps=3"`` set the fields of the same names.
 
         The fields carry the values from here on, so the text is dropped: a copy of the arguments that
         changes a field would otherwise find it contradicted.
@@ -169,15 +143,13 @@ class PopRiskArgumentsMixin:
         ):
             raise ValueError(f"poprisk_exclude must be a list of strings; got {exclude!r}.")
         check_patterns(exclude or ())
-        if self.poprisk_hub_access not in (None, "auto", "manual"):
-            raise ValueError(f"poprisk_hub_access must be auto or manual; got {self.poprisk_hub_access!r}.")
         if self.poprisk_label_noise is False:  # how YAML reads off
             self.poprisk_label_noise = "off"
-        if self.poprisk_label_noise not in LABEL_NOISE_MODES:
-            raise ValueError(
-                f"poprisk_label_noise must be one of {', '.join(LABEL_NOISE_MODES)}; got "
-                f"{self.poprisk_label_noise!r}."
-            )
+        for name, choices in (("label_noise", LABEL_NOISE_MODES), ("hub_access", (None, "auto", "manual"))):
+            value = getattr(self, _PREFIX + name)
+            if value not in choices:
+                allowed = ", ".join(filter(None, choices))
+                raise ValueError(f"{_PREFIX}{name} must be one of {allowed}; got {value!r}.")
         if self.optim == OPTIM:
             return
         for name, spec in self.__dataclass_fields__.items():
@@ -189,27 +161,12 @@ class PopRiskArgumentsMixin:
                     f"{getattr(self.optim, 'value', self.optim)}: remove it or set optim={OPTIM}."
                 )
 
-    def _check_effect(self) -> None:
-        args: Any = self
-        if self.poprisk_gate_weight_decay and not args.weight_decay:
-            raise ValueError(
-                f"{_PREFIX}gate_weight_decay=true has no effect with weight_decay=0: remove it, or set "
-                "weight_decay."
-            )
-        if args.optim_target_modules is not None:
-            raise ValueError(
-                f"optim_target_modules has no effect with optim={OPTIM}: remove it; {_PREFIX}exclude leaves "
-                "parameters ungated."
-            )
-
     def gate_options(self) -> dict[str, Any]:
         """The keyword arguments of ``PopRiskAdamW`` that the fields set, the exclusions aside."""
         return {
             "gate": self.poprisk_gate,
             "estimator": self.poprisk_estimator,
-            "reduction": self.poprisk_reduction,
             "warmup_steps": self.poprisk_warmup_steps,
-            "gate_weight_decay": self.poprisk_gate_weight_decay,
             "ema_alpha": self.poprisk_ema_alpha,
         }
 
@@ -241,47 +198,24 @@ class PopRiskArgumentsMixin:
         Raises:
             ValueError: one sentence that names the setting and the way out.
         """
-        launched = int(os.environ.get("WORLD_SIZE", "1"))
-        if launched != self.world_size:  # type: ignore[attr-defined]
-            raise ValueError(
-                f"launched as {launched} processes that do not see each other: add --use_cpu true if they "
-                "are meant to train together on CPU."
-            )
+        refuse(rules.LAUNCH, self)
         self._check_output_dir()
         if self.poprisk_risk:
-            self._check_sharding("poprisk_risk=true", "poprisk_risk=false")
+            refuse(rules.WHOLE_PARAMETERS, self, of="poprisk_risk=true", without="poprisk_risk=false")
         if self.optim != OPTIM:
             return
-        if self.fp16 and self.device.type == "cpu":  # type: ignore[attr-defined]
-            raise ValueError("fp16=True has no effect on a CPU: set bf16=True, or neither.")
+        refuse(rules.OPTIMIZER, self)
         if self.poprisk_label_noise != "off":
-            self._check_sharding()
-            self._check_label_noise()
-        if self.poprisk_gate == "none":
-            return
-        self._check_effect()
-        self._check_sharding()
-        if self.poprisk_estimator != "ema":
-            self._check_examples()
+            refuse(rules.WHOLE_PARAMETERS, self, **self._our_words)
+            refuse(self._label_rules, self)
+        if self.poprisk_gate != "none":
+            refuse((*rules.GATE, *rules.WHOLE_PARAMETERS), self, **self._our_words)
+            if self.poprisk_estimator != "ema":
+                refuse(self._example_rules, self)
 
-    def _check_label_noise(self) -> None:
-        """What the held-out log-odds need of the loss and the layout."""
-        args: Any = self
-        mode = f"poprisk_label_noise={self.poprisk_label_noise}"
-        if self.poprisk_label_noise == "swap" and not self._swappable:
-            raise ValueError(f"{mode} is for preference pairs: set poprisk_label_noise=weight.")
-        for name, on, way_out in (
-            ("poprisk_estimator=group", self.poprisk_estimator == "group", "set poprisk_estimator=example"),
-            ("torch_compile=True", args.torch_compile, "set torch_compile=False"),
-            ("use_liger_kernel=True", args.use_liger_kernel, "set use_liger_kernel=False"),
-            ("label_smoothing_factor", args.label_smoothing_factor, "set label_smoothing_factor=0"),
-        ):
-            if on:
-                raise ValueError(
-                    f"{mode} judges single examples by the log-odds in the loss, which {name} hides: "
-                    f"{way_out}."
-                )
-        self._check_static_graph()
+    @property
+    def _our_words(self) -> dict[str, str]:
+        return {"of": f"optim={OPTIM}", "without": self.plain_options}
 
     def _check_output_dir(self) -> None:
         args: Any = self
@@ -295,53 +229,6 @@ class PopRiskArgumentsMixin:
             raise ValueError(
                 f"output_dir={args.output_dir} cannot be written to ({error.strerror}): choose another one."
             ) from error
-
-    def _check_sharding(self, of: str = f"optim={OPTIM}", without: str | None = None) -> None:
-        args: Any = self
-        for name, on, way_out in (
-            ("fsdp", bool(args.fsdp), "train with DDP"),
-            ("deepspeed", bool(args.deepspeed), "train with DDP"),
-            ("parallelism_config", args.parallelism_config is not None, "train with DDP"),
-            ("auto_find_batch_size", args.auto_find_batch_size, "set the batch size yourself"),
-            (
-                "nn.DataParallel",
-                args.n_gpu > 1,
-                "start one process per GPU with accelerate launch, or set CUDA_VISIBLE_DEVICES",
-            ),
-        ):
-            if on:
-                raise self._no_sharding(name, way_out, of, without)
-
-    def _no_sharding(
-        self, name: str, way_out: str, of: str = f"optim={OPTIM}", without: str | None = None
-    ) -> ValueError:
-        return ValueError(
-            f"{name} is not supported by {of}: {way_out}, or set {without or self.plain_options}."
-        )
-
-    def _check_static_graph(self) -> None:
-        args: Any = self
-        if args.ddp_static_graph and args.gradient_accumulation_steps > 1:
-            raise ValueError(
-                "ddp_static_graph=True fails in PyTorch when the first backward is not synchronised: "
-                "set ddp_static_graph=False."
-            )
-
-    def _check_examples(self) -> None:
-        """What per-example gradients need of the batch layout."""
-        args: Any = self
-        packed = getattr(args, "packing", False)  # a row holds several examples
-        if self.units_per_step < 2 and not packed:
-            raise ValueError(
-                f"a step of one {self.poprisk_estimator} leaves nothing to hold out: raise "
-                "gradient_accumulation_steps or, for examples, per_device_train_batch_size."
-            )
-        self._check_static_graph()
-        if args.world_size > 1 and not args.average_tokens_across_devices:
-            raise ValueError(
-                "average_tokens_across_devices=False makes an example's weight depend on its rank: set "
-                "average_tokens_across_devices=True."
-            )
 
 
 def _with_fields(doc: str | None) -> str:
@@ -364,8 +251,6 @@ def _parse(key: str, value: str) -> Any:
     try:
         if key == "exclude":
             return [value]  # one expression; alternatives are written a|b
-        if key == "gate_weight_decay":
-            return bool(strtobool(value))
         if key == "warmup_steps":
             return int(value)
         if key == "ema_alpha":

@@ -6,39 +6,29 @@ last, after every rank has written its part. A checkpoint without it was being w
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import json
 import logging
 import shutil
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_poprisk.arguments import OPTIM
-from hf_poprisk.record import (
-    CONFIG_NAME,
-    SCHEMA_VERSION,
-    SOURCE,
-    STATISTICS_NAME,
-    Record,
-    load_record,
-    write_json,
-)
+from hf_poprisk.record import CONFIG_NAME, Record, changes, digest, load_record, make_config, write_record
 from hf_poprisk.statistics import GateStatistics
 
 logger = logging.getLogger(__name__)
 
-_PACKAGES = ("hf_poprisk", "torch", "transformers", "accelerate", "trl", "peft", "datasets")
-_SETTINGS = (
-    *("gate", "estimator", "reduction", "warmup_steps", "gate_weight_decay", "ema_alpha", "exclude"),
-    "label_noise",
-)
+# What a checkpoint holds beside the weights. Other names: of transformers under FSDP, DeepSpeed.
+_BESIDE_WEIGHTS = {
+    "optimizer.pt": ("optimizer*", "global_step*"),
+    "scheduler.pt": ("scheduler*",),
+    "rng_state.pth": ("rng_state*",),
+}
 
 
 class CheckpointError(RuntimeError):
@@ -54,34 +44,30 @@ def damage(checkpoint: Path) -> str | None:
 
     Reads the ends of its files, not the tensors.
     """
-    for path in sorted(checkpoint.rglob("*")):
-        if not path.is_file() and not path.is_dir():
-            return f"{path.name} is no file"
-        try:
-            if path.suffix == ".safetensors":
-                with safe_open(path, "pt"):
-                    pass
-            elif path.suffix == ".json":
-                json.loads(path.read_text(encoding="utf-8"))
-            torn = path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path)
-            if torn or path.suffix == ".parquet" and not path.read_bytes().endswith(b"PAR1"):
-                return f"{path.name} is cut off"
-        except (OSError, ValueError, RecursionError, SafetensorError):
+    for path in sorted(p for p in checkpoint.rglob("*") if p.is_file()):
+        if _cut_off(path):
             return f"{path.name} is cut off"
-    missing = _missing(checkpoint)
-    if missing:
-        return f"{missing} is gone"
+    beside = {} if holds_weights_only(checkpoint) else _BESIDE_WEIGHTS
+    # the weights may also be an adapter's, or shards
+    for name, patterns in {"model.safetensors": ("*model*", "*.safetensors"), **beside}.items():
+        if not any(next(checkpoint.glob(pattern), None) for pattern in patterns):
+            return f"{name} is gone"
     if not (checkpoint / TRAINER_STATE_NAME).is_file():
         return f"it has no {TRAINER_STATE_NAME}, which is written last"
     return None
 
 
-# What a checkpoint holds beside the weights. Other names: of transformers under FSDP, DeepSpeed.
-_BESIDE_WEIGHTS = {
-    "optimizer.pt": ("optimizer*", "global_step*"),
-    "scheduler.pt": ("scheduler*",),
-    "rng_state.pth": ("rng_state*",),
-}
+def _cut_off(path: Path) -> bool:
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt"):
+                return False
+        if path.suffix == ".json":
+            json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, SafetensorError):
+        return True
+    torn = path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path)
+    return torn or path.suffix == ".parquet" and not path.read_bytes().endswith(b"PAR1")
 
 
 def holds_weights_only(checkpoint: Path) -> bool:
@@ -92,34 +78,14 @@ def holds_weights_only(checkpoint: Path) -> bool:
     if any(next(checkpoint.glob(p), None) for patterns in _BESIDE_WEIGHTS.values() for p in patterns):
         return False
     record = checkpoint / CONFIG_NAME
-    content = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else None
-    said = content.get("save_only_model") if isinstance(content, dict) else None
-    return said is not False  # a record that is older than the entry does not say
-
-
-def _missing(checkpoint: Path) -> str | None:
-    """A file that a checkpoint to resume from must have and this one has not."""
-    for index in checkpoint.glob("*.index.json"):
-        for shard in json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values():
-            if not (checkpoint / shard).is_file():
-                return str(shard)
-    parts = {"model.safetensors": ("*model*", "*.safetensors")}  # or an adapter's, or shards
-    if not holds_weights_only(checkpoint):
-        parts |= _BESIDE_WEIGHTS
-    for name, patterns in parts.items():
-        if not any(next(checkpoint.glob(pattern), None) for pattern in patterns):
-            return name
-    return None
+    return not record.is_file() or json.loads(record.read_text()).get("save_only_model") is not False
 
 
 def newest_checkpoint(output_dir: str | Path) -> Path | None:
     """The whole checkpoint with the highest step; those that are not whole are skipped with a warning."""
-    found = []
-    for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        step = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
-        if path.is_dir() and step.isdecimal():
-            found.append((int(step), path))
-    for _, path in sorted(found, reverse=True):
+    folders = (p for p in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if p.is_dir())
+    steps = {int(s): p for p in folders if (s := p.name.rpartition("-")[2]).isdecimal()}
+    for _, path in sorted(steps.items(), reverse=True):
         reason = damage(path)
         if reason is None:
             return path
@@ -137,93 +103,64 @@ class CheckpointMixin:
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         saves = str(getattr(self.args.save_strategy, "value", self.args.save_strategy)) != "no"
         if self.args.save_only_model and saves and self.is_world_process_zero():
-            logger.warning(
-                "save_only_model=True: checkpoints hold weights only, and a resumed run starts with a fresh "
-                "optimizer."
-            )
+            logger.warning("save_only_model=True: a resumed run starts with a fresh optimizer.")
         if self._trainable is None:  # a second call goes on with the optimizer of the first
-            self._trainable = _digest(self._trainable_names())
+            self._trainable = digest(self._trainable_names())
         if resume_from_checkpoint:
             resume_from_checkpoint = str(self._checkpoint_to_resume(resume_from_checkpoint))
             self._check_same_run(resume_from_checkpoint)
         return super().train(resume_from_checkpoint or None, *args, **kwargs)  # type: ignore[misc]
 
     def _checkpoint_to_resume(self, wanted: str | bool) -> Path:
-        if wanted is True:
-            found = newest_checkpoint(self.args.output_dir)
-            if found is None:
-                raise ResumeError(
-                    f"resume_from_checkpoint=True, but {self.args.output_dir} holds no complete checkpoint."
-                )
-        else:
-            found = Path(wanted)
-            if not found.is_dir():
-                raise ResumeError(f"resume_from_checkpoint={wanted} is not a folder.")
-            reason = damage(found)
-            if reason is not None:
-                raise ResumeError(f"{wanted} cannot be resumed from: {reason}; take an older checkpoint.")
-        if holds_weights_only(found):
-            if not self.args.save_only_model:
-                raise ResumeError(
-                    f"{found} holds weights only, because it was saved with save_only_model=True: set "
-                    "save_only_model=True to go on from the weights with a fresh optimizer, or take a "
-                    "checkpoint that holds the optimizer."
-                )
-            if self.is_world_process_zero():
-                logger.warning(
-                    f"{found} holds weights only (save_only_model=True): the optimizer and the learning-rate "
-                    "schedule start afresh."
-                )
+        found = newest_checkpoint(self.args.output_dir) if wanted is True else Path(str(wanted))
+        if found is None:
+            raise ResumeError(
+                f"resume_from_checkpoint=True, but {self.args.output_dir} holds no complete checkpoint."
+            )
+        if not found.is_dir():
+            raise ResumeError(f"resume_from_checkpoint={wanted} is not a folder.")
+        if reason := damage(found):
+            raise ResumeError(f"{found} cannot be resumed from: {reason}; take an older checkpoint.")
+        if not holds_weights_only(found):
+            return found
+        if not self.args.save_only_model:
+            raise ResumeError(
+                f"{found} holds weights only: set save_only_model=True to go on from them with a fresh "
+                "optimizer, or take a checkpoint that holds the optimizer."
+            )
+        if self.is_world_process_zero():
+            logger.warning(
+                f"{found} holds weights only: the optimizer and the learning-rate schedule start afresh."
+            )
         return found
 
     def _check_same_run(self, checkpoint: str) -> None:
-        """Refuse other parameters, which the optimizer's state does not fit, other data, other settings.
-
-        Other data are other batches than those that were trained on, and other settings would be a third
-        method and called neither.
-        """
+        """Refuse other parameters, which the optimizer's state does not fit, other data, other settings."""
         if not Path(checkpoint, CONFIG_NAME).is_file():
             return
-        record, args = load_record(checkpoint), self.args
-        before, now = record.config, self._record()
+        record = load_record(checkpoint)
         if not holds_weights_only(Path(checkpoint)):
             self._check_same_parameters(checkpoint, record)
-        if args.optim != OPTIM or args.poprisk_allow_change:
+        if self.args.optim != OPTIM or self.args.poprisk_allow_change:
             return
-        changes = self._changes_of_gate(before, now) if before["optim"] == OPTIM else []
-        had, has = before["data"]["examples"], now["data"]["examples"]
-        if None not in (had, has) and had != has and not args.ignore_data_skip:
-            changes.append(f"the number of training examples from {had} to {has}")
-        if changes:
+        changed = changes(record.config, self._record(), self.args.ignore_data_skip)
+        if changed:
             raise ResumeError(
-                f"resuming from {checkpoint} would change {', '.join(changes)}: set it back, or set "
+                f"resuming from {checkpoint} would change {', '.join(changed)}: set it back, or set "
                 "poprisk_allow_change=true."
             )
-
-    @staticmethod
-    def _changes_of_gate(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-        before = {"label_noise": "off", **before}  # a record that is older than the setting
-        names = [name for name in _SETTINGS if before[name] != now[name]]
-        if "ema" not in (before["estimator"], now["estimator"]):
-            names += ["units_per_step"] if before["units_per_step"] != now["units_per_step"] else []
-        spell = {"units_per_step": f"{now['unit']}s per step"}
-        return [
-            f"{spell.get(name, f'poprisk_{name}')} from {_short(before[name])} to {_short(now[name])}"
-            for name in names
-        ]
 
     def _check_same_parameters(self, checkpoint: str, record: Record) -> None:
         had, has = record.config.get("trainable"), self._trainable
         if had is None or had == has:
             return
-        names = self._trainable_names()
-        gone = sorted(set((record.statistics or {}).get("parameters", ())) - set(names))
-        some = ", ".join(_short(name) for name in gone[:3]) + ", …" * (len(gone) > 3)
+        names = set(self._trainable_names())
+        gone = sorted(set((record.statistics or {}).get("parameters", ())) - names)
+        some = f" (no longer trainable: {', '.join(gone[:3])}{', …' * (len(gone) > 3)})" if gone else ""
         raise ResumeError(
             f"{checkpoint} holds the optimizer's state of {had['tensors']} trainable tensors, and this model "
-            f"has {has['tensors'] or 'none'}{'' if had['tensors'] != has['tensors'] else ' others'}"
-            f"{f' (no longer trainable: {some})' if gone else ''}: freeze and unfreeze parameters as in "
-            "that run, or start over."
+            f"has {has['tensors'] or 'none'}{' others' * (had['tensors'] == has['tensors'])}{some}: freeze "
+            "and unfreeze parameters as in that run, or start over."
         )
 
     def _trainable_names(self) -> list[str]:
@@ -237,18 +174,18 @@ class CheckpointMixin:
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
         optimizer, self._weights_step = self._poprisk_optimizer(), None
-        if optimizer is not None:
-            optimizer.statistics = GateStatistics()  # of a new run
         if self._risk is not None:
             self._risk.clear()
             if checkpoint is not None:
                 self._risk.load(checkpoint, self.args.device)
         self._load_label_noise(checkpoint)
-        if checkpoint is None or optimizer is None or not Path(checkpoint, STATISTICS_NAME).is_file():
+        if optimizer is None:
             return
-        statistics = load_record(checkpoint).statistics
-        if statistics is not None:
-            optimizer.statistics.load(statistics, dict(self.model.named_parameters()))
+        optimizer.statistics = GateStatistics()  # of a new run
+        if checkpoint is not None and Path(checkpoint, CONFIG_NAME).is_file():
+            statistics = load_record(checkpoint).statistics
+            if statistics is not None:
+                optimizer.statistics.load(statistics, dict(self.model.named_parameters()))
 
     def _load_best_model(self) -> None:
         super()._load_best_model()  # type: ignore[misc]
@@ -274,84 +211,36 @@ class CheckpointMixin:
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         output_dir = Path(self._get_output_dir(trial=trial))
-        seal = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}" / TRAINER_STATE_NAME
+        folder = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         try:
-            if self.args.should_save and seal.parent.is_dir():  # of an earlier run that had got further
-                seal.unlink(missing_ok=True)
-                shutil.rmtree(seal.parent)
+            if self.args.should_save and folder.is_dir():  # of an earlier run that had got further
+                (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+                shutil.rmtree(folder)
             self.accelerator.wait_for_everyone()  # before another rank writes its part
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
         except (OSError, RuntimeError, SafetensorError) as error:
-            if damage(seal.parent) is None:  # it was written; something after it failed
+            if damage(folder) is None:  # it was written; something after it failed
                 raise
             left = newest_checkpoint(output_dir)
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise CheckpointError(
-                f"{seal.parent} could not be written ({reason}); "
+                f"{folder} could not be written ({reason}); "
                 + (f"{left} is complete." if left else "there is no complete checkpoint.")
             ) from error
 
     def _write_record(self, folder: str | Path) -> None:
-        """The two files of the record; the optimizer may not exist yet, or be a stock one."""
-        config, path = Path(folder, CONFIG_NAME), Path(folder, STATISTICS_NAME)
-        if config.is_file() and not self.state.global_step:
+        if Path(folder, CONFIG_NAME).is_file() and not self.state.global_step:
             return  # this trainer has not trained, and the record is of the run that has
-        write_json(config, self._record())
-        optimizer = self._poprisk_optimizer()
-        if optimizer is None:
-            path.unlink(missing_ok=True)  # of an earlier run with the gate
-        else:
-            statistics = optimizer.statistics.of_run(optimizer.names)
-            write_json(path, {"schema_version": SCHEMA_VERSION, **statistics})
+        optimizer = self._poprisk_optimizer()  # which may not exist yet, or be a stock one
+        write_record(folder, self._record(), optimizer and optimizer.statistics.of_run(optimizer.names))
         self._write_label_noise(folder)
 
     def _record(self) -> dict[str, Any]:
-        args = self.args
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "source": SOURCE,
-            "optim": str(getattr(args.optim, "value", args.optim)),
-            **args.gate_options(),
-            "exclude": list(args.poprisk_exclude or ()),
-            "label_noise": args.poprisk_label_noise,
-            "unit": "group" if args.poprisk_estimator == "group" else "example",
-            "units_per_step": args.units_per_step,
-            "save_only_model": args.save_only_model,
-            "layout": {
-                "processes": args.world_size,
-                "gradient_accumulation_steps": args.gradient_accumulation_steps,
-                "per_device_train_batch_size": args.per_device_train_batch_size,
-            },
-            "steps": self.state.global_step,
-            "weights_step": self._weights_step or self.state.global_step,
-            "data": self._training_data,
-            "trainable": self._trainable,
-            "versions": {name: version for name in _PACKAGES if (version := _version(name))},
-        }
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:100]}…"
-
-
-def _digest(names: list[str]) -> dict[str, Any]:
-    text = "\n".join(sorted(names))
-    return {"tensors": len(names), "names": hashlib.sha256(text.encode()).hexdigest()}
-
-
-def describe_data(dataset: Any) -> dict[str, Any]:
-    """How many examples there are, and how many labels were altered on purpose (column ``is_flipped``)."""
-    examples = len(dataset) if has_length(dataset) else None
-    columns = getattr(dataset, "column_names", None)
-    altered = None
-    if examples is not None and isinstance(columns, list) and "is_flipped" in columns:
-        altered = sum(map(bool, dataset["is_flipped"]))
-    return {"examples": examples, "altered_labels": altered}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+        steps = self.state.global_step
+        return make_config(
+            self.args,
+            steps=steps,
+            weights_step=self._weights_step or steps,
+            data=self._training_data,
+            trainable=self._trainable,
+        )

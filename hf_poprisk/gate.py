@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 GATES = ("hard", "soft", "none")
-REDUCTIONS = ("element", "tensor")
 
 
 def margin(grad_sum: Tensor, sq_sum: Tensor) -> Tensor:
@@ -39,7 +38,6 @@ def openness(
     sq_sum: Tensor,
     num_examples: int,
     gate: str = "hard",
-    reduction: str = "element",
     out: Tensor | None = None,
 ) -> Tensor:
     """How far each parameter may move: ``q`` in [0, 1], the factor on the optimizer's write.
@@ -55,20 +53,16 @@ def openness(
         sq_sum: ``Q``, same shape and dtype.
         num_examples: ``b``, at least 2: with one example ``G² = Q`` and there is no evidence.
         gate: one of ``GATES``.
-        reduction: ``element`` decides for each scalar; ``tensor`` compares the sums of G² and Q over
-            the whole tensor and opens or closes it as one.
         out: where to write q; may be ``sq_sum``.
 
     Returns:
         Same shape and dtype as ``grad_sum``.
 
     Raises:
-        ValueError: an unknown ``gate`` or ``reduction``, or fewer than two examples.
+        ValueError: an unknown ``gate``, or fewer than two examples.
     """
     if gate not in GATES:
         raise ValueError(f"gate must be one of {GATES}, got {gate!r}.")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}.")
     if out is None:
         out = torch.empty_like(grad_sum)
     if gate == "none":
@@ -76,40 +70,16 @@ def openness(
     if num_examples < 2:
         raise ValueError(f"the gate needs at least 2 examples per step, got {num_examples}.")
     energy = grad_sum * grad_sum
-    if gate == "hard" and reduction == "element":
-        return torch.gt(energy, sq_sum, out=out)  # several times faster than by way of bool
-    evidence = margin(grad_sum, sq_sum)
-    if reduction == "tensor":
-        energy, evidence = (x.sum().expand_as(grad_sum) for x in (energy, evidence))
     if gate == "hard":
-        return torch.gt(evidence, 0, out=out)
-    shrunk = (num_examples / (num_examples - 1)) * evidence / energy
+        return torch.gt(energy, sq_sum, out=out)  # several times faster than by way of bool
+    shrunk = (num_examples / (num_examples - 1)) * margin(grad_sum, sq_sum) / energy
     # 0/0 where no example touched the parameter: nothing to write, and no evidence for it either.
     # G² ≥ Q / b, so values above 1 can only be rounding.
     return torch.clamp(shrunk.nan_to_num_(nan=0.0), 0.0, 1.0, out=out)
 
 
-def streaming_openness(signal: Tensor, noise: Tensor, alpha: float, gate: str) -> Tensor:
-    """The authors' streaming rule, which needs no per-example gradients (their Algorithm 1).
-
-    Args:
-        signal: bias-corrected squared first moment ``m̂²``, any shape.
-        noise: bias-corrected running mean ``ŝ`` of ``(G − m_prev)²``, same shape.
-        alpha: the threshold, and the strength of the shrinkage. 1 is as published; as m̂ averages the
-            noise of G down by (1−β₁)/(1+β₁) and ŝ does not, that value restores the scale.
-        gate: ``hard``: ``1{m̂² > α ŝ}``; ``soft``: ``(m̂² − αŝ)₊ / ((m̂² − αŝ)₊ + αŝ)``.
-
-    Returns:
-        ``q`` in [0, 1], shape and dtype of ``signal``.
-    """
-    evidence = signal - alpha * noise
-    if gate == "hard":
-        return (evidence > 0).to(signal.dtype)
-    return (evidence / signal).nan_to_num_(nan=0.0).clamp_(0.0, 1.0)
-
-
 @lru_cache(maxsize=4096)
-def null_openness(num_examples: int, gate: str, numel: int = 1) -> float:
+def null_openness(num_examples: int, gate: str) -> float:
     """Mean openness when the population gradient is zero and the ``h_i`` are independent Gaussians.
 
     Pure noise opens the gate by chance: with ``t`` Student's statistic of the b contributions,
@@ -118,39 +88,18 @@ def null_openness(num_examples: int, gate: str, numel: int = 1) -> float:
     Args:
         num_examples: ``b ≥ 2``.
         gate: ``hard`` or ``soft``.
-        numel: independent coordinates that share one decision: 1 for ``reduction="element"``, the
-            tensor's size for ``"tensor"``, where the statistic is F with ``(n, n (b − 1))`` degrees of
-            freedom. Correlated coordinates lie between the two.
     """
     from scipy import integrate, stats  # scipy.stats is slow to import and only logging needs it
 
-    ratio = stats.f(numel, numel * (num_examples - 1))  # signal over noise, G²/V
+    ratio = stats.f(1, num_examples - 1)  # t² = G²/V
     open_share = float(ratio.sf(1.0))
     if gate == "hard":
         return open_share
-    # Split where the density ends for all purposes: adaptive quadrature would miss a peak at 1 that
-    # is narrow (large n), and the tail that is heavy (n = 1, small b) lies beyond the split.
-    split = 1.0 + 12.0 * math.sqrt(2.0 * num_examples / (numel * (num_examples - 1)))
+    # Split where the density is small: for few examples the tail beyond is heavy, which one adaptive
+    # quadrature up to infinity would miss.
+    split = 1.0 + 12.0 * math.sqrt(2.0 * num_examples / (num_examples - 1))
     pieces = [
         integrate.quad(lambda r: ratio.pdf(r) / r, low, high)[0]
         for low, high in ((1.0, split), (split, math.inf))
     ]
     return open_share - sum(pieces)
-
-
-def streaming_null_openness(alpha: float, beta1: float, gate: str) -> float:
-    """Stationary mean of ``streaming_openness`` on white Gaussian gradients with zero mean.
-
-    There m̂² has the variance ``a = (1−β₁)/(1+β₁)`` of a gradient, and ŝ the mean ``1 + a``, so the
-    rule is ``z² > c`` with ``c = α (1 + a) / a`` for a standard normal z.
-    """
-    from scipy import special
-
-    a = (1.0 - beta1) / (1.0 + beta1)
-    c = alpha * (1.0 + a) / a
-    tail = 2.0 * float(special.ndtr(-math.sqrt(c)))
-    if gate == "hard":
-        return tail
-    density = math.exp(-c / 2.0) / math.sqrt(2.0 * math.pi)
-    inverse_square = 2.0 * density / math.sqrt(c) - tail  # E[z⁻²; z² > c], by parts
-    return tail - c * inverse_square

@@ -1,51 +1,37 @@
 """The record beside the weights: how the gate was set, and what it did.
 
-Two JSON files lie in every checkpoint, every saved model and every pushed repository. Nothing in them is
-ever executed, unpickled or used as a path.
-
-``poprisk_config.json``, schema version 1::
-
-    schema_version       1
-    source               "arXiv:2605.01172", where the method comes from
-    optim                "poprisk_adamw", or the stock optimizer of a run without the gate
-    gate, estimator, reduction, warmup_steps, gate_weight_decay, ema_alpha, exclude, label_noise
-                         the options, as the poprisk_ fields of the training arguments
-    unit                 "example" or "group": what the gate held out
-    units_per_step       b of a full step
-    save_only_model      the argument; null in records of before
-    layout               processes, gradient_accumulation_steps, per_device_train_batch_size
-    steps                optimizer steps taken
-    weights_step         the step that the weights are of: another one after load_best_model_at_end
-    data                 examples; altered_labels, the number whose label was changed on purpose, or null
-    trainable            tensors, how many were trained when the run began; names, a digest of their names;
-                         null before training and in records of before
-    versions             package → version
-
-``poprisk_statistics.json``, schema version 1: ``GateStatistics.of_run``, per parameter.
+Two JSON files lie in every checkpoint, every saved model and every pushed repository:
+``poprisk_config.json`` (``make_config``) and ``poprisk_statistics.json`` (``GateStatistics.of_run``). What is
+in them stands at the end of this file. Nothing of it is ever executed, unpickled or used as a path.
 """
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
+from transformers.trainer_utils import has_length
 
-from hf_poprisk.gate import GATES, REDUCTIONS
-from hf_poprisk.optimizer import ESTIMATORS
+from hf_poprisk.gate import GATES
+from hf_poprisk.options import ESTIMATORS
 
 CONFIG_NAME = "poprisk_config.json"
 STATISTICS_NAME = "poprisk_statistics.json"
 SCHEMA_VERSION = 1
 SOURCE = "arXiv:2605.01172"
-_MAX_BYTES = 32 << 20  # a thousand times what a large model needs
-_MAX_INT = 2**63
+_PACKAGES = ("hf_poprisk", "torch", "transformers", "accelerate", "trl", "peft", "datasets")
+_SETTINGS = ("gate", "estimator", "warmup_steps", "ema_alpha", "exclude", "label_noise")
+# Settings of version 0.1 that are gone, with the value that means what the code does now.
+_GONE = {"reduction": "element", "gate_weight_decay": False}
 
 
 @dataclass(frozen=True)
@@ -96,6 +82,79 @@ def load_record(
     )
 
 
+def make_config(args: Any, **of_run: Any) -> dict[str, Any]:
+    """``poprisk_config.json``.
+
+    Args:
+        args: training arguments with the gate's fields.
+        of_run: steps, weights_step, data, trainable.
+    """
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "source": SOURCE,
+        "optim": str(getattr(args.optim, "value", args.optim)),
+        **args.gate_options(),
+        "exclude": list(args.poprisk_exclude or ()),
+        "label_noise": args.poprisk_label_noise,
+        "unit": "group" if args.poprisk_estimator == "group" else "example",
+        "units_per_step": args.units_per_step,
+        "save_only_model": args.save_only_model,
+        "layout": {
+            "processes": args.world_size,
+            "gradient_accumulation_steps": args.gradient_accumulation_steps,
+            "per_device_train_batch_size": args.per_device_train_batch_size,
+        },
+        **of_run,
+        "versions": {name: version for name in _PACKAGES if (version := _version(name))},
+    }
+
+
+def describe_data(dataset: Any) -> dict[str, Any]:
+    """How many examples there are, and how many labels were altered on purpose (column ``is_flipped``)."""
+    examples = len(dataset) if has_length(dataset) else None
+    columns, altered = getattr(dataset, "column_names", None), None
+    if examples is not None and isinstance(columns, list) and "is_flipped" in columns:
+        altered = sum(map(bool, dataset["is_flipped"]))
+    return {"examples": examples, "altered_labels": altered}
+
+
+def digest(names: list[str]) -> dict[str, Any]:
+    """The entry ``trainable``: how many names, and what tells these from others."""
+    text = "\n".join(sorted(names))
+    return {"tensors": len(names), "names": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any], other_data: bool = False) -> list[str]:
+    """What a run with the gate would change by going on from another's record, in words.
+
+    Args:
+        other_data: the data may have another length.
+    """
+    found = []
+    if before["optim"] == now["optim"]:
+        old = {"label_noise": "off", **before}  # older than the setting
+        pairs = {f"poprisk_{name}": (old[name], now[name]) for name in _SETTINGS}
+        pairs |= {f"{name} (of version 0.1)": (old.get(name, value), value) for name, value in _GONE.items()}
+        if "ema" not in (before["estimator"], now["estimator"]):
+            pairs[f"{now['unit']}s per step"] = before["units_per_step"], now["units_per_step"]
+        found = [f"{name} from {_short(a)} to {_short(b)}" for name, (a, b) in pairs.items() if a != b]
+    had, has = before["data"]["examples"], now["data"]["examples"]
+    if None not in (had, has) and had != has and not other_data:
+        found.append(f"the number of training examples from {had} to {has}")
+    return found
+
+
+def write_record(
+    folder: str | os.PathLike[str], config: Mapping[str, Any], statistics: Mapping[str, Any] | None
+) -> None:
+    """Write the two files; without statistics, those of an earlier run are removed."""
+    write_json(Path(folder, CONFIG_NAME), config)
+    if statistics is None:
+        Path(folder, STATISTICS_NAME).unlink(missing_ok=True)
+    else:
+        write_json(Path(folder, STATISTICS_NAME), {"schema_version": SCHEMA_VERSION, **statistics})
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write beside the target and rename: a reader never sees half a file.
 
@@ -108,6 +167,18 @@ def write_json(path: Path, content: Any) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}…"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _download(repo: str, name: str, revision: str | None, token: str | None) -> Path | None:
@@ -123,109 +194,85 @@ def _download(repo: str, name: str, revision: str | None, token: str | None) -> 
         ) from error
 
 
-def _read(path: Path, schema: Mapping[str, Callable[[Any], bool]], where: str) -> dict[str, Any]:
-    """A JSON object whose entries pass their checks; anything else is one sentence."""
+def _read(path: Path, schema: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A JSON object whose entries have their shapes; anything else is one sentence."""
 
     def damaged(why: str) -> ValueError:
         return ValueError(f"{path.name} of {where} is damaged: {why}.")
 
-    def constant(name: str) -> Any:
-        raise ValueError(f"{name} is not a number")
-
-    if path.stat().st_size > _MAX_BYTES:
-        raise damaged(f"it is larger than {_MAX_BYTES >> 20} MiB")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=constant)
-    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, integers without end, NaN
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise damaged(f"{str(error).splitlines()[0]}") from error
-    if not isinstance(content, dict) or not _count(content.get("schema_version")):
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if not _count(version):
         raise damaged("it holds no schema_version")
-    if content["schema_version"] != SCHEMA_VERSION:
+    if version != SCHEMA_VERSION:
         raise ValueError(
-            f"{path.name} of {where} has schema version {content['schema_version']}, and this version of "
-            f"hf_poprisk reads {SCHEMA_VERSION}: update hf_poprisk."
+            f"{path.name} of {where} has schema version {version}, and this version of hf_poprisk reads "
+            f"{SCHEMA_VERSION}: update hf_poprisk."
         )
-    for name, passes in schema.items():
-        if not passes(content.get(name)):
+    for name, shape in schema.items():
+        if not _fits(content.get(name), shape):
             raise damaged(f"{name} is {json.dumps(content.get(name))[:60]}")
     return content
 
 
 def _count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MAX_INT
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
-def _flag(value: Any) -> bool:
-    return isinstance(value, bool)
+def _fits(value: Any, shape: Any) -> bool:
+    """A shape is a type, a literal, [of each], {name: shape}, {str: of each value} or (either, or)."""
+    if isinstance(shape, tuple):
+        return any(_fits(value, s) for s in shape)
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(_fits(x, shape[0]) for x in value)
+    if isinstance(shape, dict):
+        if not isinstance(value, dict):
+            return False
+        if str in shape:
+            return all(_fits(x, shape[str]) for x in value.values())
+        return all(_fits(value.get(name), s) for name, s in shape.items())
+    if shape is int:
+        return _count(value)
+    if shape is float:
+        return _count(value) or isinstance(value, float) and math.isfinite(value)
+    return isinstance(value, shape) if isinstance(shape, type) else value == shape
 
 
-def _number(value: Any) -> bool:
-    return _count(value) or isinstance(value, float) and math.isfinite(value)
-
-
-def _optional(passes: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: value is None or passes(value)
-
-
-def _one_of(*choices: str) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, str) and value in choices
-
-
-def _text(value: Any) -> bool:
-    return isinstance(value, str) and len(value) <= 1000
-
-
-def _list_of(passes: Callable[[Any], bool], length: int | None = None) -> Callable[[Any], bool]:
-    return lambda value: (
-        isinstance(value, list) and all(map(passes, value)) and (length is None or len(value) == length)
-    )
-
-
-def _entries(**schema: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, dict) and all(ok(value.get(name)) for name, ok in schema.items())
-
-
-def _values(passes: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, dict) and all(map(passes, value.values()))
-
-
-_sums = _list_of(_number, 4)
-_CONFIG: dict[str, Callable[[Any], bool]] = {
-    "source": _text,
-    "optim": _text,
-    "gate": _one_of(*GATES),
-    "estimator": _one_of(*ESTIMATORS),
-    "reduction": _one_of(*REDUCTIONS),
-    "warmup_steps": _count,
-    "gate_weight_decay": _flag,
-    "ema_alpha": _optional(_number),
-    "exclude": _list_of(_text),
-    "label_noise": _optional(_text),
-    "unit": _one_of("example", "group"),
-    "units_per_step": _count,
-    "save_only_model": _optional(_flag),
-    "layout": _entries(
-        processes=_count, gradient_accumulation_steps=_count, per_device_train_batch_size=_count
-    ),
-    "steps": _count,
-    "weights_step": _count,
-    "data": _entries(examples=_optional(_count), altered_labels=_optional(_count)),
-    "trainable": _optional(_entries(tensors=_count, names=_text)),
-    "versions": _values(_text),
+_CONFIG: dict[str, Any] = {
+    "source": str,  # where the method comes from
+    "optim": str,  # poprisk_adamw, or the stock optimizer of a run without the gate
+    "gate": GATES,
+    "estimator": ESTIMATORS,
+    "warmup_steps": int,
+    "ema_alpha": (float, None),
+    "exclude": [str],
+    "label_noise": (str, None),  # None in older records, as below
+    "unit": ("example", "group"),  # what the gate held out
+    "units_per_step": int,  # b of a full step
+    "save_only_model": (bool, None),
+    "layout": {"processes": int, "gradient_accumulation_steps": int, "per_device_train_batch_size": int},
+    "steps": int,  # optimizer steps taken
+    "weights_step": int,  # that the weights are of: another one after load_best_model_at_end
+    "data": {"examples": (int, None), "altered_labels": (int, None)},  # labels changed on purpose
+    "trainable": ({"tensors": int, "names": str}, None),  # when the run began
+    "versions": {str: str},  # of packages
 }
-_STATISTICS: dict[str, Callable[[Any], bool]] = {
-    "steps_skipped": _count,
-    "parameters": _values(
-        _entries(
-            numel=_count,
-            steps=lambda value: _count(value) and value > 0,
-            examples=_count,
-            null=_number,
-            sums=_sums,
-            fraction_open=_number,
-            fraction_open_null=_number,
-            margin=_optional(_number),
-        )
-    ),
-    "interval": _entries(sums=_optional(_sums), null=_number, examples=_count, steps=_count, skipped=_count),
+_STATISTICS: dict[str, Any] = {
+    "steps_skipped": int,
+    "parameters": {
+        str: {
+            "numel": int,
+            "steps": int,
+            "examples": int,
+            "null": float,
+            "sums": [float],
+            "fraction_open": float,
+            "fraction_open_null": float,
+            "margin": (float, None),
+        }
+    },
+    "interval": {"sums": ([float], None), "null": float, "examples": int, "steps": int, "skipped": int},
 }

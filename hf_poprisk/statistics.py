@@ -20,10 +20,8 @@ class _Run:
         self.examples: list[int] = []
         self._rows: dict[Tensor, int] = {}
 
-    def add(
-        self, params: Sequence[Tensor], sums: Tensor, nulls: Sequence[float], steps: int, examples: int
-    ) -> None:
-        """sums: [P, 4]; the rest for each of the parameters."""
+    def add(self, params: Sequence[Tensor], sums: Tensor, null: float, steps: int, examples: int) -> None:
+        """sums: [P, 4]; the rest is the same for each of the P parameters."""
         for p in params:
             if p not in self._rows:
                 self._rows[p] = len(self.params)
@@ -37,7 +35,7 @@ class _Run:
             self.sums += sums
         else:
             self.sums.index_add_(0, torch.tensor(rows, device=self.sums.device), sums.double())
-        for row, null in zip(rows, nulls, strict=True):
+        for row in rows:
             self.nulls[row] += null
             self.steps[row] += steps
             self.examples[row] += examples
@@ -58,9 +56,7 @@ class GateStatistics:
         self._steps = 0
         self._skipped = 0
 
-    def add(
-        self, params: Sequence[Tensor], sums: Tensor, nulls: Sequence[float], num_examples: int | None
-    ) -> None:
+    def add(self, params: Sequence[Tensor], sums: Tensor, null: float, num_examples: int | None) -> None:
         """Record one gated step.
 
         Args:
@@ -68,16 +64,15 @@ class GateStatistics:
             sums: [P, 4] float tensor: Σ q over live coordinates (``Q > 0``), the number of live
                 coordinates, ΣG², ΣQ. Live because a coordinate that no example touched has nothing to
                 open: LoRA's first step, tokens that do not occur.
-            nulls: P values, the mean openness of pure noise at this step.
+            null: the mean openness of pure noise at this step.
             num_examples: b, or None where the estimator has no examples.
         """
         total = sums.sum(0)
         self._sums = total if self._sums is None else self._sums.to(total.device) + total
-        numel = [p.numel() for p in params]
-        self._null += sum(n * null for n, null in zip(numel, nulls, strict=True)) / sum(numel)
+        self._null += null
         self._examples += num_examples or 0
         self._steps += 1
-        self._run_on(sums.device).add(params, sums, nulls, 1, num_examples or 0)
+        self._run_on(sums.device).add(params, sums, null, 1, num_examples or 0)
 
     def _run_on(self, device: torch.device) -> _Run:
         return self._run.setdefault(device, _Run(device))
@@ -150,7 +145,7 @@ class GateStatistics:
                 p = params[name]
                 sums = torch.tensor([entry["sums"]], dtype=torch.float64, device=p.device)
                 run = self._run_on(p.device)
-                run.add([p], sums, [entry["null"]], entry["steps"], entry["examples"])
+                run.add([p], sums, entry["null"], entry["steps"], entry["examples"])
         interval = saved["interval"]
         self._sums = None if interval["sums"] is None else torch.tensor(interval["sums"])
         self._null, self._examples = interval["null"], interval["examples"]

@@ -14,13 +14,14 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from hf_poprisk.arguments import OPTIM, PopRiskArgumentsMixin, PopRiskTrainingArguments
-from hf_poprisk.checkpoints import CheckpointMixin, describe_data
+from hf_poprisk.checkpoints import CheckpointMixin
 from hf_poprisk.hub import HubMixin
 from hf_poprisk.label_noise.mixin import LabelNoiseMixin, check_datasets_installed, with_index
 from hf_poprisk.label_noise.sample import take_sample
 from hf_poprisk.microbatch import MicrobatchMixin
 from hf_poprisk.optimizer import PopRiskAdamW, matching
 from hf_poprisk.per_example.examples import take_example as take_example
+from hf_poprisk.record import describe_data
 from hf_poprisk.risk import RiskMeter
 
 logger = logging.getLogger(__name__)
@@ -287,8 +288,8 @@ def _summary(optimizer: PopRiskAdamW, named: dict[str, torch.Tensor], args: Any)
             "gradient_accumulation_steps."
         )
     return (
-        f"population-risk gate: {optimizer.gate}, estimator={optimizer.estimator}, "
-        f"reduction={optimizer.reduction}{unit}; gated {sum(p.numel() for p in gated):,} parameters in "
+        f"population-risk gate: {optimizer.gate}, estimator={optimizer.estimator}{unit}; "
+        f"gated {sum(p.numel() for p in gated):,} parameters in "
         f"{len(gated)} tensors ({', '.join(f'{kind} {n}' for kind, n in sorted(kinds.items()))}), "
         f"{open_} trainable tensors ungated.{few}"
     )

@@ -12,6 +12,7 @@ from trl.trainer import utils as trl_utils
 from hf_poprisk.arguments import PopRiskArgumentsMixin
 from hf_poprisk.per_example import Capture
 from hf_poprisk.per_example.fused_head import head_by_example
+from hf_poprisk.rules import EXAMPLES, LABEL_MODE, LABELS, Rule
 from hf_poprisk.trainer import PopRiskMixin, takes_what
 
 _TAG = "poprisk"
@@ -21,90 +22,115 @@ _COUPLED_LOSSES = ("aot", "aot_unpaired")
 _LOG_ODDS_LOSSES = ("sigmoid", "sigmoid_norm")
 # These have no log σ of anything, so the margin in the other loss of a list stays the only one.
 _LOSSES_WITHOUT_LOG_ODDS = ("sft", "hinge", "ipo", "sppo_hard", "apo_zero", "apo_down")
+# An audit reads the margins and lets the loss be. With further terms in it, the own effects are those of
+# the whole loss, not of the margin alone; the first visits, which have none, are exact.
 _OR_AUDIT = ", or set poprisk_label_noise=audit"
+
+
+def _unreadable(args: Any) -> str:
+    """The losses, if it is not exactly one of them that has log-odds."""
+    judged = [name for name in args.loss_type if name in _LOG_ODDS_LOSSES]
+    others = [name for name in args.loss_type if name not in _LOG_ODDS_LOSSES]
+    readable = len(judged) == 1 and all(name in _LOSSES_WITHOUT_LOG_ODDS for name in others)
+    return "" if readable else ",".join(args.loss_type)
+
+
+_UNREADABLE = Rule(
+    LABEL_MODE,
+    _unreadable,
+    "needs a loss whose margin is the log-odds of the label, and loss_type={found} is not one",
+    f"use {' or '.join(_LOG_ODDS_LOSSES)}",
+)
 
 
 @dataclass
 class PopRiskDPOConfig(PopRiskArgumentsMixin, DPOConfig):
     """``trl.DPOConfig`` with the gate's fields; one example is one preference pair."""
 
-    _swappable = True
-
-    def _check_examples(self) -> None:
-        super()._check_examples()
-        coupled = [name for name in self.loss_type if name in _COUPLED_LOSSES]
-        if coupled and self.poprisk_estimator == "example":
-            raise ValueError(
-                f"loss_type={coupled[0]} compares the pairs of a batch with each other, so a pair has no "
-                "gradient of its own: use another loss_type, such as sigmoid, or "
-                "poprisk_estimator=group."
-            )
-        _check_padding_free(self)
-
-    def _check_label_noise(self) -> None:
-        super()._check_label_noise()
-        mode = f"poprisk_label_noise={self.poprisk_label_noise}"
-        # An audit reads the margins and lets the loss be. With further terms in it, the own effects are those
-        # of the whole loss, not of the margin alone; the first visits, which have none, are exact.
-        audit, losses = self.poprisk_label_noise == "audit", ",".join(self.loss_type)
-        judged = [name for name in self.loss_type if name in _LOG_ODDS_LOSSES]
-        others = [name for name in self.loss_type if name not in _LOG_ODDS_LOSSES]
-        readable = len(judged) == 1 and all(name in _LOSSES_WITHOUT_LOG_ODDS for name in others)
-        if not readable or others and not audit:
-            raise ValueError(
-                f"{mode} needs a loss whose margin is the log-odds of the label, and loss_type={losses} is "
-                f"not one: use {' or '.join(_LOG_ODDS_LOSSES)}{_OR_AUDIT if readable else ''}."
-            )
-        if self.use_weighting and not audit:
-            raise ValueError(f"{mode} weighs the pairs itself: set use_weighting=False{_OR_AUDIT}.")
-        if self.sync_ref_model:
-            raise ValueError(f"{mode} compares margins to one reference model: set sync_ref_model=False.")
-        if self.f_divergence_type == "js_divergence":
-            raise ValueError(f"{mode} cannot read f_divergence_type=js_divergence: use reverse_kl.")
+    _example_rules = (
+        *EXAMPLES,
+        Rule(
+            "loss_type={found}",
+            lambda a: (
+                a.poprisk_estimator == "example"
+                and next((name for name in a.loss_type if name in _COUPLED_LOSSES), None)
+            ),
+            "compares the pairs of a batch with each other, so a pair has no gradient of its own",
+            "use another loss_type, such as sigmoid, or poprisk_estimator=group",
+        ),
+        Rule(
+            "padding_free=True",
+            lambda a: (
+                a.padding_free and a.poprisk_estimator == "example" and a.per_device_train_batch_size > 1
+            ),
+            "joins the examples of a micro-batch into one row, which hides the single ones",
+            "set padding_free=False or per_device_train_batch_size=1",
+        ),
+    )
+    _label_rules = (
+        *LABELS,
+        _UNREADABLE,
+        _UNREADABLE._replace(
+            found=lambda a: a.poprisk_label_noise != "audit" and a.loss_type[1:] and ",".join(a.loss_type),
+            way_out=_UNREADABLE.way_out + _OR_AUDIT,
+        ),
+        Rule(
+            LABEL_MODE,
+            lambda a: a.use_weighting and a.poprisk_label_noise != "audit",
+            "weighs the pairs itself",
+            f"set use_weighting=False{_OR_AUDIT}",
+        ),
+        Rule(
+            LABEL_MODE,
+            lambda a: a.sync_ref_model,
+            "compares margins to one reference model",
+            "set sync_ref_model=False",
+        ),
+        Rule(
+            LABEL_MODE,
+            lambda a: a.f_divergence_type == "js_divergence",
+            "cannot read f_divergence_type=js_divergence",
+            "use reverse_kl",
+        ),
+    )
 
 
 @dataclass
 class PopRiskSFTConfig(PopRiskArgumentsMixin, SFTConfig):
     """``trl.SFTConfig`` with the gate's fields; one example is one sequence."""
 
-    def _check_examples(self) -> None:
-        super()._check_examples()
-        if self.packing and self.packing_strategy != "bfd" and self.poprisk_estimator == "example":
-            raise ValueError(
-                f"packing_strategy={self.packing_strategy} cuts sequences, and the parts of one are no "
-                "examples of their own: set packing_strategy=bfd, or poprisk_estimator=group to gate on "
-                "packed rows."
-            )
-
-    def _check_label_noise(self) -> None:
-        raise ValueError(
-            f"poprisk_label_noise={self.poprisk_label_noise} judges labels, and a sequence has none: set "
-            "poprisk_label_noise=off, or train with DPO, a reward model or a classifier."
-        )
+    _example_rules = (
+        *EXAMPLES,
+        Rule(
+            "packing_strategy={a.packing_strategy}",
+            lambda a: a.packing and a.packing_strategy != "bfd" and a.poprisk_estimator == "example",
+            "cuts sequences, and the parts of one are no examples of their own",
+            "set packing_strategy=bfd, or poprisk_estimator=group to gate on packed rows",
+        ),
+    )
+    _label_rules = (
+        Rule(
+            LABEL_MODE,
+            lambda a: True,
+            "judges labels, and a sequence has none",
+            "set poprisk_label_noise=off, or train with DPO, a reward model or a classifier",
+        ),
+    )
 
 
 @dataclass
 class PopRiskRewardConfig(PopRiskArgumentsMixin, RewardConfig):
     """``trl.RewardConfig`` with the gate's fields; one example is one preference pair."""
 
-    _swappable = True
-
-    def _check_label_noise(self) -> None:
-        super()._check_label_noise()
-        # In an audit the own effects are those of the whole loss, as with DPO's further terms.
-        if self.center_rewards_coefficient is not None and self.poprisk_label_noise != "audit":
-            raise ValueError(
-                f"poprisk_label_noise={self.poprisk_label_noise} needs a loss that is a function of the "
-                f"reward margins alone: remove center_rewards_coefficient{_OR_AUDIT}."
-            )
-
-
-def _check_padding_free(args: Any) -> None:
-    if args.padding_free and args.poprisk_estimator == "example" and args.per_device_train_batch_size > 1:
-        raise ValueError(
-            "padding_free=True joins the examples of a micro-batch into one row, which hides the single "
-            "ones: set padding_free=False or per_device_train_batch_size=1."
-        )
+    _label_rules = (
+        *LABELS,
+        Rule(
+            LABEL_MODE,
+            lambda a: a.center_rewards_coefficient is not None and a.poprisk_label_noise != "audit",
+            "needs a loss that is a function of the reward margins alone",
+            f"remove center_rewards_coefficient{_OR_AUDIT}",
+        ),
+    )
 
 
 class _FusedHeadMixin(PopRiskMixin):

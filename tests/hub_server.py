@@ -33,7 +33,7 @@ import yaml
 Gated = Literal["auto", "manual", False]
 Upload = Literal["create", "preupload", "lfs_batch", "upload", "commit", "settings"]
 Endpoint = Upload | Literal["resolve"]
-Change = Literal["create", "settings", "commit", "delete"]
+Change = Literal["create", "settings", "commit"]
 
 # The .gitattributes of a new repo: what it names goes to LFS, as does everything above 10 MB.
 LFS_PATTERNS = (
@@ -95,15 +95,14 @@ class Event:
     @property
     def exposed(self) -> frozenset[str]:
         """What anybody could download from then on, but for the .gitattributes that the Hub itself writes."""
-        closed = self.private or self.gated or self.kind == "delete"
-        return frozenset() if closed else self.files - {".gitattributes"}
+        return frozenset() if self.private or self.gated else self.files - {".gitattributes"}
 
 
 class HubServer:
     """The Hub at `url` while the `with` block lasts.
 
     `tokens` maps a token to (user, can_write); `token` is the first that can write, `user` its owner.
-    `log` has all changes in order, `requests` all requests ("PUT /api/models/alice/model/settings").
+    `log` has all changes in order.
     """
 
     def __init__(self, tokens: dict[str, tuple[str, bool]] | None = None) -> None:
@@ -113,9 +112,7 @@ class HubServer:
         self.user = self.tokens[self.token][0]
         self._repos: dict[str, Repo] = {}
         self.log: list[Event] = []
-        self.requests: list[str] = []
         self._faults: defaultdict[str, list[int]] = defaultdict(list)
-        self._cuts: defaultdict[str, list[int]] = defaultdict(list)
         self._lock = threading.Lock()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, self))
         self.url = f"http://127.0.0.1:{self._http.server_port}"
@@ -149,10 +146,6 @@ class HubServer:
         """
         self._faults[endpoint] += [status] * times
 
-    def cut(self, endpoint: Upload, after_bytes: int, times: int = 1) -> None:
-        """Drops the connection of the next `times` requests to `endpoint` after that much of their body."""
-        self._cuts[endpoint] += [after_bytes] * times
-
     def _changed(self, kind: Change, repo: Repo) -> None:
         files = frozenset(path for commit in repo.commits for path in commit.files)
         self.log.append(Event(kind, repo.id, repo.private, repo.gated, files))
@@ -175,7 +168,7 @@ class _Handler(BaseHTTPRequestHandler):
         super().__init__(*args)
 
     def handle(self) -> None:
-        with suppress(ConnectionError):  # a cut, or a client that went away
+        with suppress(ConnectionError):  # a client that went away
             super().handle()
 
     def log_message(self, *args: object) -> None:
@@ -188,7 +181,6 @@ class _Handler(BaseHTTPRequestHandler):
         status = 200
         try:
             with self.hub._lock:
-                self.hub.requests.append(f"{self.command} {url.path}")
                 answer = self._answer(parts, parse_qs(url.query))
         except _Refusal as refusal:
             status, answer = refusal.status, refusal.body
@@ -201,21 +193,14 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve
+    do_GET = do_HEAD = do_POST = do_PUT = _serve
 
     def _answer(self, parts: list[str], query: dict[str, list[str]]) -> Any:
         match [self.command, *parts]:
-            case ["GET", "api", "whoami-v2"]:
-                return {"type": "user", "name": self._credentials()[0], "orgs": []}
             case ["POST", "api", "validate-yaml"]:
                 return self._validate_card(json.loads(self._receive())["content"])
             case ["POST", "api", "repos", "create"]:
                 return self._create(json.loads(self._receive("create")))
-            case ["DELETE", "api", "repos", "delete"]:
-                asked = json.loads(self._receive())
-                repo = self._repo(asked["organization"] or self._credentials()[0], asked["name"], write=True)
-                self.hub._changed("delete", self.hub._repos.pop(repo.id))
-                return {}
             case ["GET", "api", "models", owner, name]:
                 return self._info(self._repo(owner, name), "main")
             case ["GET", "api", "models", owner, name, "auth-check", "write"]:
@@ -229,10 +214,6 @@ class _Handler(BaseHTTPRequestHandler):
                 entries = _at(self._repo(owner, name), revision).entries()
                 folder = "".join(f"{part}/" for part in path)
                 return _tree(entries, folder, query.get("recursive") == ["true"])
-            case ["POST", "api", "models", owner, name, "paths-info", revision]:
-                paths = parse_qs(self._receive().decode())["paths"]
-                entries = _at(self._repo(owner, name), revision).entries()
-                return [entries[path] for path in paths if path in entries]
             case ["POST", "api", "models", owner, name, "preupload", revision]:
                 asked = json.loads(self._receive("preupload"))["files"]
                 head = _at(self._repo(owner, name, write=True), revision)
@@ -258,9 +239,6 @@ class _Handler(BaseHTTPRequestHandler):
     def _receive(self, endpoint: str = "") -> bytes:
         """The body, read before all decisions, as the next request would start with what is left of it."""
         size = int(self.headers.get("Content-Length", 0))  # huggingface_hub sends it with every body
-        if cuts := self.hub._cuts[endpoint]:
-            self.rfile.read(min(size, cuts.pop(0)))
-            raise ConnectionAbortedError("cut by the test")
         body = self.rfile.read(size)
         if len(body) < size:
             raise ConnectionAbortedError("the client went away")
@@ -350,12 +328,6 @@ class _Handler(BaseHTTPRequestHandler):
                         raise _Refusal(400, f"The LFS object of {path} was not uploaded")
                     files[path] = repo.objects[value["oid"]]
                     lfs.add(path)
-                case "deletedFile":
-                    if files.pop(path, None) is None:
-                        raise _Refusal(404, "A file with this name doesn't exist", "EntryNotFound")
-                case "deletedFolder":
-                    inside = path.rstrip("/") + "/"
-                    files = {path: data for path, data in files.items() if not path.startswith(inside)}
         repo.commits.append(_new_commit(message, files, frozenset(lfs & files.keys())))
         self.hub._changed("commit", repo)
         oid = repo.commits[-1].oid

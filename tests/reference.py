@@ -41,13 +41,12 @@ def grad_and_square_sums(gradients: Sequence[Mapping[str, Tensor]], name: str) -
     return stacked.sum(0), stacked.square().sum(0)
 
 
-def openness(stacked: Tensor, gate: str = "hard", reduction: str = "element") -> Tensor:
+def openness(stacked: Tensor, gate: str = "hard") -> Tensor:
     """The rule with mu and sigma², before any algebra (arXiv:2605.01172; equation in ``gate``).
 
     Args:
         stacked: [b, *shape], the per-example gradients.
         gate: ``hard``, ``soft`` or ``none``.
-        reduction: ``element`` or ``tensor``.
 
     Returns:
         ``q``, [*shape], float64.
@@ -57,8 +56,6 @@ def openness(stacked: Tensor, gate: str = "hard", reduction: str = "element") ->
     mu = h.mean(0)
     sigma2 = (h - mu).square().mean(0)
     signal, noise = mu.square(), sigma2 / (b - 1)
-    if reduction == "tensor":
-        signal, noise = signal.sum().expand_as(mu), noise.sum().expand_as(mu)
     if gate == "none":
         return torch.ones_like(mu)
     if gate == "hard":
@@ -80,7 +77,6 @@ def adamw_step(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
-    gate_weight_decay: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One gated AdamW step, written as the equations are: ``w ← w − lr·q·m̂/(√v̂ + ε)``.
 
@@ -92,7 +88,7 @@ def adamw_step(
     exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * grad**2
     m_hat = exp_avg / (1 - beta1**step)
     v_hat = exp_avg_sq / (1 - beta2**step)
-    weight = weight * (1 - lr * weight_decay * (q if gate_weight_decay else 1.0))
+    weight = weight * (1 - lr * weight_decay)
     return weight - lr * q * m_hat / (v_hat.sqrt() + eps), exp_avg, exp_avg_sq
 
 

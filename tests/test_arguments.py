@@ -4,7 +4,6 @@ import dataclasses
 import json
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -28,25 +27,24 @@ from hf_poprisk import (
     PopRiskTrainer,
     PopRiskTrainingArguments,
 )
-from hf_poprisk.gate import GATES, REDUCTIONS
+from hf_poprisk.gate import GATES
 from hf_poprisk.label_noise import LABEL_NOISE_MODES
-from hf_poprisk.optimizer import ESTIMATORS
+from hf_poprisk.options import ESTIMATORS
 
 CONFIGS = (PopRiskTrainingArguments, PopRiskDPOConfig, PopRiskSFTConfig, PopRiskRewardConfig)
 TRAINERS = (PopRiskTrainer, PopRiskDPOTrainer, PopRiskSFTTrainer, PopRiskRewardTrainer)
 
-# Every value differs from its default; `reduction` is apart because ema refuses "tensor".
+# Every value differs from its default.
 FIELDS: dict[str, Any] = {
     "poprisk_gate": "soft",
     "poprisk_estimator": "ema",
     "poprisk_exclude": ["embed", r"layers\.0\."],
     "poprisk_warmup_steps": 3,
-    "poprisk_gate_weight_decay": True,
     "poprisk_ema_alpha": 0.5,
 }
 FIELDS_ON_THE_COMMAND_LINE = (
     "--poprisk_gate soft --poprisk_estimator ema --poprisk_exclude embed layers\\.0\\. "
-    "--poprisk_warmup_steps 3 --poprisk_gate_weight_decay --poprisk_ema_alpha 0.5"
+    "--poprisk_warmup_steps 3 --poprisk_ema_alpha 0.5"
 ).split()
 
 
@@ -108,7 +106,7 @@ def test_fields_become_the_optimizers_keyword_arguments(make: Any) -> None:
     options = make(**FIELDS).gate_options()
     expected = {name.removeprefix("poprisk_"): value for name, value in FIELDS.items()}
     del expected["exclude"]  # becomes `ungated`, which needs the model
-    assert options == {**expected, "reduction": "element"}
+    assert options == expected
     PopRiskAdamW([torch.nn.Parameter(torch.zeros(2))], **options)
 
 
@@ -149,11 +147,9 @@ def test_the_command_line_can_switch_a_recipes_optimizer_off(parse: Any) -> None
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("gate=soft,reduction=tensor", {"poprisk_gate": "soft", "poprisk_reduction": "tensor"}),
+        ("gate=soft", {"poprisk_gate": "soft"}),
         (" gate = soft , warmup_steps = 3 ", {"poprisk_gate": "soft", "poprisk_warmup_steps": 3}),
         ("estimator=ema,ema_alpha=0.5", {"poprisk_estimator": "ema", "poprisk_ema_alpha": 0.5}),
-        ("gate_weight_decay=true", {"poprisk_gate_weight_decay": True}),
-        ("gate_weight_decay=false", {}),
         ("exclude=embed|norm", {"poprisk_exclude": ["embed|norm"]}),
     ],
 )
@@ -169,8 +165,8 @@ def test_optim_args_set_the_fields(parse: Any, text: str, expected: dict[str, An
 
 def test_optim_args_may_repeat_what_a_field_says(make: Any) -> None:
     said = {"poprisk_gate": "soft", "poprisk_exclude": ["embed"]}
-    args = make(**said, optim_args="gate=soft,exclude=embed,reduction=tensor")
-    assert changed_fields(args) == {**said, "poprisk_reduction": "tensor"}
+    args = make(**said, optim_args="gate=soft,exclude=embed,warmup_steps=3")
+    assert changed_fields(args) == {**said, "poprisk_warmup_steps": 3}
 
 
 @pytest.mark.parametrize("parser", [HfArgumentParser, TrlParser])
@@ -197,7 +193,7 @@ def test_a_fractional_warmup_on_the_command_line_is_refused(
     assert "invalid int value: '1.5'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["gate", "estimator", "reduction", "label_noise"])
+@pytest.mark.parametrize("name", ["gate", "estimator", "label_noise"])
 @pytest.mark.parametrize("parser", [HfArgumentParser, TrlParser])
 def test_a_bad_choice_on_the_command_line_ends_in_one_sentence(
     parse: Any, parser: type[Any], name: str, capsys: pytest.CaptureFixture[str]
@@ -208,7 +204,7 @@ def test_a_bad_choice_on_the_command_line_ends_in_one_sentence(
     assert f"argument --poprisk_{name}" in last and "invalid choice: 'open' (choose from " in last
 
 
-@pytest.mark.parametrize("name", ["gate", "estimator", "reduction", "label_noise"])
+@pytest.mark.parametrize("name", ["gate", "estimator", "label_noise"])
 def test_a_bad_choice_in_yaml_is_refused_by_name(parse: Any, name: str) -> None:
     with pytest.raises(ValueError, match=f"^poprisk_{name} must be one of .*; got 'open'\\.$"):
         parse(config={f"poprisk_{name}": "open"})
@@ -219,7 +215,6 @@ def test_a_bad_choice_in_yaml_is_refused_by_name(parse: Any, name: str) -> None:
     [
         ("gate", GATES),
         ("estimator", ESTIMATORS),
-        ("reduction", REDUCTIONS),
         ("label_noise", LABEL_NOISE_MODES),
     ],
 )
@@ -241,7 +236,7 @@ def test_help_lists_every_field_with_its_meaning(config_class: type[Any]) -> Non
 # Copies
 
 
-@pytest.mark.parametrize("fields", [FIELDS, {"poprisk_reduction": "tensor"}, {"optim": "adamw_torch"}])
+@pytest.mark.parametrize("fields", [FIELDS, {"poprisk_gate": "none"}, {"optim": "adamw_torch"}])
 def test_to_dict_makes_an_equal_config(config_class: type[Any], make: Any, fields: dict[str, Any]) -> None:
     args = make(**fields)
     dump = args.to_dict()
@@ -402,34 +397,6 @@ def test_set_optimizer_refuses_what_the_constructor_refuses(make: Any) -> None:
         make(poprisk_gate="soft").set_optimizer("adamw_torch")
 
 
-# The old name of a field
-
-
-def test_the_old_name_of_hub_access_still_works_and_says_so(make: Any, parse: Any) -> None:
-    sentence = r"^poprisk_hub_gated is called poprisk_hub_access now: set poprisk_hub_access=manual\.$"
-    with pytest.warns(FutureWarning, match=sentence) as warned:
-        args = make(poprisk_hub_gated="manual", optim="adamw_torch")
-    assert [w.filename for w in warned if "poprisk_hub" in str(w.message)] == [__file__]
-    with pytest.warns(FutureWarning, match=sentence):
-        parsed = parse(config={"poprisk_hub_gated": "manual", "poprisk_hub_access": "manual"})
-    for each in (args, parsed):
-        assert changed_fields(each) == {"poprisk_hub_access": "manual"}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", FutureWarning)
-        copy = dataclasses.replace(args, poprisk_hub_access="auto")
-    assert copy.poprisk_hub_access == "auto"
-
-
-def test_the_old_name_must_not_contradict_the_new_one(make: Any) -> None:
-    with pytest.raises(ValueError, match="poprisk_hub_gated=manual .* is auto: remove poprisk_hub_gated"):
-        make(poprisk_hub_gated="manual", poprisk_hub_access="auto")
-    with (
-        pytest.raises(ValueError, match="poprisk_hub_access must be auto or manual; got 'yes'"),
-        pytest.warns(FutureWarning),
-    ):
-        make(poprisk_hub_gated="yes")
-
-
 # Bad values: one sentence that names the field
 
 
@@ -437,22 +404,15 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"poprisk_gate": "open"}, "poprisk_gate must be one of hard, soft, none; got 'open'"),
     ({"poprisk_gate": None}, "poprisk_gate must be one of hard, soft, none; got None"),
     ({"poprisk_estimator": "token"}, "poprisk_estimator must be one of example, group, ema; got 'token'"),
-    ({"poprisk_reduction": "row"}, "poprisk_reduction must be one of element, tensor; got 'row'"),
     ({"poprisk_exclude": ["embed", 3]}, r"poprisk_exclude must be a list of strings; got \['embed', 3\]"),
     ({"poprisk_warmup_steps": -1}, "poprisk_warmup_steps must be an integer ≥ 0; got -1"),
     ({"poprisk_warmup_steps": 1.0}, r"poprisk_warmup_steps must be an integer ≥ 0; got 1\.0"),
     ({"poprisk_warmup_steps": True}, "poprisk_warmup_steps must be an integer ≥ 0; got True"),
-    ({"poprisk_gate_weight_decay": "yes"}, "poprisk_gate_weight_decay must be true or false; got 'yes'"),
-    ({"poprisk_gate_weight_decay": 1}, "poprisk_gate_weight_decay must be true or false; got 1"),
     *(
         ({"poprisk_estimator": "ema", "poprisk_ema_alpha": alpha}, "poprisk_ema_alpha must be a number > 0")
         for alpha in (0.0, -0.5, float("nan"), True, "0.5")
     ),
     ({"poprisk_ema_alpha": 0.5}, "poprisk_ema_alpha has no effect with poprisk_estimator='example'"),
-    (
-        {"poprisk_estimator": "ema", "poprisk_reduction": "tensor"},
-        "poprisk_reduction='tensor' needs per-example sums",
-    ),
 ]
 
 
@@ -462,9 +422,7 @@ def test_bad_values_are_refused_by_name(make: Any, values: dict[str, Any], messa
         make(**values)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [*FIELDS.items(), ("poprisk_reduction", "tensor")], ids=lambda v: str(v)
-)
+@pytest.mark.parametrize(("name", "value"), FIELDS.items(), ids=lambda v: str(v))
 def test_a_gate_option_without_the_gate_is_refused(make: Any, name: str, value: Any) -> None:
     # ema_alpha is only read by ema, which is then the first option to have no effect
     extra = {"poprisk_estimator": "ema"} if name == "poprisk_ema_alpha" else {}
@@ -487,11 +445,11 @@ def test_a_gate_option_without_the_gate_is_refused(make: Any, name: str, value: 
         ("=soft", "optim_args has '=soft'; .* key=value"),
         ("gaet=soft", "optim_args has 'gaet=soft'; .* key=value"),
         ("poprisk_gate=soft", "optim_args has 'poprisk_gate=soft'; .* with the keys gate"),
-        ("gate=soft;reduction=tensor", "poprisk_gate must be one of"),
+        ("gate=soft;warmup_steps=3", "poprisk_gate must be one of"),
         ("gate=soft=hard", "poprisk_gate must be one of hard, soft, none; got 'soft=hard'"),
         ("warmup_steps=1.5", "poprisk_warmup_steps must be an integer ≥ 0; got '1.5'"),
         ("warmup_steps=-1", "poprisk_warmup_steps must be an integer ≥ 0; got -1"),
-        ("gate_weight_decay=maybe", "poprisk_gate_weight_decay must be true or false; got 'maybe'"),
+        ("reduction=tensor", "optim_args has 'reduction=tensor'; .* with the keys gate"),
         ("estimator=ema,ema_alpha=small", "poprisk_ema_alpha must be a number > 0; got 'small'"),
         ("gate=soft,gate=none", "optim_args has 'gate=none'; .* each key once"),
     ],
@@ -507,10 +465,10 @@ def test_optim_args_that_contradict_a_field_are_refused(make: Any) -> None:
 
 
 def test_a_copy_of_the_arguments_may_change_what_optim_args_had_set() -> None:
-    args = PopRiskTrainingArguments("out", use_cpu=True, optim_args="gate=soft,reduction=tensor")
-    assert (args.poprisk_gate, args.poprisk_reduction) == ("soft", "tensor")
+    args = PopRiskTrainingArguments("out", use_cpu=True, optim_args="gate=soft,warmup_steps=3")
+    assert (args.poprisk_gate, args.poprisk_warmup_steps) == ("soft", 3)
     again = dataclasses.replace(args, poprisk_gate="hard")
-    assert (again.poprisk_gate, again.poprisk_reduction) == ("hard", "tensor")
+    assert (again.poprisk_gate, again.poprisk_warmup_steps) == ("hard", 3)
     args.set_optimizer(args="gate=none").set_optimizer(args="gate=hard")
     assert args.poprisk_gate == "hard"
 
@@ -518,12 +476,11 @@ def test_a_copy_of_the_arguments_may_change_what_optim_args_had_set() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"poprisk_gate_weight_decay": True}, "gate_weight_decay=true has no effect with weight_decay=0"),
         (
             {"optim_target_modules": "all-linear"},
             "optim_target_modules has no effect with optim=poprisk_adamw",
         ),
-        ({"poprisk_hub_access": "yes"}, "poprisk_hub_access must be auto or manual; got 'yes'"),
+        ({"poprisk_hub_access": "yes"}, "poprisk_hub_access must be one of auto, manual; got 'yes'"),
         ({"fp16": True}, "^fp16=True has no effect on a CPU: set bf16=True, or neither.$"),
         ({"deepspeed": "ds.json"}, "^deepspeed is not supported by optim=poprisk_adamw: train with DDP"),
         (

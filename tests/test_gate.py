@@ -8,9 +8,8 @@ from hf_poprisk.gate import (
     margin,
     null_openness,
     openness,
-    streaming_null_openness,
-    streaming_openness,
 )
+from hf_poprisk.streaming import streaming_null_openness, streaming_openness
 
 BATCHES = (2, 4, 8, 16, 64)
 
@@ -25,13 +24,12 @@ def contributions(b: int, n: int = 50_000, signal: float = 0.3) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("b", BATCHES)
-@pytest.mark.parametrize("reduction", ["element", "tensor"])
 @pytest.mark.parametrize("gate", ["hard", "soft", "none"])
-def test_two_sums_decide_as_mean_and_variance_do(b: int, gate: str, reduction: str) -> None:
+def test_two_sums_decide_as_mean_and_variance_do(b: int, gate: str) -> None:
     h = contributions(b)
-    q = openness(*sums(h), b, gate, reduction)
-    torch.testing.assert_close(q, reference.openness(h, gate, reduction), rtol=1e-9, atol=1e-9)
-    if gate == "hard" and reduction == "element":
+    q = openness(*sums(h), b, gate)
+    torch.testing.assert_close(q, reference.openness(h, gate), rtol=1e-9, atol=1e-9)
+    if gate == "hard":
         assert 0.1 < q.mean() < 0.9  # neither all open nor all closed, or the comparison says nothing
 
 
@@ -86,16 +84,6 @@ def test_null_levels_of_the_hard_gate() -> None:
         assert null_openness(b, "hard") == pytest.approx(level, abs=1e-4)
 
 
-@pytest.mark.parametrize("numel", [2, 3, 40, 5000])
-@pytest.mark.parametrize("gate", ["hard", "soft"])
-def test_null_level_of_a_whole_tensor(numel: int, gate: str) -> None:
-    trials, b = 4000, 4
-    q = torch.tensor(
-        [openness(*sums(torch.randn(b, numel)), b, gate, "tensor")[0].item() for _ in range(trials)]
-    )
-    assert abs(q.mean().item() - null_openness(b, gate, numel)) < 4 * max(q.std().item(), 1e-3) / trials**0.5
-
-
 def test_soft_gate_grows_with_the_signal_and_stays_between_zero_and_one() -> None:
     h = torch.randn(8, 1000, dtype=torch.float64)
     h -= h.mean(0)  # the noise alone; the signal is added
@@ -116,19 +104,13 @@ def test_one_example_on_a_coordinate_stays_closed() -> None:
 def test_untouched_coordinates_are_closed_and_finite() -> None:
     zero = torch.zeros(10)
     for gate in ("hard", "soft"):
-        for reduction in ("element", "tensor"):
-            assert torch.equal(openness(zero, zero, 8, gate, reduction), zero)
-
-
-def test_tensor_reduction_is_one_decision() -> None:
-    assert openness(*sums(contributions(8, 1000)), 8, "soft", "tensor").unique().numel() == 1
+        assert torch.equal(openness(zero, zero, 8, gate), zero)
 
 
 @pytest.mark.parametrize(
     ("kwargs", "sentence"),
     [
         ({"gate": "firm"}, "gate must be one of"),
-        ({"reduction": "layer"}, "reduction must be one of"),
         ({"num_examples": 1}, "at least 2 examples"),
     ],
 )

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_poprisk import PopRiskAdamW
-from hf_poprisk.gate import streaming_null_openness
-from hf_poprisk.optimizer import EMA_DECAY, matching
+from hf_poprisk.options import matching
 from hf_poprisk.per_example import BatchedGradients, Rows
+from hf_poprisk.streaming import EMA_DECAY, StreamingPopRiskAdamW, streaming_null_openness
 
 HYPER = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -99,14 +99,10 @@ def test_an_open_gate_is_adamw(dtype: torch.dtype, rtol: float) -> None:
     assert_same(ours, stock, rtol=rtol, atol=rtol)
 
 
-@pytest.mark.parametrize("gate_weight_decay", [False, True])
-@pytest.mark.parametrize("reduction", ["element", "tensor"])
 @pytest.mark.parametrize("gate", ["hard", "soft"])
-def test_gated_steps_follow_the_textbook(gate: str, reduction: str, gate_weight_decay: bool) -> None:
+def test_gated_steps_follow_the_textbook(gate: str) -> None:
     params = parameters(torch.float64)
-    optimizer = PopRiskAdamW(
-        params, gate=gate, reduction=reduction, gate_weight_decay=gate_weight_decay, **HYPER
-    )
+    optimizer = PopRiskAdamW(params, gate=gate, **HYPER)
     expected = [(p.detach().clone(), torch.zeros_like(p), torch.zeros_like(p)) for p in params]
     for step in range(1, 6):
         examples = draw_examples(params, b=4, seed=step)
@@ -115,25 +111,22 @@ def test_gated_steps_follow_the_textbook(gate: str, reduction: str, gate_weight_
         optimizer.zero_grad()
         for k, (w, m, v) in enumerate(expected):
             stacked = torch.stack([example[k] for example in examples])
-            q = reference.openness(stacked, gate, reduction)
-            expected[k] = reference.adamw_step(
-                w, stacked.sum(0), q, m, v, step, gate_weight_decay=gate_weight_decay, **HYPER
-            )
+            q = reference.openness(stacked, gate)
+            expected[k] = reference.adamw_step(w, stacked.sum(0), q, m, v, step, **HYPER)
     for p, (w, m, v) in zip(params, expected, strict=True):
         torch.testing.assert_close(p.detach(), w.detach(), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(optimizer.state[p]["exp_avg"], m.detach(), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(optimizer.state[p]["exp_avg_sq"], v.detach(), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("gate_weight_decay", [False, True])
-def test_a_closed_gate_leaves_only_the_decay(gate_weight_decay: bool) -> None:
+def test_a_closed_gate_leaves_only_the_decay() -> None:
     params = parameters()
     before = [p.detach().clone() for p in params]
-    optimizer = PopRiskAdamW(params, gate_weight_decay=gate_weight_decay, **HYPER)
+    optimizer = PopRiskAdamW(params, **HYPER)
     example = draw_examples(params, b=1)[0]
     run_examples(optimizer, params, [example, [-h for h in example]])  # G = 0 everywhere, Q > 0
     optimizer.step()
-    factor = 1.0 if gate_weight_decay else 1 - HYPER["lr"] * HYPER["weight_decay"]
+    factor = 1 - HYPER["lr"] * HYPER["weight_decay"]
     for p, w in zip(params, before, strict=True):
         torch.testing.assert_close(p.detach(), w * factor, rtol=1e-7, atol=0)
         assert optimizer.state[p]["step"] == 1
@@ -552,11 +545,9 @@ def test_a_copy_is_gated_as_well() -> None:
     [
         ({"gate": "firm"}, "gate must be one of hard, soft, none"),
         ({"estimator": "batch"}, "estimator must be one of example, group, ema"),
-        ({"reduction": "layer"}, "reduction must be one of element, tensor"),
         ({"warmup_steps": -1}, "warmup_steps must be an integer"),
         ({"ema_alpha": 0.0, "estimator": "ema"}, "ema_alpha must be a number > 0"),
         ({"ema_alpha": 1.0}, "ema_alpha has no effect"),
-        ({"estimator": "ema", "reduction": "tensor"}, "needs per-example sums"),
         ({"amsgrad": True}, "amsgrad=True is not supported"),
         ({"ungated": [nn.Parameter(torch.ones(1))]}, "does not hold"),
     ],
@@ -564,6 +555,27 @@ def test_a_copy_is_gated_as_well() -> None:
 def test_bad_options_are_named(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         PopRiskAdamW(parameters(), **options)
+
+
+def test_the_streaming_form_is_a_class_of_its_own() -> None:
+    class Mine(PopRiskAdamW):
+        pass
+
+    params = parameters()
+    assert type(PopRiskAdamW(params, estimator="ema")) is StreamingPopRiskAdamW
+    assert type(PopRiskAdamW(params, estimator="ema", gate="none")) is PopRiskAdamW
+    assert type(Mine(params)) is Mine
+    with pytest.raises(TypeError, match="^Mine with estimator='ema' must subclass StreamingPopRiskAdamW.$"):
+        Mine(params, estimator="ema")
+    optimizer = PopRiskAdamW(params, estimator="ema", ema_alpha=0.5)
+    set_gradients(params, 1)
+    optimizer.step()
+    twin_params, twin = copy.deepcopy((params, optimizer))
+    assert type(twin) is StreamingPopRiskAdamW and twin.ema_alpha == 0.5
+    for ps, each in ((params, optimizer), (twin_params, twin)):
+        set_gradients(ps, 2)
+        each.step()
+    assert all(map(torch.equal, params, twin_params))
 
 
 def test_nothing_left_to_gate_is_refused() -> None:

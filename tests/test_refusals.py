@@ -27,6 +27,7 @@ from hf_poprisk import (
     PopRiskSFTTrainer,
     PopRiskTrainer,
     PopRiskTrainingArguments,
+    rules,
 )
 
 CONFIGS = {
@@ -223,6 +224,75 @@ def test_gains_need_whole_parameters_whatever_the_optimizer(
         ValueError, match="is not supported by poprisk_risk=true: .*or set poprisk_risk=false"
     ):
         args.check_training()
+
+
+# The table itself: every row, with settings that this row refuses. A row without an entry fails.
+
+
+BREAKS: dict[str, dict[str, Any]] = {
+    "launched as {found} processes": {},
+    "fsdp": SETTINGS["fsdp"].fields,
+    "deepspeed": {},
+    "parallelism_config": SETTINGS["parallelism_config"].fields,
+    "auto_find_batch_size": {"auto_find_batch_size": True},
+    "nn.DataParallel": {},
+    "fp16=True": {"fp16": True},
+    "optim_target_modules": {"optim_target_modules": "all-linear"},
+    "a step of one {a.poprisk_estimator}": {"gradient_accumulation_steps": 1},
+    "ddp_static_graph=True": {"ddp_static_graph": True},
+    "average_tokens_across_devices=False": {"average_tokens_across_devices": False},
+    "loss_type={found}": {"loss_type": "aot"},
+    "padding_free=True": {"padding_free": True, "per_device_train_batch_size": 2},
+    "packing_strategy={a.packing_strategy}": SETTINGS["sft_packing"].fields,
+    # of the label noise, by their ways out
+    "set poprisk_label_noise=weight": {"poprisk_label_noise": "swap"},
+    "set poprisk_estimator=example": {"poprisk_estimator": "group"},
+    "set torch_compile=False": {"torch_compile": True},
+    "set use_liger_kernel=False": {"use_liger_kernel": True},
+    "set label_smoothing_factor=0": {"label_smoothing_factor": 0.1},
+    "use sigmoid or sigmoid_norm": {"loss_type": "ipo"},
+    "use sigmoid or sigmoid_norm, or set poprisk_label_noise=audit": {"loss_type": ["sigmoid", "sft"]},
+    "set use_weighting=False, or set poprisk_label_noise=audit": {"use_weighting": True},
+    "set sync_ref_model=False": {"sync_ref_model": True},
+    "use reverse_kl": {"f_divergence_type": "js_divergence"},
+    "set poprisk_label_noise=off, or train with DPO, a reward model or a classifier": {},
+    "remove center_rewards_coefficient, or set poprisk_label_noise=audit": {
+        "center_rewards_coefficient": 0.1
+    },
+}
+
+
+def rows_of(config_class: type[Any]) -> list[Any]:
+    always = (*rules.LAUNCH, *rules.WHOLE_PARAMETERS, *rules.OPTIMIZER, *rules.GATE)
+    return [
+        *((rule, False, config_class) for rule in (*always, *config_class._example_rules)),
+        *((rule, True, config_class) for rule in config_class._label_rules),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rule", "judged", "config_class"), [row for config in CONFIGS.values() for row in rows_of(config)]
+)
+def test_every_row_of_the_table(
+    rule: rules.Rule, judged: bool, config_class: type[Any], make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # transformers sets it; put back afterwards
+    name = rule.way_out if rule.setting == rules.LABEL_MODE else rule.setting
+    noise = {"poprisk_label_noise": "weight"} if judged else {}
+    args = make(config_class, **{**noise, **BREAKS[name]})
+    if name == "launched as {found} processes":
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    elif name == "deepspeed":
+        args.deepspeed = {"zero_optimization": {"stage": 2}}
+    elif name == "nn.DataParallel":
+        pretend(monkeypatch, config_class, n_gpu=2)
+    elif name == "average_tokens_across_devices=False":
+        pretend(monkeypatch, config_class, world_size=2)
+    with pytest.raises(ValueError) as caught:
+        args.check_training()
+    said = str(caught.value)
+    assert said == str(rule.error(args, **args._our_words))
+    assert said.endswith(".") and "\n" not in said and "{" not in said and ": " in said
 
 
 @pytest.mark.parametrize("trainer", TRL_TRAINERS)

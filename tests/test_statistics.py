@@ -21,18 +21,18 @@ def names(params: dict[str, nn.Parameter]) -> dict[Tensor, str]:
     return {p: name for name, p in params.items()}
 
 
-def random_step(generator: random.Random) -> tuple[list[str], Tensor, list[float], int]:
-    """Some parameters in any order, their sums, the nulls, b."""
+def random_step(generator: random.Random) -> tuple[list[str], Tensor, float, int]:
+    """Some parameters in any order, their sums, the null level, b."""
     some = generator.sample(NAMES, generator.randint(1, len(NAMES)))
     sums = torch.tensor([[generator.uniform(1, 9) for _ in range(4)] for _ in some])
-    return some, sums, [generator.random() for _ in some], generator.randint(2, 5)
+    return some, sums, generator.random(), generator.randint(2, 5)
 
 
 def textbook(steps: list[Any]) -> dict[str, dict[str, Any]]:
     """Plain loops over steps and parameters."""
     expected: dict[str, dict[str, Any]] = {}
-    for some, sums, nulls, b in steps:
-        for name, row, null in zip(some, sums.tolist(), nulls, strict=True):
+    for some, sums, null, b in steps:
+        for name, row in zip(some, sums.tolist(), strict=True):
             entry = expected.setdefault(
                 name, {"steps": 0, "examples": 0, "null": 0.0, "sums": [0.0, 0.0, 0.0, 0.0]}
             )
@@ -61,8 +61,8 @@ def test_random_sets_of_parameters_are_summed_as_single_ones(resumed: bool) -> N
     statistics, steps = GateStatistics(), []
     for i in range(200):
         steps.append(random_step(generator))
-        some, sums, nulls, b = steps[-1]
-        statistics.add([params[name] for name in some], sums, nulls, b)
+        some, sums, null, b = steps[-1]
+        statistics.add([params[name] for name in some], sums, null, b)
         if resumed and i == 100:
             saved, params, statistics = statistics.of_run(names(params)), parameters(), GateStatistics()
             statistics.load(saved, params)
@@ -75,7 +75,7 @@ def test_what_is_kept_grows_with_the_parameters_and_not_with_their_sets() -> Non
     statistics, sizes = GateStatistics(), []
     for _ in range(300):
         some = generator.sample(params, 6)
-        statistics.add(some, torch.rand(6, 4), [0.5] * 6, 4)
+        statistics.add(some, torch.rand(6, 4), 0.5, 4)
         sizes.append(size(vars(statistics)))
     assert max(sizes[100:]) == max(sizes[:100])
 
@@ -95,7 +95,7 @@ def size(value: Any) -> int:
 def test_a_record_of_parameters_that_are_gone_is_left_out() -> None:
     params = parameters()
     statistics = GateStatistics()
-    statistics.add(list(params.values()), torch.ones(len(params), 4), [0.5] * len(params), 4)
+    statistics.add(list(params.values()), torch.ones(len(params), 4), 0.5, 4)
     saved = statistics.of_run(names(params))
     del params["layer.3"]
     statistics.load(saved, params)

@@ -149,7 +149,9 @@ def intervals(recording: Recording) -> Iterator[Evolution]:
     series = recording.series
     for i, (first, last) in enumerate(zip(recording.steps, recording.steps[1:], strict=False)):
         later = 0.5 - 0.25 / (last - first) if recording.rule == GRADIENT_DESCENT else 0.5
-        kernel, cross = (torch.lerp(*series[name][i : i + 2], later) for name in ("kernel", "cross_kernel"))
+        kernel, cross = (
+            torch.lerp(series[name][i], series[name][i + 1], later) for name in ("kernel", "cross_kernel")
+        )
         curvature = block_diagonal((series["curvatures"][i] + series["curvatures"][i + 1]) / 2)
         yield evolve(kernel, cross, curvature, recording.learning_rates[first:last], recording.rule)
 

@@ -271,7 +271,9 @@ class OutputSpaceCallback(TrainerCallback):
         u, losses, g, b = self._terms(model, self._batches[0])
         u_test, test_losses, *_ = self._terms(model, self._batches[1])
         dtype, n = u.dtype if u.dtype == torch.float64 else torch.float32, len(u)
-        kernel, cross = kernels(model, *self._batches, self.task.outputs, self.chunk, self._scales)
+        kernel, cross = kernels(
+            model, self._batches[0], self._batches[1], self.task.outputs, self.chunk, self._scales
+        )
         values = {
             "kernel": kernel,
             "cross_kernel": cross,
@@ -305,7 +307,9 @@ def _digest(*parts: Sequence[Batch]) -> str:
             for name, value in sorted(batch.items()):
                 if isinstance(value, Tensor) and not name.startswith("ref_"):
                     found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-                    found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+                    found.update(
+                        value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+                    )
     return found.hexdigest()
 
 

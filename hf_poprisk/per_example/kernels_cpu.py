@@ -82,18 +82,16 @@ def gated_adamw(
     openness: Tensor,
     step: float,
     group: dict[str, Any],
-    gate_weight_decay: bool,
 ) -> None:
     """AdamW with the write multiplied by q, in place; see ``kernels.gated_adamw``."""
     lr, (beta1, beta2) = float(group["lr"]), group["betas"]
-    decay = lr * group["weight_decay"]
     scalars = (
-        decay, 1 - decay, lr / (1 - beta1**step), 1 - beta1, 1 - beta2,
+        1 - lr * group["weight_decay"], lr / (1 - beta1**step), 1 - beta1, 1 - beta2,
         1 / math.sqrt(1 - beta2**step), group["eps"],
     )  # fmt: skip
     written = param, exp_avg, exp_avg_sq
     tensors = *written, grad, openness
-    _shared(_loops().gated_adamw, tensors, *map(np.float32, scalars), gate_weight_decay)
+    _shared(_loops().gated_adamw, tensors, *map(np.float32, scalars))
     torch.autograd.graph.increment_version(written)  # as every in-place operation of torch does
 
 
@@ -219,14 +217,12 @@ def _gated_adamw(  # type: ignore[no-untyped-def]
     openness,
     low,
     high,
-    decay,
     kept,
     rate,
     new1,
     new2,
     scale,
     eps,
-    gate_decay,
 ):
     w, m, v = param[low:high], exp_avg[low:high], exp_avg_sq[low:high]
     g, q = grad[low:high], openness[low:high]
@@ -235,5 +231,4 @@ def _gated_adamw(  # type: ignore[no-untyped-def]
         m_k = m[k] + new1 * (g[k] - m[k])
         v_k = v[k] + new2 * (g[k] * g[k] - v[k])
         m[k], v[k] = m_k, v_k
-        unwritten = w[k] * (_ONE - decay * q[k] if gate_decay else kept)
-        w[k] = unwritten - rate * q[k] * m_k / (math.sqrt(v_k) * scale + eps)
+        w[k] = w[k] * kept - rate * q[k] * m_k / (math.sqrt(v_k) * scale + eps)

@@ -110,7 +110,6 @@ def gated_adamw(
     openness: Tensor,
     step: float,
     group: dict[str, Any],
-    gate_weight_decay: bool,
 ) -> None:
     """One AdamW update in place, its write multiplied by q; the arithmetic is float32.
 
@@ -119,14 +118,13 @@ def gated_adamw(
         openness: q, same shape, float32.
         step: t, the number of this step, from 1.
         group: the parameter group: lr, betas, eps, weight_decay.
-        gate_weight_decay: multiply the decoupled decay by q as well.
     """
     lr, (beta1, beta2) = float(group["lr"]), group["betas"]
     with torch.cuda.device_of(param):
         _gated_adamw[(triton.cdiv(param.numel(), _ELEMENTS),)](
             param, grad, exp_avg, exp_avg_sq, openness, param.numel(),
             lr * group["weight_decay"], lr / (1 - beta1**step), 1 - beta1, 1 - beta2,
-            math.sqrt(1 - beta2**step), group["eps"], GATE_DECAY=gate_weight_decay, BLOCK=_ELEMENTS,
+            math.sqrt(1 - beta2**step), group["eps"], BLOCK=_ELEMENTS,
         )  # fmt: skip
 
 
@@ -191,7 +189,7 @@ if triton is not None:
     @triton.jit
     def _gated_adamw(
         param, grad, exp_avg, exp_avg_sq, openness, numel, decay, rate, new1, new2, root, eps,
-        GATE_DECAY: tl.constexpr, BLOCK: tl.constexpr,
+        BLOCK: tl.constexpr,
     ):  # fmt: skip
         k = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = k < numel
@@ -204,7 +202,7 @@ if triton is not None:
             g - m
         )  # 1 − β is rounded once: a GPU takes scalars as float32, where 1 − 0.99999 is coarse
         v += new2 * (g * g - v)
-        w -= decay * w * q if GATE_DECAY else decay * w
+        w -= decay * w
         w -= rate * q * m / (tl.sqrt(v) / root + eps)
         tl.store(param + k, w.to(param.dtype.element_ty), mask=inside)
         tl.store(exp_avg + k, m.to(exp_avg.dtype.element_ty), mask=inside)

@@ -59,18 +59,15 @@ def test_decide(gate: str) -> None:
     torch.testing.assert_close(sums, torch.stack([square.sum(), torch.tensor(2800.0), grad.dot(grad), noise]))
 
 
-@pytest.mark.parametrize("gate_weight_decay", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_gated_adamw(dtype: torch.dtype, gate_weight_decay: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gated_adamw(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same weights and moments as the plain code, over steps that open and close the gate."""
     results = []
     for on in (False, True):
         monkeypatch.setattr(kernels_gpu, "_interpreted", on)
         torch.manual_seed(0)
         param = torch.nn.Parameter(torch.randn(50, 60).to(dtype))
-        optimizer = PopRiskAdamW(
-            [param], lr=1e-2, weight_decay=0.1, eps=1e-6, gate_weight_decay=gate_weight_decay
-        )
+        optimizer = PopRiskAdamW([param], lr=1e-2, weight_decay=0.1, eps=1e-6)
         for _ in range(4):
             for _ in range(3):
                 with optimizer.example():
@@ -161,7 +158,7 @@ print("tensor cores" if "wgmma.mma_async" in ptx else "no tensor cores")
 block = {"BLOCK": kernels_gpu._ELEMENTS}
 compiled(kernels_gpu._decide, {"SOFT": True, **block}, grad="*bf16", sq_sum="*fp32", sums="*fp32", **sizes)
 moments = {n: "*bf16" for n in ("param", "grad", "exp_avg", "exp_avg_sq")}
-compiled(kernels_gpu._gated_adamw, {"GATE_DECAY": True, **block}, openness="*fp32", **moments, **sizes)
+compiled(kernels_gpu._gated_adamw, block, openness="*fp32", **moments, **sizes)
 print("compiled")
 """
 

@@ -1,0 +1,127 @@
+"""The arithmetic of a gated step, on one tensor at a time: q from G and Q, and AdamW times q.
+
+A fused kernel does it where one can; the torch code beside it gives the same numbers, up to rounding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from hf_poprisk.gate import openness
+from hf_poprisk.per_example import kernels_cpu, kernels_gpu
+
+Row = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # param, grad, exp_avg, exp_avg_sq, step
+_PIECE = 1 << 18  # elements that are worked on together: they stay in a core's cache
+
+
+def decide(grad: Tensor, sq_sum: Tensor, num_examples: int, gate: str) -> Tensor:
+    """Write q over Q, which needs no memory beyond Q.
+
+    Args:
+        grad: G, any shape and dtype.
+        sq_sum: Q, same shape, float32 or float64; overwritten.
+        num_examples: b, at least 2.
+        gate: ``hard`` or ``soft``.
+
+    Returns:
+        [4] float32, the sums of ``GateStatistics.add``: Σ q, the number of elements with Q > 0, ΣG², ΣQ.
+    """
+    for fused in (kernels_gpu, kernels_cpu):
+        if fused.usable(grad, sq_sum):
+            return fused.decide(grad, sq_sum, num_examples, gate == "soft")
+    pieces = [(grad, sq_sum)]
+    if grad.device.type == "cpu" and grad.is_contiguous() and sq_sum.is_contiguous():
+        # every pass over a piece but the first is in the cache
+        pieces = list(zip(*(x.view(-1).split(_PIECE) for x in (grad, sq_sum)), strict=True))
+    sums = []
+    for g, s in pieces:
+        g = g.to(s.dtype)
+        live, noise = torch.gt(s, 0, out=torch.empty_like(s)).sum(), s.sum()
+        energy = torch.dot(g.reshape(-1), g.reshape(-1))
+        openness(g, s, num_examples, gate, out=s)
+        sums += [s.sum(), live, energy, noise]
+    return torch.stack(sums).view(-1, 4).sum(0).float()
+
+
+def plain_adamw(group: dict[str, Any], rows: list[Row]) -> None:
+    """``torch.optim.AdamW`` on the rows, in place."""
+    if not rows:
+        return
+    params, grads, exp_avgs, exp_avg_sqs, steps = (list(column) for column in zip(*rows, strict=True))
+    adamw(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        steps,
+        foreach=group["foreach"],
+        fused=group["fused"],
+        amsgrad=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )
+
+
+def gated_adamw(group: dict[str, Any], row: Row, q: Tensor) -> None:
+    """AdamW with its write multiplied by q, in place; moments and decay are AdamW's own.
+
+    Without a kernel: AdamW's own update, and then back towards where the weight would be without its write.
+
+    Args:
+        group: the parameter group: lr, betas, eps, weight_decay.
+        row: of the parameter.
+        q: its openness, same shape, floating point.
+    """
+    *tensors, step = row
+    fused = next((k for k in (kernels_gpu, kernels_cpu) if k.usable(*tensors, q)), None)
+    if fused is not None:
+        step += 1
+        fused.gated_adamw(*tensors, q, step.item(), group)
+        return
+    kept = 1 - float(group["lr"]) * float(group["weight_decay"])
+    param = tensors[0]
+    if param.device.type == "cpu" and all(x.is_contiguous() for x in (*tensors, q)):
+        step += 1
+        for *piece, piece_q in zip(*(x.view(-1).split(_PIECE) for x in (*tensors, q)), strict=True):
+            unwritten = piece[0] * kept  # what is touched twice is in the cache the second time
+            _fused_adamw(group, *piece, step)
+            _take_back(piece[0], unwritten, piece_q)
+    else:
+        unwritten = param * kept
+        plain_adamw(group, [row])
+        _take_back(param, unwritten, q)
+
+
+def _fused_adamw(
+    group: dict[str, Any], param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor
+) -> None:
+    """The kernel of ``torch.optim.AdamW(fused=True)`` alone; step counts this one already."""
+    torch._fused_adamw_(
+        [param],
+        [grad],
+        [exp_avg],
+        [exp_avg_sq],
+        [],
+        [step],
+        lr=float(group["lr"]),
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        amsgrad=False,
+        maximize=False,
+    )
+
+
+def _take_back(param: Tensor, unwritten: Tensor, q: Tensor) -> None:
+    # q = 0 gives unwritten and q = 1 param, bit for bit
+    torch.lerp(unwritten, param, q.to(param.dtype), out=param)

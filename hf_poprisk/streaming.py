@@ -1,0 +1,122 @@
+"""The authors' streaming form (``estimator="ema"``), which needs no per-example gradients.
+
+The noise of a gradient is estimated from the surprises ``G − m`` of earlier steps instead of from the
+examples of this one (Algorithm 1 of arXiv:2605.01172).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_poprisk.finite import all_finite
+from hf_poprisk.gated_adamw import Row
+from hf_poprisk.optimizer import PopRiskAdamW
+
+EMA_DECAY = 0.99  # ρ of the noise estimate, as published
+
+
+def streaming_openness(signal: Tensor, noise: Tensor, alpha: float, gate: str) -> Tensor:
+    """The authors' streaming rule, which needs no per-example gradients (their Algorithm 1).
+
+    Args:
+        signal: bias-corrected squared first moment ``m̂²``, any shape.
+        noise: bias-corrected running mean ``ŝ`` of ``(G − m_prev)²``, same shape.
+        alpha: the threshold, and the strength of the shrinkage. 1 is as published; as m̂ averages the
+            noise of G down by (1−β₁)/(1+β₁) and ŝ does not, that value restores the scale.
+        gate: ``hard``: ``1{m̂² > α ŝ}``; ``soft``: ``(m̂² − αŝ)₊ / ((m̂² − αŝ)₊ + αŝ)``.
+
+    Returns:
+        ``q`` in [0, 1], shape and dtype of ``signal``.
+    """
+    evidence = signal - alpha * noise
+    if gate == "hard":
+        return (evidence > 0).to(signal.dtype)
+    return (evidence / signal).nan_to_num_(nan=0.0).clamp_(0.0, 1.0)
+
+
+def streaming_null_openness(alpha: float, beta1: float, gate: str) -> float:
+    """Stationary mean of ``streaming_openness`` on white Gaussian gradients with zero mean.
+
+    There m̂² has the variance ``a = (1−β₁)/(1+β₁)`` of a gradient, and ŝ the mean ``1 + a``, so the
+    rule is ``z² > c`` with ``c = α (1 + a) / a`` for a standard normal z.
+    """
+    from scipy import special
+
+    a = (1.0 - beta1) / (1.0 + beta1)
+    c = alpha * (1.0 + a) / a
+    tail = 2.0 * float(special.ndtr(-math.sqrt(c)))
+    if gate == "hard":
+        return tail
+    density = math.exp(-c / 2.0) / math.sqrt(2.0 * math.pi)
+    inverse_square = 2.0 * density / math.sqrt(c) - tail  # E[z⁻²; z² > c], by parts
+    return tail - c * inverse_square
+
+
+class StreamingPopRiskAdamW(PopRiskAdamW):
+    """What ``PopRiskAdamW(..., estimator="ema")`` gives. Its state holds one more buffer, ``noise``."""
+
+    needs_examples = False
+
+    def close_window(self) -> None:
+        """There is no window. What opens is known after the step only; ``open_share`` is that of noise."""
+        super().close_window()
+        if not self._warming_up(self._all_parameters()):
+            self.open_share = self._null(self.param_groups[0]["betas"][0])
+
+    def _prepare_step(self) -> None:
+        self._skip_step = not all_finite(p.grad for p in self._all_parameters())
+        if self._hopeless is None:  # close_window, which this form does not ask for, was not called
+            self._hopeless = self._nothing_finite()
+
+    def _is_gated(self, param: Tensor, step: Tensor) -> bool:
+        return param not in self._ungated  # in warm-up too, so that the noise estimate runs
+
+    def _update(self) -> None:
+        self._sums: dict[Tensor, Tensor] = {}
+        super()._update()
+        if self._sums:
+            null = self._null(self.param_groups[0]["betas"][0])
+            self.statistics.add(list(self._sums), torch.stack(list(self._sums.values())), null, None)
+            self._sums = {}
+
+    def _gated_update(self, group: dict[str, Any], row: Row) -> None:
+        param, grad, exp_avg, exp_avg_sq, step = row
+        beta1, beta2 = group["betas"]
+        lr = float(group["lr"])
+        step += 1
+        t = step.item()
+        correction1, correction2 = 1 - beta1**t, 1 - beta2**t
+        noise = self._track_noise(param, grad - exp_avg)
+        exp_avg.lerp_(grad, 1 - beta1)
+        exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        signal = (exp_avg / correction1).square_()
+        q = streaming_openness(signal, noise, self._alpha(beta1), self.gate)
+        live = torch.count_nonzero(noise)
+        self._sums[param] = torch.stack([x.float() for x in (q.sum(), live, live * 0, live * 0)])
+        if t <= self.warmup_steps:
+            q.fill_(1.0)
+        if self.keep_written:
+            self.state[param]["written"] = q
+        if group["weight_decay"]:
+            param.mul_(1 - lr * float(group["weight_decay"]))
+        denom = exp_avg_sq.sqrt().div_(correction2**0.5).add_(group["eps"])
+        param.addcmul_(exp_avg / denom, q, value=-lr / correction1)
+
+    def _track_noise(self, param: Tensor, surprise: Tensor) -> Tensor:
+        """``s ← ρ s + (1−ρ)(G − m_prev)²``; returns it bias-corrected."""
+        state = self.state[param]
+        if "noise" not in state:  # counts its own steps: AdamW's moments may be older
+            state["noise"], state["noise_steps"] = torch.zeros_like(param), 0
+        state["noise_steps"] += 1
+        state["noise"].lerp_(surprise.square_(), 1 - EMA_DECAY)
+        return state["noise"] / (1 - EMA_DECAY ** state["noise_steps"])
+
+    def _alpha(self, beta1: float) -> float:
+        return (1 - beta1) / (1 + beta1) if self.ema_alpha is None else self.ema_alpha
+
+    def _null(self, beta1: float) -> float:
+        return streaming_null_openness(self._alpha(beta1), beta1, self.gate)
