@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 from transformers.utils.generic import strtobool
 
-from hf_poprisk.label_noise import LABEL_NOISE_MODES
+from hf_poprisk.leave_one_out import LABEL_NOISE_MODES
 from hf_poprisk.optimizer import check_gate_options, check_patterns
 
 OPTIM = "poprisk_adamw"

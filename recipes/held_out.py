@@ -28,8 +28,8 @@ from sweep import ends_in_a_sentence
 from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback
 
-from hf_poprisk.label_noise import fit_noise
-from hf_poprisk.label_noise.log_odds import LogOddsTap
+from hf_poprisk.leave_one_out import fit_noise
+from hf_poprisk.leave_one_out.log_odds import LogOddsTap
 
 TASKS = classification.TASKS | preferences.TASKS
 HEADER = [

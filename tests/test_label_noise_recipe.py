@@ -30,8 +30,8 @@ from noisy_labels.figure import frontier  # noqa: E402
 from noisy_labels.runs import run_cell  # noqa: E402
 from noisy_labels.table import AIMS, aims, tables  # noqa: E402
 
-from hf_poprisk.label_noise import LabelNoise  # noqa: E402
-from hf_poprisk.label_noise.judge import RULE  # noqa: E402
+from hf_poprisk.leave_one_out import LabelNoise  # noqa: E402
+from hf_poprisk.leave_one_out.judge import RULE  # noqa: E402
 
 
 def test_every_arm_of_a_classification_runs(tmp_path: Path) -> None:

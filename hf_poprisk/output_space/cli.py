@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_poprisk.audit.common import AuditError, need, one_line
+from hf_poprisk.leave_one_out.common import AuditError, need, one_line
 from hf_poprisk.output_space.analysis import analyse
 from hf_poprisk.output_space.recording import FILE_NAME, RecordingError, load_recording
 from hf_poprisk.output_space.report import page, sentences, write_page

@@ -11,7 +11,7 @@ from controls import RandomMaskAdamW
 from torch import Tensor
 
 from hf_poprisk import PopRiskAdamW
-from hf_poprisk.label_noise import LabelNoise
+from hf_poprisk.leave_one_out import LabelNoise
 
 
 class ShuffledWeights(LabelNoise):

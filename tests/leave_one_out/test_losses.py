@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_label_noise import LABELS, Classifier, examples
 from test_trainer import QUIET
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Trainer
 
 from hf_poprisk import PopRiskMixin, PopRiskTrainer, PopRiskTrainingArguments
+from leave_one_out.test_mixin import LABELS, Classifier, examples
 
 
 class OwnLoss(PopRiskTrainer):

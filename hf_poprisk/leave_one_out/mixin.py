@@ -17,11 +17,11 @@ from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
 from hf_poprisk.influence import Influence
-from hf_poprisk.label_noise.estimates import FITS_NAME
-from hf_poprisk.label_noise.judge import LabelNoise
-from hf_poprisk.label_noise.log_odds import LogOddsError, LogOddsTap
-from hf_poprisk.label_noise.sample import Sample
-from hf_poprisk.label_noise.table import INDEX, TABLE_NAME, ExampleTable
+from hf_poprisk.leave_one_out.index import Sample
+from hf_poprisk.leave_one_out.judge import LabelNoise
+from hf_poprisk.leave_one_out.log_odds import LogOddsError, LogOddsTap
+from hf_poprisk.leave_one_out.table import INDEX, TABLE_NAME, ExampleTable
+from hf_poprisk.leave_one_out.weights import FITS_NAME
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_poprisk.influence import Influence
-from hf_poprisk.label_noise.estimates import (
+from hf_poprisk.leave_one_out.index import Sample, other_row
+from hf_poprisk.leave_one_out.log_odds import LogOddsError, LogOddsTap
+from hf_poprisk.leave_one_out.noise import OPEN_RATE, NoiseFit, fit_noise
+from hf_poprisk.leave_one_out.table import INDEX, TABLE_NAME, ExampleTable
+from hf_poprisk.leave_one_out.weights import (
     FITS_NAME,
     STILL_LEARNING,
     competent,
@@ -28,10 +32,6 @@ from hf_poprisk.label_noise.estimates import (
     load_fits,
     train_longer,
 )
-from hf_poprisk.label_noise.log_odds import LogOddsError, LogOddsTap
-from hf_poprisk.label_noise.noise_fit import OPEN_RATE, NoiseFit, fit_noise
-from hf_poprisk.label_noise.sample import Sample, other_row
-from hf_poprisk.label_noise.table import INDEX, TABLE_NAME, ExampleTable
 from hf_poprisk.record import write_json
 
 logger = logging.getLogger(__name__)

@@ -19,14 +19,13 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_from_disk
 from torch.nn import functional as F
 
-from hf_poprisk import audit
-from hf_poprisk.audit import AuditError, Bin, auroc
-from hf_poprisk.audit.data import check_labels
-from hf_poprisk.label_noise import INDEX, TABLE_NAME, ExampleTable, LabelNoise, NoiseFit
-from hf_poprisk.label_noise.estimates import FITS_NAME
-from hf_poprisk.label_noise.judge import _Visit
-from hf_poprisk.label_noise.noise_fit import MAX_RATE
-from hf_poprisk.label_noise.sample import take_sample
+from hf_poprisk.leave_one_out import INDEX, TABLE_NAME, ExampleTable, LabelNoise, NoiseFit, audit
+from hf_poprisk.leave_one_out.audit import AuditError, Bin, auroc
+from hf_poprisk.leave_one_out.data import check_labels
+from hf_poprisk.leave_one_out.index import take_sample
+from hf_poprisk.leave_one_out.judge import _Visit
+from hf_poprisk.leave_one_out.noise import MAX_RATE
+from hf_poprisk.leave_one_out.weights import FITS_NAME
 
 N = 60
 WRONG = np.arange(N) % 4 == 1  # a quarter of the labels
@@ -912,7 +911,7 @@ def test_interrupted(run: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) ->
     def stop(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hf_poprisk.audit.cli.load_run", stop)
+    monkeypatch.setattr("hf_poprisk.leave_one_out.command.load_run", stop)
     with pytest.raises(SystemExit) as stopped:
         audit.main([str(run)])
     assert stopped.value.code == 130 and "interrupted" in capsys.readouterr().err
@@ -922,7 +921,7 @@ def test_as_a_module(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatc
     folder = tmp_path / "nowhere"
     monkeypatch.setattr(sys, "argv", ["audit.py", str(folder)])
     with pytest.raises(SystemExit) as stopped:
-        runpy.run_module("hf_poprisk.audit", run_name="__main__")
+        runpy.run_module("hf_poprisk", run_name="__main__")
     assert stopped.value.code == 2
     assert capsys.readouterr().err == f"python -m hf_poprisk.audit: error: {folder} is not a folder.\n"
 
@@ -948,7 +947,9 @@ def test_data_from_before_the_labels_were_altered_are_refused(tmp_path: Path) ->
     check_labels(data, run)  # no record, nothing to say
     record = {"data": {"examples": N, "altered_labels": 15}}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hf_poprisk.audit.data.load_record", lambda folder: SimpleNamespace(config=record))
+        patch.setattr(
+            "hf_poprisk.leave_one_out.data.load_record", lambda folder: SimpleNamespace(config=record)
+        )
         (folder / "poprisk_config.json").write_text("{}")
         with pytest.raises(AuditError, match="15 labels of the run had been altered on purpose"):
             check_labels(data, run)

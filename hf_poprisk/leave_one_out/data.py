@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_poprisk.audit.common import TEXT_LENGTH, TRUTH, AuditError, need, one_line, shorten
-from hf_poprisk.audit.run import Run
-from hf_poprisk.label_noise import INDEX
-from hf_poprisk.label_noise.sample import first_difference
+from hf_poprisk.leave_one_out import INDEX
+from hf_poprisk.leave_one_out.common import TEXT_LENGTH, TRUTH, AuditError, need, one_line, shorten
+from hf_poprisk.leave_one_out.index import first_difference
+from hf_poprisk.leave_one_out.run import Run
 from hf_poprisk.record import CONFIG_NAME, load_record
 
 if TYPE_CHECKING:

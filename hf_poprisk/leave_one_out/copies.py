@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_poprisk.audit.common import TRUTH, AuditError, beside
-from hf_poprisk.audit.run import Run
-from hf_poprisk.label_noise import INDEX
-from hf_poprisk.label_noise.estimates import doubt
+from hf_poprisk.leave_one_out import INDEX
+from hf_poprisk.leave_one_out.common import TRUTH, AuditError, beside
+from hf_poprisk.leave_one_out.run import Run
+from hf_poprisk.leave_one_out.weights import doubt
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -9,13 +9,14 @@ write.py    corrected copies of the data
 cli.py      the command line
 """
 
-from hf_poprisk.audit.cli import main
-from hf_poprisk.audit.common import AuditError, shorten
-from hf_poprisk.audit.data import example_text, find_rows, known_flips, load_data
-from hf_poprisk.audit.figure import plot
-from hf_poprisk.audit.report import report
-from hf_poprisk.audit.run import Run, load_run
-from hf_poprisk.audit.scores import (
+from hf_poprisk.leave_one_out.command import main
+from hf_poprisk.leave_one_out.common import AuditError, shorten
+from hf_poprisk.leave_one_out.copies import WRITES, row_weights, write_data
+from hf_poprisk.leave_one_out.data import example_text, find_rows, known_flips, load_data
+from hf_poprisk.leave_one_out.figure import plot
+from hf_poprisk.leave_one_out.report import report
+from hf_poprisk.leave_one_out.run import Run, load_run
+from hf_poprisk.leave_one_out.scores import (
     Bin,
     auroc,
     calibration,
@@ -25,7 +26,6 @@ from hf_poprisk.audit.scores import (
     most_contradicted,
     reliability,
 )
-from hf_poprisk.audit.write import WRITES, row_weights, write_data
 
 __all__ = [
     "WRITES",

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hf_poprisk.audit.common import AuditError, need, one_line
-from hf_poprisk.label_noise import INDEX, LABEL_NOISE_MODES, TABLE_NAME, NoiseFit
-from hf_poprisk.label_noise.estimates import FITS_NAME, judged_by, load_fits, train_longer
-from hf_poprisk.label_noise.noise_fit import MAX_RATE
-from hf_poprisk.label_noise.sample import Sample
+from hf_poprisk.leave_one_out import INDEX, LABEL_NOISE_MODES, TABLE_NAME, NoiseFit
+from hf_poprisk.leave_one_out.common import AuditError, need, one_line
+from hf_poprisk.leave_one_out.index import Sample
+from hf_poprisk.leave_one_out.noise import MAX_RATE
+from hf_poprisk.leave_one_out.weights import FITS_NAME, judged_by, load_fits, train_longer
 
 _SCORES = ("heldout_logodds", "loss_mean", "suspicion")
 

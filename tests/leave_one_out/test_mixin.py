@@ -23,13 +23,13 @@ import hf_poprisk
 from hf_poprisk import PopRiskTrainer, PopRiskTrainingArguments
 from hf_poprisk.checkpoints import damage
 from hf_poprisk.influence import Influence
-from hf_poprisk.label_noise import INDEX, TABLE_NAME, ExampleTable, LabelNoise, NoiseFit, fit_noise
-from hf_poprisk.label_noise.estimates import FITS_NAME, competent, load_fits
-from hf_poprisk.label_noise.judge import _Visit
-from hf_poprisk.label_noise.log_odds import LogOddsError, LogOddsTap, class_log_odds
-from hf_poprisk.label_noise.mixin import IndexCollator, with_index
-from hf_poprisk.label_noise.noise_fit import MAX_RATE
-from hf_poprisk.label_noise.sample import other_row, take_sample
+from hf_poprisk.leave_one_out import INDEX, TABLE_NAME, ExampleTable, LabelNoise, NoiseFit, fit_noise
+from hf_poprisk.leave_one_out.index import other_row, take_sample
+from hf_poprisk.leave_one_out.judge import _Visit
+from hf_poprisk.leave_one_out.log_odds import LogOddsError, LogOddsTap, class_log_odds
+from hf_poprisk.leave_one_out.mixin import IndexCollator, with_index
+from hf_poprisk.leave_one_out.noise import MAX_RATE
+from hf_poprisk.leave_one_out.weights import FITS_NAME, competent, load_fits
 
 QUIET: dict[str, Any] = {
     "use_cpu": True,

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_poprisk.audit.common import beside, percent
-from hf_poprisk.audit.run import Run
-from hf_poprisk.label_noise import NoiseFit
-from hf_poprisk.label_noise.noise_fit import MAX_RATE
+from hf_poprisk.leave_one_out import NoiseFit
+from hf_poprisk.leave_one_out.common import beside, percent
+from hf_poprisk.leave_one_out.noise import MAX_RATE
+from hf_poprisk.leave_one_out.run import Run
 
 _RIGHT_COLOR, _WRONG_COLOR = "#9dbbdc", "#f2b38a"  # light, because lines cross them
 _DARK_COLOR, _LINE_COLOR = "#2f5d9b", "#333333"

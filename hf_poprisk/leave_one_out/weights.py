@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from hf_poprisk.label_noise.noise_fit import MAX_RATE, NoiseFit
+from hf_poprisk.leave_one_out.noise import MAX_RATE, NoiseFit
 
 FITS_NAME = "label_noise.json"
 # Nats per example and epoch: while held-out labels are still predicted better by more than this, the model is

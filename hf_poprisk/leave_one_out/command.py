@@ -16,14 +16,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_poprisk.audit.common import AuditError, need, one_line
-from hf_poprisk.audit.data import check_labels, check_rows, find_rows, known_flips, load_data
-from hf_poprisk.audit.figure import plot
-from hf_poprisk.audit.report import report
-from hf_poprisk.audit.run import load_run
-from hf_poprisk.audit.write import WRITES, check_target, check_write, write_data
-from hf_poprisk.label_noise import TABLE_NAME
-from hf_poprisk.label_noise.estimates import FITS_NAME
+from hf_poprisk.leave_one_out import TABLE_NAME
+from hf_poprisk.leave_one_out.common import AuditError, need, one_line
+from hf_poprisk.leave_one_out.copies import WRITES, check_target, check_write, write_data
+from hf_poprisk.leave_one_out.data import check_labels, check_rows, find_rows, known_flips, load_data
+from hf_poprisk.leave_one_out.figure import plot
+from hf_poprisk.leave_one_out.report import report
+from hf_poprisk.leave_one_out.run import load_run
+from hf_poprisk.leave_one_out.weights import FITS_NAME
 
 if TYPE_CHECKING:
     from rich.console import Console

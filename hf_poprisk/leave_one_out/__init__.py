@@ -23,9 +23,9 @@ derivation (arXiv:2605.01172) holds out gradients; this holds out log-odds.
     mixin.py       its place in the trainers
 """
 
-from hf_poprisk.label_noise.judge import LABEL_NOISE_MODES, LabelNoise
-from hf_poprisk.label_noise.noise_fit import NoiseFit, fit_noise
-from hf_poprisk.label_noise.table import INDEX, TABLE_NAME, ExampleTable
+from hf_poprisk.leave_one_out.judge import LABEL_NOISE_MODES, LabelNoise
+from hf_poprisk.leave_one_out.noise import NoiseFit, fit_noise
+from hf_poprisk.leave_one_out.table import INDEX, TABLE_NAME, ExampleTable
 
 __all__ = [
     "INDEX",

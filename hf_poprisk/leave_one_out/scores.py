@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from scipy.stats import rankdata
 
-from hf_poprisk.audit.run import Run
+from hf_poprisk.leave_one_out.run import Run
 
 BINS = 10
 

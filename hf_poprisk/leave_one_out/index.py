@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_poprisk.label_noise.table import INDEX
+from hf_poprisk.leave_one_out.table import INDEX
 
 SIZE = 64
 Sample = dict[str, dict[str, str]]  # example_index → column → hash of the value

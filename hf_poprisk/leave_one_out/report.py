@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_poprisk.audit.common import TRUTH, percent
-from hf_poprisk.audit.data import example_text, known_flips
-from hf_poprisk.audit.run import Run
-from hf_poprisk.audit.scores import (
+from hf_poprisk.leave_one_out import NoiseFit
+from hf_poprisk.leave_one_out.common import TRUTH, percent
+from hf_poprisk.leave_one_out.data import example_text, known_flips
+from hf_poprisk.leave_one_out.noise import MAX_RATE, TAU_OF_CLASSES
+from hf_poprisk.leave_one_out.run import Run
+from hf_poprisk.leave_one_out.scores import (
     Bin,
     Truth,
     calibration,
@@ -19,9 +21,7 @@ from hf_poprisk.audit.scores import (
     expected_error,
     most_contradicted,
 )
-from hf_poprisk.label_noise import NoiseFit
-from hf_poprisk.label_noise.estimates import STILL_LEARNING, doubt, last_rise
-from hf_poprisk.label_noise.noise_fit import MAX_RATE, TAU_OF_CLASSES
+from hf_poprisk.leave_one_out.weights import STILL_LEARNING, doubt, last_rise
 
 if TYPE_CHECKING:
     from datasets import Dataset
