@@ -20,8 +20,8 @@ from hf_poprisk.batched import BatchedGradients, Capture, Layout, Packed, Rows
 from hf_poprisk.checkpoints import CheckpointMixin, describe_data
 from hf_poprisk.hub import HubMixin
 from hf_poprisk.influence import Influence
-from hf_poprisk.leave_one_out.index import take_sample
-from hf_poprisk.leave_one_out.mixin import LabelNoiseMixin, check_datasets_installed, with_index
+from hf_poprisk.leave_one_out.index import check_datasets_installed, take_sample, with_index
+from hf_poprisk.leave_one_out.mixin import LabelNoiseMixin
 from hf_poprisk.microbatch import NotSeparable, find_layout, like
 from hf_poprisk.microbatch import take_example as take_example
 from hf_poprisk.one_by_one import OneByOne
@@ -121,7 +121,7 @@ class PopRiskMixin(HubMixin, CheckpointMixin, LabelNoiseMixin):
             return
         raise ValueError(
             f"{type(self).__name__} does not read the column label_weight: remove it, train with "
-            "poprisk_label_noise=weight, take the copy that python -m hf_poprisk.audit --write filtered "
+            "poprisk_label_noise=weight, take the copy that hf-poprisk audit --write filtered "
             "makes, or read it in a compute_loss of your own."
         )
 

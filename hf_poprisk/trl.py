@@ -47,7 +47,7 @@ class PopRiskDPOConfig(PopRiskArgumentsMixin, DPOConfig):
     def _check_label_noise(self) -> None:
         super()._check_label_noise()
         mode = f"poprisk_label_noise={self.poprisk_label_noise}"
-        # An audit reads the margins and lets the loss be. With further terms in it, the own effects are those
+        # An audit reads the margins and lets the loss be. With further terms in it, self-influence is that
         # of the whole loss, not of the margin alone; the first visits, which have none, are exact.
         audit, losses = self.poprisk_label_noise == "audit", ",".join(self.loss_type)
         judged = [name for name in self.loss_type if name in _LOG_ODDS_LOSSES]
@@ -94,7 +94,7 @@ class PopRiskRewardConfig(PopRiskArgumentsMixin, RewardConfig):
 
     def _check_label_noise(self) -> None:
         super()._check_label_noise()
-        # In an audit the own effects are those of the whole loss, as with DPO's further terms.
+        # In an audit self-influence is that of the whole loss, as with DPO's further terms.
         if self.center_rewards_coefficient is not None and self.poprisk_label_noise != "audit":
             raise ValueError(
                 f"poprisk_label_noise={self.poprisk_label_noise} needs a loss that is a function of the "

@@ -95,7 +95,7 @@ def train(cell: Cell, left_out: np.ndarray) -> Run:
         watched = [Watch(lambda: log_odds(trainer, looked, pairs))]
         if not len(left_out):
             columns = trainer._label_noise.table.columns
-            watched.append(Watch(lambda: columns["own_effect"].cpu().double().numpy()))
+            watched.append(Watch(lambda: columns["self_influence"].cpu().double().numpy()))
         trainer.remove_callback(PrinterCallback)
         for watch in watched:
             trainer.add_callback(watch)

@@ -1,4 +1,4 @@
-"""Corrected copies of the training data."""
+"""Copies of the training data: filtered, weighted, or with the mislabeled pairs reversed."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_poprisk.leave_one_out import INDEX
-from hf_poprisk.leave_one_out.common import TRUTH, AuditError, beside
+from hf_poprisk.command import UserError, folder_beside
+from hf_poprisk.leave_one_out.data import TRUTH
+from hf_poprisk.leave_one_out.index import INDEX
 from hf_poprisk.leave_one_out.run import Run
-from hf_poprisk.leave_one_out.weights import doubt
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -20,20 +20,18 @@ WRITES = ("filtered", "weighted", "reflipped")
 
 
 def row_weights(run: Run, data: Dataset, rows: np.ndarray) -> np.ndarray:
-    """Posterior that the label is right of every row of the data, [len(data)] float64.
+    """Probability that the label is correct of every row of the data, [len(data)] float32.
 
-    It is 1 − ε where the row was not trained on, as in ``Run.posterior``.
+    It is 1 − the noise rate where the row was not trained on.
 
     Args:
         rows: as ``find_rows`` gives them, [n].
 
     Raises:
-        AuditError: the run has no estimate of the noise rate.
+        UserError: the run has no estimate of the noise rate.
     """
-    posterior, fit = run.posterior(), run.judged_by
-    assert fit is not None
-    weights = np.full(len(data), 1.0 - fit.rate)
-    weights[rows] = posterior
+    weights = np.full(len(data), 1.0 - run.need_fit().rate, np.float32)
+    weights[rows] = run.p_correct
     return weights
 
 
@@ -41,39 +39,40 @@ def check_write(run: Run, data: Dataset, rows: np.ndarray, kind: str) -> None:
     """Refuse what ``write_data`` cannot do.
 
     Raises:
-        AuditError: no estimate of the noise rate or one that means nothing, data without a column of the run,
+        UserError: no estimate of the noise rate or one that means little, data without a column of the run,
             no pairs to flip, nothing left, or a column that is there already.
     """
-    why = doubt(run.fits, run.preferences, run.judging_since) if run.fits else None
-    if why is not None:
-        raise AuditError(f"--write {kind} would follow an estimate that means little: {why}.")
-    sampled = {column for columns in run.sample.values() for column in columns}
-    if sampled and not sampled & set(data.column_names):
-        raise AuditError(
-            f"--write {kind} needs data with a column of those that the run was trained on "
-            f"({', '.join(sorted(sampled))}): nothing tells whether the labels of these are the same."
-        )
-    if (row_weights(run, data, rows) < 0.5).all() and kind == "filtered":
-        raise AuditError("--write filtered would drop every row: use weighted.")  # cannot be loaded
-    if kind == "reflipped" and not run.preferences:
-        raise AuditError("--write reflipped is for preference pairs: use filtered or weighted.")
-    if kind == "reflipped" and not {"chosen", "rejected"} <= set(data.column_names):
-        raise AuditError("--write reflipped needs the columns chosen and rejected, which the data lack.")
-    if kind == "reflipped" and "margin" in data.column_names:
-        raise AuditError("--write reflipped cannot turn the column margin round: remove it from the data.")
+    weights, columns = row_weights(run, data, rows), set(data.column_names)
+    sampled = {column for row in run.sample.values() for column in row}
     added = {"weighted": "label_weight", "reflipped": "reflipped"}.get(kind)
-    if added in data.column_names:
-        raise AuditError(f"--write {kind} adds a column {added}, which the data have already.")
+    pairs = run.preferences and {"chosen", "rejected"} <= columns
+    for wrong, sentence in (
+        (run.doubt is not None, f"would follow an estimate that means little: {run.doubt}"),
+        (
+            sampled and not sampled & columns,
+            f"needs data with a column of those that the run was trained on ({', '.join(sorted(sampled))}): "
+            "nothing tells whether the labels of these are the same",
+        ),
+        # an empty data set cannot be loaded
+        (kind == "filtered" and (weights < 0.5).all(), "would drop every row: use weighted"),
+        (kind == "reflipped" and not pairs, "is for preference pairs, with columns chosen and rejected"),
+        (
+            kind == "reflipped" and "margin" in columns,
+            "cannot turn the column margin round: remove it from the data",
+        ),
+        (added in columns, f"adds a column {added}, which the data have already"),
+    ):
+        if wrong:
+            raise UserError(f"--write {kind} {sentence}.")
 
 
-def write_data(run: Run, data: Dataset, rows: np.ndarray, kind: str, folder: str | Path) -> int:
-    """Write a corrected copy with ``save_to_disk``; the folder appears whole or not at all.
+def write_data(run: Run, data: Dataset, rows: np.ndarray, kind: str, folder: Path) -> int:
+    """Write a copy with ``save_to_disk``; the folder appears whole or not at all.
 
-    ``filtered`` is without the rows whose posterior of being right is below 1/2, and keeps positions in the
-    column ``example_index``, by which a second run can be compared with the first; ``weighted`` has it in a
-    float32 column ``label_weight``, ``reflipped`` has those pairs swapped, scores included, and says so in a
-    bool column ``reflipped``; a bool column ``is_flipped`` goes on telling which pairs are the wrong way
-    round, so it changes with them.
+    ``filtered`` is without the rows whose label is more likely mislabeled than clean; ``weighted`` has the
+    probability of being correct in a float32 column ``label_weight``; ``reflipped`` has those pairs reversed,
+    scores included, and says so in a bool column ``reflipped`` (a bool column ``is_flipped`` goes on telling
+    which pairs are the wrong way round, so it changes with them). All keep the rows' ``example_index``.
 
     Args:
         rows: as ``find_rows`` gives them, [n].
@@ -81,32 +80,31 @@ def write_data(run: Run, data: Dataset, rows: np.ndarray, kind: str, folder: str
         folder: empty, or not there yet.
 
     Returns:
-        How many rows were dropped or swapped; for ``weighted``, how many weigh less than 1/2.
+        How many rows were dropped or reversed; for ``weighted``, how many weigh less than 1/2.
 
     Raises:
-        AuditError: as ``check_write``, or a folder with something in it.
+        UserError: as ``check_write``, or a folder with something in it.
     """
     check_write(run, data, rows, kind)
-    check_target(Path(folder))
+    check_target(folder)
     target = Path(os.path.abspath(folder))
     weights = row_weights(run, data, rows)
-    wrong = weights < 0.5
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with beside(target) as temporary:
+    mislabeled = weights < 0.5
+    if INDEX not in data.column_names:
+        data = data.add_column(INDEX, np.arange(len(data)))
+    with folder_beside(target) as temporary:
         if kind == "filtered":
-            if INDEX not in data.column_names:
-                data = data.add_column(INDEX, np.arange(len(data)))
-            data = data.select(np.flatnonzero(~wrong))
+            data = data.select(np.flatnonzero(~mislabeled))
         elif kind == "weighted":
-            data = data.add_column("label_weight", weights.astype(np.float32))
+            data = data.add_column("label_weight", weights)
         else:
-            data = _reflipped(data, wrong, temporary / "swapped.arrow")
+            data = _reflipped(data, mislabeled, temporary / "swapped.arrow")
         data.save_to_disk(str(temporary / "data"))
         (temporary / "data").replace(target)
-    return int(wrong.sum())
+    return int(mislabeled.sum())
 
 
-def _reflipped(data: Dataset, wrong: np.ndarray, cache: Path) -> Dataset:
+def _reflipped(data: Dataset, mislabeled: np.ndarray, cache: Path) -> Dataset:
     from datasets import Features, Value
 
     names = set(data.column_names)  # chosen, score_chosen, chosen_rating, …
@@ -116,8 +114,8 @@ def _reflipped(data: Dataset, wrong: np.ndarray, cache: Path) -> Dataset:
     known = TRUTH in data.column_names and getattr(data.features[TRUTH], "dtype", "") == "bool"
 
     def swap(row: dict[str, Any], index: int) -> dict[str, Any]:
-        swapped = {"reflipped": bool(wrong[index])}
-        if wrong[index]:
+        swapped: dict[str, Any] = {"reflipped": bool(mislabeled[index])}
+        if mislabeled[index]:
             for one, other in pairs:
                 swapped |= {one: row[other], other: row[one]}
             if known and row[TRUTH] is not None:
@@ -131,7 +129,7 @@ def _reflipped(data: Dataset, wrong: np.ndarray, cache: Path) -> Dataset:
         # the cache would lie beside the data, in somebody's folder
         cache_file_name=str(cache),
         load_from_cache_file=False,
-        desc="Swapping pairs",
+        desc="Reversing pairs",
     )
 
 
@@ -139,9 +137,9 @@ def check_target(folder: Path) -> None:
     """Refuse to write where something is.
 
     Raises:
-        AuditError: a file, or a folder that is not empty.
+        UserError: a file, or a folder that is not empty.
     """
     if folder.exists() and not folder.is_dir():
-        raise AuditError(f"--to {folder} is a file: give a folder.")
+        raise UserError(f"--to {folder} is a file: give a folder.")
     if folder.is_dir() and any(folder.iterdir()):
-        raise AuditError(f"--to {folder} is not empty: give another folder.")
+        raise UserError(f"--to {folder} is not empty: give another folder.")

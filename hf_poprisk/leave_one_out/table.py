@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-TABLE_NAME = "label_noise.parquet"
-INDEX = "example_index"
-# In the order of the file; float32 but for the first two.
-COLUMNS = ("logodds", "heldout_logodds", "own_effect", "weight", "agreement_mean", "loss_mean")
+from hf_poprisk.command import UserError, need, one_line
+from hf_poprisk.leave_one_out.index import INDEX
+
+TABLE_NAME = "judged.parquet"
+_EARLIER_NAME = "label_noise.json"  # of versions that wrote two files
+COLUMNS = ("log_odds", "weight", "self_influence", "loss_mean")  # float32
+_STATE = b"hf_poprisk"  # in the metadata of the file: one file is of one moment
 _GROWTH = 1024
 
 
@@ -27,7 +31,9 @@ class ExampleTable:
 
     Attributes:
         visits: [n] int32, how often the example was trained on.
-        columns: name → [n] float32; see ``COLUMNS``.
+        columns: name → [n] float32. ``log_odds``: leave-one-out, in nats. ``weight``: the example's last
+            p_correct in training. ``self_influence``: what of its log-odds its own steps have taught.
+            ``loss_mean``: −log σ(z), averaged over the visits.
 
     Raises:
         ValueError: indices that are not unique.
@@ -44,10 +50,9 @@ class ExampleTable:
                 twice = sorted_ids[1:][sorted_ids[1:] == sorted_ids[:-1]][0].item()
                 raise ValueError(f"the column {INDEX} must be unique, and {twice} is there more than once.")
             self._order, self._sorted = order.to(self.device), sorted_ids.to(self.device)
-        size = 0 if ids is None else len(ids)
-        self.visits = torch.zeros(size, dtype=torch.int32, device=self.device)
-        self.columns = {name: torch.zeros(size, device=self.device) for name in COLUMNS}
-        self.columns["weight"].fill_(1.0)
+        self.visits = torch.zeros(0, dtype=torch.int32, device=self.device)
+        self.columns = {name: torch.zeros(0, device=self.device) for name in COLUMNS}
+        self._grow(len(self._ids))
 
     def __len__(self) -> int:
         return len(self._ids) if self._streamed is None else len(self._streamed)
@@ -57,6 +62,11 @@ class ExampleTable:
         """Whether the examples are not known beforehand."""
         return self._streamed is not None
 
+    @property
+    def ids(self) -> Tensor:
+        """``example_index`` of every row, [n] int64 on the CPU."""
+        return self._ids if self._streamed is None else torch.tensor(list(self._streamed), dtype=torch.int64)
+
     def rows(self, ids: Tensor) -> Tensor:
         """The rows of some examples; ids: [N] int64. A stream's new examples get one.
 
@@ -65,7 +75,8 @@ class ExampleTable:
         """
         if self._streamed is not None:
             found = [self._streamed.setdefault(i, len(self._streamed)) for i in ids.tolist()]
-            self._grow()
+            if len(self) > len(self.visits):
+                self._grow(max(len(self) - len(self.visits), _GROWTH, len(self.visits)))
             return torch.tensor(found, dtype=torch.int64, device=self.device)
         ids = ids.to(self.device)
         if self._order is None:
@@ -75,81 +86,101 @@ class ExampleTable:
             raise KeyError(f"{INDEX} {ids[self._sorted[place] != ids][0].item()} is not in the training set.")
         return self._order[place]
 
-    def _grow(self) -> None:
-        missing = len(self) - len(self.visits)
-        if missing > 0:
-            more = max(missing, _GROWTH, len(self.visits))
-            self.visits = torch.cat([self.visits, self.visits.new_zeros(more)])
-            for name, column in self.columns.items():
-                fill = 1.0 if name == "weight" else 0.0
-                self.columns[name] = torch.cat([column, column.new_full((more,), fill)])
-
-    @property
-    def ids(self) -> Tensor:
-        """``example_index`` of every row, [n] int64 on the CPU."""
-        if self._streamed is None:
-            return self._ids
-        return torch.tensor(list(self._streamed), dtype=torch.int64)
+    def _grow(self, more: int) -> None:
+        self.visits = torch.cat([self.visits, self.visits.new_zeros(more)])
+        for name, column in self.columns.items():
+            fill = 1.0 if name == "weight" else 0.0
+            self.columns[name] = torch.cat([column, column.new_full((more,), fill)])
 
     def visit(self, rows: Tensor, **values: Tensor) -> None:
         """Record one visit of each example; ``values`` name columns, [N] each.
 
-        ``agreement_mean`` and ``loss_mean`` are averaged over the visits, the others replaced.
+        ``loss_mean`` is averaged over the visits, the others are replaced.
         """
         self.visits[rows] += 1
         for name, value in values.items():
             column = self.columns[name]
-            if name.endswith("_mean"):
+            if name == "loss_mean":
                 before = column[rows]
                 value = before + (value - before) / self.visits[rows]
             column[rows] = value.to(column.dtype)
 
-    def heldout(self) -> np.ndarray:
-        """``heldout_logodds`` of the examples visited so far, [m] float32."""
+    def log_odds(self) -> np.ndarray:
+        """Leave-one-out log-odds of the examples visited so far, [m] float32."""
         n = len(self)
-        return self.columns["heldout_logodds"][:n][self.visits[:n] > 0].cpu().numpy()
+        return self.columns["log_odds"][:n][self.visits[:n] > 0].cpu().numpy()
 
-    def save(self, path: Path) -> None:
-        """Write the table; a reader never sees half of it. Needs ``datasets``."""
-        from datasets import Dataset
+    def save(self, path: Path, p_correct: np.ndarray, state: dict[str, Any]) -> None:
+        """Write the table; a reader never sees half of it. Needs ``pyarrow``.
+
+        Args:
+            p_correct: probability that each label is correct, [n]; NaN where there is no estimate.
+            state: plain values that are not of single examples.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
 
         n = len(self)
-        columns: dict[str, Any] = {INDEX: self.ids.numpy(), "visits": self.visits[:n].cpu().numpy()}
+        columns: dict[str, Any] = {"index": self.ids.numpy(), "p_correct": p_correct.astype(np.float32)}
+        columns |= {"visits": self.visits[:n].cpu().numpy()}
         columns |= {name: column[:n].cpu().numpy() for name, column in self.columns.items()}
-        columns["suspicion"] = -columns["heldout_logodds"]
+        table = pa.table(columns).replace_schema_metadata({_STATE: json.dumps(state, allow_nan=False)})
         temporary = path.with_name(f"_{path.name}.{os.getpid()}")  # pushes leave out _*
         try:
-            Dataset.from_dict(columns).to_parquet(temporary)
+            pq.write_table(table, temporary)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
 
-    def load(self, path: Path) -> None:
-        """Take over a saved table, whose examples must be those of this one, in any order.
+    def load(self, saved: dict[str, np.ndarray]) -> None:
+        """Take over the columns of ``read_table``, whose examples must be those of this one, in any order.
 
         Raises:
-            ValueError: a table of other examples.
+            ValueError: columns of other examples.
         """
-        import pyarrow.parquet as pq
-
-        saved = {name: column.to_numpy() for name, column in _columns(pq.read_table(path)).items()}
-        ids = torch.from_numpy(saved[INDEX].copy())
-        if self._streamed is None:
-            if not torch.equal(ids.sort().values, self._ids.sort().values):
-                raise ValueError(
-                    f"{path} is of {len(ids)} examples and the training set has {len(self)}, or others: "
-                    "resume with the same data."
-                )
-            here = ids.argsort()[self._ids.argsort().argsort()]  # the saved row of each example
-            saved = {name: column[here.numpy()] for name, column in saved.items()}
-        else:
-            self._streamed.update({i: row for row, i in enumerate(ids.tolist())})
-            self._grow()
-        n = len(ids)
-        self.visits[:n] = torch.from_numpy(saved["visits"].copy()).to(self.device)
+        ids = torch.from_numpy(saved["index"].copy())
+        if self._streamed is None and not torch.equal(ids.sort().values, self._ids.sort().values):
+            raise ValueError(
+                f"the checkpoint judged {len(ids)} examples and the training set has {len(self)}, or others: "
+                "resume with the same data."
+            )
+        rows = self.rows(ids)
+        self.visits[rows] = torch.from_numpy(saved["visits"].astype(np.int32)).to(self.device)
         for name, column in self.columns.items():
-            column[:n] = torch.from_numpy(saved[name].copy()).to(self.device)
+            column[rows] = torch.from_numpy(saved[name].astype(np.float32)).to(self.device)
 
 
-def _columns(table: Any) -> dict[str, Any]:
-    return dict(zip(table.column_names, table.columns, strict=True))
+def is_judged(folder: str | Path) -> bool:
+    """Whether a run of this version, or of an earlier one, left its scores there."""
+    return any(Path(folder, name).is_file() for name in (TABLE_NAME, _EARLIER_NAME))
+
+
+def read_table(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The columns, [n] each, and the state that ``ExampleTable.save`` left in a folder.
+
+    Raises:
+        UserError: the file is not there, damaged, of something else, or of an earlier version.
+    """
+    path = folder / TABLE_NAME
+    if not path.is_file() and (folder / _EARLIER_NAME).is_file():
+        raise UserError(
+            f"{folder} was judged by an earlier version, from which this one cannot go on: set "
+            "poprisk_label_noise=off, or start over."
+        )
+    if not path.is_file():
+        raise UserError(f"{folder} holds no {TABLE_NAME}: give the output folder of a judged run.")
+    need("pyarrow", "reading the table")
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path} cannot be read ({one_line(error)}).") from error
+    names = ("index", "p_correct", "visits", *COLUMNS)
+    if _STATE not in (table.schema.metadata or {}) or any(table.column_names.count(n) != 1 for n in names):
+        raise UserError(f"{path} is not the table of a judged run.")
+    columns = {name: table[name].to_numpy() for name in names}
+    if len(np.unique(columns["index"])) != len(table):
+        raise UserError(f"{path} has an index more than once.")
+    return columns, json.loads(table.schema.metadata[_STATE])
