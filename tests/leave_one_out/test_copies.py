@@ -112,9 +112,7 @@ def test_what_cannot_be_written(run: Path, saved: Path, tmp_path: Path, capsys: 
     hopeless = save_run(tmp_path / "hopeless", np.full(N, -9.0))
     assert "would drop every row" in sentence("filtered", hopeless)
     pairs(scores=False).remove_columns("rejected").save_to_disk(tmp_path / "half")
-    assert "with columns chosen and rejected" in sentence(
-        "reflipped", data=tmp_path / "half"
-    )
+    assert "with columns chosen and rejected" in sentence("reflipped", data=tmp_path / "half")
     pairs().add_column("margin", [1.0] * N).save_to_disk(tmp_path / "margin")
     assert "cannot turn the column margin round" in sentence("reflipped", data=tmp_path / "margin")
     capped = NoiseFit(MAX_RATE, 0.3, MAX_RATE, 0.1, 2, -0.5, N)
