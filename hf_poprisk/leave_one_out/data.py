@@ -34,6 +34,7 @@ def load_data(name: str, split: str | None = None, config: str | None = None) ->
         UserError: it is not there or cannot be read, or has no such split.
     """
     need("datasets", "--dataset")
+    asked, split = split, split or "train"
     from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
     folder = Path(name).expanduser()
@@ -47,18 +48,17 @@ def load_data(name: str, split: str | None = None, config: str | None = None) ->
             data = load_from_disk(str(folder))
         else:
             path = str(folder) if folder.is_dir() else name
-            data = load_dataset(path, config, split=split or "train")
+            data = load_dataset(path, config, split=split)
     except Exception as error:  # the loaders raise whatever their file systems and parsers do
         where = "" if folder.exists() else "is no folder here, and "
         raise UserError(f"--dataset {name} {where}cannot be read ({one_line(error)}).") from error
-    if saved and config is not None:
-        raise UserError(f"--config_name has no effect, because {name} was written by save_to_disk.")
-    if isinstance(data, DatasetDict):
-        if (split or "train") not in data:
-            raise UserError(f"{name} has no split {split or 'train'}: it has {', '.join(data)}.")
-        data = data[split or "train"]
-    elif saved and split is not None:
-        raise UserError(f"--split has no effect, because {name} is a single data set without splits.")
+    splits = isinstance(data, DatasetDict)
+    for option, value in (("--config_name", config), ("--split", None if splits else asked)):
+        if saved and value is not None:
+            raise UserError(f"{option} has no effect, because {name} was written by save_to_disk without it.")
+    if splits and split not in data:
+        raise UserError(f"{name} has no split {split}: it has {', '.join(data)}.")
+    data = data[split] if splits else data
     if not isinstance(data, Dataset):
         raise UserError(f"--dataset {name} is not a table of examples.")
     return data.with_format(None)
@@ -70,24 +70,20 @@ def find_rows(data: Dataset, run: Run) -> np.ndarray:
     Raises:
         UserError: an example is not in the data, or the data are recognisably others.
     """
-    if INDEX in data.column_names:
-        ids = np.asarray(data[INDEX])
-        if not np.issubdtype(ids.dtype, np.integer) or ids.ndim != 1 or len(np.unique(ids)) != len(ids):
-            raise UserError(f"the column {INDEX} of the data must hold integers, each once.")
-    else:  # a run without the column has an example for each position
-        ids = np.arange(len(data))
-        if len(data) != len(run.index):
-            raise UserError(
-                f"the data have {len(data)} rows and the run {len(run.index)} examples, so positions do not "
-                f"tell which is which: give what was trained on, or data with a column {INDEX}."
-            )
-    row_of = dict(zip(ids.tolist(), range(len(ids)), strict=True))
+    ids = np.asarray(data[INDEX]) if INDEX in data.column_names else np.arange(len(data))
+    if not np.issubdtype(ids.dtype, np.integer) or ids.ndim != 1 or len(np.unique(ids)) != len(ids):
+        raise UserError(f"the column {INDEX} of the data must hold integers, each once.")
+    if INDEX not in data.column_names and len(data) != len(run.index):
+        raise UserError(
+            f"the data have {len(data)} rows and the run {len(run.index)} examples, so positions do not tell "
+            f"which is which: give what was trained on, or data with a column {INDEX}."
+        )
+    row_of = {index: row for row, index in enumerate(ids.tolist())}
     missing = next((index for index in run.index.tolist() if index not in row_of), None)
     if missing is not None:
         raise UserError(f"{INDEX} {missing} is not in the data: give what was trained on.")
-    rows = np.array([row_of[index] for index in run.index.tolist()])
     _check_rows(data, row_of, run)
-    return rows
+    return np.array([row_of[index] for index in run.index.tolist()])
 
 
 def _check_rows(data: Dataset, row_of: dict[int, int], run: Run) -> None:

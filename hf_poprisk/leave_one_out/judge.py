@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from hf_poprisk.leave_one_out.table import TABLE_NAME, ExampleTable, read_table
 from hf_poprisk.leave_one_out.weights import (
     STILL_LEARNING,
     SURE_ENOUGH_TO_SWAP,
+    caveat,
     competent,
     doubt,
     judged_by,
@@ -232,12 +233,11 @@ class LabelNoise:
             fit = self.fit
             logs |= {"noise_rate": fit.rate, "noise_rate_low": fit.low, "noise_rate_high": fit.high}
         visits, weight, swapped, loss = self._sums.tolist()
-        if self.mode != "audit" and visits:  # the trainer's own loss is without weights, and may rise
-            logs["loss_weighted"] = loss / visits
-        if self.mode != "audit" and self.judging_since is not None and visits:
-            logs["weight_mean"] = weight / visits
-            if self.mode == "swap":
-                logs["swapped"] = swapped / visits
+        if self.mode != "audit" and visits:
+            logs["loss_weighted"] = loss / visits  # the trainer's own loss is without weights, and may rise
+            if self.judging_since is not None:
+                logs["weight_mean"] = weight / visits
+                logs |= {"swapped": swapped / visits} if self.mode == "swap" else {}
         self._clear_interval()
         return {f"poprisk/{name}": value for name, value in logs.items()}
 
@@ -265,34 +265,25 @@ class LabelNoise:
             )
 
     def found(self, step: int) -> str:
-        """One clause on the labels; there is a fit.
-
-        Args:
-            step: optimizer steps at the end of training.
-        """
+        """One clause on the labels; there is a fit. step: optimizer steps at the end of training."""
         fit, since = self.fit, self.judging_since
         weighted = self.mode != "audit" and since not in (None, step)
-        weights = f", weights since step {since}" if weighted else ""
         return (
             f"poprisk_label_noise={self.mode}: estimated noise rate {fit.rate:.3f} ({fit.low:.3f} to "
-            f"{fit.high:.3f}){weights}"
+            f"{fit.high:.3f})" + f", weights since step {since}" * weighted
         )
 
     def warn_at_end(self, step: int) -> None:
         """Say what the numbers cannot be trusted for; step: optimizer steps at the end of training."""
-        why = None
         if not self.fits:
             why = "training ended within its first epoch, so the noise rate was not estimated and no example "
             why += f"was weighted: {train_longer(self.preferences)}"
         elif self.mode != "audit" and self.judging_since == step:
             why = "no example was weighted, because training ended where weights would have begun: raise "
             why += "num_train_epochs"
-        elif (why := doubt(self.fits, self.preferences, self.judging_since)) is not None:
-            pass
-        elif last_rise(self.fits) > STILL_LEARNING:
-            why = "labels were still predicted better and better at the end: the estimated noise rate is not "
-            why += "settled, and too low if labels are learned by heart"
-        if why is not None:
+        else:
+            why = doubt(self.fits, self.preferences, self.judging_since) or caveat(self.fits)
+        if why:
             logger.warning(f"poprisk_label_noise={self.mode}: {why}.")
 
     # -- saving -----------------------------------------------------------------------------------------
@@ -309,7 +300,7 @@ class LabelNoise:
             "untrained": self.untrained,
             "clip_coefficient": float(self.clip_coefficient),
             "interval": self._sums.tolist(),
-            "fits": [fit.to_dict() for fit in self.fits],
+            "fits": [asdict(fit) for fit in self.fits],
             "sample": self.sample,
         }
         self.table.save(Path(folder, TABLE_NAME), self.p_correct(), state)

@@ -14,8 +14,7 @@ anywhere, also at ε = 0.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -80,9 +79,6 @@ class NoiseFit:
         best = clean * math.log(clean) + (noise * math.log(noise / (self.num_labels - 1)) if noise else 0.0)
         chance = -math.log(self.num_labels)
         return (self.log_likelihood - chance) / (best - chance)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
     def p_correct(self, log_odds: Tensor) -> Tensor:
         """Probability that each label is correct, in [0, 1]; log_odds: ζ, any shape, floating point."""

@@ -58,6 +58,8 @@ def _rate(run: Run) -> list[str]:
     lines = [f"Noise rate: {rate}."]
     if run.doubt is not None:
         lines = [f"Noise rate: open ({rate}). Do not filter by it: {run.doubt}."]
+    elif run.caveat is not None:
+        lines += [f"But {run.caveat}."]
     lines += [f"Labels below .5: {below.sum()} of {len(below)} ({below.mean():.1%})."]
     if below.any():
         lines += [f"Precision at that cut: {1 - p_correct[below].mean():.0%} expected to be mislabeled."]

@@ -11,7 +11,7 @@ from hf_poprisk.command import UserError
 from hf_poprisk.leave_one_out.index import Sample
 from hf_poprisk.leave_one_out.noise import NoiseFit
 from hf_poprisk.leave_one_out.table import TABLE_NAME, read_table
-from hf_poprisk.leave_one_out.weights import doubt, judged_by, train_longer
+from hf_poprisk.leave_one_out.weights import caveat, doubt, judged_by, train_longer
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Run:
         visits: how often each example was trained on, [n]; at least one is positive.
         fit: the estimate that labels are judged by, or None.
         doubt: why the estimate means little, a sentence without its end; None if nothing speaks against it.
+        caveat: what is to be known beside that, or None.
         sample: some of the rows that it was trained on, hashed.
     """
 
@@ -39,6 +40,7 @@ class Run:
     visits: np.ndarray
     fit: NoiseFit | None
     doubt: str | None
+    caveat: str | None
     sample: Sample
 
     @property
@@ -89,5 +91,6 @@ def load_run(folder: str | Path) -> Run:
         **kept,
         fit=judged_by(fits, preferences) if fits else None,
         doubt=doubt(fits, preferences, state["judging_since"]) if fits else None,
+        caveat=caveat(fits) if fits else None,
         sample=state["sample"],
     )

@@ -80,6 +80,16 @@ def doubt(fits: Sequence[NoiseFit], preferences: bool, judging_since: int | None
     )
 
 
+def caveat(fits: Sequence[NoiseFit]) -> str | None:
+    """What else speaks against the estimate, a sentence without its end; None if nothing does."""
+    if last_rise(fits) <= STILL_LEARNING:
+        return None
+    return (
+        "labels were still predicted better and better at the end: the noise rate is not settled, and too "
+        "low if labels are learned by heart"
+    )
+
+
 def _why_not_judged(fits: Sequence[NoiseFit], preferences: bool) -> str:
     """What ``judging_since`` was waiting for, as the end of a sentence; there is a fit."""
     if not competent(fits[-1]):

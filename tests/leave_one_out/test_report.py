@@ -76,6 +76,12 @@ def test_report_without_data(run: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert out.splitlines()[6:] == [f"  {i}, correct with probability {p_correct[i]:.3f}" for i in worst]
 
 
+def test_an_estimate_that_is_not_settled_is_named(tmp_path: Path, capsys: Any) -> None:
+    assert "But labels" not in command(capsys, save_run(tmp_path / "settled"))
+    out = command(capsys, save_run(tmp_path / "run", fits=FITS[:2]))
+    assert "But labels were still predicted better and better at the end" in out
+
+
 def test_report_with_truth(tmp_path: Path, saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = command(capsys, save_run(tmp_path / "run", never=(0, 1)), "--dataset", saved)
     seen = np.arange(N) > 1
