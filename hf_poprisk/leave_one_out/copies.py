@@ -67,7 +67,7 @@ def check_write(run: Run, data: Dataset, rows: np.ndarray, kind: str) -> None:
 
 
 def write_data(run: Run, data: Dataset, rows: np.ndarray, kind: str, folder: Path) -> int:
-    """Write a copy with ``save_to_disk``; the folder appears whole or not at all.
+    """Write a copy with ``save_to_disk``, after ``check_write``; the folder appears whole or not at all.
 
     ``filtered`` is without the rows whose label is more likely mislabeled than clean; ``weighted`` has the
     probability of being correct in a float32 column ``label_weight``; ``reflipped`` has those pairs reversed,
@@ -81,12 +81,7 @@ def write_data(run: Run, data: Dataset, rows: np.ndarray, kind: str, folder: Pat
 
     Returns:
         How many rows were dropped or reversed; for ``weighted``, how many weigh less than 1/2.
-
-    Raises:
-        UserError: as ``check_write``, or a folder with something in it.
     """
-    check_write(run, data, rows, kind)
-    check_target(folder)
     target = Path(os.path.abspath(folder))
     weights = row_weights(run, data, rows)
     mislabeled = weights < 0.5

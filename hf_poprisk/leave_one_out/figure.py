@@ -41,7 +41,7 @@ def plot(run: Run, path: Path, flips: np.ndarray | None = None) -> None:
         label = f"known to be mislabeled ({mislabeled.sum()})"
         axis.hist(p_correct[mislabeled], edges, histtype="step", color="black", label=label)
     axis.set(xlabel="probability that the label is correct", ylabel="labels", xlim=(0, 1))
-    axis.set_title(f"Estimated noise rate {fit.rate:.0%} (95 % interval {fit.low:.0%} to {fit.high:.0%})")
+    axis.set_title(f"Estimated noise rate {fit.rate:.0%} (95% interval {fit.low:.0%} to {fit.high:.0%})")
     axis.legend(frameon=False)
     with folder_beside(path) as folder:
         figure.savefig(folder / "figure.png", dpi=130)

@@ -54,7 +54,7 @@ def _rate(run: Run) -> list[str]:
         return [f"Noise rate: not estimated, training was too short: {train_longer(run.preferences)}."]
     p_correct, fit = run.p_correct[run.visited], run.fit
     below = p_correct < 0.5
-    rate = f"{fit.rate:.1%}, 95 % interval {fit.low:.1%} to {fit.high:.1%}"
+    rate = f"{fit.rate:.1%}, 95% interval {fit.low:.1%} to {fit.high:.1%}"
     lines = [f"Noise rate: {rate}."]
     if run.doubt is not None:
         lines = [f"Noise rate: open ({rate}). Do not filter by it: {run.doubt}."]

@@ -34,7 +34,7 @@ def log_odds() -> np.ndarray:
 
 def save_run(
     folder: Path,
-    heldout: np.ndarray | None = None,
+    scores: np.ndarray | None = None,
     ids: np.ndarray | None = None,
     fits: list[NoiseFit] = FITS,
     mode: str = "weight",
@@ -44,11 +44,11 @@ def save_run(
     sample: Any = None,
 ) -> Path:
     """What training leaves; the rows ``never`` were not visited."""
-    heldout = log_odds() if heldout is None else heldout.astype(np.float32)
-    table = ExampleTable(np.arange(len(heldout)) if ids is None else ids)
+    scores = log_odds() if scores is None else scores.astype(np.float32)
+    table = ExampleTable(np.arange(len(scores)) if ids is None else ids)
     judge = LabelNoise(mode, preferences, table, sample)
-    rows = torch.tensor([i for i in range(len(heldout)) if i not in never])
-    z = torch.from_numpy(heldout)[rows]
+    rows = torch.tensor([i for i in range(len(scores)) if i not in never])
+    z = torch.from_numpy(scores)[rows]
     table.visit(rows, log_odds=z)
     judge.fits, judge.judging_since = list(fits), since
     folder.mkdir(exist_ok=True)

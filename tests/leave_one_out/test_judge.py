@@ -78,9 +78,9 @@ def test_pairs_that_nothing_is_known_of_weigh_about_the_same() -> None:
     judge.maybe_fit(1.0, 10)
     assert judge.judging_since == 10 and not competent(judge.fits[0]) and not judge.swaps
     visit = Visit(torch.arange(3), None)
-    strength = judge.sample_weight(visit, torch.tensor([-1.0, 0.0, 1.0]), 2)
-    assert torch.equal(strength, visit.weight) and 0.5 < strength.min() < strength.max() < 0.9
-    assert strength.max() - strength.min() < 0.1
+    factor = judge.sample_weight(visit, torch.tensor([-1.0, 0.0, 1.0]), 2)
+    assert torch.equal(factor, visit.weight) and 0.5 < factor.min() < factor.max() < 0.9
+    assert factor.max() - factor.min() < 0.1
 
 
 def test_only_what_is_predicted_well_is_swapped(caplog: pytest.LogCaptureFixture) -> None:
@@ -91,17 +91,17 @@ def test_only_what_is_predicted_well_is_swapped(caplog: pytest.LogCaptureFixture
     judge.maybe_fit(1.0, 10)
     assert judge.fits[0].explained > 0.8 and judge.judging_since == 10
 
-    def strengths() -> tuple[Tensor, Tensor]:
+    def factors() -> tuple[Tensor, Tensor]:
         visit = Visit(torch.arange(3), None)
         return judge.sample_weight(visit, torch.tensor([-3.0, 0.0, 3.0]), 2), visit.weight
 
-    strength, weight = strengths()
-    torch.testing.assert_close(strength, 2 * weight - 1)
+    factor, weight = factors()
+    torch.testing.assert_close(factor, 2 * weight - 1)
     judge.warn_at_start()
-    assert strength.min() < 0 and not caplog.text
+    assert factor.min() < 0 and not caplog.text
     judge.fits[0] = replace(judge.fits[0], log_likelihood=-0.66)
-    strength, weight = strengths()
-    torch.testing.assert_close(strength, weight)
+    factor, weight = factors()
+    torch.testing.assert_close(factor, weight)
     judge.warn_at_start()
     assert f"not predicted well ({judge.fits[0].explained:.0%} of what can be known" in caplog.text
     sure = replace(judge.fits[0], log_likelihood=-0.61)
@@ -141,7 +141,7 @@ def test_an_older_rule_is_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_who_predicts_nothing_judges_nobody() -> None:
-    """As long as held-out labels are predicted by chance no class is weighted; whatever the rate is."""
+    """As long as labels are predicted by chance no class is weighted; whatever the rate is."""
     rng, rows = np.random.default_rng(1), torch.arange(400)
     judge = LabelNoise("weight", False, ExampleTable(np.arange(400)))
     for epoch in (1.0, 2.0, 3.0):

@@ -60,7 +60,7 @@ def test_the_rate_is_the_posterior_median(labels: int) -> None:
 
 @pytest.mark.parametrize("rate", [0.002, 0.3])
 def test_many_examples_are_fitted_as_few_are(rate: float) -> None:
-    """In one go, although their ζ are binned; few wrong labels among many are found as well."""
+    """In one go, although their ζ are binned; few mislabeled among many are found as well."""
     zeta, wrong = drawn(100_000, rate, 2)
     few, many = fit_noise(zeta[:2000]), fit_noise(zeta)
     assert many.low <= wrong.mean() <= many.high and many.rate == pytest.approx(wrong.mean(), rel=0.2)
@@ -99,7 +99,7 @@ def test_at_a_rate_of_zero_every_label_is_right() -> None:
     assert fit.p_correct(torch.tensor([-300.0, 0.0, 5.0])).tolist() == [1.0] * 3
 
 
-def test_the_posterior_is_bayes_rule() -> None:
+def test_p_correct_is_bayes_rule() -> None:
     fit = fit_noise(drawn(2000, 0.3, 4)[0], 4)
     zeta = torch.tensor([-30.0, -2.0, 0.0, 3.0, 500.0], dtype=torch.float64)
     q = torch.sigmoid(fit.tau * (zeta + math.log(3)) - math.log(3))

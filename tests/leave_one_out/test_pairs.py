@@ -34,8 +34,8 @@ def test_pairs_are_weighted_by_their_posterior(kind: str, mode: str, llama_dir: 
     expected = replace(by, rate=0.4).p_correct(later.log_odds)  # that of the first visits
     torch.testing.assert_close(later.weight, expected)
     z = later.tap.log_odds
-    strength = expected if mode == "weight" else 2 * expected - 1
-    slope = torch.where(strength < 0, strength.abs() * torch.sigmoid(z), -strength * torch.sigmoid(-z))
+    factor = expected if mode == "weight" else 2 * expected - 1
+    slope = torch.where(factor < 0, factor.abs() * torch.sigmoid(z), -factor * torch.sigmoid(-z))
     torch.testing.assert_close(later.tap.slopes, slope / 4, rtol=1e-4, atol=1e-6)
     sample = read_table(tmp_path)[1]["sample"]
     assert len(sample) == 16 and {"prompt", "chosen", "rejected"} <= set(

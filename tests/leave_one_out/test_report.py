@@ -67,7 +67,7 @@ def test_report_without_data(run: Path, capsys: pytest.CaptureFixture[str]) -> N
     below, worst = p_correct < 0.5, np.argsort(log_odds())[:10]
     assert out.splitlines()[:6] == [
         f"{run}: 60 preference pairs",
-        "Noise rate: 35.0%, 95 % interval 20.0% to 42.0%.",
+        "Noise rate: 35.0%, 95% interval 20.0% to 42.0%.",
         f"Labels below .5: {below.sum()} of 60 ({below.mean():.1%}).",
         f"Precision at that cut: {1 - p_correct[below].mean():.0%} expected to be mislabeled.",
         "",
