@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from hf_poprisk import rules
-from hf_poprisk.label_noise import LABEL_NOISE_MODES
+from hf_poprisk.leave_one_out import LABEL_NOISE_MODES
 from hf_poprisk.options import check_gate_options, check_patterns
 from hf_poprisk.rules import Rule, refuse
 
@@ -69,10 +69,10 @@ class PopRiskArgumentsMixin:
     poprisk_label_noise: Literal["off", "audit", "weight", "swap"] = field(
         default="off",
         metadata={
-            "help": "Judge every label by its held-out log-odds. audit: score and write the table. weight: "
-            "weigh an example by the probability that its label is right. swap: preference pairs only, train "
-            "those that look wrong the other way round, if their first visits were predicted well; else "
-            "weigh them."
+            "help": "Judge every label by its leave-one-out log-odds. audit: judge only. weight: weight an "
+            "example by the probability that its label is correct. swap: preference pairs only, train those "
+            "that look mislabeled the other way round, if their first visits were predicted well; else "
+            "weight them."
         },
     )
     poprisk_allow_change: bool = field(

@@ -16,8 +16,8 @@ from transformers.trainer_utils import has_length
 from hf_poprisk.arguments import OPTIM, PopRiskArgumentsMixin, PopRiskTrainingArguments
 from hf_poprisk.checkpoints import CheckpointMixin
 from hf_poprisk.hub import HubMixin
-from hf_poprisk.label_noise.mixin import LabelNoiseMixin, check_datasets_installed, with_index
-from hf_poprisk.label_noise.sample import take_sample
+from hf_poprisk.leave_one_out.index import check_datasets_installed, take_sample, with_index
+from hf_poprisk.leave_one_out.mixin import LabelNoiseMixin
 from hf_poprisk.microbatch import MicrobatchMixin
 from hf_poprisk.optimizer import PopRiskAdamW, matching
 from hf_poprisk.per_example.examples import take_example as take_example
@@ -111,7 +111,7 @@ class PopRiskMixin(MicrobatchMixin, HubMixin, CheckpointMixin, LabelNoiseMixin):
             return
         raise ValueError(
             f"{type(self).__name__} does not read the column label_weight: remove it, train with "
-            "poprisk_label_noise=weight, take the copy that python -m hf_poprisk.audit --write filtered "
+            "poprisk_label_noise=weight, take the copy that hf-poprisk audit --write filtered "
             "makes, or read it in a compute_loss of your own."
         )
 

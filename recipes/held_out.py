@@ -28,8 +28,8 @@ from sweep import ends_in_a_sentence
 from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback
 
-from hf_poprisk.label_noise import fit_noise
-from hf_poprisk.label_noise.log_odds import LogOddsTap
+from hf_poprisk.leave_one_out import fit_noise
+from hf_poprisk.leave_one_out.log_odds import LogOddsTap
 
 TASKS = classification.TASKS | preferences.TASKS
 HEADER = [
@@ -95,7 +95,7 @@ def train(cell: Cell, left_out: np.ndarray) -> Run:
         watched = [Watch(lambda: log_odds(trainer, looked, pairs))]
         if not len(left_out):
             columns = trainer._label_noise.table.columns
-            watched.append(Watch(lambda: columns["own_effect"].cpu().double().numpy()))
+            watched.append(Watch(lambda: columns["self_influence"].cpu().double().numpy()))
         trainer.remove_callback(PrinterCallback)
         for watch in watched:
             trainer.add_callback(watch)

@@ -5,7 +5,7 @@
     python recipes/output_space.py page             # print OUTPUT_SPACE.md
 
 Every run goes through a stock ``Trainer`` (``dpo``: ours) with an ``OutputSpaceCallback`` and leaves its
-recording in ``outputs/output_space/NAME``, to be looked at with ``python -m hf_poprisk.output_space``. The
+recording in ``outputs/output_space/NAME``, to be looked at with ``hf-poprisk output-space``. The
 numbers go to ``recipes/results/output_space.json`` and one plot each beside it. ``dpo`` needs
 ``outputs/tiny``, which ``python scripts/prepare_tiny.py`` makes.
 """

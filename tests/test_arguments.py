@@ -28,7 +28,7 @@ from hf_poprisk import (
     PopRiskTrainingArguments,
 )
 from hf_poprisk.gate import GATES
-from hf_poprisk.label_noise import LABEL_NOISE_MODES
+from hf_poprisk.leave_one_out import LABEL_NOISE_MODES
 from hf_poprisk.options import ESTIMATORS
 
 CONFIGS = (PopRiskTrainingArguments, PopRiskDPOConfig, PopRiskSFTConfig, PopRiskRewardConfig)

@@ -237,7 +237,7 @@ def test_label_weights_that_nothing_reads_are_refused(noise: str, tmp_path: Path
     data = preferences(8).add_column("label_weight", [1.0] * 8)
     sentence = (
         r"^PopRisk(DPO|Reward)?Trainer does not read the column label_weight: remove it, train with "
-        r"poprisk_label_noise=weight, take the copy that python -m hf_poprisk\.audit --write filtered "
+        r"poprisk_label_noise=weight, take the copy that hf-poprisk audit --write filtered "
         r"makes, or read it in a compute_loss of your own\.$"
     )
     options = {**COMMON, "bf16": False, "poprisk_label_noise": noise}

@@ -30,8 +30,8 @@ from noisy_labels.figure import frontier  # noqa: E402
 from noisy_labels.runs import run_cell  # noqa: E402
 from noisy_labels.table import AIMS, aims, tables  # noqa: E402
 
-from hf_poprisk.label_noise import LabelNoise  # noqa: E402
-from hf_poprisk.label_noise.judge import RULE  # noqa: E402
+from hf_poprisk.leave_one_out import LabelNoise  # noqa: E402
+from hf_poprisk.leave_one_out.judge import RULE  # noqa: E402
 
 
 def test_every_arm_of_a_classification_runs(tmp_path: Path) -> None:
@@ -85,8 +85,9 @@ def test_controls_of_judging_are_what_they_are_called(
 ) -> None:
     weights = torch.tensor([0.1, 0.2, 0.3])
     visit, judge = SimpleNamespace(rows=torch.arange(3)), object.__new__(arms.ShuffledWeights)
-    monkeypatch.setattr(LabelNoise, "_strength", lambda self, visit, *_: setattr(visit, "weight", weights))
-    assert judge._strength(visit, None, 2).tolist() == pytest.approx([0.3, 0.1, 0.2])
+    plain = lambda self, visit, *_: setattr(visit, "weight", weights)  # noqa: E731
+    monkeypatch.setattr(LabelNoise, "sample_weight", plain)
+    assert judge.sample_weight(visit, None, 2).tolist() == pytest.approx([0.3, 0.1, 0.2])
 
     told = object.__new__(arms.DropTold)
     told.told, told.table = 0.4, SimpleNamespace()
@@ -94,14 +95,17 @@ def test_controls_of_judging_are_what_they_are_called(
     for visits, kept in ((0, [1, 1, 1]), (1, [1, 0, 1])):  # the two largest losses of five go
         told.table.visits = torch.full([5], visits)
         told.table.columns = {"loss_mean": losses}
-        assert told._strength(visit, None, 2).tolist() == kept
+        assert told.sample_weight(visit, None, 2).tolist() == kept
         visit.rows = torch.tensor([0, 1, 4])
     monkeypatch.undo()
 
     trainer = classification.prepare(Cell("digits", "weight-C0", 0.3, 1e-2, 0, 3), str(tmp_path)).trainer
+    judge, booked = trainer._label_noise, []
+    plain = judge.booked
+    judge.booked = lambda *args: (booked.append(plain(*args)), booked[-1])[1]
     trainer.train()
-    columns = trainer._label_noise.table.columns
-    assert torch.equal(columns["heldout_logodds"], columns["logodds"])
+    _, z, log_odds, *_ = torch.cat(booked).unbind(1)
+    assert torch.equal(z, log_odds)
 
 
 def test_a_neighbour_takes_two(recipe: Path, tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ import torch
 from test_output_space import Regression, examples, record
 from torch import nn
 
+from hf_poprisk.__main__ import main
 from hf_poprisk.output_space import RecordingError, cumulative, load_recording
 from hf_poprisk.output_space.analysis import analyse
-from hf_poprisk.output_space.cli import main
 from hf_poprisk.output_space.recording import FILE_NAME, FLOW
 from hf_poprisk.output_space.report import sentences
 
@@ -46,7 +46,7 @@ class Page(HTMLParser):
 
 
 def test_the_page_is_whole_and_needs_nothing_else(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main([str(run)])
+    main(["output-space", str(run)])
     printed, text = capsys.readouterr().out, (run / "output_space.html").read_text()
     found = Page(text)
     assert len(found.sources) == 5 and found.tags.count("b") == 0  # the folder's name is escaped
@@ -98,7 +98,7 @@ def test_nothing_moved_or_too_much_is_one_sentence(run: Path, tmp_path: Path) ->
     recording.learning_rates = [0.0, 0.0, *rates[2:]]
     assert not analyse(recording).splits[1].channel  # a warm-up that begins at 0
     recording.save(tmp_path)
-    main([str(tmp_path)])
+    main(["output-space", str(tmp_path)])
     for wrong, message in ((0.0, "nothing moved"), (1e200, "from step 0 to 2 the picture")):
         recording.learning_rates = [wrong] * len(rates)
         with pytest.raises(RecordingError, match=message):
@@ -116,7 +116,7 @@ def test_bad_input_is_one_sentence(run: Path, tmp_path: Path, capsys: pytest.Cap
         ([str(run), "--to", str(tmp_path / "none" / "page.html")], "does not exist"),
     ):
         with pytest.raises(SystemExit) as stopped:
-            main(options)
+            main(["output-space", *options])
         printed = capsys.readouterr()
         assert stopped.value.code == 2 and message in printed.err and printed.err.count("\n") == 1
         assert not printed.out
@@ -124,5 +124,5 @@ def test_bad_input_is_one_sentence(run: Path, tmp_path: Path, capsys: pytest.Cap
 
 
 def test_importing_needs_neither_trl_nor_matplotlib() -> None:
-    code = "import sys, hf_poprisk.output_space.cli; print({'trl', 'matplotlib'} & set(sys.modules))"
+    code = "import sys, hf_poprisk.__main__; print({'trl', 'matplotlib'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"

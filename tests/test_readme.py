@@ -81,15 +81,6 @@ def classifier() -> torch.nn.Module:
     return Classifier()
 
 
-def test_the_judged_trainer_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    data = [{"x": torch.randn(4), "labels": torch.tensor(i % 3)} for i in range(24)]
-    names = run("judged", model=classifier(), data=data)
-    assert names["trainer"]._label_noise.table.visits.tolist() == [6] * 24
-    assert (tmp_path / "judged" / "label_noise.parquet").is_file()
-
-
 def test_the_recorded_run_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     data = [{"x": torch.randn(4), "labels": i % 3} for i in range(32)]

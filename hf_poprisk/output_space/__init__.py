@@ -2,7 +2,7 @@
 
     recorder = OutputSpaceCallback(ClassLogits(), probe, test, steps=20)
     Trainer(..., callbacks=[recorder]).train()
-    python -m hf_poprisk.output_space OUTPUT_DIR
+    hf-poprisk output-space OUTPUT_DIR
 
 Source: E. Litman and G. Guo, "A Theory of Generalization in Deep Learning", arXiv:2605.01172.
 """

@@ -1,20 +1,22 @@
-"""The command line: ``python -m hf_poprisk.output_space RUN_DIR``."""
+"""The command line: ``hf-poprisk output-space RUN_DIR``."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from hf_poprisk.audit.common import AuditError, need, one_line
+from hf_poprisk.command import need
 from hf_poprisk.output_space.analysis import analyse
 from hf_poprisk.output_space.recording import FILE_NAME, RecordingError, load_recording
 from hf_poprisk.output_space.report import page, sentences, write_page
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m hf_poprisk.output_space",
+def add_command(commands: Any) -> None:
+    """Add ``output-space`` to the subparsers of ``hf-poprisk``."""
+    parser = commands.add_parser(
+        "output-space",
+        help="what a recorded run did in output space",
         description="What a recorded run did in output space, as one HTML page with its figures inside.",
         allow_abbrev=False,
     )
@@ -22,7 +24,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--to", type=Path, metavar="FILE.html", help="where it goes (default: RUN_DIR/output_space.html)"
     )
-    return parser
+    parser.set_defaults(execute=report)
 
 
 def report(args: argparse.Namespace) -> Path:
@@ -46,16 +48,3 @@ def report(args: argparse.Namespace) -> Path:
         print(*([f"\n{name}"] if name else []), *lines, sep="\n")
     print(f"\nreport: {target}")
     return target
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = _parser()
-    args = parser.parse_args(argv)
-    try:
-        report(args)
-    except (RecordingError, AuditError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
-    except OSError as error:
-        parser.exit(2, f"{parser.prog}: error: {one_line(error)}.\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "\ninterrupted: nothing was left half-written.\n")

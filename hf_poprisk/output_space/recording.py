@@ -30,6 +30,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hf_poprisk.command import UserError
+
 FILE_NAME = "output_space.safetensors"
 SCHEMA_VERSION = "1"
 GRADIENT_DESCENT, FLOW = "gradient descent", "flow"
@@ -47,7 +49,7 @@ _META = ("rule", "optimizer", "preconditioner", "examples")
 _DIRECTION = "directions."
 
 
-class RecordingError(ValueError):
+class RecordingError(UserError):
     """Something the user can put right, said in one sentence."""
 
 

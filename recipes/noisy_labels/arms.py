@@ -11,14 +11,14 @@ from controls import RandomMaskAdamW
 from torch import Tensor
 
 from hf_poprisk import PopRiskAdamW
-from hf_poprisk.label_noise import LabelNoise
+from hf_poprisk.leave_one_out import LabelNoise
 
 
 class ShuffledWeights(LabelNoise):
     """Control: each example gets the weight of its neighbour in the (shuffled) micro-batch."""
 
-    def _strength(self, visit: Any, log_odds: Tensor, num_labels: int) -> Tensor:
-        super()._strength(visit, log_odds, num_labels)
+    def sample_weight(self, visit: Any, log_odds: Tensor, num_labels: int) -> Tensor:
+        super().sample_weight(visit, log_odds, num_labels)
         if len(visit.weight) < 2:
             raise common.RecipeError("weight-shuffled needs two examples or more in every forward.")
         visit.weight = visit.weight.roll(1)
@@ -28,9 +28,9 @@ class ShuffledWeights(LabelNoise):
 class NothingHeldOut(LabelNoise):
     """Control: the effect of an example's own steps is never subtracted, C = 0."""
 
-    def _strength(self, visit: Any, log_odds: Tensor, num_labels: int) -> Tensor:
-        self.table.columns["own_effect"].zero_()
-        return super()._strength(visit, log_odds, num_labels)
+    def sample_weight(self, visit: Any, log_odds: Tensor, num_labels: int) -> Tensor:
+        self.table.columns["self_influence"].zero_()
+        return super().sample_weight(visit, log_odds, num_labels)
 
 
 class DropTold(LabelNoise):
@@ -40,8 +40,8 @@ class DropTold(LabelNoise):
     never_seen = 0  # examples that the trainer does without: TRL those whose prompt fills max_length
     _epochs = -1
 
-    def _strength(self, visit: Any, log_odds: Tensor, num_labels: int) -> Tensor:
-        super()._strength(visit, log_odds, num_labels)
+    def sample_weight(self, visit: Any, log_odds: Tensor, num_labels: int) -> Tensor:
+        super().sample_weight(visit, log_odds, num_labels)
         epochs = int(self.table.visits.kthvalue(self.never_seen + 1).values)
         loss = self.table.columns["loss_mean"]
         if epochs > self._epochs:
@@ -54,8 +54,8 @@ class DropTold(LabelNoise):
 class RightOnly(LabelNoise):
     """The most that judging could give: told which labels are wrong, it trains on none of them."""
 
-    def _strength(self, visit: Any, log_odds: Tensor, num_labels: int) -> Tensor:
-        super()._strength(visit, log_odds, num_labels)
+    def sample_weight(self, visit: Any, log_odds: Tensor, num_labels: int) -> Tensor:
+        super().sample_weight(visit, log_odds, num_labels)
         visit.weight = (~self.wrong[visit.rows]).float()
         return visit.weight
 

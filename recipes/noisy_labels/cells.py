@@ -9,7 +9,7 @@ import numpy as np
 import sweep
 from transformers import Trainer
 
-from hf_poprisk.label_noise.judge import RULE
+from hf_poprisk.leave_one_out.judge import RULE
 from noisy_labels.arms import ARMS
 
 HELD_OUT = 0.1  # of the training examples: for early stopping, and for validation where a recipe has none

@@ -51,7 +51,7 @@ def run_cell(place: Row) -> Row:
         raise RuntimeError(f"the judge of {cell.arm} was not the one that it is about")
     if judge is not None and setup.wrong.any():
         table = judge.table
-        columns = {"suspicion": -table.columns["heldout_logodds"], "loss_mean": table.columns["loss_mean"]}
+        columns = {"suspicion": -table.columns["log_odds"], "loss_mean": table.columns["loss_mean"]}
         seen = (table.visits > 0).cpu()
         finite = {name: column.cpu()[seen].nan_to_num() for name, column in columns.items()}
         aurocs = {name: float(roc_auc_score(setup.wrong[seen], column)) for name, column in finite.items()}

@@ -5,7 +5,7 @@ from statistics import fmean, median
 from comparison import best, by, markdown, mean_of, paired, paired_difference, starred, with_error
 from sweep import Row
 
-from hf_poprisk.label_noise.judge import RULE
+from hf_poprisk.leave_one_out.judge import RULE
 from noisy_labels import classification, preferences
 from noisy_labels.arms import ARMS
 

@@ -124,10 +124,10 @@ def test_every_rank_knows_every_examples_scores(layout: tuple[int, int], saved: 
     assert one["table"]["visits"].tolist() == two["table"]["visits"].tolist() == [2] * (B * STEPS)
     for name, column in one["table"].items():
         # a gate that flips at a tie moves a weight by one learning rate, and the log-odds with it
-        atol = 5e-3 if name == "own_effect" else 2e-2
+        atol = 5e-3 if name == "self_influence" else 2e-2
         torch.testing.assert_close(two["table"][name], column, rtol=2e-2, atol=atol, msg=name)
         assert column.float().abs().max() > 1e-3
-    assert one["table"]["own_effect"].std() > 0.02  # of a gate that opens about a third
+    assert one["table"]["self_influence"].std() > 0.02  # of a gate that opens about a third
     assert [fit.step for fit in one["fits"]] == [fit.step for fit in two["fits"]]
     assert one["fits"][-1].rate == pytest.approx(two["fits"][-1].rate, abs=0.05)
 

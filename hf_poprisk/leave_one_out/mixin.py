@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
 from hf_poprisk.adam_metric import AdamMetric
-from hf_poprisk.label_noise.estimates import FITS_NAME
-from hf_poprisk.label_noise.judge import LabelNoise
-from hf_poprisk.label_noise.log_odds import LogOddsError, LogOddsTap
-from hf_poprisk.label_noise.sample import Sample
-from hf_poprisk.label_noise.table import INDEX, TABLE_NAME, ExampleTable
+from hf_poprisk.leave_one_out.index import INDEX, IndexCollator, IndexedBatch, Sample
+from hf_poprisk.leave_one_out.judge import LabelNoise
+from hf_poprisk.leave_one_out.log_odds import LogOddsError, LogOddsTap
+from hf_poprisk.leave_one_out.table import TABLE_NAME, ExampleTable, is_judged
 from hf_poprisk.per_example import SelfInfluence
 
 logger = logging.getLogger(__name__)
@@ -71,7 +68,7 @@ class LabelNoiseMixin:
         if self._label_noise is None:
             return inputs, None
         index = None
-        if isinstance(inputs, _IndexedBatch):
+        if isinstance(inputs, IndexedBatch):
             inputs, index = inputs
         elif isinstance(inputs, MutableMapping):
             index = inputs.pop(INDEX, None)
@@ -129,7 +126,7 @@ class LabelNoiseMixin:
         return result
 
     def _prepare_inputs(self, inputs: Any) -> Any:
-        if isinstance(inputs, _IndexedBatch):
+        if isinstance(inputs, IndexedBatch):
             inputs = inputs.batch
         prepared = super()._prepare_inputs(inputs)  # type: ignore[misc]
         if self._label_noise is not None and isinstance(prepared, MutableMapping):
@@ -164,8 +161,7 @@ class LabelNoiseMixin:
         if self._label_noise is not None:
             self._label_noise.save(folder)
             return
-        for name in (FITS_NAME, TABLE_NAME):
-            Path(folder, name).unlink(missing_ok=True)
+        Path(folder, TABLE_NAME).unlink(missing_ok=True)
 
     def _load_label_noise(self, checkpoint: str | None) -> None:
         """Go on from a checkpoint.
@@ -177,7 +173,7 @@ class LabelNoiseMixin:
         if self._label_noise is None or checkpoint is None:
             return
         self._start_over()
-        if Path(checkpoint, FITS_NAME).is_file():
+        if is_judged(checkpoint):
             self._label_noise.load(checkpoint)
             if self._label_noise.table.streamed and self._label_noise.fits:
                 raise ValueError(
@@ -189,8 +185,8 @@ class LabelNoiseMixin:
             self._label_noise.untrained = False
         else:
             raise ValueError(
-                f"{checkpoint} holds no {FITS_NAME}: its examples were trained on without being scored, so "
-                "nothing is held out any more; set poprisk_label_noise=off, start over, or set "
+                f"{checkpoint} holds no {TABLE_NAME}: its examples were trained on without being judged, so "
+                "nothing is left out any more; set poprisk_label_noise=off, start over, or set "
                 "poprisk_allow_change=true."
             )
 
@@ -235,95 +231,7 @@ class _Steps(TrainerCallback):
             judge = self._trainer._label_noise
             if judge.fits and args.should_save:
                 logger.warning(
-                    f"{judge.found(state.global_step)}; `python -m hf_poprisk.audit {args.output_dir}` shows "
+                    f"{judge.found(state.global_step)}; `hf-poprisk audit {args.output_dir}` shows "
                     "the examples."
                 )
             judge.warn_at_end(state.global_step)
-
-
-class IndexCollator:
-    """A data collator that lets the examples' index through as a tensor, [N] int64.
-
-    Raises:
-        ValueError: features without it.
-    """
-
-    def __init__(self, collator: Any) -> None:
-        self.collator = collator
-
-    def __call__(self, features: list[Any]) -> Any:
-        if all(isinstance(feature, _IndexedItem) for feature in features):
-            items, index = zip(*features, strict=True)
-            batch = self.collator(list(items))
-        elif all(isinstance(feature, Mapping) and INDEX in feature for feature in features):
-            index = [int(feature[INDEX]) for feature in features]
-            batch = self.collator([{k: v for k, v in f.items() if k != INDEX} for f in features])
-        else:
-            raise ValueError(
-                f"poprisk_label_noise finds no {INDEX} in the training examples: a stream needs a column of "
-                "that name with an integer of its own for every example, and a transform must keep it."
-            )
-        if not isinstance(batch, MutableMapping):
-            return _IndexedBatch(batch, torch.tensor(index))
-        batch[INDEX] = torch.tensor(index)
-        return batch
-
-
-class _IndexedItem(NamedTuple):
-    item: Any  # no mapping: an image and its label, for instance
-    index: int
-
-
-class _IndexedBatch(NamedTuple):
-    batch: Any  # no mapping
-    index: Tensor  # [N]
-
-
-class _Indexed(torch.utils.data.Dataset):
-    """A map-style data set whose examples carry their position."""
-
-    def __init__(self, data: Any) -> None:
-        self._data = data
-
-    def __len__(self) -> int:
-        return len(self._data)
-
-    def __getitem__(self, position: int) -> Any:
-        item = self._data[position]
-        return {**item, INDEX: position} if isinstance(item, Mapping) else _IndexedItem(item, position)
-
-
-def with_index(dataset: Any) -> tuple[Any, np.ndarray | None]:
-    """The training set with a column ``example_index``, and its values; None for a stream.
-
-    A column of that name stays as it is, so that the index survives ``shuffle``, ``select`` and ``map``
-    before the trainer is built; otherwise the index is the position in the data set that the trainer is
-    given.
-
-    Raises:
-        ValueError: a stream without the column, or a column that does not hold integers.
-    """
-    columns = getattr(dataset, "column_names", None)
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-        if columns is not None and INDEX not in columns:
-            raise ValueError(
-                f"poprisk_label_noise needs a column {INDEX} in a streamed training set, with an integer of "
-                "its own for every example."
-            )
-        return dataset, None
-    if columns is None:  # of torch
-        return _Indexed(dataset), np.arange(len(dataset))
-    if INDEX not in columns:
-        return dataset.add_column(INDEX, np.arange(len(dataset))), np.arange(len(dataset))
-    ids = np.asarray(dataset.with_format(None)[INDEX])
-    if not np.issubdtype(ids.dtype, np.integer) or ids.ndim != 1:
-        raise ValueError(f"the column {INDEX} must hold integers; it holds {ids.dtype}.")
-    return dataset, ids.astype(np.int64)
-
-
-def check_datasets_installed() -> None:
-    if importlib.util.find_spec("datasets") is None:
-        raise ValueError(
-            f"poprisk_label_noise writes {TABLE_NAME} by way of the datasets package: "
-            "pip install 'hf_poprisk[trl]'."
-        )

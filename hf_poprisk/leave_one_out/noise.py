@@ -1,10 +1,10 @@
-"""How many labels are wrong, and which: a two-part model of the held-out log-odds.
+"""How many labels are mislabeled, and which: a two-part model of the leave-one-out log-odds.
 
-An example with held-out log-odds ζ has the label that the rest of the data would give it with probability
-``q = σ(τ(ζ + c) − c)``, ``c = log(K − 1)``, where τ corrects an over- or underconfident model (τ = 1 is
-calibrated). If a share ε of the labels was replaced by another label at random, the likelihood of the
-observed one is ``(1 − ε) q + ε (1 − q)/(K − 1)``, and the posterior probability that it was not replaced is
-the first term over the sum.
+An example with leave-one-out log-odds ζ has the label that the rest of the data would give it with
+probability ``q = σ(τ(ζ + c) − c)``, ``c = log(K − 1)``, where τ corrects an over- or underconfident model
+(τ = 1 is calibrated). If a rate ε of the labels was replaced by another label at random, the likelihood of
+the observed one is ``(1 − ε) q + ε (1 − q)/(K − 1)``, and the posterior probability that it was not
+replaced, ``p_correct``, is the first term over the sum.
 
 ε̂ is the posterior median, with ε and log τ uniform between their bounds beforehand. The top of the
 likelihood is not enough to go by: with 40 % of a few hundred pairs swapped it is so flat that it may lie
@@ -14,16 +14,16 @@ anywhere, also at ε = 0.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-MAX_RATE = 0.45  # beyond it the wrong labels could be taken for the right ones
+MAX_RATE = 0.45  # beyond it mislabeled examples could be taken for clean ones
 # With K > 2 the q of an example's K labels add up to one at τ = 1 only, so a τ without bound would take every
-# label that is not the likeliest one for wrong. Models that learned from noise are underconfident: some room.
+# label that is not the likeliest one for mislabeled. Models that learned from noise are underconfident: some
+# room.
 TAU_OF_CLASSES = (0.05, 3.0)
 # With K = 2 τ may be anything, and is large where log-odds are small: early in training. In units of one over
 # the median |ζ|: from "the labels are as good as open" to "the sign of ζ tells all".
@@ -38,11 +38,11 @@ class NoiseFit:
     """One fit.
 
     Attributes:
-        rate: ε̂, the estimated share of wrong labels, its posterior median.
+        rate: ε̂, the estimated noise rate, its posterior median.
         low, high: its 95 % credible interval.
         tau: τ̂, the likeliest with this rate.
         num_labels: K.
-        log_likelihood: at (ε̂, τ̂), mean over the examples, in nats: how well held-out labels are predicted.
+        log_likelihood: at (ε̂, τ̂), mean over the examples, in nats: how well labels are predicted.
         num_examples: how many examples it is a fit to.
         step, epoch: how far training was.
         exact: most examples had been visited once, by a model that had not been trained on them.
@@ -66,44 +66,41 @@ class NoiseFit:
 
     @property
     def open_ended(self) -> bool:
-        """Whether the interval reaches the end of the range: the labels do not tell how many are wrong."""
+        """Whether the interval reaches the end of the range: the labels do not tell the rate."""
         return self.high > OPEN_RATE
 
     @property
     def explained(self) -> float:
-        """How much of what can be known of held-out labels is predicted: 0 is chance.
+        """How much of what can be known of the labels is predicted: 0 is chance.
 
-        1 is a model that is wrong on the share ε̂ of the labels, and sure of all of them.
+        1 is a model that is sure of all labels, and wrong on the ε̂ of them that are mislabeled.
         """
-        right, wrong = 1 - self.rate, self.rate
-        best = right * math.log(right) + (wrong * math.log(wrong / (self.num_labels - 1)) if wrong else 0.0)
+        clean, noise = 1 - self.rate, self.rate
+        best = clean * math.log(clean) + (noise * math.log(noise / (self.num_labels - 1)) if noise else 0.0)
         chance = -math.log(self.num_labels)
         return (self.log_likelihood - chance) / (best - chance)
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def probability_right(self, heldout: Tensor) -> Tensor:
-        """Posterior probability that each label is right; heldout: ζ, any shape, floating point."""
+    def p_correct(self, log_odds: Tensor) -> Tensor:
+        """Probability that each label is correct, in [0, 1]; log_odds: ζ, any shape, floating point."""
         c = math.log(self.num_labels - 1)
         before = math.log((1 - self.rate) / self.rate) if self.rate else math.inf
-        return torch.sigmoid(before + self.tau * (heldout + c))  # Bayes' rule in log-odds
+        return torch.sigmoid(before + self.tau * (log_odds + c))  # Bayes' rule in log-odds
 
 
-def fit_noise(heldout: np.ndarray, num_labels: int = 2, step: int = 0, epoch: float = 0.0) -> NoiseFit:
+def fit_noise(log_odds: np.ndarray, num_labels: int = 2, step: int = 0, epoch: float = 0.0) -> NoiseFit:
     """The posterior of ε over [0, ``MAX_RATE``].
 
     Args:
-        heldout: ζ of the examples, [n], n ≥ 1, finite.
+        log_odds: ζ of the examples, [n], n ≥ 1, finite.
         num_labels: K ≥ 2; 2 for preference pairs.
         step, epoch: copied into the result.
 
     Raises:
         ValueError: no examples, or values that are not finite.
     """
-    if not len(heldout) or not np.isfinite(heldout).all():
+    if not len(log_odds) or not np.isfinite(log_odds).all():
         raise ValueError("the noise rate needs at least one example, and finite log-odds.")
-    z = np.asarray(heldout, dtype=np.float64)
+    z = np.asarray(log_odds, dtype=np.float64)
     scale = np.median(np.abs(z[z != 0])).clip(1e-30, 1e30) if z.any() else 1.0
     lowest, highest = TAU_OF_CLASSES if num_labels > 2 else (tau / scale for tau in TAU_OF_TWO)
     z, counts = _binned(z, scale)
@@ -124,8 +121,8 @@ def fit_noise(heldout: np.ndarray, num_labels: int = 2, step: int = 0, epoch: fl
         high=high,
         tau=math.exp(log_taus[here.argmax()]),
         num_labels=num_labels,
-        log_likelihood=float(here.max()) / len(heldout),
-        num_examples=len(heldout),
+        log_likelihood=float(here.max()) / len(log_odds),
+        num_examples=len(log_odds),
         step=step,
         epoch=epoch,
     )

@@ -1,4 +1,4 @@
-"""What the parts of the audit share."""
+"""What the subcommands of ``hf-poprisk`` share."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-TRUTH = "is_flipped"  # the column that tells which labels are wrong, where somebody knows
-TEXT_LENGTH = 160  # characters of one column of an example
 
-
-class AuditError(ValueError):
+class UserError(ValueError):
     """Something the user can put right, said in one sentence."""
 
 
 def need(package: str, what: str) -> None:
+    """Refuse to go on without an optional package.
+
+    Raises:
+        UserError: it is not installed.
+    """
     if importlib.util.find_spec(package) is None:
-        raise AuditError(f"{what} needs {package}: pip install 'hf_poprisk[recipes]'.")
+        raise UserError(f"{what} needs {package}: pip install 'hf_poprisk[recipes]'.")
 
 
 def one_line(error: BaseException) -> str:
@@ -28,19 +30,16 @@ def one_line(error: BaseException) -> str:
     return shorten(lines[0], 200).rstrip(".")
 
 
-def shorten(text: str, length: int = TEXT_LENGTH) -> str:
+def shorten(text: str, length: int) -> str:
     """At most ``length`` characters on one line, without those that would steer a terminal."""
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return text if len(text) <= length else f"{text[: length - 2].rstrip()} …"
 
 
-def percent(part: int, whole: int) -> str:
-    return f"{100 * part / whole:.1f} %"
-
-
 @contextmanager
-def beside(target: Path) -> Iterator[Path]:
-    """A temporary folder on the file system of the target, to rename from."""
+def folder_beside(target: Path) -> Iterator[Path]:
+    """A temporary folder on the file system of the target, to rename from: nothing is left half-written."""
+    target.absolute().parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         yield temporary

@@ -1,60 +1,66 @@
-"""What happens to an example's row at a visit, at an optimizer step, and four times per epoch.
+"""The rule during training: what happens to an example's row at a visit, at a step, four times per epoch.
 
-Of a stream, whose length is not known, the last is once per pass.
+Every visit of an example yields the log-odds of its label, z. Part of z the example has taught the model
+itself; what is left is leave-one-out, ``ζ_i = z_i − C_i``, with C_i a part κ of its self-influence so far
+(the steps of the others undo the rest):
+
+    s_i = q̄ · lr/B · ω_i (1 − p_i) · Σ_k (∂z_i/∂θ_k)² / (√v̂_k + ε)          C_i ← C_i + κ s_i
+
+ω_i is the weight it was given, B the examples per step, q̄ the fraction of coordinates that the gate opens;
+each term of the sum is bounded by what one step of Adam can be, and of large matrices a part stands for the
+whole, see ``SelfInfluence``.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_poprisk.label_noise.estimates import (
-    FITS_NAME,
+from hf_poprisk.leave_one_out.index import INDEX, Sample, first_difference
+from hf_poprisk.leave_one_out.log_odds import LogOddsError, LogOddsTap
+from hf_poprisk.leave_one_out.noise import NoiseFit, fit_noise
+from hf_poprisk.leave_one_out.table import TABLE_NAME, ExampleTable, read_table
+from hf_poprisk.leave_one_out.weights import (
     STILL_LEARNING,
+    SURE_ENOUGH_TO_SWAP,
+    caveat,
     competent,
     doubt,
     judged_by,
     last_rise,
-    load_fits,
+    sure_enough_to_swap,
     train_longer,
 )
-from hf_poprisk.label_noise.log_odds import LogOddsError, LogOddsTap
-from hf_poprisk.label_noise.noise_fit import OPEN_RATE, NoiseFit, fit_noise
-from hf_poprisk.label_noise.sample import Sample, other_row
-from hf_poprisk.label_noise.table import INDEX, TABLE_NAME, ExampleTable
-from hf_poprisk.per_example import SelfInfluence
-from hf_poprisk.record import write_json
 
 logger = logging.getLogger(__name__)
 
 LABEL_NOISE_MODES = ("off", "audit", "weight", "swap")
 FITS_PER_EPOCH = 4
-# Of what its own steps taught an example; the rest is undone by the steps of others. More stays in a
-# language model, whose examples have little in common: recipes/held_out.py finds 0.68 to 0.81 for pairs, and
-# 0.3 to 0.7 for classes, the less the longer they are trained.
+# κ. More stays in a language model, whose examples have little in common: recipes/held_out.py finds 0.68 to
+# 0.81 for pairs, and 0.3 to 0.7 for classes, the less the longer they are trained.
 KEPT_BY_CLASSES, KEPT_BY_PAIRS = 0.5, 0.7
-# Of what can be known of the labels, see ``NoiseFit.explained``: with less than that pairs are weighted, and
-# not swapped. Swaps by a model that is not sure feed on their own mistakes.
-SURE_ENOUGH_TO_SWAP = 0.5
 RULE = 2  # of scores (what is kept) and estimates; raise it with either: a run cannot go on with others
 
 
 @dataclass
-class _Visit:
+class Visit:
+    """Some examples in one forward and backward."""
+
     rows: Tensor  # [N] int64
-    tap: LogOddsTap
-    influence: SelfInfluence
-    heldout: Tensor  # [N]
-    weight: Tensor  # [N]
+    influence: Any  # ``energy``, [N], once the backward is done
+    tap: LogOddsTap | None = None
+    log_odds: Tensor | None = None  # [N], leave-one-out
+    weight: Tensor | None = None  # [N]
 
 
 class LabelNoise:
@@ -64,15 +70,15 @@ class LabelNoise:
         mode: ``audit``, ``weight`` or ``swap``, which is ``weight`` while ``swaps`` is false.
         preferences: an example is a preference pair.
         table: its rows are kept up to date.
-        sample: of the training data, for the audit.
+        sample: of the training data, by which they are known again.
 
     Attributes:
         fits: one ``NoiseFit`` per estimate, oldest first.
         judging_since: the optimizer step from which on weights are given; None until then. Pairs: the end
             of the first epoch, whose visits need nothing taken off. Classes, because what is not learned yet
-            looks wrong, and pairs that the model had been trained on before: when the held-out
-            log-likelihood has stopped rising from one epoch to the next, and is better than chance. Classes
-            are judged no longer while it is not.
+            looks mislabeled, and pairs that the model had been trained on before: when the log-likelihood
+            has stopped rising from one epoch to the next, and is better than chance. Classes are judged no
+            longer while it is not.
     """
 
     def __init__(
@@ -86,7 +92,7 @@ class LabelNoise:
         self.clip_coefficient: Tensor | float = 1.0
         self._num_labels = 2
         self._quarters = 0  # of an epoch, at the last fit
-        self._pending: list[_Visit] = []
+        self._pending: list[Visit] = []
         self._clear_interval()
 
     def _clear_interval(self) -> None:
@@ -94,10 +100,16 @@ class LabelNoise:
 
     # -- a visit ----------------------------------------------------------------------------------------
 
-    def visit(self, rows: Tensor, influence: SelfInfluence) -> LogOddsTap:
-        """Begin the visit of N examples: enter the tap around their forward, then run their backward."""
-        visit = _Visit(rows, None, influence, None, None)  # type: ignore[arg-type]
-        visit.tap = LogOddsTap(self.preferences, partial(self._strength, visit))
+    def visit(self, rows: Tensor, influence: Any) -> LogOddsTap:
+        """Begin the visit of N examples: enter the tap around their forward, then run their backward.
+
+        Args:
+            rows: of the table, [N] int64.
+            influence: has ``energy``, [N], after the backward: by how much the step that is being collected
+                lowers the accumulated loss by way of each example's own gradient.
+        """
+        visit = Visit(rows, influence)
+        visit.tap = LogOddsTap(self.preferences, partial(self.sample_weight, visit))
         self._pending.append(visit)
         return visit.tap
 
@@ -105,17 +117,22 @@ class LabelNoise:
         """Forget the visit that was begun last: its backward did not run."""
         self._pending.pop()
 
-    def _strength(self, visit: _Visit, log_odds: Tensor, num_labels: int) -> Tensor:
+    def sample_weight(self, visit: Visit, log_odds: Tensor, num_labels: int) -> Tensor:
+        """The factor on each example's gradient, [N] in [−1, 1], by its log-odds of this very visit, [N].
+
+        Raises:
+            LogOddsError: the loss is not of one label per example.
+        """
         if len(log_odds) != len(visit.rows):
             raise LogOddsError(f"it has {len(log_odds)} terms for {len(visit.rows)} examples")
         self._num_labels = num_labels
         device = log_odds.device  # of the head, where a model is spread over several
-        visit.heldout = log_odds.to(self.table.device) - self.table.columns["own_effect"][visit.rows]
-        visit.weight = torch.ones_like(visit.heldout)
+        visit.log_odds = log_odds.to(self.table.device) - self.table.columns["self_influence"][visit.rows]
+        visit.weight = torch.ones_like(visit.log_odds)
         if self.judging_since is None or not (self.preferences or competent(self.fits[-1])):
             return visit.weight.to(device)
         # NaN, where the loss ignores the label, would spread through a gradient of zero
-        visit.weight = self.fit.probability_right(visit.heldout).nan_to_num(nan=1.0)
+        visit.weight = self.fit.p_correct(visit.log_odds).nan_to_num(nan=1.0)
         if self.mode == "audit":
             return torch.ones_like(log_odds)
         return (2 * visit.weight - 1 if self.swaps else visit.weight).to(device)
@@ -128,10 +145,7 @@ class LabelNoise:
     @property
     def swaps(self) -> bool:
         """Whether pairs are trained by 2w − 1: in ``swap``, if the first visits were predicted well."""
-        if self.mode != "swap" or not self.fits:
-            return False
-        first = self.fits[0]
-        return first.exact and first.explained > SURE_ENOUGH_TO_SWAP and not first.open_ended
+        return self.mode == "swap" and bool(self.fits) and sure_enough_to_swap(self.fits[0])
 
     # -- an optimizer step ------------------------------------------------------------------------------
 
@@ -141,14 +155,13 @@ class LabelNoise:
         A step with a gradient that is not finite is left out by the optimizer, and is no visit.
 
         Args:
-            gather: concatenates a [N, 6] tensor over the ranks; N may differ.
-            open_share: of the coordinates of this step, by the gate: own effects are held back by it too
-                (taken as the same for every example and coordinate).
+            gather: concatenates a [N, 5] tensor over the ranks; N may differ.
+            open_share: fraction of this step's coordinates that the gate opens: it holds self-influence back
+                too (taken as the same for every example and coordinate).
         """
         visits, self._pending = self._pending, []
-        local = torch.cat([self._booked(visit, open_share) for visit in visits])
-        every = gather(local)
-        if not every[:, 4:].isfinite().all():
+        every = gather(torch.cat([self.booked(visit, open_share) for visit in visits]))
+        if not every[:, 4].isfinite().all():
             return
         # padding copies of an example stand on several ranks; the first one counts
         rows, order = every[:, 0].long().sort(stable=True)
@@ -156,24 +169,22 @@ class LabelNoise:
         first[1:] = rows[1:] != rows[:-1]
         kept = every[order[first]]
         kept = kept[kept[:, 1].isfinite()]
-        rows, (z, heldout, weight, own, agreement) = kept[:, 0].long(), kept[:, 1:].float().unbind(1)
-        before = self.table.columns["own_effect"][rows]
+        rows, (z, log_odds, weight, own) = kept[:, 0].long(), kept[:, 1:].float().unbind(1)
+        before = self.table.columns["self_influence"][rows]
         self.table.visit(
             rows,
-            logodds=z,
-            heldout_logodds=heldout,
-            own_effect=before + self.kept_share * own,
+            log_odds=log_odds,
+            self_influence=before + self.kept_share * own,
             weight=weight,
-            agreement_mean=agreement,
             loss_mean=F.softplus(-z),
         )
-        strength = 2 * weight - 1 if self.swaps else weight
-        swapped, loss = (strength < 0).sum(), strength.abs() * F.softplus(-z * strength.sign())
+        factor = 2 * weight - 1 if self.swaps else weight
+        swapped, loss = (factor < 0).sum(), factor.abs() * F.softplus(-z * factor.sign())
         sums = [weight.new_tensor(len(rows)), weight.sum(), swapped, loss.sum()]
         self._sums += torch.stack([x.double() for x in sums]).cpu()
 
-    def _booked(self, visit: _Visit, open_share: Tensor | float) -> Tensor:
-        """[N, 6] float64: row, z, ζ, weight, own effect, agreement."""
+    def booked(self, visit: Visit, open_share: Tensor | float) -> Tensor:
+        """[N, 5] float64: row, z, ζ, weight, self-influence of this step."""
         if visit.tap.slopes is None:
             raise RuntimeError("the gradient of the examples' log-odds was not seen in the backward.")
         device = self.table.device
@@ -181,14 +192,8 @@ class LabelNoise:
         energy = visit.influence.energy.to(device)
         own = (-energy / visit.tap.slopes.to(device)).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         own = own * torch.as_tensor(open_share, device=device)
-        columns = (
-            visit.rows,
-            visit.tap.log_odds,
-            visit.heldout,
-            visit.weight,
-            torch.where(energy.isfinite(), own, torch.nan),
-            torch.zeros_like(energy),
-        )
+        own = torch.where(energy.isfinite(), own, torch.nan)
+        columns = (visit.rows, visit.tap.log_odds, visit.log_odds, visit.weight, own)
         return torch.stack([x.to(device, torch.float64) for x in columns], 1)
 
     # -- the noise rate ---------------------------------------------------------------------------------
@@ -203,12 +208,13 @@ class LabelNoise:
         quarters = math.floor(FITS_PER_EPOCH * epoch + 1e-6)
         if quarters < FITS_PER_EPOCH or quarters <= self._quarters or not len(self.table):
             return
-        heldout = self.table.heldout()
-        if not len(heldout):
+        log_odds = self.table.log_odds()
+        if not len(log_odds):
             return
         self._quarters = quarters
         once = (self.table.visits == 1).sum() > (self.table.visits > 1).sum()
-        fit = replace(fit_noise(heldout, self._num_labels, step, epoch), exact=bool(once) and self.untrained)
+        fit = fit_noise(log_odds, self._num_labels, step, epoch)
+        fit = replace(fit, exact=bool(once) and self.untrained)
         self.fits.append(fit)
         later = epoch >= self.fits[0].epoch + 1 - 1e-6
         learned = later and competent(fit) and last_rise(self.fits) < STILL_LEARNING
@@ -227,70 +233,64 @@ class LabelNoise:
             fit = self.fit
             logs |= {"noise_rate": fit.rate, "noise_rate_low": fit.low, "noise_rate_high": fit.high}
         visits, weight, swapped, loss = self._sums.tolist()
-        if self.mode != "audit" and visits:  # the trainer's own loss is without weights, and may rise
-            logs["loss_weighted"] = loss / visits
-        if self.mode != "audit" and self.judging_since is not None and visits:
-            logs["weight_mean"] = weight / visits
-            if self.mode == "swap":
-                logs["swapped"] = swapped / visits
+        if self.mode != "audit" and visits:
+            logs["loss_weighted"] = loss / visits  # the trainer's own loss is without weights, and may rise
+            if self.judging_since is not None:
+                logs["weight_mean"] = weight / visits
+                logs |= {"swapped": swapped / visits} if self.mode == "swap" else {}
         self._clear_interval()
         return {f"poprisk/{name}": value for name, value in logs.items()}
+
+    def p_correct(self) -> np.ndarray:
+        """Probability that each label is correct, [n] float64 in [0, 1].
+
+        1 − ε where the example was never visited: nothing but the rate is known of it. NaN without a fit.
+        """
+        n = len(self.table)
+        if not self.fits:
+            return np.full(n, np.nan)
+        log_odds = self.table.columns["log_odds"][:n].cpu().double()
+        return np.where(self.table.visits[:n].cpu() > 0, self.fit.p_correct(log_odds), 1 - self.fit.rate)
+
+    # -- what is said -----------------------------------------------------------------------------------
 
     def warn_at_start(self) -> None:
         """Where weights begin: say so if pairs will not be swapped."""
         if self.mode == "swap" and not self.swaps:
-            known, first = max(self.fits[0].explained, 0.0), self.fits[0]
+            known, high = max(self.fits[0].explained, 0.0), self.fits[0].high
             logger.warning(
                 "poprisk_label_noise=swap: pairs are weighted and none is swapped, because their first "
-                f"visits were not predicted well: {known:.0%} of what can be known, where it takes "
-                f"{SURE_ENOUGH_TO_SWAP:.0%}, and up to {first.high:.0%} wrong labels, where it takes no more "
-                f"than {OPEN_RATE:.0%}."
+                f"visits were not predicted well ({known:.0%} of what can be known, where it takes "
+                f"{SURE_ENOUGH_TO_SWAP:.0%}) or leave the noise rate open (up to {high:.0%})."
             )
 
     def found(self, step: int) -> str:
-        """One clause on the labels; there is a fit.
-
-        Args:
-            step: optimizer steps at the end of training.
-        """
+        """One clause on the labels; there is a fit. step: optimizer steps at the end of training."""
         fit, since = self.fit, self.judging_since
         weighted = self.mode != "audit" and since not in (None, step)
-        weights = f", weights since step {since}" if weighted else ""
         return (
             f"poprisk_label_noise={self.mode}: estimated noise rate {fit.rate:.3f} ({fit.low:.3f} to "
-            f"{fit.high:.3f}){weights}"
+            f"{fit.high:.3f})" + f", weights since step {since}" * weighted
         )
 
     def warn_at_end(self, step: int) -> None:
-        """Say what the numbers cannot be trusted for.
-
-        Args:
-            step: optimizer steps at the end of training.
-        """
-        name, weighs = f"poprisk_label_noise={self.mode}", self.mode != "audit"
+        """Say what the numbers cannot be trusted for; step: optimizer steps at the end of training."""
         if not self.fits:
-            logger.warning(
-                f"{name}: training ended within its first epoch, so the noise rate was not estimated and no "
-                f"example was weighted: {train_longer(self.preferences)}."
-            )
-        elif weighs and self.judging_since == step:
-            logger.warning(
-                f"{name}: no example was weighted, because training ended where weights would have begun: "
-                "raise num_train_epochs."
-            )
-        elif (why := doubt(self.fits, self.preferences, self.judging_since)) is not None:
-            logger.warning(f"{name}: {why}.")
-        elif last_rise(self.fits) > STILL_LEARNING:
-            logger.warning(
-                f"{name}: held-out labels were still predicted better and better at the end: the estimated "
-                "noise rate is not settled, and too low if labels are learned by heart."
-            )
+            why = "training ended within its first epoch, so the noise rate was not estimated and no example "
+            why += f"was weighted: {train_longer(self.preferences)}"
+        elif self.mode != "audit" and self.judging_since == step:
+            why = "no example was weighted, because training ended where weights would have begun: raise "
+            why += "num_train_epochs"
+        else:
+            why = doubt(self.fits, self.preferences, self.judging_since) or caveat(self.fits)
+        if why:
+            logger.warning(f"poprisk_label_noise={self.mode}: {why}.")
 
     # -- saving -----------------------------------------------------------------------------------------
 
     def save(self, folder: str | Path) -> None:
-        """``label_noise.parquet`` and ``label_noise.json``, which a resumed run goes on from."""
-        content = {
+        """Write ``judged.parquet``, which a resumed run goes on from."""
+        state = {
             "mode": self.mode,
             "preferences": self.preferences,
             "num_labels": self._num_labels,
@@ -300,38 +300,34 @@ class LabelNoise:
             "untrained": self.untrained,
             "clip_coefficient": float(self.clip_coefficient),
             "interval": self._sums.tolist(),
-            "visits": int(self.table.visits.sum()),  # of the table that belongs to this
-            "fits": [fit.to_dict() for fit in self.fits],
+            "fits": [asdict(fit) for fit in self.fits],
             "sample": self.sample,
         }
-        write_json(Path(folder, FITS_NAME), content)
-        self.table.save(Path(folder, TABLE_NAME))
+        self.table.save(Path(folder, TABLE_NAME), self.p_correct(), state)
 
     def load(self, folder: str | Path) -> None:
         """Go on from where ``save`` was.
 
         Raises:
-            ValueError: scores by another rule, or of other rows than those of the sample.
+            ValueError: scores by another rule or of an earlier version, or of other rows than those of the
+                sample.
         """
-        content = json.loads(Path(folder, FITS_NAME).read_text())
+        columns, state = read_table(Path(folder))
+        if state["rule"] != RULE:
+            raise ValueError(
+                f"{folder} holds scores by another rule, of an earlier version, which this one cannot go on "
+                "from: set poprisk_label_noise=off, or start over."
+            )
         table = ExampleTable(None if self.table.streamed else self.table.ids.numpy(), self.table.device)
-        table.load(Path(folder, TABLE_NAME))
-        different = other_row(content.get("sample", {}), self.sample)
+        table.load(columns)
+        different = first_difference(state["sample"], self.sample)
         if different is not None:
             raise ValueError(
                 f"the training data are not those of {folder}: example {different[0]} has another "
                 f"{different[1]}. Give them in the same order, or with the column {INDEX} from the start."
             )
-        if content.get("rule") != RULE:
-            raise ValueError(
-                f"{folder} holds scores by another rule, of an earlier version, which this one cannot go on "
-                "from: set poprisk_label_noise=off, or start over."
-            )
-        self.table, self.untrained = table, content["untrained"]
-        self._num_labels, self._quarters = content["num_labels"], content["quarters"]
-        self.judging_since = content["judging_since"]
-        self.clip_coefficient = content["clip_coefficient"]
-        interval = torch.tensor(content["interval"], dtype=torch.float64)
-        if len(interval) == len(self._sums):  # not of a version that summed less
-            self._sums = interval
-        self.fits = load_fits(folder)
+        self.table, self.untrained = table, state["untrained"]
+        self._num_labels, self._quarters = state["num_labels"], state["quarters"]
+        self.judging_since, self.clip_coefficient = state["judging_since"], state["clip_coefficient"]
+        self._sums = torch.tensor(state["interval"], dtype=torch.float64)
+        self.fits = [NoiseFit(**fit) for fit in state["fits"]]

@@ -25,8 +25,8 @@ class LogOddsTap(TorchFunctionMode):
     Args:
         preferences: the loss is ``logsigmoid`` of [N] margins; otherwise it is ``cross_entropy`` of [N, K]
             logits.
-        strength: (z, K) → [N] in [−1, 1]: the factor on example i's gradient; a negative one trains the
-            opposite label of a pair by its absolute value.
+        sample_weight: (z, K) → [N] in [−1, 1]: the factor on example i's gradient; a negative one trains the
+            swapped pair by its absolute value.
 
     Attributes:
         log_odds: z, [N] float32, once the forward is done; None if no such loss was met. K-class:
@@ -39,9 +39,9 @@ class LogOddsTap(TorchFunctionMode):
     added to the loss cannot be seen here.
     """
 
-    def __init__(self, preferences: bool, strength: Callable[[Tensor, int], Tensor]) -> None:
+    def __init__(self, preferences: bool, sample_weight: Callable[[Tensor, int], Tensor]) -> None:
         super().__init__()
-        self._preferences, self._strength = preferences, strength
+        self._preferences, self._sample_weight = preferences, sample_weight
         self.log_odds: Tensor | None = None
         self.num_labels = 2
         self.slopes: Tensor | None = None
@@ -68,9 +68,9 @@ class LogOddsTap(TorchFunctionMode):
 
     def _see(self, log_odds: Tensor) -> Tensor:
         self.log_odds = log_odds
-        strength = self._strength(log_odds, self.num_labels)
+        weight = self._sample_weight(log_odds, self.num_labels)
         # −log σ(z) has the slope −σ(−z) and the swapped pair's −log σ(−z) has +σ(z) = σ(−z)·eᶻ
-        return torch.where(strength < 0, strength * log_odds.clamp(max=_MAX_LOG_ODDS).exp(), strength)
+        return torch.where(weight < 0, weight * log_odds.clamp(max=_MAX_LOG_ODDS).exp(), weight)
 
 
 class LogOddsError(RuntimeError):

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_label_noise import LABELS, Classifier, examples
 from test_trainer import QUIET
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Trainer
 
 from hf_poprisk import PopRiskMixin, PopRiskTrainer, PopRiskTrainingArguments
+from leave_one_out.helpers import LABELS, Classifier, examples
 
 
 class OwnLoss(PopRiskTrainer):
@@ -88,7 +88,7 @@ def assert_same(got: Any, expected: Any) -> None:
 def test_whoever_computes_the_loss_and_whatever_the_items_are(mode: str, tmp_path: Path) -> None:
     data = examples(24, wrong=0.25)
     expected = scores(tmp_path, PopRiskTrainer, data, mode=mode)
-    assert expected[0]["heldout_logodds"].isfinite().all()
+    assert expected[0]["log_odds"].isfinite().all()
     assert_same(scores(tmp_path, OwnLoss, data, mode=mode), expected)
     assert_same(scores(tmp_path, PopRiskTrainer, as_tuples(data), named, mode=mode), expected)
     assert_same(scores(tmp_path, OfTuples, as_tuples(data), stacked, mode=mode), expected)

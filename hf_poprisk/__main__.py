@@ -1,0 +1,31 @@
+"""The command line: ``hf-poprisk COMMAND …``, or ``python -m hf_poprisk COMMAND …``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from hf_poprisk.command import UserError, one_line
+from hf_poprisk.leave_one_out import audit
+from hf_poprisk.output_space import cli as output_space
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Carry out a command line; what a user can put right is one sentence and exit code 2."""
+    parser = argparse.ArgumentParser("hf-poprisk", description="Training on population risk.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    audit.add_command(commands)
+    output_space.add_command(commands)
+    args = parser.parse_args(argv)
+    try:
+        args.execute(args)
+    except UserError as error:
+        parser.exit(2, f"hf-poprisk {args.command}: error: {error}\n")
+    except OSError as error:
+        parser.exit(2, f"hf-poprisk {args.command}: error: {one_line(error)}.\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "\ninterrupted: nothing was left half-written.\n")
+
+
+if __name__ == "__main__":
+    main()

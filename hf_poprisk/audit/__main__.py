@@ -1,3 +1,0 @@
-from hf_poprisk.audit.cli import main
-
-main()

@@ -1,0 +1,177 @@
+"""The data that a run was trained on: loaded, checked against the run, and its examples as text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hf_poprisk.command import UserError, need, one_line, shorten
+from hf_poprisk.leave_one_out.index import INDEX, first_difference, hashed_rows
+from hf_poprisk.leave_one_out.run import Run
+from hf_poprisk.record import CONFIG_NAME, load_record
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+TRUTH = "is_flipped"  # the column that tells which labels are mislabeled, where somebody knows
+TEXT_LENGTH = 160  # characters of one column of an example
+
+
+def load_data(name: str, split: str | None = None, config: str | None = None) -> Dataset:
+    """A split by the data set's Hub name, or from a folder: of data files, or written by ``save_to_disk``.
+
+    Args:
+        name: of the data set, or its folder.
+        split: ``train`` if None; slices such as ``train[:512]`` work but for ``save_to_disk``.
+        config: configuration of a data set on the Hub or of a folder with several.
+
+    Returns:
+        All of its columns, whatever format they were saved with.
+
+    Raises:
+        UserError: it is not there or cannot be read, or has no such split.
+    """
+    need("datasets", "--dataset")
+    asked, split = split, split or "train"
+    from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+
+    folder = Path(name).expanduser()
+    # such a path, which the Hub client would take for a repository, is a folder mistyped
+    looks_local = folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local and not folder.is_dir():
+        raise UserError(f"--dataset {name} is not a folder.")
+    saved = any((folder / file).is_file() for file in ("dataset_dict.json", "state.json"))
+    try:
+        if saved:
+            data = load_from_disk(str(folder))
+        else:
+            path = str(folder) if folder.is_dir() else name
+            data = load_dataset(path, config, split=split)
+    except Exception as error:  # the loaders raise whatever their file systems and parsers do
+        where = "" if folder.exists() else "is no folder here, and "
+        raise UserError(f"--dataset {name} {where}cannot be read ({one_line(error)}).") from error
+    splits = isinstance(data, DatasetDict)
+    for option, value in (("--config_name", config), ("--split", None if splits else asked)):
+        if saved and value is not None:
+            raise UserError(f"{option} has no effect, because {name} was written by save_to_disk without it.")
+    if splits and split not in data:
+        raise UserError(f"{name} has no split {split}: it has {', '.join(data)}.")
+    data = data[split] if splits else data
+    if not isinstance(data, Dataset):
+        raise UserError(f"--dataset {name} is not a table of examples.")
+    return data.with_format(None)
+
+
+def find_rows(data: Dataset, run: Run) -> np.ndarray:
+    """The row of the data of every example of the run, [n] int64.
+
+    Raises:
+        UserError: an example is not in the data, or the data are recognisably others.
+    """
+    ids = np.asarray(data[INDEX]) if INDEX in data.column_names else np.arange(len(data))
+    if not np.issubdtype(ids.dtype, np.integer) or ids.ndim != 1 or len(np.unique(ids)) != len(ids):
+        raise UserError(f"the column {INDEX} of the data must hold integers, each once.")
+    if INDEX not in data.column_names and len(data) != len(run.index):
+        raise UserError(
+            f"the data have {len(data)} rows and the run {len(run.index)} examples, so positions do not tell "
+            f"which is which: give what was trained on, or data with a column {INDEX}."
+        )
+    row_of = {index: row for row, index in enumerate(ids.tolist())}
+    missing = next((index for index in run.index.tolist() if index not in row_of), None)
+    if missing is not None:
+        raise UserError(f"{INDEX} {missing} is not in the data: give what was trained on.")
+    _check_rows(data, row_of, run)
+    return np.array([row_of[index] for index in run.index.tolist()])
+
+
+def _check_rows(data: Dataset, row_of: dict[int, int], run: Run) -> None:
+    """Refuse data whose rows are not those that the run was trained on, in that order."""
+    known = {index: row_of[int(index)] for index in run.sample if int(index) in row_of}
+    different = first_difference(run.sample, hashed_rows(data, known))
+    if different is not None:
+        raise UserError(
+            f"the data are not those of the run: {different[1]!r} of the row with {INDEX} {different[0]} was "
+            "another one in training; give the data with the same labels, in the same order."
+        )
+    if not (run.folder / CONFIG_NAME).is_file() or TRUTH in data.column_names:
+        return
+    try:
+        altered = load_record(run.folder).config["data"]["altered_labels"]
+    except ValueError:
+        return  # of another version, or damaged: the record is not what is asked for
+    if altered:
+        raise UserError(
+            f"{altered} labels of the run had been altered on purpose, and the data have no column {TRUTH}: "
+            "give what was trained on; the recipes leave it in the folder _training_data of their output."
+        )
+
+
+def known_flips(data: Dataset, rows: np.ndarray) -> np.ndarray | None:
+    """The column ``is_flipped`` of some rows, [n] bool; None if there is no bool column of that name.
+
+    Raises:
+        UserError: values are missing.
+    """
+    if TRUTH not in data.column_names or getattr(data.features[TRUTH], "dtype", "") != "bool":
+        return None
+    flips = list(data[TRUTH])
+    if None in flips:
+        raise UserError(f"the column {TRUTH} of the data has missing values.")
+    return np.array(flips, dtype=bool)[rows]
+
+
+def example_text(example: dict[str, Any], features: Any) -> dict[str, str]:
+    """The columns of an example that a person would read, on one line each and shortened.
+
+    Args:
+        example: one row of the data set.
+        features: of the data set; names class labels.
+    """
+    if {"chosen", "rejected"} <= example.keys():
+        shown = _pair_text(example)
+    else:
+        texts = [name for name in ("text", "sentence") if name in example]
+        # others than the usual names: whatever is text
+        texts = texts or [name for name, value in example.items() if isinstance(value, str)]
+        shown = {name: _content(example[name]) for name in texts}
+        for name in ("label", "labels"):
+            if name in example:
+                label = example[name]
+                named = hasattr(features[name], "int2str") and label is not None and label >= 0
+                shown[name] = features[name].int2str(label) if named else str(label)
+    return {name: shorten(value, TEXT_LENGTH) for name, value in shown.items()}
+
+
+def _pair_text(example: dict[str, Any]) -> dict[str, str]:
+    """What both completions begin with is the prompt, and would hide where they differ."""
+    prompt, chosen, rejected = example.get("prompt"), example["chosen"], example["rejected"]
+    if isinstance(chosen, list) and isinstance(rejected, list):
+        same = _num_same(chosen, rejected)
+        prompt = chosen[:same] if prompt is None and same else prompt
+        chosen, rejected = chosen[same:], rejected[same:]
+    chosen, rejected = _content(chosen), _content(rejected)
+    same = chosen.rfind(" ", 0, _num_same(chosen, rejected) + 1) + 1
+    if same > TEXT_LENGTH // 2 and chosen != rejected:
+        prompt = chosen[:same] if prompt is None else prompt
+        chosen, rejected = f"… {chosen[same:]}", f"… {rejected[same:]}"
+    prompts = {} if prompt is None else {"prompt": _content(prompt)}
+    return {**prompts, "chosen": chosen, "rejected": rejected}
+
+
+def _num_same(one: Any, other: Any) -> int:
+    """How many items two sequences begin with in common; of each at least one is left."""
+    same = 0
+    while same < min(len(one), len(other)) - 1 and one[same] == other[same]:
+        same += 1
+    return same
+
+
+def _content(value: Any) -> str:
+    """Text, or the content of the messages of a conversation, whose parts may be of several media."""
+    if isinstance(value, list):
+        return " / ".join(_content(message) for message in value)
+    if isinstance(value, dict):
+        return _content(value.get("content", value.get("text", value.get("type"))))
+    return "" if value is None else str(value)

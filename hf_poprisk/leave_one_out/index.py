@@ -1,0 +1,151 @@
+"""Which training example is which: an index in every batch, and a few hashed rows to know the data by."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Mapping, MutableMapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+INDEX = "example_index"
+_SAMPLE_SIZE = 64
+Sample = dict[str, dict[str, str]]  # index → column → hash of the value
+
+
+class IndexCollator:
+    """A data collator that lets the examples' index through as a tensor, [N] int64.
+
+    Raises:
+        ValueError: features without it.
+    """
+
+    def __init__(self, collator: Any) -> None:
+        self.collator = collator
+
+    def __call__(self, features: list[Any]) -> Any:
+        if all(isinstance(feature, _IndexedItem) for feature in features):
+            items, index = zip(*features, strict=True)
+            batch = self.collator(list(items))
+        elif all(isinstance(feature, Mapping) and INDEX in feature for feature in features):
+            index = [int(feature[INDEX]) for feature in features]
+            batch = self.collator([{k: v for k, v in f.items() if k != INDEX} for f in features])
+        else:
+            raise ValueError(
+                f"poprisk_label_noise finds no {INDEX} in the training examples: a stream needs a column of "
+                "that name with an integer of its own for every example, and a transform must keep it."
+            )
+        if not isinstance(batch, MutableMapping):
+            return IndexedBatch(batch, torch.tensor(index))
+        batch[INDEX] = torch.tensor(index)
+        return batch
+
+
+class IndexedBatch(NamedTuple):
+    batch: Any  # no mapping
+    index: Tensor  # [N]
+
+
+class _IndexedItem(NamedTuple):
+    item: Any  # no mapping: an image and its label, for instance
+    index: int
+
+
+class _Indexed(torch.utils.data.Dataset):
+    """A map-style data set whose examples carry their position."""
+
+    def __init__(self, data: Any) -> None:
+        self._data = data
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, position: int) -> Any:
+        item = self._data[position]
+        return {**item, INDEX: position} if isinstance(item, Mapping) else _IndexedItem(item, position)
+
+
+def with_index(dataset: Any) -> tuple[Any, np.ndarray | None]:
+    """The training set with a column ``example_index``, and its values; None for a stream.
+
+    A column of that name stays as it is, so that the index survives ``shuffle``, ``select`` and ``map``
+    before the trainer is built; otherwise the index is the position in the data set that the trainer is
+    given.
+
+    Raises:
+        ValueError: a stream without the column, or a column that does not hold integers.
+    """
+    columns = getattr(dataset, "column_names", None)
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        if columns is not None and INDEX not in columns:
+            raise ValueError(
+                f"poprisk_label_noise needs a column {INDEX} in a streamed training set, with an integer of "
+                "its own for every example."
+            )
+        return dataset, None
+    if columns is None:  # of torch
+        return _Indexed(dataset), np.arange(len(dataset))
+    if INDEX not in columns:
+        return dataset.add_column(INDEX, np.arange(len(dataset))), np.arange(len(dataset))
+    ids = np.asarray(dataset.with_format(None)[INDEX])
+    if not np.issubdtype(ids.dtype, np.integer) or ids.ndim != 1:
+        raise ValueError(f"the column {INDEX} must hold integers; it holds {ids.dtype}.")
+    return dataset, ids.astype(np.int64)
+
+
+def check_datasets_installed() -> None:
+    """Refuse to judge what could not be saved.
+
+    Raises:
+        ValueError: the datasets package, which brings pyarrow, is not there.
+    """
+    if importlib.util.find_spec("datasets") is None:
+        raise ValueError(
+            "poprisk_label_noise writes a Parquet file, which takes the datasets package: "
+            "pip install 'hf_poprisk[trl]'."
+        )
+
+
+def take_sample(dataset: Any, ids: np.ndarray | None) -> Sample:
+    """Rows spread evenly over a data set of the datasets package, the same ones in any order; of others none.
+
+    Args:
+        ids: ``example_index`` of the rows, [n].
+    """
+    if ids is None or not hasattr(dataset, "with_format") or not len(dataset):
+        return {}
+    places = np.unique(np.linspace(0, len(dataset) - 1, _SAMPLE_SIZE).round().astype(int))
+    rows = np.argsort(ids)[places].tolist()
+    return hashed_rows(dataset, {str(int(ids[row])): row for row in rows})
+
+
+def hashed_rows(dataset: Any, rows: dict[str, int]) -> Sample:
+    """Some rows of a data set, hashed; rows: index → row."""
+    plain, sample = dataset.with_format(None), {}
+    for index, row in rows.items():
+        values = {name: _hash(value) for name, value in plain[row].items() if name != INDEX}
+        sample[index] = {name: value for name, value in values.items() if value is not None}
+    return sample
+
+
+def _hash(value: Any) -> str | None:
+    """Of plain values; None of others, such as images, which are not the same object twice."""
+    try:
+        text = json.dumps(value, sort_keys=True)
+    except (TypeError, ValueError):
+        return None
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def first_difference(sample: Sample, other: Sample) -> tuple[str, str] | None:
+    """The first index and column with another value; None if all that both samples have agree."""
+    for index, columns in sample.items():
+        for name, value in other.get(index, {}).items():
+            if columns.get(name, value) != value:
+                return index, name
+    return None

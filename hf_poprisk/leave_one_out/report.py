@@ -1,0 +1,80 @@
+"""The printed report: how many labels are mislabeled, which ones, and what a filter would hit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hf_poprisk.command import need
+from hf_poprisk.leave_one_out.data import TRUTH, example_text
+from hf_poprisk.leave_one_out.run import Run
+from hf_poprisk.leave_one_out.weights import train_longer
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+TOP = 10
+
+
+def report(
+    run: Run,
+    data: Dataset | None = None,
+    rows: np.ndarray | None = None,
+    flips: np.ndarray | None = None,
+) -> list[str]:
+    """The lines.
+
+    Args:
+        data: the training data, for the texts.
+        rows: as ``find_rows`` gives them, [n]; needed with data.
+        flips: the labels known to be mislabeled, [n] bool.
+
+    Raises:
+        UserError: flips without scikit-learn.
+    """
+    visited, what = int(run.visited.sum()), "preference pairs" if run.preferences else "examples"
+    never = f" ({len(run.index) - visited} more were never trained on)" * (visited < len(run.index))
+    lines = [f"{run.folder}: {visited} {what}{never}", *_rate(run)]
+    if flips is not None and run.fit is not None:
+        lines += _truth(run, flips)
+    lines += ["", "The most suspicious:"]
+    for place in run.suspicious[:TOP]:
+        p = "" if run.fit is None else f", correct with probability {run.p_correct[place]:.3f}"
+        known = "" if flips is None else f", {'mislabeled' if flips[place] else 'clean'}"
+        lines += [f"  {run.index[place]}{p}{known}"]
+        if data is not None and rows is not None:
+            shown = example_text(data[int(rows[place])], data.features)
+            lines += [f"      {name}: {text}" for name, text in shown.items()]
+    return lines
+
+
+def _rate(run: Run) -> list[str]:
+    if run.fit is None:
+        return [f"Noise rate: not estimated, training was too short: {train_longer(run.preferences)}."]
+    p_correct, fit = run.p_correct[run.visited], run.fit
+    below = p_correct < 0.5
+    rate = f"{fit.rate:.1%}, 95% interval {fit.low:.1%} to {fit.high:.1%}"
+    lines = [f"Noise rate: {rate}."]
+    if run.doubt is not None:
+        lines = [f"Noise rate: open ({rate}). Do not filter by it: {run.doubt}."]
+    elif run.caveat is not None:
+        lines += [f"But {run.caveat}."]
+    lines += [f"Labels below .5: {below.sum()} of {len(below)} ({below.mean():.1%})."]
+    if below.any():
+        lines += [f"Precision at that cut: {1 - p_correct[below].mean():.0%} expected to be mislabeled."]
+    return lines
+
+
+def _truth(run: Run, flips: np.ndarray) -> list[str]:
+    need("sklearn", f"a data set with the column {TRUTH}")
+    from sklearn.metrics import precision_score, recall_score, roc_auc_score
+
+    mislabeled, p_correct = flips[run.visited], run.p_correct[run.visited]
+    line = f"Known to be mislabeled ({TRUTH}): {mislabeled.sum()} of {len(mislabeled)}."
+    if not 0 < mislabeled.sum() < len(mislabeled):
+        return [line]
+    below = p_correct < 0.5
+    precision, recall = (f(mislabeled, below, zero_division=0) for f in (precision_score, recall_score))
+    auroc = roc_auc_score(mislabeled, -run.log_odds[run.visited])
+    return [f"{line} Below .5: precision {precision:.1%}, recall {recall:.1%}; AUROC {auroc:.3f}."]

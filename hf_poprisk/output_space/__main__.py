@@ -1,3 +1,0 @@
-from hf_poprisk.output_space.cli import main
-
-main()

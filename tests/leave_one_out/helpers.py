@@ -1,0 +1,132 @@
+"""A classifier, its data, and trainers that judge labels."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from models import preferences
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import TrainerCallback
+
+import hf_poprisk
+from hf_poprisk import PopRiskTrainer, PopRiskTrainingArguments
+from hf_poprisk.leave_one_out import INDEX
+
+QUIET: dict[str, Any] = {
+    "use_cpu": True,
+    "report_to": "none",
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "disable_tqdm": True,
+    "lr_scheduler_type": "constant",
+    "poprisk_gate": "none",
+}
+
+
+LABELS = 3
+
+
+class Classifier(nn.Module):
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, LABELS)).to(dtype)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        logits = self.net(x)
+        loss = {} if labels is None else {"loss": F.cross_entropy(logits, labels)}
+        return {**loss, "logits": logits}
+
+
+def examples(count: int = 24, wrong: float = 0.0, seed: int = 0) -> list[dict[str, Tensor]]:
+    """Three well separated clouds; the first ``wrong · count`` labels are of another one."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % LABELS
+    x = torch.randn(count, 6, generator=generator) + 2.0 * F.one_hot(labels, 6)
+    labels[: round(wrong * count)] = (labels[: round(wrong * count)] + 1) % LABELS
+    return [{"x": x[i], "labels": labels[i]} for i in range(count)]
+
+
+def classify(tmp_path: Path, data: Any, model: nn.Module | None = None, **options: Any) -> PopRiskTrainer:
+    settings = {
+        "per_device_train_batch_size": 4,
+        "num_train_epochs": 3,
+        "learning_rate": 1e-2,
+        **QUIET,
+        **options,
+    }
+    args = PopRiskTrainingArguments(str(tmp_path), **settings)
+    return PopRiskTrainer(Classifier() if model is None else model, args=args, train_dataset=data)
+
+
+def prefer(kind: str, folder: str | Path, tmp_path: Path, data: Any = None, **options: Any) -> Any:
+    settings = {"per_device_train_batch_size": 4, "num_train_epochs": 3, "learning_rate": 1e-3}
+    args = getattr(hf_poprisk, f"PopRisk{kind}Config")(
+        str(tmp_path), bf16=False, gradient_checkpointing=False, **{**settings, **QUIET, **options}
+    )
+    trainer = getattr(hf_poprisk, f"PopRisk{kind}Trainer")
+    return trainer(str(folder), args=args, train_dataset=preferences(16) if data is None else data)
+
+
+def weights(trainer: Any) -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def drawn(count: int, rate: float, labels: int, tau: float = 1.0, seed: int = 0) -> tuple[Any, Any]:
+    """ζ of calibrated predictions (after ``tau``), and which label was replaced."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(count, labels)) * 4
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    true = (p.cumsum(1) > rng.random((count, 1))).argmax(1)
+    wrong = rng.random(count) < rate
+    observed = np.where(wrong, (true + rng.integers(1, labels, count)) % labels, true)
+    q = p[np.arange(count), observed]
+    c = math.log(labels - 1)
+    return (np.log(q / (1 - q)) + c) / tau - c, wrong
+
+
+def judged_from(trainer: Any, fits_at: int) -> None:
+    """Let weights be given from a step on, whatever the likelihood does."""
+    judge, fit = trainer._label_noise, trainer._label_noise.maybe_fit
+
+    def maybe_fit(epoch: float, step: int) -> None:
+        fit(epoch, step)
+        if step >= fits_at and judge.fits:
+            judge.judging_since = judge.judging_since or step
+            # tiny models predict nothing
+            sure = replace(judge.fits[-1], rate=0.4, low=0.4, high=0.42, log_likelihood=-0.5, exact=True)
+            judge.fits[0], judge.fits[-1] = sure, replace(sure, rate=0.1)
+
+    judge.maybe_fit = maybe_fit
+
+
+def streamed(tmp_path: Path, **options: Any) -> PopRiskTrainer:
+    """Six steps a pass."""
+    rows = [
+        {"x": e["x"].tolist(), "labels": int(e["labels"]), INDEX: 7 * i} for i, e in enumerate(examples())
+    ]
+    stream = Dataset.from_list(rows).to_iterable_dataset()
+    return classify(tmp_path, stream, poprisk_label_noise="audit", num_train_epochs=1, **options)
+
+
+def first_gradients(trainer: Any) -> dict[str, Tensor]:
+    """Filled when it trains: the gradients before its first step."""
+    found: dict[str, Tensor] = {}
+
+    class Look(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 0:
+                named = trainer.model.named_parameters()
+                found.update({n: p.grad.clone() for n, p in named if p.grad is not None})
+
+    trainer.add_callback(Look())
+    return found

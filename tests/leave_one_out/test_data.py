@@ -1,0 +1,177 @@
+"""The training data of a run: found, checked, and as text."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+
+from hf_poprisk.command import UserError, shorten
+from hf_poprisk.leave_one_out import INDEX
+from hf_poprisk.leave_one_out.data import example_text, find_rows, known_flips
+from hf_poprisk.leave_one_out.index import take_sample
+from hf_poprisk.leave_one_out.run import load_run
+from leave_one_out.judged import WRONG, N, command, log_odds, message, pairs, refused, save_run
+
+
+def test_folder_of_parquet_files_and_its_splits(run: Path, tmp_path: Path, capsys: Any) -> None:
+    folder = tmp_path / "files"
+    folder.mkdir()
+    pairs(flips=False).to_parquet(folder / "train.parquet")
+    pairs(flips=False).select(range(9)).to_parquet(folder / "test.parquet")
+    worst = int(np.argmin(log_odds()))
+    out = command(capsys, run, "--dataset", folder)
+    assert f"good {worst}" in out and "is_flipped" not in out
+    assert "the data have 9 rows" in refused(capsys, run, "--dataset", folder, "--split", "test")
+    assert "nowhere" in refused(capsys, run, "--dataset", folder, "--split", "nowhere")
+    assert "other" in refused(capsys, run, "--dataset", folder, "--config_name", "other")
+
+
+def test_saved_splits(run: Path, tmp_path: Path, capsys: Any) -> None:
+    splits = {"train": pairs().select(range(9)), "kept": pairs()}
+    DatasetDict(splits).save_to_disk(tmp_path / "dict")
+    assert "AUROC" in command(capsys, run, "--dataset", tmp_path / "dict", "--split", "kept")
+    assert "the data have 9 rows" in refused(capsys, run, "--dataset", tmp_path / "dict")
+    sentence = refused(capsys, run, "--dataset", tmp_path / "dict", "--split", "test")
+    assert "has no split test: it has train, kept." in sentence
+
+
+def test_examples_are_found_by_their_index(tmp_path: Path, capsys: Any) -> None:
+    ids = np.random.default_rng(5).permutation(1000)[:N] - 100
+    run = save_run(tmp_path / "run", ids=ids)
+    order = np.random.default_rng(6).permutation(N)
+    # another order, and a row that was not trained on
+    data = pairs().add_column(INDEX, ids).select(order)
+    more = data.select([0]).remove_columns(INDEX).add_column(INDEX, np.array([5000]))
+    data = datasets.concatenate_datasets([more, data])
+    data.save_to_disk(tmp_path / "data")
+    rows = find_rows(data, load_run(run))
+    assert np.array_equal(np.asarray(data[INDEX])[rows], ids)
+    out = command(capsys, run, "--dataset", tmp_path / "data")
+    worst = int(np.argmin(log_odds()))
+    assert f"good {worst}\n" in out and f"\n  {ids[worst]}, correct" in out
+    assert "1 rows of the data are not in the run" in out
+    assert np.array_equal(known_flips(data, rows), WRONG)
+
+
+def test_data_of_another_run_are_refused(run: Path, tmp_path: Path, capsys: Any) -> None:
+    def sentence(data: Dataset, name: str) -> str:
+        data.save_to_disk(tmp_path / name)
+        return refused(capsys, run, "--dataset", tmp_path / name)
+
+    assert "the data have 50 rows and the run 60 examples" in sentence(pairs().select(range(50)), "few")
+    more = datasets.concatenate_datasets([pairs(), pairs()])
+    assert "the data have 120 rows and the run 60 examples" in sentence(more, "many")
+    ids = np.arange(N)
+    assert "example_index 59 is not in the data" in sentence(pairs().add_column(INDEX, ids - 1), "moved")
+    with pytest.raises(UserError, match="the data have 0 rows"):
+        find_rows(pairs().select([]), load_run(run))
+    assert "must hold integers, each once" in sentence(pairs().add_column(INDEX, ids // 2), "twice")
+    assert "must hold integers" in sentence(pairs().add_column(INDEX, ids / 2), "halves")
+    missing = pairs(flips=False).add_column("is_flipped", [None, *[True] * (N - 1)])
+    assert "is_flipped of the data has missing values" in sentence(missing, "missing")
+
+
+def test_only_a_bool_column_is_the_truth(run: Path, tmp_path: Path, capsys: Any) -> None:
+    pairs(flips=False).add_column("is_flipped", WRONG.astype(int)).save_to_disk(tmp_path / "data")
+    assert "AUROC" not in command(capsys, run, "--dataset", tmp_path / "data")
+
+
+def test_unreadable_data_are_refused(run: Path, saved: Path, tmp_path: Path, capsys: Any) -> None:
+    file = tmp_path / "rows.parquet"
+    pairs().to_parquet(file)
+    for wrong in (tmp_path / "nowhere", "./nowhere", "a/b/c", file):
+        assert refused(capsys, run, "--dataset", wrong) == f"--dataset {wrong} is not a folder."
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    assert "broken cannot be read" in refused(capsys, run, "--dataset", broken)
+    (broken / "train.parquet").write_bytes(file.read_bytes()[:200])
+    assert "broken cannot be read" in refused(capsys, run, "--dataset", broken)
+    next(saved.glob("*.arrow")).write_bytes(b"no table")
+    assert "data cannot be read" in refused(capsys, run, "--dataset", saved)
+    assert "typo is no folder here, and cannot be read" in refused(capsys, run, "--dataset", "typo")
+
+
+def test_options_of_saved_data_without_effect(run: Path, saved: Path, capsys: Any) -> None:
+    assert "--split has no effect" in refused(capsys, run, "--dataset", saved, "--split", "train")
+    assert "--config_name has no effect" in refused(capsys, run, "--dataset", saved, "--config_name", "x")
+
+
+def test_rows_in_another_order_are_refused(tmp_path: Path, saved: Path, capsys: Any) -> None:
+    sample = take_sample(pairs(), np.arange(N))
+    assert len(sample) == N and set(sample["0"]) == set(pairs().column_names)
+    run = save_run(tmp_path / "run", sample=sample)
+    assert "Noise rate: 35" in command(capsys, run, "--dataset", saved)
+    pairs().shuffle(seed=1).save_to_disk(str(tmp_path / "shuffled"))
+    says = refused(
+        capsys, run, "--dataset", tmp_path / "shuffled", "--write", "filtered", "--to", tmp_path / "to"
+    )
+    assert "the data are not those of the run: 'prompt' of the row with example_index 0" in says
+    assert not (tmp_path / "to").exists()
+    more = pairs().remove_columns("prompt").add_column("mine", [1] * N)  # others are passed over
+    more.save_to_disk(str(tmp_path / "more"))
+    assert "Noise rate: 35" in command(capsys, run, "--dataset", tmp_path / "more")
+    moved = pairs().add_column("example_index", np.arange(N)).shuffle(seed=1)  # known by their index
+    moved.save_to_disk(str(tmp_path / "moved"))
+    assert "Noise rate: 35" in command(capsys, run, "--dataset", tmp_path / "moved")
+
+
+def test_data_from_before_the_labels_were_altered_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run, data = load_run(save_run(folder)), pairs(flips=False)
+    find_rows(data, run)  # no record, nothing to say
+    record = {"data": {"examples": N, "altered_labels": 15}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "hf_poprisk.leave_one_out.data.load_record", lambda folder: SimpleNamespace(config=record)
+        )
+        (folder / "poprisk_config.json").write_text("{}")
+        with pytest.raises(UserError, match="15 labels of the run had been altered on purpose"):
+            find_rows(data, run)
+        find_rows(data.add_column("is_flipped", WRONG), run)
+        record["data"]["altered_labels"] = None
+        find_rows(data, run)
+
+
+def test_conversations_are_shown_by_their_content() -> None:
+    question, good, bad = (
+        message("user", "Why?"),
+        message("assistant", "Because."),
+        message("assistant", "No."),
+    )
+    expected = {"prompt": "Why?", "chosen": "Because.", "rejected": "No."}
+    whole = {"chosen": [question, good], "rejected": [question, bad]}
+    assert example_text(whole, {}) == expected
+    assert example_text({"prompt": "Why?", **whole}, {}) == expected
+    apart = {"prompt": [question], "chosen": [good], "rejected": [bad]}
+    assert example_text(apart, {}) == expected
+    parts = [{"type": "image"}, {"type": "text", "text": "Look"}]
+    shown = example_text({"prompt": [message("user", parts)], "chosen": [good], "rejected": [good]}, {})
+    assert shown == {"prompt": "image / Look", "chosen": "Because.", "rejected": "Because."}
+
+
+def test_a_long_common_beginning_does_not_hide_the_difference() -> None:
+    start = "word " * 100
+    shown = example_text({"chosen": start + "goodness", "rejected": start + "gold"}, {})
+    assert shown["chosen"] == "… goodness" and shown["rejected"] == "… gold"
+    assert shown["prompt"].startswith("word word") and len(shown["prompt"]) <= 160
+    same = example_text({"chosen": start, "rejected": start}, {})
+    assert same["chosen"] == same["rejected"] != "… "
+
+
+def test_labels_are_named() -> None:
+    features = Features({"sentence": Value("string"), "label": ClassLabel(names=["bad", "good"])})
+    assert example_text({"sentence": "a", "label": 1}, features) == {"sentence": "a", "label": "good"}
+    assert example_text({"sentence": "a", "label": -1}, features)["label"] == "-1"
+    plain = {"idx": 1, "text": "a", "other": "b", "labels": 3}
+    assert example_text(plain, {**features, "labels": Value("int64")}) == {"text": "a", "labels": "3"}
+    unusual = {"idx": 1, "premise": "a", "hypothesis": "b"}
+    assert example_text(unusual, {}) == {"premise": "a", "hypothesis": "b"}
+
+
+def test_text_is_shortened_and_cannot_steer_the_terminal() -> None:
+    assert shorten("a\n\n b\t\x1b[31mred", 160) == "a b [31mred"
+    assert shorten("x" * 400, 160) == "x" * 158 + " …" and shorten("x" * 160, 160) == "x" * 160

@@ -1,0 +1,168 @@
+"""The rule, without a trainer."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hf_poprisk.adam_metric import AdamMetric
+from hf_poprisk.leave_one_out import TABLE_NAME, ExampleTable, LabelNoise
+from hf_poprisk.leave_one_out.judge import RULE, Visit
+from hf_poprisk.leave_one_out.noise import MAX_RATE
+from hf_poprisk.leave_one_out.weights import competent
+from hf_poprisk.per_example import SelfInfluence
+
+
+def test_a_padding_copy_counts_once() -> None:
+    """Ranks that run out of examples repeat some; the copies' rows come back from the gathering."""
+    seen = []
+    for copies in (1, 3):
+        judge = LabelNoise("audit", True, ExampleTable(np.arange(8)))
+        theta = nn.Parameter(torch.linspace(-1, 1, 8))
+        optimizer = torch.optim.AdamW([theta], lr=0.1)
+        for rows in ([1, 3, 5], [5, 0, 3]):
+            influence = SelfInfluence(AdamMetric(optimizer), 3)
+            with judge.visit(torch.tensor(rows), influence):
+                loss = -F.logsigmoid(theta[rows]).mean()
+            loss.backward()
+            influence.add_some(theta, 0, torch.diag(theta.grad)[rows])
+            judge.finish_step(lambda x, n=copies: x.repeat(n, 1).flip(0))
+            optimizer.step()
+            optimizer.zero_grad()
+        seen.append(judge.table)
+    assert seen[0].visits.tolist() == seen[1].visits.tolist() == [1, 1, 0, 2, 0, 2, 0, 0]
+    for name, column in seen[0].columns.items():
+        assert torch.equal(column, seen[1].columns[name]), name
+    assert seen[0].columns["self_influence"][[0, 3, 5]].min() > 0.01
+
+
+def test_pairs_are_judged_by_their_first_visits_at_least() -> None:
+    """From the end of the first epoch; later estimates, of what was learned by heart, fall to zero."""
+    rows, wrong, sure = torch.arange(400), torch.arange(400) < 120, torch.linspace(0.5, 8.0, 400)
+    sure = sure[torch.randperm(400, generator=torch.Generator().manual_seed(0))]
+    judges = [LabelNoise("weight", pairs, ExampleTable(np.arange(400))) for pairs in (True, False)]
+    for epoch, sign in ((1.0, -1), (2.0, 1)):
+        for judge in judges:
+            judge.table.visit(rows, log_odds=torch.where(wrong, sign * sure, sure))
+            judge.maybe_fit(epoch, int(10 * epoch))
+    pairs, classes = judges
+    assert pairs.judging_since == 10 and classes.judging_since is None
+    first, last = pairs.fits
+    assert 0.25 < first.rate < 0.35 and last.rate < 0.01
+    z = torch.tensor([-3.0, 0.0, 3.0])
+
+    def weights() -> Tensor:
+        visit = Visit(torch.arange(3), None)
+        pairs.sample_weight(visit, z, 2)
+        return visit.weight
+
+    torch.testing.assert_close(weights(), replace(last, rate=first.rate).p_correct(z))
+    assert pairs.pop_logs()["poprisk/noise_rate"] == first.rate
+    assert pairs.pop_logs()["poprisk/noise_rate_low"] == first.low
+    pairs.fits[0] = replace(first, exact=False)
+    torch.testing.assert_close(weights(), last.p_correct(z))
+    pairs.fits[:] = [first, replace(last, rate=0.4)]
+    torch.testing.assert_close(weights(), replace(last, rate=0.4).p_correct(z))
+
+
+def test_pairs_that_nothing_is_known_of_weigh_about_the_same() -> None:
+    """They are judged all the same, and none is swapped: the posterior says by itself how little it knows."""
+    judge = LabelNoise("swap", True, ExampleTable(np.arange(400)))
+    z = torch.tensor(np.random.default_rng(1).choice([-1.0, 1.0], 400))
+    judge.table.visit(torch.arange(400), log_odds=z)
+    judge.maybe_fit(1.0, 10)
+    assert judge.judging_since == 10 and not competent(judge.fits[0]) and not judge.swaps
+    visit = Visit(torch.arange(3), None)
+    factor = judge.sample_weight(visit, torch.tensor([-1.0, 0.0, 1.0]), 2)
+    assert torch.equal(factor, visit.weight) and 0.5 < factor.min() < factor.max() < 0.9
+    assert factor.max() - factor.min() < 0.1
+
+
+def test_only_what_is_predicted_well_is_swapped(caplog: pytest.LogCaptureFixture) -> None:
+    """Else a pair weighs as much as it is likely to be right, and a warning says so."""
+    judge = LabelNoise("swap", True, ExampleTable(np.arange(400)))
+    z = torch.linspace(0.5, 8.0, 400)[torch.randperm(400, generator=torch.Generator().manual_seed(0))]
+    judge.table.visit(torch.arange(400), log_odds=torch.where(torch.arange(400) < 120, -z, z))
+    judge.maybe_fit(1.0, 10)
+    assert judge.fits[0].explained > 0.8 and judge.judging_since == 10
+
+    def factors() -> tuple[Tensor, Tensor]:
+        visit = Visit(torch.arange(3), None)
+        return judge.sample_weight(visit, torch.tensor([-3.0, 0.0, 3.0]), 2), visit.weight
+
+    factor, weight = factors()
+    torch.testing.assert_close(factor, 2 * weight - 1)
+    judge.warn_at_start()
+    assert factor.min() < 0 and not caplog.text
+    judge.fits[0] = replace(judge.fits[0], log_likelihood=-0.66)
+    factor, weight = factors()
+    torch.testing.assert_close(factor, weight)
+    judge.warn_at_start()
+    assert f"not predicted well ({judge.fits[0].explained:.0%} of what can be known" in caplog.text
+    sure = replace(judge.fits[0], log_likelihood=-0.61)
+    for unsure in (replace(sure, exact=False), replace(sure, high=MAX_RATE)):
+        judge.fits[0] = sure
+        assert judge.swaps
+        judge.fits[0] = unsure
+        assert not judge.swaps
+
+
+@pytest.mark.parametrize(("preferences", "share"), [(True, 0.7), (False, 0.5)])
+def test_a_share_of_the_self_influence_stays(preferences: bool, share: float) -> None:
+    judge = LabelNoise("audit", preferences, ExampleTable(np.arange(1)))
+    for visits in (1, 2, 3):
+        visit = Visit(
+            torch.tensor([0]),
+            SimpleNamespace(energy=torch.tensor([0.2])),
+            SimpleNamespace(slopes=torch.tensor([-0.5]), log_odds=torch.tensor([1.0])),
+            torch.tensor([1.0]),
+            torch.tensor([1.0]),
+        )
+        judge._pending = [visit]
+        judge.finish_step(lambda rows: rows)  # z rose by 0.2/0.5
+        assert judge.table.columns["self_influence"].item() == pytest.approx(share * 0.4 * visits, rel=1e-5)
+
+
+def test_an_older_rule_is_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = LabelNoise("audit", True, ExampleTable(np.arange(4)))
+    one.save(tmp_path)
+    one.load(tmp_path)
+    monkeypatch.setattr("hf_poprisk.leave_one_out.judge.RULE", RULE + 1)
+    with pytest.raises(ValueError, match="another rule, of an earlier version"):
+        one.load(tmp_path)
+    (tmp_path / TABLE_NAME).rename(tmp_path / "label_noise.json")  # as versions left that wrote two files
+    with pytest.raises(ValueError, match="was judged by an earlier version, from which this one cannot go"):
+        one.load(tmp_path)
+
+
+def test_who_predicts_nothing_judges_nobody() -> None:
+    """As long as labels are predicted by chance no class is weighted; whatever the rate is."""
+    rng, rows = np.random.default_rng(1), torch.arange(400)
+    judge = LabelNoise("weight", False, ExampleTable(np.arange(400)))
+    for epoch in (1.0, 2.0, 3.0):
+        judge.table.visit(rows, log_odds=torch.tensor(rng.choice([-1.0, 1.0], 400)))
+        judge.maybe_fit(epoch, int(10 * epoch))
+    assert not competent(judge.fits[-1]) and judge.judging_since is None
+    z = torch.linspace(2.0, 8.0, 400)[torch.randperm(400, generator=torch.Generator().manual_seed(0))]
+    z = torch.where(rows < 80, -z, z)
+    for epoch in (4.0, 5.0):
+        judge.table.visit(rows, log_odds=z)
+        judge.maybe_fit(epoch, int(10 * epoch))
+    assert judge.judging_since == 50  # it rose by more than a little from the third epoch to the fourth
+
+    def weights() -> Tensor:
+        visit = Visit(rows, None)
+        judge.sample_weight(visit, z, 2)
+        return visit.weight
+
+    assert weights()[:80].max() < 0.3 < 0.9 < weights()[80:].min()
+    judge.fits.append(replace(judge.fits[-1], rate=MAX_RATE, low=MAX_RATE))
+    assert weights()[:80].max() < 0.3  # so much noise may be true
+    judge.fits.append(replace(judge.fits[-1], log_likelihood=-math.log(2)))
+    assert torch.equal(weights(), torch.ones(400))

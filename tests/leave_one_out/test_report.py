@@ -1,0 +1,140 @@
+"""The printed report and the figure."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.calibration import calibration_curve
+
+from hf_poprisk.__main__ import main
+from hf_poprisk.leave_one_out import ExampleTable, LabelNoise
+from hf_poprisk.leave_one_out.run import load_run
+from leave_one_out.judged import CHANCE, FIT, FITS, WRONG, N, command, log_odds, posterior, refused, save_run
+
+
+def test_the_audit_gives_the_reason_that_training_gave(
+    tmp_path: Path, capsys: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    early = replace(FIT, epoch=1.75)
+    for i, (fits, preferences) in enumerate(
+        [(FITS[:2], True), (FITS[:2], False), ([CHANCE, early], True), ([FITS[0], early], False)]
+    ):
+        judge = LabelNoise("weight" if i else "audit", preferences, ExampleTable(np.arange(N)))
+        judge.fits = fits
+        caplog.clear()
+        judge.warn_at_end(48)
+        reason = re.search("no label was judged, because .*: raise num_train_epochs", caplog.text)
+        out = command(capsys, save_run(tmp_path / str(i), fits=fits, preferences=preferences, since=None))
+        assert f"Do not filter by it: {reason[0]}." in out
+
+
+def test_first_visits_that_leave_the_rate_open_are_named(tmp_path: Path, capsys: Any) -> None:
+    for i, (first, preferences, says) in enumerate(
+        [(replace(FITS[0], high=0.44), True, True), (CHANCE, True, True), (CHANCE, False, False)]
+        + [(FITS[0], True, False), (replace(CHANCE, exact=False), True, False)]
+    ):
+        run = save_run(tmp_path / str(i), fits=[first, *FITS[1:]], preferences=preferences)
+        out = command(capsys, run)
+        assert ("Noise rate: open" in out) == says
+        assert ("leave the noise rate open (0.200 to 0.440)" in out) == (i == 0)
+        assert ("first visits of the pairs" in out and "hardly better than by chance" in out) == (i == 1)
+
+
+def two_part(n: int, tau: float, rate: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """ζ of pairs whose labels follow the model of the fit exactly, and which labels are wrong."""
+    generator = np.random.default_rng(seed)
+    margin = generator.normal(0, 2.5, n)
+    clean = generator.random(n) < 1 / (1 + np.exp(-tau * margin))
+    wrong = generator.random(n) < rate
+    return np.where(clean != wrong, margin, -margin), wrong
+
+
+def test_p_correct_is_calibrated_on_data_of_the_model(tmp_path: Path) -> None:
+    """Correct means: not replaced."""
+    zeta, wrong = two_part(6000, 1.5, 0.25)
+    p_correct = load_run(save_run(tmp_path / "run", zeta, fits=[FIT])).p_correct
+    observed, predicted = calibration_curve(~wrong, p_correct, n_bins=10, strategy="quantile")
+    error = np.sqrt(predicted * (1 - predicted) / 600)
+    assert (np.abs(predicted - observed) < 4 * error + 1e-3).all()
+
+
+def test_report_without_data(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = command(capsys, run)
+    p_correct = np.array([posterior(float(z)) for z in log_odds()])
+    below, worst = p_correct < 0.5, np.argsort(log_odds())[:10]
+    assert out.splitlines()[:6] == [
+        f"{run}: 60 preference pairs",
+        "Noise rate: 35.0%, 95% interval 20.0% to 42.0%.",
+        f"Labels below .5: {below.sum()} of 60 ({below.mean():.1%}).",
+        f"Precision at that cut: {1 - p_correct[below].mean():.0%} expected to be mislabeled.",
+        "",
+        "The most suspicious:",
+    ]
+    assert out.splitlines()[6:] == [f"  {i}, correct with probability {p_correct[i]:.3f}" for i in worst]
+
+
+def test_an_estimate_that_is_not_settled_is_named(tmp_path: Path, capsys: Any) -> None:
+    assert "But labels" not in command(capsys, save_run(tmp_path / "settled"))
+    out = command(capsys, save_run(tmp_path / "run", fits=FITS[:2]))
+    assert "But labels were still predicted better and better at the end" in out
+
+
+def test_report_with_truth(tmp_path: Path, saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = command(capsys, save_run(tmp_path / "run", never=(0, 1)), "--dataset", saved)
+    seen = np.arange(N) > 1
+    below = np.array([posterior(float(z)) < 0.5 for z in log_odds()]) & seen
+    hits = (below & WRONG).sum()
+    precision, recall = hits / below.sum(), hits / (WRONG & seen).sum()
+    above = log_odds()[seen & ~WRONG][:, None], log_odds()[seen & WRONG]
+    auroc = (above[0] > above[1]).mean()
+    assert 0 < recall < 1 and auroc < 1  # the example has something to miss
+    assert "58 preference pairs (2 more were never trained on)" in out
+    assert (
+        f"Known to be mislabeled (is_flipped): {(WRONG & seen).sum()} of 58. Below .5: precision "
+        f"{precision:.1%}, recall {recall:.1%}; AUROC {auroc:.3f}." in out
+    )
+    worst = int(np.argmin(log_odds()))
+    assert f"  {worst}, correct with probability 0.0" in out and ", mislabeled\n" in out
+    assert all(f"{name} {worst}\n" in out for name in ("prompt: prompt", "chosen: good", "rejected: bad"))
+
+
+def test_without_an_estimate(tmp_path: Path, saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = save_run(tmp_path / "run", fits=[])
+    out = command(capsys, run, "--dataset", saved)
+    assert "Noise rate: not estimated" in out and "probability" not in out and "chosen: good" in out
+    assert "no estimate of the noise rate" in refused(capsys, run, "--plot", tmp_path / "figure.png")
+
+
+def test_figure(run: Path, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    path, figures, save = tmp_path / "deep" / "figure.png", [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k)))
+    main(["audit", str(run), "--dataset", str(saved), "--plot", str(path)])
+    assert path.read_bytes().startswith(b"\x89PNG") and [p.name for p in path.parent.iterdir()] == [path.name]
+    axis = figures[0].axes[0]
+    below = sum(posterior(float(z)) < 0.5 for z in log_odds())
+    first, others = ([bar for bar in bars if bar.get_height()] for bars in axis.containers[:2])
+    assert sum(bar.get_height() for bar in first) == below
+    assert sum(bar.get_height() for bar in others) == N - below
+    assert max(bar.get_x() for bar in first) < 0.5 - 1e-9 <= min(bar.get_x() for bar in others)
+    names = {text.get_text() for text in axis.get_legend().get_texts()}
+    assert {f"below .5 ({below})", "known to be mislabeled (15)"} <= names
+
+
+def test_figure_is_not_left_half_written(
+    run: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+
+    def full(self: Figure, path: Path, **kwargs: Any) -> None:
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "figure.png").write_text("before")
+    monkeypatch.setattr(Figure, "savefig", full)
+    assert "No space left" in refused(capsys, run, "--plot", tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_text() == "before" and not list(tmp_path.glob(".*"))
