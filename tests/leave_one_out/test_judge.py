@@ -31,7 +31,7 @@ def test_a_padding_copy_counts_once() -> None:
             with judge.visit(torch.tensor(rows), influence):
                 loss = -F.logsigmoid(theta[rows]).mean()
             loss.backward()
-            influence.add_some(theta, 0, torch.diag(theta.grad)[rows])
+            influence.add(theta, 0, torch.diag(theta.grad)[rows])
             judge.finish_step(lambda x, n=copies: x.repeat(n, 1).flip(0))
             optimizer.step()
             optimizer.zero_grad()

@@ -87,26 +87,12 @@ def test_the_end_of_training_says_what_was_found(
     assert any("poprisk/weight_mean" in e for e in trainer.state.log_history) == (mode == "weight")
 
 
-def test_the_card_tells_evaluation_sets_apart_and_says_what_the_labels_were_found_to_be(
-    llama_dir: Path, tmp_path: Path
-) -> None:
-    """TRL's metrics do not bear the name of their set, and the last set would stand for all of them."""
-    args = hf_poprisk.PopRiskDPOConfig(
-        str(tmp_path), bf16=False, poprisk_label_noise="audit", eval_strategy="epoch", **QUIET
-    )
-    data, flipped = preferences(16), preferences(8, 7)
-    sets = {"test": data, "flipped": flipped.rename_columns({"chosen": "rejected", "rejected": "chosen"})}
-    trainer = hf_poprisk.PopRiskDPOTrainer(str(llama_dir), args=args, train_dataset=data, eval_dataset=sets)
+def test_the_card_says_what_the_labels_were_found_to_be(llama_dir: Path, tmp_path: Path) -> None:
+    args = hf_poprisk.PopRiskDPOConfig(str(tmp_path), bf16=False, poprisk_label_noise="audit", **QUIET)
+    trainer = hf_poprisk.PopRiskDPOTrainer(str(llama_dir), args=args, train_dataset=preferences(16))
     trainer.train()
     trainer.create_model_card()
     card = ModelCard.load(tmp_path / "README.md")
-    found = {(r.dataset_split, r.metric_type): r.metric_value for r in card.data.eval_results}
-    logged = {name: e for e in trainer.state.log_history for name in sets if f"eval_{name}_loss" in e}
-    for name, entry in logged.items():
-        assert found[name, "loss"] == entry[f"eval_{name}_loss"]
-        assert found[name, "rewards/margins"] == entry["eval_rewards/margins"]
-    assert logged["test"]["eval_rewards/margins"] != logged["flipped"]["eval_rewards/margins"]
-    assert not any(metric.endswith(("runtime", "per_second")) for _, metric in found)
     assert f"{trainer._label_noise.found(trainer.state.global_step)}.\n" in card.text
 
 
