@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,6 @@ from hf_poprisk.record import SOURCE
 
 logger = logging.getLogger(__name__)
 
-_TAG = "poprisk"
 _WRITTEN = "<!-- this card was written by hand -->"
 _SECTION = re.compile(r"\n*<!-- hf_poprisk:begin .*?<!-- hf_poprisk:end -->\n*", re.DOTALL)
 _PEFT_TEMPLATE = "# Model Card for Model ID"  # what save_pretrained of an adapter leaves
@@ -55,18 +56,16 @@ class HubMixin:
         private = self.args.hub_private_repo if private is None else private
         name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
         api = HfApi(token=token)
-        try:
+        with _told(
+            f"the repository {name} could not be made ready on the Hub",
+            ": check hub_model_id and hub_token, or train with push_to_hub=false and push afterwards.",
+        ):
             if access:
                 self._open_when_filled = _create_private(api, name) and private is not True
             super().init_hf_repo(token=token, private=True if access else private)  # type: ignore[misc]
             if access:
                 api.update_repo_settings(self.hub_model_id, gated=access)
             api.auth_check(self.hub_model_id, write=True)  # one that exists may be readable only
-        except _UNREACHED as error:
-            raise HubError(
-                f"the repository {name} could not be made ready on the Hub ({_reason(error)}): check "
-                "hub_model_id and hub_token, or train with push_to_hub=false and push afterwards."
-            ) from error
 
     def push_to_hub(
         self,
@@ -81,7 +80,10 @@ class HubMixin:
         Raises:
             HubError: the push failed; the model is complete in ``output_dir``.
         """
-        try:
+        with _told(
+            f"the push to {self.hub_model_id} failed",
+            f"; the model is complete in {self.args.output_dir}: call trainer.push_to_hub() again.",
+        ):
             pushed = super().push_to_hub(commit_message, blocking, token, *args, **kwargs)  # type: ignore[misc]
             if self._open_when_filled and self.is_world_process_zero():
                 if not blocking:
@@ -90,15 +92,6 @@ class HubMixin:
                 api.update_repo_settings(self.hub_model_id, private=False)
                 self._open_when_filled = False
             return pushed
-        except HubError:  # transformers makes the repository here if nothing did before
-            raise
-        except (*_UNREACHED, RuntimeError, ValueError) as error:
-            if not isinstance(error, _UNREACHED) and not isinstance(error.__cause__, _UNREACHED):
-                raise  # not the Hub: its refusals of an upload or a card are the cause of another error
-            raise HubError(
-                f"the push to {self.hub_model_id} failed ({_reason(error)}); the model is complete in "
-                f"{self.args.output_dir}: call trainer.push_to_hub() again."
-            ) from error
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         before = self.push_in_progress
@@ -133,19 +126,20 @@ class HubMixin:
         if not written:
             super().create_model_card(*args, **kwargs)  # type: ignore[misc]
             card = ModelCard.load(path, ignore_metadata_errors=True)
-        self._complete_metadata(card)
+        self._complete_metadata(card.data)
         section = f"{_WRITTEN}\n" * written + self._card_section()
         body = _SECTION.sub("\n", card.text).strip()
         card.text = f"{body}\n\n<!-- hf_poprisk:begin -->\n{section}\n<!-- hf_poprisk:end -->\n"
         card.save(path)
 
-    def _complete_metadata(self, card: ModelCard) -> None:
-        """Add the tag and the gate; take out folders of this machine, which PEFT takes for names."""
-        data, record = card.data, self._record()
-        data[_TAG] = {n: record[n] for n in ("source", "optim", "gate", "estimator", "units_per_step")}
-        data.tags = sorted({*(tag for tag in map(str, data.tags or ()) if not _names_a_folder(tag)), _TAG})
-        adapters = getattr(self.accelerator.unwrap_model(self.model), "peft_config", {}).values()
-        for adapter in adapters:
+    def _complete_metadata(self, data: Any) -> None:
+        """Add the gate, and an adapter's base unless it is a folder of this machine."""
+        record = self._record()
+        data["poprisk"] = {k: record[k] for k in ("source", "optim", "gate", "estimator", "units_per_step")}
+        # PEFT's base_model:adapter:… may hold a folder too, and the Hub makes these tags itself
+        tags = (tag for tag in map(str, data.tags or ()) if not tag.startswith("base_model:"))
+        data.tags = sorted({*tags, "poprisk"})
+        for adapter in getattr(self.accelerator.unwrap_model(self.model), "peft_config", {}).values():
             data.library_name = "peft"
             data.base_model = data.base_model or adapter.base_model_name_or_path
         if data.base_model and Path(str(data.base_model)).exists():
@@ -203,9 +197,18 @@ def _is_written(text: str) -> bool:
     return _WRITTEN in section[0] if section else not text.strip().startswith(_PEFT_TEMPLATE)
 
 
-def _names_a_folder(tag: str) -> bool:
-    """PEFT's ``base_model:adapter:`` with a folder of this machine."""
-    return tag.startswith("base_model:") and Path(tag.rsplit(":", 1)[-1]).exists()
+@contextmanager
+def _told(what: str, way_out: str) -> Iterator[None]:
+    """Make one sentence of what the Hub refuses, with its reason between the two parts."""
+    try:
+        yield
+    except HubError:  # from within
+        raise
+    except (*_UNREACHED, RuntimeError, ValueError) as error:
+        # its refusals of an upload or a card are the cause of another error
+        if not isinstance(error, _UNREACHED) and not isinstance(error.__cause__, _UNREACHED):
+            raise
+        raise HubError(f"{what} ({_reason(error)}){way_out}") from error
 
 
 def _reason(error: BaseException) -> str:
