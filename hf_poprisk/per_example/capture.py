@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from hf_poprisk.per_example import kernels_cpu, kernels_gpu
 from hf_poprisk.per_example.functions import PerExample, PerRow
 from hf_poprisk.per_example.layout import Layout, Rows, wide
 from hf_poprisk.per_example.sinks import Sink, SquareSum
+from hf_poprisk.per_example.tokens import Tokens, rounded
 
 # Elements of G, Q and h_i that are worked on together: three of these fit a core's cache.
 _BLOCK = 1 << 16
@@ -55,7 +55,7 @@ class Capture:
         self._in_forward: set[Tensor] = set()  # whose uses were counted there
         self._kept: dict[Tensor, Tensor] = {}  # small parameter → Σ over uses of h, [N, *shape]
         self._inputs: dict[Tensor, list[tuple[Tensor, Tensor]]] = defaultdict(list)  # of repeated layers
-        self._tokens: dict[Tensor, _Tokens] = {}  # embedding weight → its rows' gradients
+        self._tokens: dict[Tensor, Tokens] = {}  # embedding weight → its rows' gradients
         self._seen: set[Tensor] = set()  # in the backward
         self._paused = False
         self._returned: dict[Tensor, list[Tensor]] | None = defaultdict(list) if verify else None
@@ -87,7 +87,7 @@ class Capture:
         """Count a lookup of token ids, [rows, …], in an embedding."""
         if self.used(weight):
             if weight not in self._tokens:
-                self._tokens[weight] = _Tokens(weight, self.layout)
+                self._tokens[weight] = Tokens(weight, self.layout)
             self._tokens[weight].uses += 1
             self._tokens[weight].see(ids)
 
@@ -210,14 +210,14 @@ class Capture:
             if not parts or gap > 1e-2 * grad.abs().max():
                 raise Uncovered("a part of its gradient did not come through the captured layers")
         if param in self._kept:
-            h = _rounded(self._kept.pop(param), param)
+            h = rounded(self._kept.pop(param), param)
             for sink in self._of(param):
                 sink.add(param, 0, h)
         elif self._inputs.get(param):
             self._sum_and_show(param, self._inputs.pop(param), None, self._tokens.get(param))
         if param in self._tokens:
             tokens = self._tokens.pop(param)
-            grads = _rounded(tokens.grads, param)
+            grads = rounded(tokens.grads, param)
             for sink in self._of(param):
                 sink.add_rows(param, tokens.ids, tokens.examples, grads)
 
@@ -233,7 +233,7 @@ class Capture:
     def _keep(self, param: Tensor, h: Tensor) -> Tensor:
         """Add [N, *shape] to the examples' gradients of a small parameter; returns their sum."""
         total = h.sum(0)
-        h = _rounded(h, param)
+        h = rounded(h, param)
         self._kept[param] = self._kept[param].add_(h) if param in self._kept else h
         return total
 
@@ -247,7 +247,7 @@ class Capture:
         param: Tensor,
         uses: list[tuple[Tensor, Tensor]],
         grad: Tensor | None,
-        tokens: _Tokens | None,
+        tokens: Tokens | None,
     ) -> None:
         """``grad = Σ_i h_i`` (if given), and the h_i, summed over the uses, to the sinks."""
         sinks = self._of(param)
@@ -333,7 +333,7 @@ class Capture:
         param: Tensor,
         uses: list[tuple[Tensor, Tensor]],
         grad: Tensor | None,
-        tokens: _Tokens | None,
+        tokens: Tokens | None,
         sinks: Sequence[Sink],
     ) -> None:
         """``_sum_and_show`` with one matrix product per example, block of rows and use."""
@@ -391,59 +391,6 @@ class Capture:
         return buffer[: like.numel()].view(like.shape)
 
 
-class _Tokens:
-    """The rows of an embedding's gradient that the examples touch, one row per example and token.
-
-    Attributes:
-        ids: token of each row, [rows of it] int64, sorted within an example.
-        examples: whose row it is, [rows of it] int64.
-        grads: their gradients, [rows of it, width].
-    """
-
-    def __init__(self, weight: Tensor, layout: Layout) -> None:
-        self.uses = 0
-        self._weight, self._layout = weight, layout
-        self._vocabulary, self._width = weight.shape
-        self._keys: Tensor | None = None  # example · vocabulary + token, sorted
-
-    def see(self, ids: Tensor) -> None:
-        """Forward: ids [rows, …]."""
-        keys = self._key(ids).unique()
-        self._keys = keys if self._keys is None else torch.cat([self._keys, keys]).unique()
-        self.ids, self.examples = self._keys % self._vocabulary, self._keys // self._vocabulary
-        self._per_example: list[list[int]] | None = None
-        self.grads = torch.zeros(
-            len(self.ids), self._width, dtype=wide(self._weight.dtype), device=self.ids.device
-        )
-
-    def _key(self, ids: Tensor) -> Tensor:
-        return (ids + self._vocabulary * self._layout.owners(ids)).reshape(-1)
-
-    def add(self, ids: Tensor, d: Tensor, padding: int | None) -> Tensor:
-        """Add the gradients of one lookup; returns the rows of this lookup alone."""
-        d = d.reshape(-1, self._width).to(self.grads.dtype)
-        if padding is not None:
-            d = d.masked_fill((ids.reshape(-1) == padding)[:, None], 0)
-        h = torch.zeros_like(self.grads)
-        h.index_add_(0, torch.searchsorted(self._keys, self._key(ids)), d)
-        self.grads.add_(_rounded(h, self._weight))
-        return h
-
-    def take(self, example: int, start: int, block: Tensor) -> None:
-        """Move the example's rows out of ``block``, rows ``start`` … of its gradient: they are not final."""
-        if self._per_example is None:
-            edges = torch.arange(self._layout.num_examples + 1, device=self.ids.device) * self._vocabulary
-            self._edges = torch.searchsorted(self._keys, edges).tolist()
-            ids = self.ids.tolist()
-            self._per_example = [ids[lo:hi] for lo, hi in zip(self._edges[:-1], self._edges[1:], strict=True)]
-        mine, offset = self._per_example[example], self._edges[example]
-        lo, hi = bisect_left(mine, start), bisect_left(mine, start + block.shape[0])
-        if lo < hi:
-            where = self.ids[offset + lo : offset + hi] - start
-            self.grads[offset + lo : offset + hi].add_(block[where])
-            block[where] = 0
-
-
 def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
@@ -470,8 +417,3 @@ def _outer(a: Tensor, d: Tensor, layout: Layout) -> Tensor:
         return torch.bmm(d.transpose(1, 2), a).to(wide(a.dtype))
     parts = zip(layout.split(a), layout.split(d), strict=True)
     return torch.stack([(d_i.T @ a_i).to(wide(a_i.dtype)) for a_i, d_i in parts])
-
-
-def _rounded(h: Tensor, param: Tensor) -> Tensor:
-    """As the parameter's gradient is rounded, or an element that one example touched has G² ≠ Q."""
-    return h if h.dtype == param.dtype else h.to(param.dtype).to(h.dtype)

@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
 from torch.utils._pytree import tree_flatten_with_path, tree_unflatten
 
-from hf_poprisk.per_example import Layout, Packed, Rows
+from hf_poprisk.per_example import Layout, Rows
 from hf_poprisk.per_example.examples import NotSeparable, num_rows, take
+from hf_poprisk.per_example.joined import Joined, Slot, find, joined, part_of
+from hf_poprisk.per_example.random_numbers import random_state, same_random_numbers, set_random_state
 
 _Outputs = list[tuple[nn.Module, Any]]  # modules and what they gave, in the order of the calls
-
-
-@dataclass
-class _Slot:
-    """A tensor that a module gave: how the examples lie in it, and the loss's slope there."""
-
-    axis: int | None  # None: the examples share it, or it is no function of single ones
-    shift: int = 0  # of packed sequences: entries fewer than tokens
-    slope: Tensor | None = None
 
 
 @dataclass
@@ -39,7 +29,7 @@ class _Call:
     outputs: list[_Outputs] = field(default_factory=list)  # of each example, with the graph behind them
     state: Any = None  # of the random generators, before the last example
     modules: list[nn.Module] = field(default_factory=list)  # of the cut, in the order of their calls
-    slots: list[list[_Slot]] = field(default_factory=list)  # of what each of them gave
+    slots: list[list[Slot]] = field(default_factory=list)  # of what each of them gave
 
 
 class OneByOne:
@@ -64,7 +54,7 @@ class OneByOne:
         self._config = getattr(model, "config", None)
         self._main_input = getattr(model, "main_input_name", "input_ids")
         self._cut: list[nn.Module] = [model]  # whose outputs are cached
-        self._axes: dict[tuple[int, int, Any], _Slot] = {}  # call, output, path in it → the examples
+        self._axes: dict[tuple[int, int, Any], Slot] = {}  # call, output, path in it → the examples
         self._calls: list[_Call] = []
         self.alone = False  # an example is being run
 
@@ -117,7 +107,7 @@ class OneByOne:
                 for (_, tensor), slot in zip(tree_flatten_with_path(output)[0], slots, strict=True):
                     if slot.slope is not None and slot.axis is not None and tensor.requires_grad:
                         tensors.append(tensor)
-                        slopes.append(_part(slot.slope, slot, call.layout, example).to(tensor.dtype))
+                        slopes.append(part_of(slot.slope, slot, call.layout, example).to(tensor.dtype))
         if tensors:
             torch.autograd.backward(tensors, slopes)
 
@@ -308,15 +298,15 @@ class OneByOne:
         for k, ((_, all_), (_, one)) in enumerate(zip(whole, first, strict=True)):
             for (path, x), (_, y) in zip(*map(_leaves, (all_, one)), strict=True):
                 if isinstance(x, Tensor):
-                    self._axes[call, k, path] = _find(x, y, layout)
+                    self._axes[call, k, path] = find(x, y, layout)
 
-    def _join(self, key: tuple[int, int], outputs: Sequence[Any], layout: Layout) -> tuple[Any, list[_Slot]]:
+    def _join(self, key: tuple[int, int], outputs: Sequence[Any], layout: Layout) -> tuple[Any, list[Slot]]:
         """The examples' outputs of one module side by side, and where the loss's slope is to be left."""
         spec, leaves, slots = tree_flatten_with_path(outputs[0])[1], [], []
         for found in zip(*map(_leaves, outputs), strict=True):
             path, parts = found[0][0], [part for _, part in found]
-            known = self._axes.get((*key, path), _Slot(None))
-            slot = _Slot(known.axis, known.shift)
+            known = self._axes.get((*key, path), Slot(None))
+            slot = Slot(known.axis, known.shift)
             slots.append(slot)
             if not isinstance(parts[0], Tensor):
                 leaves.append(parts[0])
@@ -324,72 +314,15 @@ class OneByOne:
             parts = [part.detach() for part in parts]
             if parts[0].is_floating_point():
                 anchor = torch.zeros((), requires_grad=True)
-                leaves.append(_Joined.apply(anchor, slot, layout, *parts))
+                leaves.append(Joined.apply(anchor, slot, layout, *parts))
             else:
-                leaves.append(_joined(parts, slot, layout))
+                leaves.append(joined(parts, slot, layout))
         return tree_unflatten(leaves, spec), slots
 
 
 def _leaves(output: Any) -> list[tuple[Any, Any]]:
     """What is in a module's output, and where."""
     return [(tuple(map(str, path)), leaf) for path, leaf in tree_flatten_with_path(output)[0]]
-
-
-class _Joined(Function):
-    """The examples' tensors as one, without a graph behind it; backward leaves the slope in the slot."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, slot: _Slot, layout: Layout, *parts: Tensor) -> Tensor:
-        ctx.slot, ctx.parts = slot, len(parts)
-        return _joined(parts, slot, layout)
-
-    @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Any, ...]:
-        ctx.slot.slope = slope if ctx.slot.slope is None else ctx.slot.slope + slope
-        return (None,) * (3 + ctx.parts)
-
-
-def _joined(parts: Sequence[Tensor], slot: _Slot, layout: Layout) -> Tensor:
-    axis = slot.axis
-    if axis is None:
-        return parts[0].clone()
-    if isinstance(layout, Packed):
-        shape = list(parts[0].shape)
-        shape[axis] = layout.num_tokens - slot.shift
-        whole = parts[0].new_zeros(shape)
-        for span, part in zip(layout.spans(), parts, strict=True):
-            whole.narrow(axis, span.start, part.shape[axis]).copy_(part)
-        return whole
-    per_example = layout.num_rows // layout.num_examples
-    chunks = [part.tensor_split(per_example, axis) for part in parts]  # row j is of example j mod N
-    return torch.cat([chunk for row in zip(*chunks, strict=True) for chunk in row], axis)
-
-
-def _part(slope: Tensor, slot: _Slot, layout: Layout, example: int) -> Tensor:
-    """An example's part of a slope at joined outputs."""
-    axis = slot.axis
-    assert axis is not None
-    if isinstance(layout, Packed):
-        span = layout.spans()[example]
-        return slope.narrow(axis, span.start, span.stop - span.start - slot.shift)
-    per_example = layout.num_rows // layout.num_examples
-    parts = slope.unflatten(axis, (per_example, layout.num_examples, -1))
-    return parts.select(axis + 1, example).flatten(axis, axis + 1)
-
-
-def _find(whole: Tensor, one: Tensor, layout: Layout) -> _Slot:
-    """Where the examples lie in an output, by its shape for all of them and for the first."""
-    if whole.dim() == one.dim():
-        other = [axis for axis in range(whole.dim()) if whole.shape[axis] != one.shape[axis]]
-        if len(other) == 1:
-            (axis,) = other
-            if isinstance(layout, Packed):
-                shift = layout.lengths[0] - one.shape[axis]
-                if shift >= 0 and whole.shape[axis] == layout.num_tokens - shift:
-                    return _Slot(axis, shift)
-            elif whole.shape[axis] == layout.num_examples * one.shape[axis]:
-                return _Slot(axis)
-    return _Slot(None)
 
 
 @contextmanager
@@ -403,27 +336,3 @@ def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
             del module.forward
         else:
             module.forward = before  # type: ignore[method-assign]
-
-
-@contextmanager
-def same_random_numbers() -> Iterator[None]:
-    """Draw inside this block what will be drawn after it."""
-    state = random_state()
-    try:
-        yield
-    finally:
-        set_random_state(state)
-
-
-def random_state() -> tuple[Any, ...]:
-    # SpecAugment of the speech models draws from numpy
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return torch.get_rng_state(), cuda, random.getstate(), np.random.get_state()
-
-
-def set_random_state(state: tuple[Any, ...]) -> None:
-    torch.set_rng_state(state[0])
-    if state[1]:
-        torch.cuda.set_rng_state_all(state[1])
-    random.setstate(state[2])
-    np.random.set_state(state[3])

@@ -20,7 +20,8 @@ from hf_poprisk.per_example.capture import Capture
 from hf_poprisk.per_example.examples import NotSeparable, take
 from hf_poprisk.per_example.layers import BatchedGradients
 from hf_poprisk.per_example.layout import Layout, Packed, Rows, wide
-from hf_poprisk.per_example.one_by_one import OneByOne, random_state, same_random_numbers
+from hf_poprisk.per_example.one_by_one import OneByOne
+from hf_poprisk.per_example.random_numbers import random_state, same_random_numbers
 from hf_poprisk.per_example.window import ExampleWindow
 
 

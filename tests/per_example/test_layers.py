@@ -207,7 +207,7 @@ def test_squares_of_single_uses_would_be_seen(
 ) -> None:
     """The comparisons above fail when the uses of a weight are squared one by one."""
     if trap == "tied":
-        monkeypatch.setattr(capturing._Tokens, "take", lambda *_: None)
+        monkeypatch.setattr(capturing.Tokens, "take", lambda *_: None)
     else:
         counted = capturing.Capture.used
         monkeypatch.setattr(

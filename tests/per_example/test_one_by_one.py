@@ -84,8 +84,8 @@ def test_a_loss_that_takes_the_model_apart_is_refused(tmp_path: Path) -> None:
 
 def test_a_wrong_gradient_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the examples go one by one, and each slope is a tenth too large."""
-    original = one_by_one._part
-    monkeypatch.setattr(one_by_one, "_part", lambda *args: 1.1 * original(*args))
+    original = one_by_one.part_of
+    monkeypatch.setattr(one_by_one, "part_of", lambda *args: 1.1 * original(*args))
     with pytest.raises(ValueError, match=r"the gradient of .* would be 10% off"):
         first_step(KINDS["class weights: vit"], tmp_path, 4, 2)
 
