@@ -43,12 +43,10 @@ class PopRiskAdamW(torch.optim.AdamW):
         optimizer.step()
         optimizer.zero_grad()
 
-    Under ``torch.distributed`` the gradients must be averaged over the default process group, as DDP
-    does, by the time the window closes.
+    On several ranks the gradients must be averaged over all of them, as by DDP, before the window closes.
 
     Args:
-        params: parameters or groups, as for ``torch.optim.AdamW``. With ``model.named_parameters()`` messages
-            name the parameter that they are about.
+        params: as for ``torch.optim.AdamW``; ``model.named_parameters()`` puts names into messages.
         lr, betas, eps, weight_decay: as for ``torch.optim.AdamW``.
         gate: ``hard`` (q is 0 or 1), ``soft`` (shrinkage in [0, 1]) or ``none`` (AdamW, for comparison: the
             other options stay as they are).
@@ -62,8 +60,7 @@ class PopRiskAdamW(torch.optim.AdamW):
     Attributes:
         open_share: once the window is closed, the mean of q over the coordinates that some example touched,
             1 for ungated parameters; of ``ema``, which decides in the step, what it opens of noise.
-        keep_written: set it to True and every gated step leaves its q in the parameter's state, as
-            ``written``, in the parameter's shape: for ``hf_poprisk.risk``.
+        keep_written: if set to True, a gated step leaves its q in ``state[p]["written"]``, for ``risk.py``.
 
     Raises:
         ValueError: a bad value, an option that would have no effect, or no parameter left to train or gate.
@@ -172,10 +169,9 @@ class PopRiskAdamW(torch.optim.AdamW):
 
         Args:
             layers: ``BatchedGradients(model, optimizer.gated_parameters)`` with nothing uncovered.
-            layout: ``Rows(N, rows)`` for N examples in a batch whose tensors have ``rows`` rows, of which row
-                j belongs to example j mod N; or ``Packed(lengths)`` for sequences packed into one row.
-            sink: is shown the gradients too; ``layers`` must hold what it wants. Works with the gate off as
-                well.
+            layout: ``Rows(N, rows)`` if row j belongs to example j mod N; ``Packed(lengths)`` for sequences
+                packed into one row.
+            sink: as for ``example``; ``layers`` must hold what it wants.
 
         Raises:
             RuntimeError: see ``ExampleWindow.batch``.
@@ -267,7 +263,7 @@ class PopRiskAdamW(torch.optim.AdamW):
         if self._skip_step:
             if self._hopeless:  # a loss scaler, which expects that, does not come by here
                 self._end_window()
-                raise RuntimeError(why_none_is(self._all_parameters(), self._open_window().describe))
+                raise RuntimeError(why_none_is(self._all_parameters(), self.describe))
             logger.warning("a gradient is not finite: this optimizer step was left out.")
             self.statistics.skip()
         else:
