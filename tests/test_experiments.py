@@ -1,6 +1,7 @@
 """The experiments' runner, tables and pages: a made-up experiment, and the results as they are."""
 
 import dataclasses
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,20 @@ def test_the_pages_agree_with_the_results() -> None:
         page.written(
             "<!-- generated: python a.py, nonsense -->\n<!-- b -->\n<!-- end of the generated part -->"
         )
+
+
+def test_every_link_of_a_page_leads_somewhere() -> None:
+    root = RECIPES.parent
+    pages = [root / "README.md", *RECIPES.rglob("*.md"), root / "hf_poprisk/output_space/README.md"]
+    for path in pages:
+        if path.name == "output_space_template.md":
+            continue  # its links are those of the page that it makes
+        for target, anchor in re.findall(r"\]\(([^:)#]*)(#[^)]*)?\)", path.read_text()):
+            file = path.parent / target if target else path
+            assert file.exists(), (path, target)
+            titles = re.findall(r"^#+ (.*)", file.read_text(), re.M) if anchor else []
+            anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+            assert not anchor or anchor[1:] in anchors, (path, target, anchor)
 
 
 def test_the_results_are_small() -> None:

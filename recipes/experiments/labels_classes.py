@@ -34,6 +34,14 @@ DATA = {
     "gauss6": Data(1200, 48, 6, 24, clusters=4),
 }
 
+TITLES = {
+    "digits": "digits",
+    "digits-class": "digits, all wrong ones the next class",
+    "digits-group": "digits, a group of neighbours wrong",
+    "gauss10": "10 classes of Gaussian clusters",
+    "gauss6": "6 classes of Gaussian clusters",
+}
+
 
 class Classifier(nn.Module):
     """A perceptron with two hidden layers of 96."""

@@ -35,6 +35,12 @@ DATA = {
     "dpo-words-group": Pairs(easier=True, wrong="group"),
 }
 
+TITLES = {
+    "dpo": "DPO, text against samples of a model",
+    "dpo-words": "DPO, text against the same words out of order",
+    "dpo-words-lora": "the same with LoRA",
+}
+
 
 def conservative(noise: float) -> dict[str, float]:
     """-(1-ε) log σ(z) - ε log σ(-z) out of TRL's losses: its ``sigmoid`` takes no label_smoothing."""

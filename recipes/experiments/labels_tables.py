@@ -1,36 +1,32 @@
 """Judging labels: ``weight`` beside what it should beat, and tables of all arms."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import fmean
 
+import labels_classes
+import labels_pairs
 import pandas as pd
-from experiment import Experiment, Report
-from tables import arm_or_facet_table, best, difference, markdown, mean, paired
+from experiment import Report
+from tables import best, difference, facet_table, markdown, mean, paired
 
 REPORT = Report("validation_accuracy", "test_accuracy", "higher")
 RATE = ["learning_rate"]
 AIMS = (
-    "data",
-    "wrong",
-    "seeds",
-    "adamw",
-    "weight",
-    "difference [95 %]",
-    "ahead",
-    "to its best epoch",
-    "to drop-told",
-    "at equal rate, least to most",
-    "ε̂, least to most",
-    "AUROC of suspicion, least",
+    "data | wrong | seeds | adamw | weight | difference [95 %] | ahead | to its best epoch | to drop-told "
+    "| at equal rate, least to most | ε̂, least to most | AUROC of suspicion, least"
 )
-TABLES = {  # on the page, by what the arms do
+TABLES = {  # by what the arms do
     "Judging": ("adamw", "weight", "weight+soft", "drop-told", "right-only"),
-    "Controls of judging, and losses of TRL": (
-        *("adamw", "weight-shuffled", "weight-C0", "swap", "robust", "conservative", "ipo"),
-    ),
+    "Controls of judging": ("adamw", "weight-shuffled", "weight-C0"),
+    "For pairs only": ("adamw", "swap", "robust", "conservative", "ipo"),
     "The gates and their masks": ("adamw", "hard", "random-mask", "soft", "random-mask-soft", "ema-soft"),
     "Early stopping": ("adamw", "adamw-early", "adamw-early-loss", "adamw-risk"),
 }
+
+
+def title(data: str) -> str:
+    """In words."""
+    return (labels_classes.TITLES | labels_pairs.TITLES)[data]
 
 
 def aims(rows: pd.DataFrame) -> str:
@@ -66,7 +62,7 @@ def aims(rows: pd.DataFrame) -> str:
                 f"{min(areas):.3f}" if len(areas) else "–",
             ]
         )
-    return markdown(AIMS, lines)
+    return markdown(AIMS.split(" | "), lines)
 
 
 def best_epoch(adamw: pd.DataFrame) -> pd.DataFrame:
@@ -76,27 +72,33 @@ def best_epoch(adamw: pd.DataFrame) -> pd.DataFrame:
     return max(points, key=lambda part: (len(part), fmean(part["test_accuracy_best"])), default=known)
 
 
-def tables(experiment: Experiment, rows: pd.DataFrame) -> str:
+def tables(rows: pd.DataFrame) -> str:
     """All arms at their best learning rates, a table for each kind of arm."""
     out = []
-    for title, arms in TABLES.items():
-        ran = [arm for arm in arms if (rows["arm"] == arm).any()]
-        part = rows[rows["arm"].isin(ran)]
-        others = part[part["arm"] != "adamw"][["data", "noise"]].drop_duplicates()
-        part = part.merge(others, on=["data", "noise"])
-        out += [f"**{title}**", arm_or_facet_table(experiment, part, experiment.reports[0], ran)]
+    for kind, arms in TABLES.items():
+        known = rows[rows["arm"].isin(arms)]
+        others = known[known["arm"] != "adamw"][["data", "noise"]].drop_duplicates()
+        part = known.merge(others, on=["data", "noise"])  # where more than adamw was run
+        out += [f"**{kind}**", facet_table(labels_pairs.EXPERIMENT, part, REPORT, arms)]
     return "\n\n".join(out)
 
 
-def summary(rows: pd.DataFrame, lines: Sequence[tuple[str, float, str]], arms: Sequence[str]) -> str:
-    """README's table: each arm at its best rate; data, share and title of a line."""
+def summary(rows: pd.DataFrame, lines: Iterable[tuple[str, float]], arms: Sequence[str]) -> str:
+    """README's table: each arm at its best rate, a line for each data set and share of wrong labels."""
     out = []
-    for data, noise, title in lines:
+    for data, noise in lines:
         found = rows[(rows["data"] == data) & (rows["noise"] == noise)]
         chosen = [best(found[found["arm"] == arm], RATE, REPORT) for arm in arms]
         seeds = max(map(len, chosen))
         values = [
             mean(part, "test_accuracy") + f" ({len(part)})" * (0 < len(part) < seeds) for part in chosen
         ]
-        out.append([title, *values, mean(chosen[-1], "noise_rate", 2), str(seeds)])
+        out.append(
+            [
+                f"{title(data)}, {100 * noise:g} % wrong",
+                *values,
+                mean(chosen[-1], "noise_rate", 2),
+                str(seeds),
+            ]
+        )
     return markdown(["accuracy on clean test labels", *arms, "its ε̂", "seeds (of an arm)"], out)

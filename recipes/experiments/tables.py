@@ -103,15 +103,13 @@ def point(rows: pd.DataFrame, every: pd.DataFrame, grid: dict[str, list[Any]]) -
     return " / ".join(out)
 
 
-def arm_or_facet_table(
-    experiment: Experiment, rows: pd.DataFrame, report: Report, arms: Sequence[str] = ()
-) -> str:
+def arm_or_facet_table(experiment: Experiment, rows: pd.DataFrame, report: Report) -> str:
     """A report in Markdown: an arm a line; with facets, a facet a line and an arm a column."""
-    arms = list(arms or experiment.arms)
-    return (facet_table if experiment.facets else arm_table)(experiment, rows, report, arms)
+    kind = facet_table if experiment.facets else arm_table
+    return kind(experiment, rows, report, list(experiment.arms))
 
 
-def arm_table(experiment: Experiment, rows: pd.DataFrame, report: Report, arms: list[str]) -> str:
+def arm_table(experiment: Experiment, rows: pd.DataFrame, report: Report, arms: Sequence[str]) -> str:
     """Every arm at its best settings, and where the experiment asks for it at equal ones."""
     name, grid, equal, places = report.result, experiment.grid, experiment.equal, digits(rows, report.result)
     of = {arm: rows[rows["arm"] == arm] for arm in arms}
@@ -137,7 +135,7 @@ def arm_table(experiment: Experiment, rows: pd.DataFrame, report: Report, arms: 
     return markdown(header, lines)
 
 
-def facet_table(experiment: Experiment, rows: pd.DataFrame, report: Report, arms: list[str]) -> str:
+def facet_table(experiment: Experiment, rows: pd.DataFrame, report: Report, arms: Sequence[str]) -> str:
     """Every arm at the settings that are its best for a facet, and its difference to the first arm."""
     name, grid, places = report.result, experiment.grid, digits(rows, report.result)
     header, lines = [" / ".join(experiment.facets), arms[0]], []
