@@ -1,4 +1,4 @@
-"""The experiments on wrong labels: small cells of classes and of pairs, and what the arms and controls do."""
+"""The experiments on mislabeled examples: small cells of classes and of pairs, the arms and controls."""
 
 import json
 import sys
@@ -47,9 +47,12 @@ def test_every_arm_of_a_classification_runs(tmp_path: Path) -> None:
         assert not judged or row["auroc_suspicion"] > 0.8, arm
     assert found["adamw"]["steps"] == 76 and found["adamw-early"]["steps"] == 68  # of 900 examples and 810
     most, plain = found["right-only"], found["adamw"]  # what it is told changes what is learned
-    assert most["wrong_fitted"] < 0.6 * plain["wrong_fitted"], (most["wrong_fitted"], plain["wrong_fitted"])
+    assert most["mislabeled_fitted"] < 0.6 * plain["mislabeled_fitted"], (
+        most["mislabeled_fitted"],
+        plain["mislabeled_fitted"],
+    )
     scores = {
-        (row["test_accuracy"], row["validation_accuracy"], row["wrong_fitted"]) for row in found.values()
+        (row["test_accuracy"], row["validation_accuracy"], row["mislabeled_fitted"]) for row in found.values()
     }
     assert len(scores) > 8  # the arms are not the same run
 
@@ -156,12 +159,12 @@ def test_losses_that_are_told_the_share_are_the_published_ones(recipe: Path, tmp
         found[arm] = loss, trainer._metrics["eval"]["rewards/margins"][0]
     z = found["adamw"][1]
     assert abs(z) > 0.05 and all(margin == pytest.approx(z) for _, margin in found.values())
-    right, wrong = np.log1p(np.exp(-z)), np.log1p(np.exp(z))  # -log σ(z), -log σ(-z)
+    right, mislabeled = np.log1p(np.exp(-z)), np.log1p(np.exp(z))  # -log σ(z), -log σ(-z)
     assert found["adamw"][0] == pytest.approx(right, rel=1e-4)
     assert found["robust"][0] == pytest.approx(
-        ((1 - noise) * right - noise * wrong) / (1 - 2 * noise), rel=1e-4
+        ((1 - noise) * right - noise * mislabeled) / (1 - 2 * noise), rel=1e-4
     )
-    assert found["conservative"][0] == pytest.approx((1 - noise) * right + noise * wrong, rel=1e-4)
+    assert found["conservative"][0] == pytest.approx((1 - noise) * right + noise * mislabeled, rel=1e-4)
     assert abs(found["ipo"][0] - right) > 1  # (z / (β tokens) - 1 / 2β)², about 25
 
 
@@ -171,10 +174,12 @@ def test_labels_are_spoiled_as_said(kind: str, tmp_path: Path) -> None:
     setup = labels_classes.prepare(cell(CLASSES, task, "adamw", 0.2, 1e-3, 1, 1), str(tmp_path))
     x, clean = labels_classes.draw(task, 1)["train"]
     labels = np.array([int(row["labels"]) for row in setup.trainer.train_dataset])
-    assert np.array_equal(labels != clean, setup.wrong) and setup.wrong.sum() == 180
-    step = (labels - clean)[setup.wrong] % 10
+    assert np.array_equal(labels != clean, setup.mislabeled) and setup.mislabeled.sum() == 180
+    step = (labels - clean)[setup.mislabeled] % 10
     assert (len(set(step)) > 5) == (kind == "uniform")
-    spread = [np.square(x[part] - x[part].mean(0)).sum(1).mean() for part in (setup.wrong, ~setup.wrong)]
+    spread = [
+        np.square(x[part] - x[part].mean(0)).sum(1).mean() for part in (setup.mislabeled, ~setup.mislabeled)
+    ]
     assert (spread[0] < 0.8 * spread[1]) == (kind == "group")
 
 
@@ -197,12 +202,16 @@ def test_completions_are_put_out_of_order() -> None:
         != shuffled_words.easier(prose, 0.5, 4)["rejected"]
     )
 
-    wrong = shuffled_words.wrong_of(data, "ties", 0.2, 3)
-    assert wrong.sum() == 8 and all(np.array(data["tie"])[wrong])
-    assert not np.array_equal(wrong, shuffled_words.wrong_of(data, "ties", 0.2, 4))
-    wrong = shuffled_words.wrong_of(data, "group", 0.25, 3)
+    mislabeled = shuffled_words.mislabeled_of(data, "ties", 0.2, 3)
+    assert mislabeled.sum() == 8 and all(np.array(data["tie"])[mislabeled])
+    assert not np.array_equal(mislabeled, shuffled_words.mislabeled_of(data, "ties", 0.2, 4))
+    mislabeled = shuffled_words.mislabeled_of(data, "group", 0.25, 3)
     topics = np.array(data["topic"])
-    assert wrong.sum() == 10 and len(set(topics[wrong])) == 1 and (topics == topics[wrong][0]).sum() == 10
+    assert (
+        mislabeled.sum() == 10
+        and len(set(topics[mislabeled])) == 1
+        and (topics == topics[mislabeled][0]).sum() == 10
+    )
 
 
 @pytest.fixture
@@ -253,8 +262,8 @@ def test_a_recipe_of_ones_own_is_data(recipe: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(labels_pairs, "prepare", watched)
     assert run.main(["labels_pairs", "--data", str(recipe), *options, "--out", str(out)]) == 0
     assert not (recipe.parent / "out").exists()
-    plain = {"train": 35, "validation": 5, "test": 6, "wrong": 11}  # of 42, 5 and two that are too long
-    assert sizes == [plain | {"train": 31, "wrong": 9, "held": 4}, plain]
+    plain = {"train": 35, "validation": 5, "test": 6, "mislabeled": 11}  # of 42, 5 and two that are too long
+    assert sizes == [plain | {"train": 31, "mislabeled": 9, "held": 4}, plain]
     rows = pd.read_csv(out)
     assert rows["arm"].tolist() == ["adamw-early", "swap"] and (rows["test_kl_per_token"] > 0).all()
     assert rows["noise_rate"].isna().tolist() == [True, False]
@@ -272,7 +281,7 @@ def test_a_cell_is_a_run_of_the_recipe(recipe: Path, tmp_path: Path, monkeypatch
     found = {name: row[f"test_{name}"] for name in ("accuracy", "kl_per_token")}
     assert found == {name: scores["test"][name] for name in found}
     assert row["validation_accuracy"] == scores["validation"]["accuracy"]
-    assert row["wrong_fitted"] == scores["flipped"]["accuracy"]
+    assert row["mislabeled_fitted"] == scores["flipped"]["accuracy"]
 
 
 def test_validation_pairs_are_set_apart_with_their_labels_as_they_are(recipe: Path, tmp_path: Path) -> None:
@@ -285,10 +294,10 @@ def test_validation_pairs_are_set_apart_with_their_labels_as_they_are(recipe: Pa
         data = {"train": trainer.train_dataset, **trainer.eval_dataset}
         assert len(data.pop("test")) == 6
         prompts = {name: {row["prompt"] for row in part} for name, part in data.items()}
-        assert not prompts["train"] & prompts["validation"] and prompts["wrong"] < prompts["train"]
+        assert not prompts["train"] & prompts["validation"] and prompts["mislabeled"] < prompts["train"]
         kept = {name: {row["prompt"] for row in part if is_clean(row, clean)} for name, part in data.items()}
-        assert kept["validation"] == prompts["validation"] and not kept["wrong"]
-        assert kept["train"] == prompts["train"] - prompts["wrong"]
+        assert kept["validation"] == prompts["validation"] and not kept["mislabeled"]
+        assert kept["train"] == prompts["train"] - prompts["mislabeled"]
         drawn.append(prompts["validation"])
     assert drawn[0] != drawn[1]
 
@@ -305,7 +314,7 @@ def test_pairs_that_are_too_long_are_not_waited_for(
     trainer.train()
     table = trainer._label_noise.table
     assert sorted(table.visits.tolist()) == [0] * 2 + [2] * 35 and (table.columns["weight"] == 0).sum() == 11
-    monkeypatch.setattr(labels_run, "roc_auc_score", lambda wrong, score: len(wrong))
+    monkeypatch.setattr(labels_run, "roc_auc_score", lambda mislabeled, score: len(mislabeled))
     assert PAIRS.run(one)["auroc_loss_mean"] == 35
 
 

@@ -1,4 +1,4 @@
-"""Double descent: the test error of networks of growing width on handwritten digits with wrong labels."""
+"""Double descent: the test error of networks of growing width on handwritten digits with noisy labels."""
 
 from typing import Any
 
@@ -28,9 +28,9 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
     x, y = (torch.from_numpy(a) for a in load_digits(return_X_y=True))
     order, n = torch.randperm(len(y), generator=draw), cell["num_train"]
     x, y = (x[order] / 8 - 1).float(), y[order]
-    wrong = torch.randperm(n, generator=draw)[: round(cell["noise"] * n)]
+    mislabeled = torch.randperm(n, generator=draw)[: round(cell["noise"] * n)]
     labels = y[:n].clone()
-    labels[wrong] = (labels[wrong] + torch.randint(1, 10, (len(wrong),), generator=draw)) % 10
+    labels[mislabeled] = (labels[mislabeled] + torch.randint(1, 10, (len(mislabeled),), generator=draw)) % 10
     kept = n - n // 10 if cell.get("early") else n
     sets = {
         "train": (x[:kept], labels[:kept]),
@@ -56,7 +56,7 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
 
 
 EXPERIMENT = Experiment(
-    title="Double descent: width sweep on digits, 20 % wrong labels",
+    title="Double descent: width sweep on digits, 20 % mislabeled",
     verdict="supported only at equal learning rate, and a mask does slightly better",
     run=run,
     # one learning rate, at which AdamW fits every label once the network is wide enough; the choice of a

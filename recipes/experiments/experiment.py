@@ -21,7 +21,7 @@ NAMES = (  # the order of the pages
     "text_noise",
     "labels_classes",
     "labels_pairs",
-    "own_effect",
+    "self_influence",
 )
 
 Cell = dict[str, Any]  # arm, one value of every axis, seed

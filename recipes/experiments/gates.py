@@ -38,7 +38,7 @@ def parts(name: str, experiment: Experiment, report: Report) -> Iterator[tuple[s
         return
     for values, part in rows.groupby(list(experiment.facets)):
         facet = dict(zip(experiment.facets, values, strict=True))
-        where = f"{facet['data']}, {100 * facet['noise']:g} % wrong" if "data" in facet else name
+        where = f"{facet['data']}, {100 * facet['noise']:g} % mislabeled" if "data" in facet else name
         where += "".join(f", {k} {v:g}" for k, v in facet.items() if k not in ("data", "noise"))
         yield f"{where}: {what}", part
 

@@ -1,4 +1,4 @@
-"""The arms against wrong labels: AdamW, the gates, what others do, and controls of the judging."""
+"""The arms against mislabeled examples: AdamW, the gates, what others do, and controls of the judging."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ class NothingHeldOut(LabelNoise):
 class DropTold(LabelNoise):
     """From the second epoch on without the share, told, with the largest mean loss of the epochs before."""
 
-    told = 0.0  # the share of wrong labels
+    told = 0.0  # the share of mislabeled examples
     never_seen = 0  # examples that the trainer does without: TRL those whose prompt fills max_length
     _epochs = -1
 
@@ -48,11 +48,11 @@ class DropTold(LabelNoise):
 
 
 class RightOnly(LabelNoise):
-    """The most that judging could give: told which labels are wrong, it trains on none of them."""
+    """The most that judging could give: told which examples are mislabeled, it trains on none of them."""
 
     def _strength(self, visit: Any, log_odds: Tensor, num_labels: int) -> Tensor:
         super()._strength(visit, log_odds, num_labels)
-        visit.weight = (~self.wrong[visit.rows]).float()
+        visit.weight = (~self.mislabeled[visit.rows]).float()
         return visit.weight
 
 

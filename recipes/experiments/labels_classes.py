@@ -1,4 +1,4 @@
-"""Classes with wrong labels: handwritten digits and Gaussian clusters, by a small perceptron."""
+"""Classes with mislabeled examples: handwritten digits and Gaussian clusters, by a small perceptron."""
 
 from dataclasses import dataclass
 
@@ -16,28 +16,28 @@ from hf_poprisk import PopRiskTrainer, PopRiskTrainingArguments
 
 @dataclass(frozen=True)
 class Data:
-    """Sizes, and which labels are wrong."""
+    """Sizes, and which examples are mislabeled."""
 
     num_train: int
     batch: int
     classes: int
     dimensions: int
     clusters: int = 0  # of each class
-    wrong: str = "uniform"  # another label at random; the next "class"; a "group" of neighbours, the next one
+    noise: str = "uniform"  # another class at random; the next "class"; a "group" of neighbours, the next
 
 
 DATA = {
     "digits": Data(900, 48, 10, 64),
-    "digits-class": Data(900, 48, 10, 64, wrong="class"),
-    "digits-group": Data(900, 48, 10, 64, wrong="group"),
+    "digits-class": Data(900, 48, 10, 64, noise="class"),
+    "digits-group": Data(900, 48, 10, 64, noise="group"),
     "gauss10": Data(1024, 64, 10, 32, clusters=3),
     "gauss6": Data(1200, 48, 6, 24, clusters=4),
 }
 
 TITLES = {
     "digits": "digits",
-    "digits-class": "digits, all wrong ones the next class",
-    "digits-group": "digits, a group of neighbours wrong",
+    "digits-class": "digits, all to the next class",
+    "digits-group": "digits, a group of neighbours mislabeled",
     "gauss10": "10 classes of Gaussian clusters",
     "gauss6": "6 classes of Gaussian clusters",
 }
@@ -74,23 +74,23 @@ def draw(name: str, seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def spoil(x: np.ndarray, labels: np.ndarray, cell: Cell) -> tuple[np.ndarray, np.ndarray]:
-    """Labels [n] of which a share is wrong, and which ones [n] are."""
+    """Labels [n] of which a share is of another class, and which ones [n]."""
     data, rng, n = DATA[cell["data"]], np.random.default_rng([cell["seed"], 1]), len(labels)
-    step = rng.integers(1, data.classes, size=n) if data.wrong == "uniform" else 1
+    step = rng.integers(1, data.classes, size=n) if data.noise == "uniform" else 1
     other, order = (labels + step) % data.classes, rng.permutation(n)
-    if data.wrong == "group":
+    if data.noise == "group":
         order = np.square(x - x[order[0]]).sum(1).argsort()
-    wrong = order.argsort() < round(cell["noise"] * n)
-    return np.where(wrong, other, labels), wrong
+    mislabeled = order.argsort() < round(cell["noise"] * n)
+    return np.where(mislabeled, other, labels), mislabeled
 
 
 def prepare(cell: Cell, folder: str) -> Setup:
-    """The trainer of a cell, on labels of which its share is wrong."""
+    """The trainer of a cell, with its share of mislabeled examples."""
     data, sets = DATA[cell["data"]], draw(cell["data"], cell["seed"])
     x, clean = sets.pop("train")
-    labels, wrong = spoil(x, clean, cell)
+    labels, mislabeled = spoil(x, clean, cell)
     kept, held = hold_out(len(x), cell)
-    sets |= {name: (x[i], labels[i]) for name, i in (("wrong", kept[wrong[kept]]), ("held", held))}
+    sets |= {name: (x[i], labels[i]) for name, i in (("mislabeled", kept[mislabeled[kept]]), ("held", held))}
     tensors = {name: [torch.from_numpy(a) for a in part] for name, part in sets.items() if len(part[1])}
 
     transformers.set_seed(cell["seed"])
@@ -105,7 +105,7 @@ def prepare(cell: Cell, folder: str) -> Setup:
         report_to="none",
         use_cpu=True,
     )
-    trainer = trainer_class(PopRiskTrainer, cell, wrong[kept])(
+    trainer = trainer_class(PopRiskTrainer, cell, mislabeled[kept])(
         model=model,
         args=args,
         train_dataset=[{"x": torch.from_numpy(x[i]), "labels": torch.tensor(labels[i])} for i in kept],
@@ -119,11 +119,11 @@ def prepare(cell: Cell, folder: str) -> Setup:
         right = found["logits"].argmax(1) == truth
         return {"accuracy": right.float().mean().item(), "loss": found["loss"].item()}
 
-    return Setup(trainer, score, wrong[kept], list(tensors), list(tensors))
+    return Setup(trainer, score, mislabeled[kept], list(tensors), list(tensors))
 
 
 EXPERIMENT = Experiment(
-    title="Wrong labels: digits and Gaussian clusters, a perceptron",
+    title="Mislabeled examples: digits and Gaussian clusters, a perceptron",
     verdict="the gate gains what a random mask gains; judging labels gains 2 to 7 points",
     run=lambda cell: run_cell(cell, prepare),
     settings={"epochs": 20},

@@ -23,7 +23,7 @@ from labels_run import HELD_OUT, Setup, hold_out, run_cell, trainer_class, train
 class Pairs:
     recipe: str = "dpo"  # folder of recipes/tiny
     easier: bool = False  # pairs that are easily told apart, see shuffled_words.py
-    wrong: str = "random"  # labels; else those on ``ties``, which half of the pairs then are, or a ``group``
+    noise: str = "random"  # else on ``ties``, which half of the pairs then are, or a ``group``
 
 
 DATA = {
@@ -31,8 +31,8 @@ DATA = {
     "dpo-lora": Pairs("dpo-lora"),
     "dpo-words": Pairs(easier=True),
     "dpo-words-lora": Pairs("dpo-lora", easier=True),
-    "dpo-words-ties": Pairs(easier=True, wrong="ties"),
-    "dpo-words-group": Pairs(easier=True, wrong="group"),
+    "dpo-words-ties": Pairs(easier=True, noise="ties"),
+    "dpo-words-group": Pairs(easier=True, noise="group"),
 }
 
 TITLES = {
@@ -96,30 +96,30 @@ def prepare(cell: Cell, folder: str) -> Setup:
         train, held_out["validation"] = parts["train"], parts["test"]
     data = DATA.get(cell["data"], Pairs())
     if data.easier:
-        ties = 0.5 if data.wrong == "ties" else 0.0
+        ties = 0.5 if data.noise == "ties" else 0.0
         train = shuffled_words.easier(train, ties, seed)
         held_out = {name: shuffled_words.easier(part, ties, seed) for name, part in held_out.items()}
-    if data.wrong == "random":
+    if data.noise == "random":
         train = common.flip_preferences(train, noise, seed)
     else:
-        train = common.swap_preferences(train, shuffled_words.wrong_of(train, data.wrong, noise, seed))
-    wrong = np.array(train["is_flipped"])
+        train = common.swap_preferences(train, shuffled_words.mislabeled_of(train, data.noise, noise, seed))
+    mislabeled = np.array(train["is_flipped"])
     kept, held = hold_out(len(train), cell)
     sets = {name: held_out[name] for name in ("validation", "test")}
-    for name, rows in (("wrong", kept[wrong[kept]][: dpo.MAX_FLIPPED_EVAL]), ("held", held)):
+    for name, rows in (("mislabeled", kept[mislabeled[kept]][: dpo.MAX_FLIPPED_EVAL]), ("held", held)):
         sets |= {name: train.select(rows)} if len(rows) else {}
     transformers.set_seed(seed)
-    trainer_kind = trainer_class(Trainer, cell, wrong[kept])
+    trainer_kind = trainer_class(Trainer, cell, mislabeled[kept])
     trainer = dpo.make_trainer(trainer_kind, args, model_args, train.select(kept), sets)
     reference = dpo.reference_of(trainer, model_args)
     every_epoch = list(sets) if cell.get("early") else ["test"] if cell["arm"] == "adamw" else []
     return Setup(
-        trainer, lambda name: dpo.score(trainer, reference, name), wrong[kept], list(sets), every_epoch
+        trainer, lambda name: dpo.score(trainer, reference, name), mislabeled[kept], list(sets), every_epoch
     )
 
 
 EXPERIMENT = Experiment(
-    title="Wrong labels: preference pairs, DPO",
+    title="Mislabeled examples: preference pairs, DPO",
     verdict="supported only at equal learning rate, and a mask does the same",
     run=lambda cell: run_cell(cell, prepare),
     settings={"epochs": 4},

@@ -1,4 +1,4 @@
-"""One run on labels that may be wrong, from a cell to its results."""
+"""One run with mislabeled examples, from a cell to its results."""
 
 import tempfile
 from collections.abc import Callable
@@ -25,7 +25,7 @@ class Setup:
 
     trainer: Trainer
     score: Callable[[str], dict[str, float]]  # name of a set → accuracy, loss, and more of preferences
-    wrong: np.ndarray  # [n] bool, of the examples that the trainer was given
+    mislabeled: np.ndarray  # [n] bool, of the examples that the trainer was given
     sets: list[str]
     every_epoch: list[str]  # sets that are scored after every epoch; the others at the end only
 
@@ -53,8 +53,8 @@ def training_arguments(cell: Cell, folder: str) -> dict[str, Any]:
     }
 
 
-def trainer_class(base: Any, cell: Cell, wrong: np.ndarray) -> Any:
-    """The trainer with the arm's own judge and optimizer in it; ``wrong``, [n] bool, are its examples."""
+def trainer_class(base: Any, cell: Cell, mislabeled: np.ndarray) -> Any:
+    """The trainer with the arm's own judge and optimizer; ``mislabeled``: [n] bool, of its examples."""
 
     class ArmTrainer(base):
         def _new_judge(self, *args: Any) -> LabelNoise:
@@ -62,7 +62,7 @@ def trainer_class(base: Any, cell: Cell, wrong: np.ndarray) -> Any:
             if "judge" not in cell:
                 return plain
             judge = cell["judge"](plain.mode, plain.preferences, plain.table, plain.sample)
-            judge.told, judge.wrong = cell["noise"], torch.from_numpy(wrong).to(plain.table.device)
+            judge.told, judge.mislabeled = cell["noise"], torch.from_numpy(mislabeled).to(plain.table.device)
             judge.never_seen = len(plain.table) - len(self.train_dataset)
             return judge
 
@@ -87,7 +87,7 @@ class Curves(TrainerCallback):
 
 
 def run_cell(cell: Cell, prepare: Callable[[Cell, str], Setup]) -> dict[str, float | None]:
-    """Train once; accuracies are on clean labels, ``wrong_fitted`` is on the wrong ones as they are."""
+    """Train once; accuracies are on clean labels, ``mislabeled_fitted`` on mislabeled ones as labeled."""
     with tempfile.TemporaryDirectory() as folder:
         setup = prepare(cell, folder)
         trainer, timer, curves = setup.trainer, common.StepTimer(), Curves(setup)
@@ -103,19 +103,21 @@ def run_cell(cell: Cell, prepare: Callable[[Cell, str], Setup]) -> dict[str, flo
         epoch = int(np.argmax(np.nan_to_num([sign * scores[by] for scores in curve["held"]], nan=-np.inf)))
     final = {name: curve[name][epoch] if name in curve else setup.score(name) for name in setup.sets}
     judge, aurocs = trainer._label_noise, {}
-    if judge is not None and setup.wrong.any():
+    if judge is not None and setup.mislabeled.any():
         table = judge.table
         columns = {"suspicion": -table.columns["heldout_logodds"], "loss_mean": table.columns["loss_mean"]}
         seen = (table.visits > 0).cpu()
         finite = {name: column.cpu()[seen].nan_to_num() for name, column in columns.items()}
-        aurocs = {name: float(roc_auc_score(setup.wrong[seen], column)) for name, column in finite.items()}
+        aurocs = {
+            name: float(roc_auc_score(setup.mislabeled[seen], column)) for name, column in finite.items()
+        }
     return {
         "validation_accuracy": final["validation"]["accuracy"],
         "test_accuracy": final["test"]["accuracy"],
         # of the epoch that is best on test, which nobody can choose
         "test_accuracy_best": max(s["accuracy"] for s in curve["test"]) if "test" in curve else None,
         "test_kl_per_token": final["test"].get("kl_per_token"),
-        "wrong_fitted": final.get("wrong", {}).get("accuracy"),
+        "mislabeled_fitted": final.get("mislabeled", {}).get("accuracy"),
         "noise_rate": judge.fit.rate if judge is not None and judge.fits else None,
         "auroc_suspicion": aurocs.get("suspicion"),
         "auroc_loss_mean": aurocs.get("loss_mean"),

@@ -12,8 +12,8 @@ from tables import best, difference, facet_table, markdown, mean, paired
 REPORT = Report("validation_accuracy", "test_accuracy", "higher")
 RATE = ["learning_rate"]
 AIMS = (
-    "data | wrong | seeds | adamw | weight | difference [95 %] | ahead | to its best epoch | to drop-told "
-    "| at equal rate, least to most | ε̂, least to most | AUROC of suspicion, least"
+    "data | mislabeled | seeds | adamw | weight | difference [95 %] | ahead | to its best epoch "
+    "| to drop-told | at equal rate, least to most | ε̂, least to most | AUROC of suspicion, least"
 )
 TABLES = {  # by what the arms do
     "Judging": ("adamw", "weight", "weight+soft", "drop-told", "right-only"),
@@ -84,7 +84,7 @@ def tables(rows: pd.DataFrame) -> str:
 
 
 def summary(rows: pd.DataFrame, lines: Iterable[tuple[str, float]], arms: Sequence[str]) -> str:
-    """README's table: each arm at its best rate, a line for each data set and share of wrong labels."""
+    """README's table: each arm at its best rate, a line for each data set and share of noise."""
     out = []
     for data, noise in lines:
         found = rows[(rows["data"] == data) & (rows["noise"] == noise)]
@@ -95,7 +95,7 @@ def summary(rows: pd.DataFrame, lines: Iterable[tuple[str, float]], arms: Sequen
         ]
         out.append(
             [
-                f"{title(data)}, {100 * noise:g} % wrong",
+                f"{title(data)}, {100 * noise:g} % mislabeled",
                 *values,
                 mean(chosen[-1], "noise_rate", 2),
                 str(seeds),

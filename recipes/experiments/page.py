@@ -16,8 +16,8 @@ import common
 import figure
 import gates
 import labels_tables
-import own_effect
 import pandas as pd
+import self_influence
 from experiment import HERE, NAMES, Experiment, load, read, results_of
 from tables import arm_or_facet_table, best, digits, markdown, with_error
 
@@ -25,18 +25,18 @@ PAGES = (HERE / "RESULTS.md", HERE / "LABEL_NOISE.md", HERE.parents[1] / "README
 END = "<!-- end of the generated part -->"
 MARKED = re.compile(rf"(<!-- generated: [^>]*?, ([\w-]+) -->)\n.*?\n({END})", re.S)
 LABELS = ("labels_classes", "labels_pairs")
-CLAIMS = [name for name in NAMES if name not in (*LABELS, "own_effect")]  # of the source
+CLAIMS = [name for name in NAMES if name not in (*LABELS, "self_influence")]  # of the source
 FRESH = range(5, 10)  # seeds that nobody had seen while the rule was made
 SHOWN = ("adamw", "hard", "soft", "random-mask")  # the arms in README, for the gate
 SHOWN_OF_LABELS = ("adamw", "adamw-early", "soft", "drop-told", "weight+soft", "weight")  # of labels
-OF_THE_GATE = {  # data → verdict, of the lines in README with 30 % wrong labels
+OF_THE_GATE = {  # data → verdict, of the lines in README with 30 % mislabeled
     "dpo": "supported only at equal learning rate, and a mask does the same",
     "dpo-words": "supported only at equal learning rate, and a mask does the same",
     "dpo-words-lora": "the soft gate only at equal learning rate, as its mask; the hard one has one seed",
     "digits": "not supported: 0.6 and 1.0 points, and a mask has as many; judging labels gains 3.5 points",
     "gauss6": "not supported: 2.4 points, and a mask has as many; judging labels gains 6.9 points",
 }
-OF_LABELS = (  # data and share of wrong labels
+OF_LABELS = (  # data and share of mislabeled examples
     *(("digits", noise) for noise in (0.2, 0.3, 0.4)),
     *(("gauss6", 0.3), ("gauss10", 0.3), ("digits", 0.0), ("digits-class", 0.2)),
     *(("dpo-words", noise) for noise in (0.2, 0.3, 0.4)),
@@ -89,7 +89,7 @@ def summary() -> str:
     for data, verdict in OF_THE_GATE.items():
         rows = labels[(labels["data"] == data) & (labels["noise"] == 0.3)]
         values = [with_error(best(rows[rows["arm"] == arm], rate, report), report.result) for arm in SHOWN]
-        out.append([f"{labels_tables.title(data)}, 30 % wrong", "accuracy", *values, verdict])
+        out.append([f"{labels_tables.title(data)}, 30 % mislabeled", "accuracy", *values, verdict])
     return markdown(["", "on test data", *SHOWN, "the claim is"], out)
 
 
@@ -98,7 +98,7 @@ PARTS: dict[str, Callable[[], str]] = {
     **{name: lambda name=name: section(name) for name in CLAIMS},
     "aims": lambda: labels_tables.aims(label_rows()),
     "fresh": lambda: labels_tables.aims(label_rows(FRESH)),
-    "own-effect": lambda: own_effect.table(rows_of("own_effect")[1]),
+    "self-influence": lambda: self_influence.table(rows_of("self_influence")[1]),
     "arms": lambda: labels_tables.tables(label_rows()),
     "summary": summary,
     "labels": lambda: labels_tables.summary(label_rows(), OF_LABELS, SHOWN_OF_LABELS),

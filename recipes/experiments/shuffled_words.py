@@ -1,7 +1,7 @@
 """Preference pairs that are easily told apart: the rejected completion is the chosen one, out of order.
 
-Wrong labels of them may be drawn at random, stand on pairs that are nearly a tie (two neighbouring words
-changed places, of half of the pairs), or be the coherent preference of a minority: those of whole topics.
+Mislabeled ones may be drawn at random, be pairs that are nearly a tie (two neighbouring words changed
+places, of half of the pairs), or the coherent preference of a minority: those of whole topics.
 """
 
 import numpy as np
@@ -44,14 +44,14 @@ def easier(data: Dataset, ties: float, seed: int) -> Dataset:
     return data.filter(lambda row: row["rejected"] != row["chosen"])
 
 
-def wrong_of(data: Dataset, kind: str, noise: float, seed: int) -> np.ndarray:
-    """Which labels are wrong, [n] bool, ``round(noise · n)`` of them; kind: ``ties`` or ``group``."""
+def mislabeled_of(data: Dataset, kind: str, noise: float, seed: int) -> np.ndarray:
+    """Which pairs are mislabeled, [n] bool, ``round(noise · n)`` of them; kind: ``ties`` or ``group``."""
     order, count = np.random.default_rng(seed).permutation(len(data)), round(noise * len(data))
     if kind == "ties":
         order = order[np.argsort(~np.array(data["tie"])[order], kind="stable")]
     else:  # whole topics, the largest first
         names, topic, sizes = np.unique(data["topic"], return_inverse=True, return_counts=True)
         order = order[np.lexsort((topic[order], -sizes[topic[order]]))]
-    wrong = np.zeros(len(data), dtype=bool)
-    wrong[order[:count]] = True
-    return wrong
+    mislabeled = np.zeros(len(data), dtype=bool)
+    mislabeled[order[:count]] = True
+    return mislabeled

@@ -1,4 +1,4 @@
-"""Fine-tuning a small language model to say which library a docstring is from, with wrong labels.
+"""Fine-tuning a small language model to say which library a docstring is from, with noisy labels.
 
 The model of ``scripts/prepare_tiny.py`` and docstrings of Python's standard library, which differ between
 Python versions; ``model`` and ``dataset`` may name others on the Hub, with ``text`` and ``label`` columns and
@@ -50,7 +50,7 @@ def docstrings() -> DatasetDict:
 
 
 def run(cell: dict[str, Any]) -> dict[str, Any]:
-    """Accuracy on clean validation and test labels, and on the wrong training labels (what was memorised).
+    """Accuracy on clean validation and test labels, and on the mislabeled texts (what was memorised).
 
     ``early`` keeps 10 % of the noisy labels apart and reports the epoch at which their loss is lowest.
     """
@@ -65,12 +65,12 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
         sets[name] = dict(tokens) | {"labels": torch.tensor(data[name]["label"])}
     rng, labels = np.random.default_rng(cell["seed"]), sets["train"]["labels"].numpy()
     n, classes = len(labels), int(labels.max()) + 1
-    wrong = rng.permutation(n)[: round(cell["noise"] * n)]
-    labels[wrong] = (labels[wrong] + rng.integers(1, classes, len(wrong))) % classes
+    mislabeled = rng.permutation(n)[: round(cell["noise"] * n)]
+    labels[mislabeled] = (labels[mislabeled] + rng.integers(1, classes, len(mislabeled))) % classes
     held = rng.permutation(n)[: n // 10 if cell.get("early") else 0]
     kept = np.setdiff1d(np.arange(n), held)
     train = sets.pop("train")
-    sets["wrong"] = pick(train, np.setdiff1d(wrong, held))
+    sets["mislabeled"] = pick(train, np.setdiff1d(mislabeled, held))
     torch.manual_seed(cell["seed"])
     model = AutoModelForSequenceClassification.from_pretrained(
         cell["model"], num_labels=classes, dtype=torch.float32
@@ -103,7 +103,7 @@ def pick(part: dict[str, torch.Tensor], rows: Any) -> dict[str, torch.Tensor]:
 
 
 EXPERIMENT = Experiment(
-    title="Wrong labels: fine-tuning a language model as a classifier, 30 % wrong",
+    title="Mislabeled texts: fine-tuning a language model as a classifier, 30 % mislabeled",
     verdict="not supported here",
     run=run,
     settings={
@@ -121,5 +121,5 @@ EXPERIMENT = Experiment(
     grid={"learning_rate": [0.0003, 0.001, 0.003]},
     reports=[Report("validation_accuracy", "test_accuracy", "higher")],
     equal={"learning_rate": 0.001},
-    columns={"wrong_accuracy": "wrong labels fitted"},
+    columns={"mislabeled_accuracy": "mislabeled fitted"},
 )

@@ -1,11 +1,11 @@
-"""How much of an example's log-odds is its own doing: the estimate, beside models that never saw it.
+"""Self-influence: how much of an example's log-odds is its own doing, beside models that never saw it.
 
 A cell trains on all examples, scoring them (``poprisk_label_noise=audit``), and then without a part of them
 at a time. For each example the difference of its log-odds is what it taught the model itself, and what of it
 the others did not undo. That is compared with the estimate (a share of the effect of the example's own
 steps, for good), with the same effect halved at each visit, and with nothing; the estimate of the share of
-wrong labels and how they are ranked likewise. Models without a part of the data are a little worse on it for
-that alone, which counts as own effect here: more parts, less of that.
+mislabeled examples and how they are ranked likewise. Models without a part of the data are a little worse on
+it for that alone, which counts as self-influence here: more parts, less of that.
 """
 
 import tempfile
@@ -30,8 +30,8 @@ from hf_poprisk.label_noise import fit_noise
 from hf_poprisk.label_noise.log_odds import LogOddsTap
 
 COLUMNS = {  # results → headings; nats, and shares of the squared effects
-    "own_right": "own effect, right labels",
-    "own_wrong": "wrong labels",
+    "influence_clean": "self-influence, clean",
+    "influence_mislabeled": "mislabeled",
     "estimate": "estimate",
     "explained": "explained by it",
     "explained_halved": "explained if halved",
@@ -45,8 +45,8 @@ class Run:
     """What is known of the examples after training."""
 
     log_odds: np.ndarray  # [n]
-    own_effect: np.ndarray  # [epochs, n], the estimate after each epoch
-    wrong: np.ndarray  # [n]
+    self_influence: np.ndarray  # [epochs, n], the estimate after each epoch
+    mislabeled: np.ndarray  # [n]
     num_labels: int
     kept: float  # the share of the effect of its own steps that the estimate takes to stay
 
@@ -85,7 +85,7 @@ def train(cell: Cell, left_out: np.ndarray) -> Run:
     with tempfile.TemporaryDirectory() as folder:
         setup = prepare(cell | {"poprisk_label_noise": "audit" if judged else "off"}, folder)
         trainer, data = setup.trainer, setup.trainer.train_dataset
-        if len(data) != len(setup.wrong):
+        if len(data) != len(setup.mislabeled):
             raise common.RecipeError(f"{cell['data']}: the trainer left out examples of its own.")
         rows = np.arange(len(data)) if judged else left_out
         trainer.remove_callback(PrinterCallback)
@@ -98,7 +98,7 @@ def train(cell: Cell, left_out: np.ndarray) -> Run:
         trainer.train()
         z, num_labels = log_odds(trainer, chosen(data, rows), pairs)
     kept = trainer._label_noise.kept_share if judged else np.nan
-    return Run(z, np.array(effects.seen), setup.wrong[rows], num_labels, kept)
+    return Run(z, np.array(effects.seen), setup.mislabeled[rows], num_labels, kept)
 
 
 def chosen(data: Any, rows: np.ndarray) -> Any:
@@ -114,19 +114,19 @@ def run(cell: Cell) -> dict[str, float | None]:
     if cell["folds"] < 2:
         raise common.RecipeError("folds must be at least 2: parts of the data are left out in turn.")
     everything = train(cell, np.array([], dtype=int))
-    z, wrong, estimate = everything.log_odds, everything.wrong, everything.own_effect[-1]
+    z, mislabeled, estimate = everything.log_odds, everything.mislabeled, everything.self_influence[-1]
     order, without = np.random.default_rng([cell["seed"], 3]).permutation(len(z)), np.empty_like(z)
     for fold in range(cell["folds"]):
         part = np.sort(order[fold :: cell["folds"]])
         without[part] = train(cell, part).log_odds
     halved = np.zeros(len(z))
-    steps = np.diff(everything.own_effect, axis=0, prepend=0) / everything.kept  # of each epoch
+    steps = np.diff(everything.self_influence, axis=0, prepend=0) / everything.kept  # of each epoch
     for step in steps:
         halved = halved / 2 + step
     own, total = z - without, steps.sum(0)
     found = {
-        "own_right": own[~wrong].mean(),
-        "own_wrong": own[wrong].mean() if wrong.any() else None,
+        "influence_clean": own[~mislabeled].mean(),
+        "influence_mislabeled": own[mislabeled].mean() if mislabeled.any() else None,
         "estimate": estimate.mean(),
         "explained": 1 - np.square(own - estimate).sum() / np.square(own).sum(),
         "explained_halved": 1 - np.square(own - halved).sum() / np.square(own).sum(),
@@ -134,7 +134,7 @@ def run(cell: Cell) -> dict[str, float | None]:
     }
     for name, score in zip(SCORES, (without, z - estimate, z - halved, z), strict=True):
         found[f"rate_{name}"] = fit_noise(score, everything.num_labels).rate
-        found[f"auroc_{name}"] = roc_auc_score(~wrong, score) if wrong.any() else None
+        found[f"auroc_{name}"] = roc_auc_score(~mislabeled, score) if mislabeled.any() else None
     return {name: None if value is None else float(value) for name, value in found.items()}
 
 

@@ -1,4 +1,4 @@
-"""The experiment own_effect: own effects beside models that never saw the example."""
+"""The experiment self_influence: self-influences beside models that never saw the example."""
 
 import sys
 from pathlib import Path
@@ -13,10 +13,10 @@ from transformers import Trainer
 RECIPES = Path(__file__).parents[1] / "recipes"
 sys.path[:0] = [str(RECIPES), str(RECIPES / "experiments")]
 
-import own_effect  # noqa: E402
+import self_influence  # noqa: E402
 from common import RecipeError  # noqa: E402
 
-CELL = own_effect.EXPERIMENT.options(
+CELL = self_influence.EXPERIMENT.options(
     {"arm": "adamw", "data": "digits", "noise": 0.3, "learning_rate": 3e-3, "epochs": 2, "seed": 0}
 )
 
@@ -24,31 +24,31 @@ CELL = own_effect.EXPERIMENT.options(
 def test_the_numbers_of_a_known_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of what two epochs taught each example, 0.25 and then 0.75, a fifth stays."""
     rng, n = np.random.default_rng(0), 400
-    wrong, base = np.arange(n) < 100, rng.logistic(size=n) + 1.0
-    base[wrong] *= -1
+    mislabeled, base = np.arange(n) < 100, rng.logistic(size=n) + 1.0
+    base[mislabeled] *= -1
     taught = np.array([0.25, 1.0])[:, None] * rng.uniform(1.0, 2.0, size=n)  # so far
 
-    def trained(cell: Any, left_out: np.ndarray) -> own_effect.Run:
+    def trained(cell: Any, left_out: np.ndarray) -> self_influence.Run:
         if len(left_out):
-            return own_effect.Run(base[left_out], np.empty(0), wrong[left_out], 10, np.nan)
-        return own_effect.Run(base + 0.2 * taught[1], 0.5 * taught, wrong, 10, 0.5)
+            return self_influence.Run(base[left_out], np.empty(0), mislabeled[left_out], 10, np.nan)
+        return self_influence.Run(base + 0.2 * taught[1], 0.5 * taught, mislabeled, 10, 0.5)
 
-    monkeypatch.setattr(own_effect, "train", trained)
-    found = own_effect.run(CELL | {"folds": 3})
+    monkeypatch.setattr(self_influence, "train", trained)
+    found = self_influence.run(CELL | {"folds": 3})
     assert found["best_share"] == pytest.approx(0.2)
-    assert found["own_right"] == pytest.approx(0.2 * taught[1, 100:].mean())
-    assert found["own_wrong"] == pytest.approx(0.2 * taught[1, :100].mean())
+    assert found["influence_clean"] == pytest.approx(0.2 * taught[1, 100:].mean())
+    assert found["influence_mislabeled"] == pytest.approx(0.2 * taught[1, :100].mean())
     assert found["estimate"] == pytest.approx(0.5 * taught[1].mean())
     assert found["explained"] == pytest.approx(1 - (0.3 / 0.2) ** 2)
     # 0.75 + 0.25/2 of what was taught
     assert found["explained_halved"] == pytest.approx(1 - (0.675 / 0.2) ** 2)
     seen = base + 0.2 * taught[1]
     scored = [base, seen - 0.5 * taught[1], seen - 0.875 * taught[1], seen]
-    for name, z in zip(own_effect.SCORES, scored, strict=True):
-        assert found[f"rate_{name}"] == pytest.approx(own_effect.fit_noise(z, 10).rate)
-        assert found[f"auroc_{name}"] == pytest.approx(roc_auc_score(~wrong, z))
-    printed = own_effect.table(pd.DataFrame([CELL | found, CELL | found]))
-    assert len(printed.splitlines()) == 3 and f"| 2 | {found['own_right']:.2f} |" in printed
+    for name, z in zip(self_influence.SCORES, scored, strict=True):
+        assert found[f"rate_{name}"] == pytest.approx(self_influence.fit_noise(z, 10).rate)
+        assert found[f"auroc_{name}"] == pytest.approx(roc_auc_score(~mislabeled, z))
+    printed = self_influence.table(pd.DataFrame([CELL | found, CELL | found]))
+    assert len(printed.splitlines()) == 3 and f"| 2 | {found['influence_clean']:.2f} |" in printed
 
 
 def test_what_is_left_out_is_not_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,17 +61,20 @@ def test_what_is_left_out_is_not_trained_on(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(Trainer, "train", watched)
     part = np.arange(5, 900, 6)
-    everything, without = own_effect.train(CELL, np.array([], dtype=int)), own_effect.train(CELL, part)
+    everything, without = (
+        self_influence.train(CELL, np.array([], dtype=int)),
+        self_influence.train(CELL, part),
+    )
     assert [len(x) for x in seen] == [900, 750]
     assert np.array_equal(seen[1], np.delete(seen[0], part, axis=0))
-    assert everything.log_odds.shape == (900,) and everything.own_effect.shape == (2, 900)
+    assert everything.log_odds.shape == (900,) and everything.self_influence.shape == (2, 900)
     assert without.log_odds.shape == (150,) and everything.num_labels == 10
-    assert np.array_equal(everything.wrong[part], without.wrong) and without.wrong.any()
-    assert (np.diff(everything.own_effect, axis=0, prepend=0) > 0).all()
+    assert np.array_equal(everything.mislabeled[part], without.mislabeled) and without.mislabeled.any()
+    assert (np.diff(everything.self_influence, axis=0, prepend=0) > 0).all()
     # the same examples, by models of nearly the same data
     assert np.corrcoef(everything.log_odds[part], without.log_odds)[0, 1] > 0.9
 
 
 def test_one_part_is_none() -> None:
     with pytest.raises(RecipeError, match="folds must be at least 2"):
-        own_effect.run(CELL | {"folds": 1})
+        self_influence.run(CELL | {"folds": 1})
