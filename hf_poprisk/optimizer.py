@@ -218,7 +218,7 @@ class PopRiskAdamW(torch.optim.AdamW):
                 logger.warning("a step with a single example is plain AdamW's; this is said once.")
                 self._said_single = True
             return
-        sums = [decide(p.grad, sq_sum, num_examples, self.gate) for p, sq_sum in sq_sums.items()]
+        sums = [self.decide(p.grad, sq_sum, num_examples) for p, sq_sum in sq_sums.items()]
         self._openness = sq_sums
         if not sums:
             return
@@ -245,6 +245,10 @@ class PopRiskAdamW(torch.optim.AdamW):
             openness, live = stacked[:, 0].sum(), stacked[:, 1].sum()
             ungated = sum(p.numel() for p in self._ungated if p.grad is not None)
             self.open_share = (openness + ungated) / (live + ungated).clamp(min=1)
+
+    def decide(self, grad: Tensor, sq_sum: Tensor, num_examples: int) -> Tensor:
+        """Write a parameter's q over its Q; returns its sums, see ``gated_adamw.decide``."""
+        return decide(grad, sq_sum, num_examples, self.gate)
 
     def _warming_up(self, params: Iterable[Tensor]) -> bool:
         """Whether the next step is not gated yet."""

@@ -65,7 +65,7 @@ def run(main: Callable[[], None]) -> None:
         logging.getLogger(__name__).debug("where it came from:", exc_info=True)
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
     except KeyboardInterrupt:
-        print("\ninterrupted: nothing was published; finished checkpoints are kept.", file=sys.stderr)
+        print("\ninterrupted: nothing was published; what is finished is kept.", file=sys.stderr)
         sys.exit(130)
 
 

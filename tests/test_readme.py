@@ -1,4 +1,4 @@
-"""README's loops, run as they are printed."""
+"""The guides' loops, run as they are printed."""
 
 import re
 from pathlib import Path
@@ -14,11 +14,15 @@ from hf_poprisk.output_space import load_recording
 from hf_poprisk.output_space.analysis import analyse
 
 README = Path(__file__).parents[1] / "README.md"
+GUIDES = [
+    README.parent / "hf_poprisk" / folder / "README.md" for folder in ("", "per_example", "output_space")
+]
 
 
 def block(name: str) -> str:
-    found = re.search(rf"<!-- test: {name} -->\n```python\n(.*?)```", README.read_text(), re.S)
-    assert found, f"README has no block {name}"
+    text = "".join(page.read_text() for page in GUIDES)
+    found = re.search(rf"<!-- test: {name} -->\n```python\n(.*?)```", text, re.S)
+    assert found, f"no guide has a block {name}"
     return found.group(1)
 
 
@@ -56,8 +60,21 @@ def test_the_batched_loop_runs(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_every_file_readme_names_is_there() -> None:
     root = README.parent
-    for path in re.findall(r"`((?:recipes|scripts|hf_poprisk)/[\w./-]+)`", README.read_text()):
+    text = "".join(page.read_text() for page in (README, *GUIDES))
+    for path in re.findall(r"`((?:recipes|scripts|hf_poprisk)/[\w./-]+)`", text):
         assert (root / path).exists(), path
+
+
+def test_the_class_of_ones_own_can_be_made() -> None:
+    """README's example of both mixins before a trainer."""
+    found = re.search(r"```python\n(.*?)```", README.read_text(), re.S)
+    names: dict[str, Any] = {}
+    exec(found[1], names)  # type: ignore[index]
+    assert names["Arguments"](output_dir="unused", use_cpu=True).optim == "poprisk_adamw"
+
+
+def test_every_recipe_has_its_file() -> None:
+    root = README.parent
     for kind, arms in (
         ("tiny", ("dpo", "dpo-lora", "classification", "causal-lm")),
         ("qwen2.5-0.5b", ("dpo", "dpo-lora")),

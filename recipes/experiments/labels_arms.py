@@ -1,0 +1,77 @@
+"""The arms against mislabeled examples: AdamW, the gates, what others do, and controls of the judging."""
+
+from typing import Any
+
+import torch
+from common import RecipeError
+from torch import Tensor
+from training import GATES
+
+from hf_poprisk.leave_one_out import LabelNoise
+
+
+class ShuffledWeights(LabelNoise):
+    """Control: each example gets the weight of its neighbour in the (shuffled) micro-batch."""
+
+    def sample_weight(self, visit: Any, log_odds: Tensor, num_labels: int) -> Tensor:
+        super().sample_weight(visit, log_odds, num_labels)
+        if len(visit.weight) < 2:
+            raise RecipeError("weight-shuffled needs two examples or more in every forward.")
+        visit.weight = visit.weight.roll(1)
+        return visit.weight
+
+
+class NothingHeldOut(LabelNoise):
+    """Control: the effect of an example's own steps is never subtracted, C = 0."""
+
+    def sample_weight(self, visit: Any, log_odds: Tensor, num_labels: int) -> Tensor:
+        self.table.columns["self_influence"].zero_()
+        return super().sample_weight(visit, log_odds, num_labels)
+
+
+class DropTold(LabelNoise):
+    """From the second epoch on without the share, told, with the largest mean loss of the epochs before."""
+
+    told = 0.0  # the share of mislabeled examples
+    never_seen = 0  # examples that the trainer does without: TRL those whose prompt fills max_length
+    _epochs = -1
+
+    def sample_weight(self, visit: Any, log_odds: Tensor, num_labels: int) -> Tensor:
+        super().sample_weight(visit, log_odds, num_labels)
+        epochs = int(self.table.visits.kthvalue(self.never_seen + 1).values)
+        loss = self.table.columns["loss_mean"]
+        if epochs > self._epochs:
+            self._epochs, self._kept = epochs, torch.ones_like(loss)
+            self._kept[loss.topk(round(self.told * len(loss)) if epochs else 0).indices] = 0.0
+        visit.weight = self._kept[visit.rows]
+        return visit.weight
+
+
+class RightOnly(LabelNoise):
+    """The most that judging could give: told which examples are mislabeled, it trains on none of them."""
+
+    def sample_weight(self, visit: Any, log_odds: Tensor, num_labels: int) -> Tensor:
+        super().sample_weight(visit, log_odds, num_labels)
+        visit.weight = (~self.mislabeled[visit.rows]).float()
+        return visit.weight
+
+
+def judged(mode: str, gate: str = "none", **more: Any) -> dict[str, Any]:
+    return {"poprisk_gate": gate, "poprisk_label_noise": mode, **more}
+
+
+# early: by this score of a split of the training data, whose labels are as noisy; risk: early too, by the
+# population gain; judge: in place of the package's
+ARMS: dict[str, dict[str, Any]] = {
+    "adamw": GATES["adamw"],
+    "adamw-early": {"poprisk_gate": "none", "early": "accuracy"},
+    "adamw-early-loss": {"poprisk_gate": "none", "early": "loss"},
+    "adamw-risk": {"poprisk_gate": "none", "poprisk_risk": True},
+    **{name: GATES[name] for name in ("hard", "soft", "random-mask", "random-mask-soft")},
+    "drop-told": judged("audit", judge=DropTold),
+    "weight": judged("weight"),
+    "weight+soft": judged("weight", "soft"),
+    "weight-shuffled": judged("weight", judge=ShuffledWeights),
+    "weight-C0": judged("weight", judge=NothingHeldOut),
+    "right-only": judged("audit", judge=RightOnly),
+}

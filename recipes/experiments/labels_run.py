@@ -1,0 +1,126 @@
+"""One run with mislabeled examples, from a cell to its results."""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import common
+import numpy as np
+import torch
+from experiment import Cell
+from sklearn.metrics import roc_auc_score
+from training import RandomMaskAdamW
+from transformers import PrinterCallback, Trainer, TrainerCallback
+
+from hf_poprisk import PopRiskEarlyStoppingCallback
+from hf_poprisk.leave_one_out import LabelNoise
+
+HELD_OUT = 0.1  # of the training examples: for early stopping, and for validation where a recipe has none
+
+
+@dataclass
+class Setup:
+    """A run that is ready to start: a trainer, and sets of examples to score."""
+
+    trainer: Trainer
+    score: Callable[[str], dict[str, float]]  # name of a set → accuracy, loss, and more of preferences
+    mislabeled: np.ndarray  # [n] bool, of the examples that the trainer was given
+    sets: list[str]
+    every_epoch: list[str]  # sets that are scored after every epoch; the others at the end only
+
+
+def hold_out(n: int, cell: Cell) -> tuple[np.ndarray, np.ndarray]:
+    """Training examples to train on and to stop early by, ascending."""
+    order = np.random.default_rng([cell["seed"], 2]).permutation(n)
+    count = round(HELD_OUT * n) if cell.get("early") else 0
+    return np.sort(order[count:]), np.sort(order[:count])
+
+
+def training_arguments(cell: Cell, folder: str) -> dict[str, Any]:
+    """Those that classes and pairs share."""
+    off = {"poprisk_label_noise": "off", "poprisk_risk": False}
+    gate = off | {name: value for name, value in cell.items() if name.startswith("poprisk_")}
+    return {
+        "output_dir": folder,
+        "learning_rate": cell["learning_rate"],
+        "seed": cell["seed"],
+        **gate,
+        "disable_tqdm": True,
+        "logging_strategy": "steps" if gate["poprisk_risk"] else "no",
+        "logging_steps": 10,
+        **dict.fromkeys(("eval_strategy", "save_strategy"), "no"),
+    }
+
+
+def trainer_class(base: Any, cell: Cell, mislabeled: np.ndarray) -> Any:
+    """The trainer with the arm's own judge and optimizer; ``mislabeled``: [n] bool, of its examples."""
+
+    class ArmTrainer(base):
+        def _new_judge(self, *args: Any) -> LabelNoise:
+            plain = super()._new_judge(*args)
+            if "judge" not in cell:
+                return plain
+            judge = cell["judge"](plain.mode, plain.preferences, plain.table, plain.sample)
+            judge.told, judge.mislabeled = cell["noise"], torch.from_numpy(mislabeled).to(plain.table.device)
+            judge.never_seen = len(plain.table) - len(self.train_dataset)
+            return judge
+
+        @staticmethod
+        def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
+            stock, kwargs = base.get_optimizer_cls_and_kwargs(args, model)
+            return RandomMaskAdamW if cell.get("random_mask") else stock, kwargs
+
+    return ArmTrainer
+
+
+class Curves(TrainerCallback):
+    """Scores sets of examples after every epoch."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._score = setup.score
+        self.scores: dict[str, list[dict[str, float]]] = {name: [] for name in setup.every_epoch}
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for name, curve in self.scores.items():
+            curve.append(self._score(name))
+
+
+def run_cell(cell: Cell, prepare: Callable[[Cell, str], Setup]) -> dict[str, float | None]:
+    """Train once; accuracies are on clean labels, ``mislabeled_fitted`` on mislabeled ones as labeled."""
+    with tempfile.TemporaryDirectory() as folder:
+        setup = prepare(cell, folder)
+        trainer, timer, curves = setup.trainer, common.StepTimer(), Curves(setup)
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(timer)
+        trainer.add_callback(curves)
+        if cell.get("poprisk_risk"):
+            trainer.add_callback(PopRiskEarlyStoppingCallback())
+        trainer.train()
+    curve, epoch = curves.scores, -1
+    if by := cell.get("early"):  # the first of the best
+        sign = -1 if by == "loss" else 1
+        epoch = int(np.argmax(np.nan_to_num([sign * scores[by] for scores in curve["held"]], nan=-np.inf)))
+    final = {name: curve[name][epoch] if name in curve else setup.score(name) for name in setup.sets}
+    judge, aurocs = trainer._label_noise, {}
+    if judge is not None and setup.mislabeled.any():
+        table = judge.table
+        columns = {"suspicion": -table.columns["log_odds"], "loss_mean": table.columns["loss_mean"]}
+        seen = (table.visits > 0).cpu()
+        finite = {name: column.cpu()[seen].nan_to_num() for name, column in columns.items()}
+        aurocs = {
+            name: float(roc_auc_score(setup.mislabeled[seen], column)) for name, column in finite.items()
+        }
+    return {
+        "validation_accuracy": final["validation"]["accuracy"],
+        "test_accuracy": final["test"]["accuracy"],
+        # of the epoch that is best on test, which nobody can choose
+        "test_accuracy_best": max(s["accuracy"] for s in curve["test"]) if "test" in curve else None,
+        "test_kl_per_token": final["test"].get("kl_per_token"),
+        "mislabeled_fitted": final.get("mislabeled", {}).get("accuracy"),
+        "noise_rate": judge.fit.rate if judge is not None and judge.fits else None,
+        "auroc_suspicion": aurocs.get("suspicion"),
+        "auroc_loss_mean": aurocs.get("loss_mean"),
+        "steps": trainer.state.global_step,
+        "seconds_per_step": timer.median,
+    }

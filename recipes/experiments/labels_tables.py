@@ -1,0 +1,104 @@
+"""Judging labels: ``weight`` beside what it should beat, and tables of all arms."""
+
+from collections.abc import Iterable, Sequence
+from statistics import fmean
+
+import labels_classes
+import labels_pairs
+import pandas as pd
+from experiment import Report
+from tables import best, difference, facet_table, markdown, mean, paired
+
+REPORT = Report("validation_accuracy", "test_accuracy", "higher")
+RATE = ["learning_rate"]
+AIMS = (
+    "data | mislabeled | seeds | adamw | weight | difference [95 %] | ahead | to its best epoch "
+    "| to drop-told | at equal rate, least to most | ε̂, least to most | AUROC of suspicion, least"
+)
+TABLES = {  # by what the arms do
+    "Judging": ("adamw", "weight", "weight+soft", "drop-told", "right-only"),
+    "Controls of judging": ("adamw", "weight-shuffled", "weight-C0"),
+    "For pairs only": ("adamw", "swap", "robust", "conservative", "ipo"),
+    "The gates and their masks": ("adamw", "hard", "random-mask", "soft", "random-mask-soft", "ema-soft"),
+    "Early stopping": ("adamw", "adamw-early", "adamw-early-loss", "adamw-risk"),
+}
+
+
+def title(data: str) -> str:
+    """In words."""
+    return (labels_classes.TITLES | labels_pairs.TITLES)[data]
+
+
+def aims(rows: pd.DataFrame) -> str:
+    """``weight`` at its best rate, beside AdamW at its own and what else is known."""
+    lines = []
+    for (data, noise), found in rows.groupby(["data", "noise"]):
+        of = {arm: found[found["arm"] == arm] for arm in ("adamw", "weight", "drop-told")}
+        adamw, weight, told = (best(part, RATE, REPORT) for part in of.values())
+        common = set(adamw["seed"]) & set(weight["seed"])
+        if not common:
+            continue
+        adamw, weight = (part[part["seed"].isin(common)] for part in (adamw, weight))
+        before = dict(zip(adamw["seed"], adamw["test_accuracy"], strict=True))
+        ahead = sum(a > before[s] for s, a in zip(weight["seed"], weight["test_accuracy"], strict=True))
+        peak = best_epoch(of["adamw"]).assign(test_accuracy=lambda part: part["test_accuracy_best"])
+        at = [dict(list(of[arm].groupby("learning_rate"))) for arm in ("adamw", "weight")]
+        pairs = [paired(at[1][rate], at[0][rate], "test_accuracy") for rate in at[1] if rate in at[0]]
+        equal = [pair[0] for pair in pairs if pair]
+        shares, areas = weight["noise_rate"].dropna(), weight["auroc_suspicion"].dropna()
+        lines.append(
+            [
+                data,
+                f"{100 * noise:g} %",
+                str(len(common)),
+                mean(adamw, "test_accuracy"),
+                mean(weight, "test_accuracy"),
+                difference(weight, adamw, "test_accuracy"),
+                str(ahead),
+                difference(weight, peak, "test_accuracy"),
+                difference(weight, told, "test_accuracy"),
+                f"{min(equal):+.3f} to {max(equal):+.3f}" if equal else "–",
+                f"{min(shares):.2f} to {max(shares):.2f}" if len(shares) else "–",
+                f"{min(areas):.3f}" if len(areas) else "–",
+            ]
+        )
+    return markdown(AIMS.split(" | "), lines)
+
+
+def best_epoch(adamw: pd.DataFrame) -> pd.DataFrame:
+    """The runs at the rate with the best test accuracy of any epoch, which nobody can choose."""
+    known = adamw[adamw["test_accuracy_best"].notna()]
+    points = [part for _, part in known.groupby("learning_rate")]
+    return max(points, key=lambda part: (len(part), fmean(part["test_accuracy_best"])), default=known)
+
+
+def tables(rows: pd.DataFrame) -> str:
+    """All arms at their best learning rates, a table for each kind of arm."""
+    out = []
+    for kind, arms in TABLES.items():
+        known = rows[rows["arm"].isin(arms)]
+        others = known[known["arm"] != "adamw"][["data", "noise"]].drop_duplicates()
+        part = known.merge(others, on=["data", "noise"])  # where more than adamw was run
+        out += [f"**{kind}**", facet_table(labels_pairs.EXPERIMENT, part, REPORT, arms)]
+    return "\n\n".join(out)
+
+
+def summary(rows: pd.DataFrame, lines: Iterable[tuple[str, float]], arms: Sequence[str]) -> str:
+    """README's table: each arm at its best rate, a line for each data set and share of noise."""
+    out = []
+    for data, noise in lines:
+        found = rows[(rows["data"] == data) & (rows["noise"] == noise)]
+        chosen = [best(found[found["arm"] == arm], RATE, REPORT) for arm in arms]
+        seeds = max(map(len, chosen))
+        values = [
+            mean(part, "test_accuracy") + f" ({len(part)})" * (0 < len(part) < seeds) for part in chosen
+        ]
+        out.append(
+            [
+                f"{title(data)}, {100 * noise:g} % mislabeled",
+                *values,
+                mean(chosen[-1], "noise_rate", 2),
+                str(seeds),
+            ]
+        )
+    return markdown(["accuracy on clean test labels", *arms, "its ε̂", "seeds (of an arm)"], out)

@@ -1,0 +1,352 @@
+"""The experiments on mislabeled examples: small cells of classes and of pairs, the arms and controls."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from datasets import Dataset, concatenate_datasets
+from models import preferences, save_tiny_model
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+sys.path[:0] = [str(RECIPES), str(RECIPES / "experiments")]
+
+import common  # noqa: E402
+import dpo  # noqa: E402
+import labels_arms  # noqa: E402
+import labels_classes  # noqa: E402
+import labels_pairs  # noqa: E402
+import labels_run  # noqa: E402
+import run  # noqa: E402
+import shuffled_words  # noqa: E402
+import training  # noqa: E402
+
+from hf_poprisk.leave_one_out import LabelNoise  # noqa: E402
+
+CLASSES, PAIRS = labels_classes.EXPERIMENT, labels_pairs.EXPERIMENT
+
+
+def cell(experiment: Any, data: Any, arm: str, noise: float, rate: float, seed: int, epochs: int) -> Any:
+    """The options of a cell, for a training of so many epochs."""
+    place = {"arm": arm, "data": str(data), "noise": noise, "learning_rate": rate, "seed": seed}
+    return experiment.options(place) | {"epochs": epochs}
+
+
+def test_every_arm_of_a_classification_runs(tmp_path: Path) -> None:
+    found = {arm: CLASSES.run(cell(CLASSES, "digits", arm, 0.3, 3e-3, 0, 4)) for arm in CLASSES.arms}
+    for arm, row in found.items():
+        assert 0.5 < row["test_accuracy"] <= row["test_accuracy_best"] <= 1.0, arm
+        judged = "poprisk_label_noise" in CLASSES.arms[arm]
+        assert (row["noise_rate"] is not None) == judged, arm
+        assert not judged or row["auroc_suspicion"] > 0.8, arm
+    assert found["adamw"]["steps"] == 76 and found["adamw-early"]["steps"] == 68  # of 900 examples and 810
+    most, plain = found["right-only"], found["adamw"]  # what it is told changes what is learned
+    assert most["mislabeled_fitted"] < 0.6 * plain["mislabeled_fitted"], (
+        most["mislabeled_fitted"],
+        plain["mislabeled_fitted"],
+    )
+    scores = {
+        (row["test_accuracy"], row["validation_accuracy"], row["mislabeled_fitted"]) for row in found.values()
+    }
+    assert len(scores) > 8  # the arms are not the same run
+
+
+def test_early_stopping_takes_the_epoch_that_its_split_prefers(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = iter([(0.5, 1.0), (0.7, 1.2), (0.6, 0.8)])  # accuracy and loss, epoch by epoch
+    tested: list[float] = []
+    prepare = labels_classes.prepare
+
+    def made_up(cell: Any, folder: str) -> Any:
+        setup = prepare(cell, folder)
+        x = np.stack([row["x"] for row in setup.trainer.train_dataset])
+        every, clean = labels_classes.draw("digits", 0)["train"]
+        apart = [i for i, row in enumerate(every) if not (x == row).all(1).any()]
+        noisy = labels_classes.spoil(every, clean, cell)[0][apart]
+        assert len(x) == 810 and len(apart) == 90 and 20 < (noisy != clean[apart]).sum() < 60
+        score, true = setup.score, setup.score("held")["accuracy"]
+        hits = setup.trainer.model(torch.from_numpy(every[apart]), torch.from_numpy(noisy))["logits"].argmax(
+            1
+        )
+        assert true == pytest.approx((hits.numpy() == noisy).mean())
+
+        def told(name: str) -> dict[str, float]:
+            found = score(name)
+            if name == "test":
+                tested.append(found["accuracy"])
+            return found if name != "held" else dict(zip(("accuracy", "loss"), next(held), strict=True))
+
+        setup.score = told
+        return setup
+
+    monkeypatch.setattr(labels_classes, "prepare", made_up)
+    row = CLASSES.run(cell(CLASSES, "digits", "adamw-early", 0.4, 1e-3, 0, 3))
+    assert row["test_accuracy"] == tested[1] != tested[2]
+    held, tested = iter([(0.5, 1.0), (0.7, 1.2), (0.6, 0.8)]), []
+    row = CLASSES.run(cell(CLASSES, "digits", "adamw-early-loss", 0.4, 1e-3, 0, 3))
+    assert row["test_accuracy"] == tested[2] != tested[1]
+
+
+def test_controls_of_judging_are_what_they_are_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = torch.tensor([0.1, 0.2, 0.3])
+    visit, judge = SimpleNamespace(rows=torch.arange(3)), object.__new__(labels_arms.ShuffledWeights)
+    monkeypatch.setattr(
+        LabelNoise, "sample_weight", lambda self, visit, *_: setattr(visit, "weight", weights)
+    )
+    assert judge.sample_weight(visit, None, 2).tolist() == pytest.approx([0.3, 0.1, 0.2])
+
+    told = object.__new__(labels_arms.DropTold)
+    told.told, told.table = 0.4, SimpleNamespace()
+    losses = torch.tensor([0.1, 0.9, 0.2, 0.8, 0.3])
+    for visits, kept in ((0, [1, 1, 1]), (1, [1, 0, 1])):  # the two largest losses of five go
+        told.table.visits = torch.full([5], visits)
+        told.table.columns = {"loss_mean": losses}
+        assert told.sample_weight(visit, None, 2).tolist() == kept
+        visit.rows = torch.tensor([0, 1, 4])
+    monkeypatch.undo()
+
+    trainer = labels_classes.prepare(
+        cell(CLASSES, "digits", "weight-C0", 0.3, 1e-2, 0, 3), str(tmp_path)
+    ).trainer
+    trainer.train()
+    judge = trainer._label_noise
+    judge.table.columns["self_influence"].fill_(5.0)  # is not subtracted
+    visit, seen = SimpleNamespace(rows=torch.arange(3)), torch.tensor([1.0, 2.0, 3.0])
+    judge.sample_weight(visit, seen, 10)
+    assert torch.equal(visit.log_odds, seen)
+
+
+def test_a_neighbour_takes_two(recipe: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "one.yaml"
+    settings = yaml.safe_load(recipe.read_text())
+    settings |= {"per_device_train_batch_size": 1, "output_dir": str(tmp_path / "out")}
+    alone.write_text(yaml.safe_dump(settings))
+    with pytest.raises(common.RecipeError, match="two examples or more in every forward"):
+        PAIRS.run(cell(PAIRS, alone, "weight-shuffled", 0.3, 1e-3, 0, 1))
+
+
+def test_a_mask_has_the_density_of_its_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decide, written = training.RandomMaskAdamW.decide, []
+
+    def watched(self: Any, grad: torch.Tensor, sq_sum: torch.Tensor, num_examples: int) -> torch.Tensor:
+        sums = decide(self, grad, sq_sum, num_examples)
+        written.append(sq_sum.mean().item())
+        return sums
+
+    monkeypatch.setattr(training.RandomMaskAdamW, "decide", watched)
+    density = {}
+    for arm in ("random-mask", "random-mask-soft"):
+        written.clear()
+        labels_classes.prepare(cell(CLASSES, "digits", arm, 0.3, 1e-3, 0, 1), str(tmp_path)).trainer.train()
+        density[arm] = np.mean(written)
+    # of noise the gates open 0.32 and 0.16, and early in training there is signal
+    assert 0.32 < density["random-mask"] < 0.5 and 0.16 < density["random-mask-soft"] < 0.28
+
+
+def test_losses_that_are_told_the_share_are_the_published_ones(recipe: Path, tmp_path: Path) -> None:
+    noise, found = 0.3, {}
+    for arm in ("adamw", "robust", "conservative", "ipo"):
+        one = cell(PAIRS, recipe, arm, noise, 1e-3, 0, 1)
+        trainer = labels_pairs.prepare(one, str(tmp_path / arm)).trainer
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for weight in trainer.model.parameters():
+                weight.add_(weight.std() * torch.randn_like(weight))
+            batch = trainer.data_collator([trainer.train_dataset[0]])
+            loss = trainer.compute_loss(trainer.model.eval(), batch).item()
+        found[arm] = loss, trainer._metrics["eval"]["rewards/margins"][0]
+    z = found["adamw"][1]
+    assert abs(z) > 0.05 and all(margin == pytest.approx(z) for _, margin in found.values())
+    right, mislabeled = np.log1p(np.exp(-z)), np.log1p(np.exp(z))  # -log σ(z), -log σ(-z)
+    assert found["adamw"][0] == pytest.approx(right, rel=1e-4)
+    assert found["robust"][0] == pytest.approx(
+        ((1 - noise) * right - noise * mislabeled) / (1 - 2 * noise), rel=1e-4
+    )
+    assert found["conservative"][0] == pytest.approx((1 - noise) * right + noise * mislabeled, rel=1e-4)
+    assert abs(found["ipo"][0] - right) > 1  # (z / (β tokens) - 1 / 2β)², about 25
+
+
+@pytest.mark.parametrize("kind", ["uniform", "class", "group"])
+def test_labels_are_spoiled_as_said(kind: str, tmp_path: Path) -> None:
+    task = "digits" if kind == "uniform" else f"digits-{kind}"
+    setup = labels_classes.prepare(cell(CLASSES, task, "adamw", 0.2, 1e-3, 1, 1), str(tmp_path))
+    x, clean = labels_classes.draw(task, 1)["train"]
+    labels = np.array([int(row["labels"]) for row in setup.trainer.train_dataset])
+    assert np.array_equal(labels != clean, setup.mislabeled) and setup.mislabeled.sum() == 180
+    step = (labels - clean)[setup.mislabeled] % 10
+    assert (len(set(step)) > 5) == (kind == "uniform")
+    spread = [
+        np.square(x[part] - x[part].mean(0)).sum(1).mean() for part in (setup.mislabeled, ~setup.mislabeled)
+    ]
+    assert (spread[0] < 0.8 * spread[1]) == (kind == "group")
+
+
+def test_completions_are_put_out_of_order() -> None:
+    text = " one two three four five six seven eight"
+    prose = Dataset.from_dict(
+        {"prompt": ["a"] * 40, "chosen": [text] * 39 + [" no no"], "topic": [f"{i % 4}" for i in range(40)]}
+    )
+    data = shuffled_words.easier(prose, 0.5, 3)
+    assert len(data) == 39 and abs(sum(data["tie"]) - 20) <= 1  # of one word twice nothing can be made
+    for row in data:
+        before, after = text.split(" "), row["rejected"].split(" ")
+        moved = [a != b for a, b in zip(before, after, strict=True)]
+        assert sorted(before) == sorted(after) and not moved[0]
+        assert sum(moved) == (2 if row["tie"] else shuffled_words.EXCHANGED), row
+        assert not row["tie"] or moved[moved.index(True) + 1]
+    assert (
+        shuffled_words.easier(prose, 0.5, 3)["rejected"]
+        == data["rejected"]
+        != shuffled_words.easier(prose, 0.5, 4)["rejected"]
+    )
+
+    mislabeled = shuffled_words.mislabeled_of(data, "ties", 0.2, 3)
+    assert mislabeled.sum() == 8 and all(np.array(data["tie"])[mislabeled])
+    assert not np.array_equal(mislabeled, shuffled_words.mislabeled_of(data, "ties", 0.2, 4))
+    mislabeled = shuffled_words.mislabeled_of(data, "group", 0.25, 3)
+    topics = np.array(data["topic"])
+    assert (
+        mislabeled.sum() == 10
+        and len(set(topics[mislabeled])) == 1
+        and (topics == topics[mislabeled][0]).sum() == 10
+    )
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """A recipe for DPO as one may have it: a stock optimizer, no validation split, two prompts too long."""
+    save_tiny_model(tmp_path / "model", "llama", tied=True)
+    (tmp_path / "data").mkdir()
+    for split, data in {"train": train_pairs(), "test": preferences(6, 200)}.items():
+        data.to_parquet(tmp_path / "data" / f"{split}.parquet")
+    return rewritten(
+        RECIPES / "tiny/dpo/adamw.yaml",
+        tmp_path / "recipe.yaml",
+        model_name_or_path=str(tmp_path / "model"),
+        attn_implementation="eager",
+        dataset_name=str(tmp_path / "data"),
+        dataset_validation_split="",
+        max_length=64,
+        num_train_epochs=2,
+        push_to_hub=True,
+        output_dir=str(tmp_path / "out"),
+    )
+
+
+def train_pairs() -> Dataset:
+    """42 pairs that all differ, the last two with prompts longer than the recipe's ``max_length``."""
+    long = preferences(2, 300).map(lambda row: {"prompt": " ".join([row["prompt"]] * 40)})
+    every = concatenate_datasets([preferences(40), long])
+    return every.map(
+        lambda row, i: {"prompt": f"{i} {row['prompt']}", "chosen": f"{row['chosen']} {i}"}, with_indices=True
+    )
+
+
+def rewritten(path: Path, to: Path, **changed: Any) -> Path:
+    to.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | changed))
+    return to
+
+
+def test_a_recipe_of_ones_own_is_data(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--arm", "adamw-early", "swap", "--learning_rate", "2e-3", "--noise", "0.3", "--seed", "0"]
+    out, sizes, prepare = tmp_path / "mine.csv", [], labels_pairs.prepare
+
+    def watched(cell: Any, folder: str) -> Any:
+        setup = prepare(cell, folder)
+        parts = {name: len(part) for name, part in setup.trainer.eval_dataset.items()}
+        sizes.append({"train": len(setup.trainer.train_dataset)} | parts)
+        return setup
+
+    monkeypatch.setattr(labels_pairs, "prepare", watched)
+    assert run.main(["labels_pairs", "--data", str(recipe), *options, "--out", str(out)]) == 0
+    assert not (recipe.parent / "out").exists()
+    plain = {"train": 35, "validation": 5, "test": 6, "mislabeled": 11}  # of 42, 5 and two that are too long
+    assert sizes == [plain | {"train": 31, "mislabeled": 9, "held": 4}, plain]
+    rows = pd.read_csv(out)
+    assert rows["arm"].tolist() == ["adamw-early", "swap"] and (rows["test_kl_per_token"] > 0).all()
+    assert rows["noise_rate"].isna().tolist() == [True, False]
+
+
+def test_a_cell_is_a_run_of_the_recipe(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = {"optim": "poprisk_adamw", "poprisk_gate": "hard", "dataset_validation_split": "test"}
+    path = rewritten(recipe, tmp_path / "hard.yaml", push_to_hub=False, **gate)
+    monkeypatch.setattr(dpo, "MAX_FLIPPED_EVAL", 5)
+    row = PAIRS.run(cell(PAIRS, path, "hard", 0.3, 2e-3, 3, 2))
+    argv = ["--learning_rate", "2e-3", "--seed", "3", "--flip_seed", "3", "--save_strategy", "no"]
+    monkeypatch.setattr(sys, "argv", ["dpo.py", "--config", str(path), *argv])
+    dpo.main()
+    scores = json.loads((tmp_path / "out" / "results.json").read_text())["results"]["scores"]
+    found = {name: row[f"test_{name}"] for name in ("accuracy", "kl_per_token")}
+    assert found == {name: scores["test"][name] for name in found}
+    assert row["validation_accuracy"] == scores["validation"]["accuracy"]
+    assert row["mislabeled_fitted"] == scores["flipped"]["accuracy"]
+
+
+def test_validation_pairs_are_set_apart_with_their_labels_as_they_are(recipe: Path, tmp_path: Path) -> None:
+    clean, drawn = {row["prompt"]: row["chosen"] for row in train_pairs()}, []
+    for seed in (0, 1):
+        one = cell(PAIRS, recipe, "hard", 0.45, 1e-3, seed, 1)
+        trainer = labels_pairs.prepare(one, str(tmp_path / "run")).trainer
+        assert trainer.args.optim == "poprisk_adamw" and not trainer.args.push_to_hub
+        assert trainer.model.config._attn_implementation == "eager"
+        data = {"train": trainer.train_dataset, **trainer.eval_dataset}
+        assert len(data.pop("test")) == 6
+        prompts = {name: {row["prompt"] for row in part} for name, part in data.items()}
+        assert not prompts["train"] & prompts["validation"] and prompts["mislabeled"] < prompts["train"]
+        kept = {name: {row["prompt"] for row in part if is_clean(row, clean)} for name, part in data.items()}
+        assert kept["validation"] == prompts["validation"] and not kept["mislabeled"]
+        assert kept["train"] == prompts["train"] - prompts["mislabeled"]
+        drawn.append(prompts["validation"])
+    assert drawn[0] != drawn[1]
+
+
+def is_clean(row: dict[str, str], clean: dict[str, str]) -> bool:
+    return row["chosen"].removesuffix("<|end|>") == clean[row["prompt"]]
+
+
+def test_pairs_that_are_too_long_are_not_waited_for(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = cell(PAIRS, recipe, "drop-told", 0.3, 3e-3, 0, 2)
+    trainer = labels_pairs.prepare(one, str(tmp_path / "run")).trainer
+    trainer.train()
+    table = trainer._label_noise.table
+    assert sorted(table.visits.tolist()) == [0] * 2 + [2] * 35 and (table.columns["weight"] == 0).sum() == 11
+    monkeypatch.setattr(labels_run, "roc_auc_score", lambda mislabeled, score: len(mislabeled))
+    assert PAIRS.run(one)["auroc_loss_mean"] == 35
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}, "SystemExit"),
+        ({"poprisk_gaet": "soft"}, "SystemExit"),
+        ({"model_name_or_path": "./nowhere"}, "model_name_or_path=./nowhere is not a folder"),
+        ({"dataset_name": "./nowhere"}, "dataset_name=./nowhere is not a folder"),
+        ({"max_steps": 3}, "max_steps of .* has no place here"),
+    ],
+)
+def test_a_recipe_that_cannot_be_run_is_refused(
+    changed: dict[str, Any],
+    message: str,
+    recipe: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = rewritten(recipe, tmp_path / "other.yaml", **changed)
+    argv = ["labels_pairs", "--data", str(path), "--noise", "0.3", "--learning_rate", "1e-3", "--seed", "0"]
+    argv += ["--arm", "hard", "--out", str(tmp_path / "out.csv")]
+    if message == "SystemExit":  # in the words of recipes/dpo.py
+        assert run.main(argv) == 1
+        assert "error: " in capsys.readouterr().err
+    else:
+        with pytest.raises(common.RecipeError, match=message):
+            run.main(argv)
+    assert not (tmp_path / "out.csv").exists()
