@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from textwrap import fill
@@ -86,12 +87,16 @@ class PopRiskArgumentsMixin:
             "stays private until it is gated and filled."
         },
     )
+    poprisk_hub_gated: Literal["auto", "manual"] | None = field(
+        default=None, metadata={"help": "The old name of poprisk_hub_access, which replaces it."}
+    )
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.__doc__ = _with_fields(cls.__doc__ or f"{cls.__name__}, with the gate's fields.")
 
     def __post_init__(self) -> None:
+        self._read_old_name()
         name = str(getattr(self.optim, "value", self.optim))
         known = [member.value for member in OptimizerNames]
         if name not in (OPTIM, *known):
@@ -107,6 +112,23 @@ class PopRiskArgumentsMixin:
         if name == OPTIM:
             self.optim = OPTIM
         self._check_options()
+
+    def _read_old_name(self) -> None:
+        """Let ``poprisk_hub_gated`` set ``poprisk_hub_access``; dropped then, as optim_args is."""
+        old, self.poprisk_hub_gated = self.poprisk_hub_gated, None
+        if old is None:
+            return
+        if self.poprisk_hub_access not in (None, old):
+            raise ValueError(
+                f"poprisk_hub_gated={old} is the old name of poprisk_hub_access, which is "
+                f"{self.poprisk_hub_access}: remove poprisk_hub_gated."
+            )
+        warnings.warn(
+            f"poprisk_hub_gated is called poprisk_hub_access now: set poprisk_hub_access={old}.",
+            FutureWarning,
+            stacklevel=4,  # the call of the config class
+        )
+        self.poprisk_hub_access = old
 
     def _read_optim_args(self, override: bool = False) -> None:
         """Let ``--optim_args "gate=soft,warmup_steps=3"`` set the fields of the same names.

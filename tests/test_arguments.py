@@ -499,3 +499,28 @@ def test_a_folder_that_cannot_be_written_is_named_before_anything_starts(tmp_pat
     for folder in (tmp_path / "file", tmp_path / "file/below"):
         with pytest.raises(ValueError, match=f"output_dir={folder} cannot be written to .*choose another"):
             PopRiskTrainingArguments(str(folder), use_cpu=True).check_training()
+
+
+def test_the_old_name_of_hub_access_still_works_and_says_so(make: Any, parse: Any) -> None:
+    sentence = r"^poprisk_hub_gated is called poprisk_hub_access now: set poprisk_hub_access=manual\.$"
+    with pytest.warns(FutureWarning, match=sentence) as warned:
+        args = make(poprisk_hub_gated="manual", optim="adamw_torch")
+    assert [w.filename for w in warned if "poprisk_hub" in str(w.message)] == [__file__]
+    with pytest.warns(FutureWarning, match=sentence):
+        parsed = parse(config={"poprisk_hub_gated": "manual", "poprisk_hub_access": "manual"})
+    for each in (args, parsed):
+        assert changed_fields(each) == {"poprisk_hub_access": "manual"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        copy = dataclasses.replace(args, poprisk_hub_access="auto")
+    assert copy.poprisk_hub_access == "auto"
+
+
+def test_the_old_name_must_not_contradict_the_new_one(make: Any) -> None:
+    with pytest.raises(ValueError, match="poprisk_hub_gated=manual .* is auto: remove poprisk_hub_gated"):
+        make(poprisk_hub_gated="manual", poprisk_hub_access="auto")
+    with (
+        pytest.raises(ValueError, match="poprisk_hub_access must be one of auto, manual; got 'yes'"),
+        pytest.warns(FutureWarning),
+    ):
+        make(poprisk_hub_gated="yes")
