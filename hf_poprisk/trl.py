@@ -22,7 +22,7 @@ _COUPLED_LOSSES = ("aot", "aot_unpaired")
 _LOG_ODDS_LOSSES = ("sigmoid", "sigmoid_norm")
 # These have no log σ of anything, so the margin in the other loss of a list stays the only one.
 _LOSSES_WITHOUT_LOG_ODDS = ("sft", "hinge", "ipo", "sppo_hard", "apo_zero", "apo_down")
-# An audit reads the margins and lets the loss be. With further terms in it, the own effects are those of
+# An audit reads the margins and lets the loss be. With further terms in it, self-influence is that of
 # the whole loss, not of the margin alone; the first visits, which have none, are exact.
 _OR_AUDIT = ", or set poprisk_label_noise=audit"
 

@@ -1,4 +1,4 @@
-"""Which layers can be told apart, and how each is run while a ``Capture`` lasts."""
+"""Which layers form their per-example gradients, and how each is run while a ``Capture`` lasts."""
 
 from __future__ import annotations
 
