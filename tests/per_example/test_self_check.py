@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_poprisk import PopRiskTrainer, PopRiskTrainingArguments
+from hf_poprisk.microbatch import MicrobatchMixin
 
 
 def train(
@@ -185,3 +186,34 @@ def test_a_gradient_that_cancels_out_is_no_fault(tmp_path: Path) -> None:
             return F.cross_entropy(scores, labels), outputs
 
     first_step(Kind(bert, TEXTS, Differences), tmp_path, 4, 2)
+
+
+class Scaled(Classifier):
+    """The loss, computed by the model itself, takes a parameter past its parts."""
+
+    def __init__(self) -> None:
+        super().__init__(conv=True)
+        self.scale = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        x = self.conv(x.transpose(1, 2)).transpose(1, 2)
+        logits = self.last(self.first(x).tanh()).mean(1) * self.scale.exp()
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_a_parameter_that_no_example_reaches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be ungated on one process; on several DDP would not reduce its gradient."""
+    with pytest.raises(ValueError, match="the loss reaches scale by another way .*poprisk_exclude could"):
+        train(Scaled(), tmp_path)
+    verdicts, take = [], MicrobatchMixin._take
+
+    def watched(self: Any, verdict: Any, optimizer: Any) -> bool:
+        verdicts.append([optimizer.describe(p) for p in verdict.unreached])
+        return take(self, verdict, optimizer)
+
+    monkeypatch.setattr(MicrobatchMixin, "_take", watched)
+    run = train(Scaled(), tmp_path, poprisk_exclude=["scale"])
+    assert verdicts == [["scale"]] and run.state.global_step == 2
+    monkeypatch.setattr(type(run.accelerator), "num_processes", 2)
+    with pytest.raises(ValueError, match="no example reaches scale, whose gradient DDP would not reduce"):
+        train(Scaled(), tmp_path, poprisk_exclude=["scale"])
