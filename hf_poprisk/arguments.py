@@ -13,10 +13,10 @@ from typing import Any, ClassVar, Literal
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from hf_poprisk import rules
+from hf_poprisk import refusals
 from hf_poprisk.leave_one_out import LABEL_NOISE_MODES
 from hf_poprisk.options import check_gate_options, check_patterns
-from hf_poprisk.rules import Rule, refuse
+from hf_poprisk.refusals import Rule, refuse
 
 OPTIM = "poprisk_adamw"
 _PREFIX = "poprisk_"
@@ -27,8 +27,8 @@ class PopRiskArgumentsMixin:
     """The gate's fields and checks; stands before the stock config class in the bases of a dataclass."""
 
     # Of classes for certain trainers: what their losses add.
-    _example_rules: ClassVar[tuple[Rule, ...]] = rules.EXAMPLES
-    _label_rules: ClassVar[tuple[Rule, ...]] = (rules.NO_PAIRS, *rules.LABELS)
+    _example_rules: ClassVar[tuple[Rule, ...]] = refusals.EXAMPLES
+    _label_rules: ClassVar[tuple[Rule, ...]] = (refusals.NO_PAIRS, *refusals.LABELS)
 
     # Redeclared as a string: the stock field is an Enum, which a command line could not extend.
     optim: str = field(
@@ -105,7 +105,7 @@ class PopRiskArgumentsMixin:
             self._read_optim_args()
             per_example = self.poprisk_gate != "none" or self.poprisk_label_noise != "off"
             if self.deepspeed and per_example and find_spec("deepspeed") is None:  # type: ignore[attr-defined]
-                raise rules.DEEPSPEED.error(self, **self._our_words)  # before its package is asked for
+                raise refusals.DEEPSPEED.error(self, **self._our_words)  # before its package is asked for
         # The stock class turns `optim` into its Enum, which does not hold our name.
         self.optim = "adamw_torch" if name == OPTIM else name
         super().__post_init__()  # type: ignore[misc]
@@ -220,18 +220,18 @@ class PopRiskArgumentsMixin:
         Raises:
             ValueError: one sentence that names the setting and the way out.
         """
-        refuse(rules.LAUNCH, self)
+        refuse(refusals.LAUNCH, self)
         self._check_output_dir()
         if self.poprisk_risk:
-            refuse(rules.WHOLE_PARAMETERS, self, of="poprisk_risk=true", without="poprisk_risk=false")
+            refuse(refusals.WHOLE_PARAMETERS, self, of="poprisk_risk=true", without="poprisk_risk=false")
         if self.optim != OPTIM:
             return
-        refuse(rules.OPTIMIZER, self)
+        refuse(refusals.OPTIMIZER, self)
         if self.poprisk_label_noise != "off":
-            refuse(rules.WHOLE_PARAMETERS, self, **self._our_words)
+            refuse(refusals.WHOLE_PARAMETERS, self, **self._our_words)
             refuse(self._label_rules, self)
         if self.poprisk_gate != "none":
-            refuse((*rules.GATE, *rules.WHOLE_PARAMETERS), self, **self._our_words)
+            refuse((*refusals.GATE, *refusals.WHOLE_PARAMETERS), self, **self._our_words)
             if self.poprisk_estimator != "ema":
                 refuse(self._example_rules, self)
 

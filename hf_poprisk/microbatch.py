@@ -309,10 +309,10 @@ class MicrobatchMixin:
         if self.args.ddp_static_graph:
             raise ValueError(
                 "ddp_static_graph=True fails in PyTorch when the examples of a micro-batch are taken one by "
-                f"one, which they are because of {reason}: set ddp_static_graph=False."
+                f"one, because of: {reason}; set ddp_static_graph=False."
             )
         logger.warning(
-            f"population-risk gate: the examples of a micro-batch are taken one by one, because of {reason}."
+            f"population-risk gate: the examples of a micro-batch are taken one by one, because of: {reason}."
         )
 
 

@@ -12,7 +12,7 @@ from trl.trainer import utils as trl_utils
 from hf_poprisk.arguments import PopRiskArgumentsMixin
 from hf_poprisk.per_example import Capture
 from hf_poprisk.per_example.fused_head import head_by_example
-from hf_poprisk.rules import EXAMPLES, LABEL_MODE, LABELS, Rule
+from hf_poprisk.refusals import EXAMPLES, LABEL_MODE, LABELS, Rule
 from hf_poprisk.trainer import PopRiskMixin, takes_what
 
 _TAG = "poprisk"

@@ -9,6 +9,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("TRITON_INTERPRET", "1")  # the GPU kernels, on the CPU; before triton is imported
 
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,3 +32,10 @@ def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     transformers.set_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _level() -> Iterator[None]:
+    """The experiments' runner quiets the package for its process; the next test listens again."""
+    yield
+    logging.getLogger("hf_poprisk").setLevel(logging.NOTSET)

@@ -115,7 +115,7 @@ def test_rewritten_models_go_one_by_one(
     trainer = PopRiskTrainer(Classifier(), args=args, train_dataset=rows(16))
     with caplog.at_level(logging.WARNING):
         trainer.create_optimizer()
-    assert trainer._layers is None and f"{ONE_BY_ONE} {option}=True" in caplog.text
+    assert trainer._layers is None and f"{ONE_BY_ONE}: {option}=True" in caplog.text
     args.ddp_static_graph, trainer.optimizer = True, None  # several backwards per synchronisation
     with pytest.raises(ValueError, match="ddp_static_graph=True fails .* set ddp_static_graph=False"):
         trainer.create_optimizer()

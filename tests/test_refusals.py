@@ -27,7 +27,7 @@ from hf_poprisk import (
     PopRiskSFTTrainer,
     PopRiskTrainer,
     PopRiskTrainingArguments,
-    rules,
+    refusals,
 )
 
 CONFIGS = {
@@ -263,7 +263,7 @@ BREAKS: dict[str, dict[str, Any]] = {
 
 
 def rows_of(config_class: type[Any]) -> list[Any]:
-    always = (*rules.LAUNCH, *rules.WHOLE_PARAMETERS, *rules.OPTIMIZER, *rules.GATE)
+    always = (*refusals.LAUNCH, *refusals.WHOLE_PARAMETERS, *refusals.OPTIMIZER, *refusals.GATE)
     return [
         *((rule, False, config_class) for rule in (*always, *config_class._example_rules)),
         *((rule, True, config_class) for rule in config_class._label_rules),
@@ -274,10 +274,10 @@ def rows_of(config_class: type[Any]) -> list[Any]:
     ("rule", "judged", "config_class"), [row for config in CONFIGS.values() for row in rows_of(config)]
 )
 def test_every_row_of_the_table(
-    rule: rules.Rule, judged: bool, config_class: type[Any], make: Make, monkeypatch: pytest.MonkeyPatch
+    rule: refusals.Rule, judged: bool, config_class: type[Any], make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # transformers sets it; put back afterwards
-    name = rule.way_out if rule.setting == rules.LABEL_MODE else rule.setting
+    name = rule.way_out if rule.setting == refusals.LABEL_MODE else rule.setting
     noise = {"poprisk_label_noise": "weight"} if judged else {}
     args = make(config_class, **{**noise, **BREAKS[name]})
     if name == "launched as {found} processes":

@@ -5,8 +5,8 @@ input and D the gradient of its output. Computing it one example at a time costs
 every term is the example's ``h_i``, shown to the sinks while it is in the cache. Nothing of the size
 [examples, out, in] exists for a large layer. Where a layer is not known, the examples go back one by one.
 
-    window.py       one accumulation window: micro-steps, ranks                        <- read first
-    sinks.py        what becomes of the h_i: SquareSum (Q), SelfInfluence
+    window.py       one accumulation window of micro-steps                             <- read first
+    sinks.py        what becomes of the h_i: SquareSum (Q, summed over ranks), SelfInfluence
     layout.py       which part of a tensor belongs to which example
     layers.py       which layers form their per-example gradients, how each is run
     functions.py    the autograd functions that they run through
