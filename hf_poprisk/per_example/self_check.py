@@ -8,6 +8,7 @@ alone. Gradients, buffers, attributes and random numbers are afterwards as they 
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -329,7 +330,14 @@ def _undisturbed(model: nn.Module, params: Iterable[Tensor]) -> Iterator[None]:
     """Without gradients inside this block, and everything as before after it."""
     grads = {p: p.grad for p in params}
     buffers = {b: b.clone() for b in model.buffers() if b.device.type != "meta"}
-    attributes = {m: (dict(vars(m)), dict(m._buffers)) for m in model.modules()}
+    attributes = {m: dict(vars(m)) for m in model.modules()}
+    # what they hold is restored in place: hooks that a first forward installs, lists of what was seen
+    held = [
+        (value, value.copy())
+        for values in attributes.values()
+        for value in values.values()
+        if type(value) in (dict, OrderedDict, list, set)
+    ]
     for p in grads:
         p.grad = None
     try:
@@ -341,7 +349,9 @@ def _undisturbed(model: nn.Module, params: Iterable[Tensor]) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in buffers.items():
                 buffer.copy_(value)
-        for module, (before, held) in attributes.items():
+        for module, before in attributes.items():
             vars(module).clear()
             vars(module).update(before)
-            module._buffers.update(held)
+        for value, content in held:
+            value.clear()
+            value.extend(content) if isinstance(value, list) else value.update(content)

@@ -63,6 +63,23 @@ class Counting(Classifier):
         return super().forward(x, labels)
 
 
+class Recording(Classifier):
+    """Installs a hook at its first forward, as transformers does for hidden states, and reads what it saw."""
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        if not hasattr(self, "installed"):
+            self.first.register_forward_hook(lambda module, args, output: self.states.append(output))
+            self.installed = True
+        self.states: list[Tensor] = []
+        found = super().forward(x, labels)
+        return {**found, "loss": found["loss"] * len(self.states)}
+
+
+def test_a_hook_installed_by_the_first_forward_is_installed_once(tmp_path: Path) -> None:
+    run = train(Recording(conv=False), tmp_path)
+    assert run._paths_checked and len(run.model.first._forward_hooks) == 1
+
+
 def test_what_is_tried_out_leaves_no_trace(tmp_path: Path) -> None:
     class Warm(PopRiskTrainer):
         losses = 0
