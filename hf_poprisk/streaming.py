@@ -25,7 +25,7 @@ def streaming_openness(signal: Tensor, noise: Tensor, alpha: float, gate: str) -
     Args:
         signal: bias-corrected squared first moment ``m̂²``, any shape.
         noise: bias-corrected running mean ``ŝ`` of ``(G − m_prev)²``, same shape.
-        alpha: the threshold, and the strength of the shrinkage. 1 is as published; as m̂ averages the
+        alpha: the threshold, and the factor of the shrinkage. 1 is as published; as m̂ averages the
             noise of G down by (1−β₁)/(1+β₁) and ŝ does not, that value restores the scale.
         gate: ``hard``: ``1{m̂² > α ŝ}``; ``soft``: ``(m̂² − αŝ)₊ / ((m̂² − αŝ)₊ + αŝ)``.
 

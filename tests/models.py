@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
@@ -90,6 +91,21 @@ def tiny_model(
         }
         config = configs[kind](**sizes, num_key_value_heads=2, head_dim=4, **ids)
     return AutoModelForCausalLM.from_config(config, attn_implementation=attention).to(dtype)
+
+
+def adapted(model: nn.Module, adapter: str) -> nn.Module:
+    """``model`` with adapters on every linear layer; ``full``: as it is."""
+    if adapter == "full":
+        return model
+    config = LoraConfig(
+        r=2,
+        target_modules="all-linear",
+        use_dora=adapter == "dora",
+        use_rslora=adapter == "rslora",
+        modules_to_save=["lm_head"] if adapter == "modules_to_save" else None,
+        init_lora_weights=False,  # B = 0 would leave A without a gradient
+    )
+    return get_peft_model(model, config, autocast_adapter_dtype=False)
 
 
 def save_tiny_model(folder: Path, kind: str, tied: bool = False) -> Path:

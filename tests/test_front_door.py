@@ -253,8 +253,11 @@ def test_label_weights_that_nothing_reads_are_refused(noise: str, tmp_path: Path
 def test_label_weights_are_let_through_to_a_loss_of_ones_own(tmp_path: Path) -> None:
     data = preferences(8).add_column("label_weight", [1.0] * 8)
     args = PopRiskTrainingArguments(str(tmp_path), **COMMON)
-    OwnLossTrainer(tiny_model(), args, train_dataset=data)
-    PopRiskTrainer(WeightedModel(), args, train_dataset=data)
+    for trainer in (
+        OwnLossTrainer(tiny_model(), args, train_dataset=data),
+        PopRiskTrainer(WeightedModel(), args, train_dataset=data),
+    ):
+        assert "label_weight" in trainer.train_dataset.column_names
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from models import text, tiny_model, tiny_tokenizer
-from peft import LoraConfig, get_peft_model
+from models import adapted, text, tiny_model, tiny_tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -18,20 +17,6 @@ from hf_poprisk.per_example.window import ExampleWindow
 
 N = 4
 KINDS = ("llama", "qwen2", "qwen3", "mistral", "gemma3", "gpt2", "bert")
-
-
-def adapted(model: nn.Module, adapter: str) -> nn.Module:
-    if adapter == "full":
-        return model
-    config = LoraConfig(
-        r=2,
-        target_modules="all-linear",
-        use_dora=adapter == "dora",
-        use_rslora=adapter == "rslora",
-        modules_to_save=["lm_head"] if adapter == "modules_to_save" else None,
-        init_lora_weights=False,
-    )
-    return get_peft_model(model, config, autocast_adapter_dtype=False)
 
 
 def batch(rows: int, side: str = "right") -> dict[str, Tensor]:

@@ -202,7 +202,8 @@ def test_a_gradient_that_cancels_out_is_no_fault(tmp_path: Path) -> None:
             scores = outputs.logits - outputs.logits.mean(1, keepdim=True)
             return F.cross_entropy(scores, labels), outputs
 
-    first_step(Kind(bert, TEXTS, Differences), tmp_path, 4, 2)
+    _, run = first_step(Kind(bert, TEXTS, Differences), tmp_path, 4, 2)
+    assert run._paths_checked and run.state.global_step == 1
 
 
 class Scaled(Classifier):

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import reference
 import torch
-from models import tiny_model
-from test_layers import N, adapted, batch, example_losses, trainable
+from models import adapted, tiny_model
+from test_layers import N, batch, example_losses, trainable
 from torch import nn
 
 from hf_poprisk import PopRiskAdamW

@@ -6,27 +6,13 @@ from typing import Any
 import pytest
 import reference
 import torch
-from models import tiny_model, token_examples
-from peft import LoraConfig, get_peft_model
+from models import adapted, tiny_model, token_examples
 from torch import nn
 
 from hf_poprisk import PopRiskAdamW
 from hf_poprisk.per_example.window import ExampleWindow
 
 B = 5
-
-
-def adapted(model: nn.Module, adapter: str) -> nn.Module:
-    if adapter == "full":
-        return model
-    config = LoraConfig(
-        r=2,
-        target_modules="all-linear",
-        use_dora=adapter == "dora",
-        modules_to_save=["lm_head"] if adapter == "modules_to_save" else None,
-        init_lora_weights=False,  # B = 0 would leave A without a gradient
-    )
-    return get_peft_model(model, config, autocast_adapter_dtype=False)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
