@@ -61,13 +61,8 @@ def plain_adamw(group: dict[str, Any], rows: list[Row]) -> None:
         steps,
         foreach=group["foreach"],
         fused=group["fused"],
-        amsgrad=False,
-        beta1=group["betas"][0],
-        beta2=group["betas"][1],
         lr=group["lr"],
-        weight_decay=group["weight_decay"],
-        eps=group["eps"],
-        maximize=False,
+        **_settings(group),
     )
 
 
@@ -91,35 +86,23 @@ def gated_adamw(group: dict[str, Any], row: Row, q: Tensor) -> None:
     param = tensors[0]
     if param.device.type == "cpu" and all(x.is_contiguous() for x in (*tensors, q)):
         step += 1
-        for *piece, piece_q in zip(*(x.view(-1).split(_PIECE) for x in (*tensors, q)), strict=True):
-            unwritten = piece[0] * kept  # what is touched twice is in the cache the second time
-            _fused_adamw(group, *piece, step)
-            _take_back(piece[0], unwritten, piece_q)
+        lr, settings = float(group["lr"]), _settings(group)
+        for w, g, m, v, piece_q in zip(*(x.view(-1).split(_PIECE) for x in (*tensors, q)), strict=True):
+            unwritten = w * kept  # what is touched twice is in the cache the second time
+            # the kernel of torch.optim.AdamW(fused=True) alone; step counts this one already
+            torch._fused_adamw_([w], [g], [m], [v], [], [step], lr=lr, **settings)
+            _take_back(w, unwritten, piece_q)
     else:
         unwritten = param * kept
         plain_adamw(group, [row])
         _take_back(param, unwritten, q)
 
 
-def _fused_adamw(
-    group: dict[str, Any], param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor
-) -> None:
-    """The kernel of ``torch.optim.AdamW(fused=True)`` alone; step counts this one already."""
-    torch._fused_adamw_(
-        [param],
-        [grad],
-        [exp_avg],
-        [exp_avg_sq],
-        [],
-        [step],
-        lr=float(group["lr"]),
-        beta1=group["betas"][0],
-        beta2=group["betas"][1],
-        weight_decay=group["weight_decay"],
-        eps=group["eps"],
-        amsgrad=False,
-        maximize=False,
-    )
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    """What AdamW and its kernel both take by name, the learning rate aside."""
+    beta1, beta2 = group["betas"]
+    off = {"amsgrad": False, "maximize": False}
+    return {"beta1": beta1, "beta2": beta2, "weight_decay": group["weight_decay"], "eps": group["eps"], **off}
 
 
 def _take_back(param: Tensor, unwritten: Tensor, q: Tensor) -> None:

@@ -18,7 +18,8 @@ from hf_poprisk.optimizer import PopRiskAdamW
 from hf_poprisk.per_example import BatchedGradients, Capture, Layout, Packed, Rows, SelfInfluence
 from hf_poprisk.per_example.examples import NotSeparable, find_layout, like
 from hf_poprisk.per_example.one_by_one import OneByOne
-from hf_poprisk.per_example.self_check import EXACT, LOW_PRECISION, SelfCheck, Verdict, some_examples
+from hf_poprisk.per_example.self_check import SelfCheck, Verdict, some_examples
+from hf_poprisk.per_example.undisturbed import mode
 
 logger = logging.getLogger(__name__)
 
@@ -43,16 +44,15 @@ class MicrobatchMixin:
             return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
         inputs, rows = self._take_rows(inputs)
         layout = self._layout(optimizer, inputs)
-        decided = self._paths_checked
-        if layout is not None and self._takes_several(layout) and not decided:
-            decided = self._check_paths(optimizer, model, inputs, num_items_in_batch, layout)
+        if layout is not None and self._takes_several(layout) and not self._paths_checked:
+            self._check_paths(optimizer, model, inputs, num_items_in_batch, layout)
         step = partial(super().training_step, model, inputs, num_items_in_batch)  # type: ignore[misc]
         with self._judging(rows, optimizer) as sink:
-            if layout is None or layout.num_examples == 1 or not decided:
+            if layout is None or layout.num_examples == 1 or not self._paths_checked:
                 with optimizer.example(sink):
                     loss = step()
             elif self._layers is not None:
-                with optimizer.batch(self._layers, layout, sink) as capture, self._row_operations(capture):
+                with optimizer.batch(self._layers, layout, sink) as capture, self._fused_operations(capture):
                     loss = step()
             else:
                 loss = self._one_by_one_step(optimizer, step, model, layout, sink)
@@ -63,7 +63,7 @@ class MicrobatchMixin:
 
     def _takes_several(self, layout: Layout) -> bool:
         """Whether micro-batches hold several examples: every rank must give the same answer."""
-        announced = self.args.per_device_train_batch_size > 1 or getattr(self.args, "packing", False)
+        announced = self._announces_several
         if isinstance(layout, Packed) and not announced and self.accelerator.num_processes > 1:
             raise ValueError(
                 "a row holds several sequences, which nothing announced to the other processes: set "
@@ -71,15 +71,21 @@ class MicrobatchMixin:
             )
         return announced or layout.num_examples > 1
 
+    @property
+    def _announces_several(self) -> bool:
+        return self.args.per_device_train_batch_size > 1 or getattr(self.args, "packing", False)
+
     def _runs_an_example_alone(self) -> bool:
         return self._one_by_one is not None and self._one_by_one.alone
 
-    def _needs_examples(self, optimizer: PopRiskAdamW) -> bool:
-        return optimizer.needs_examples or self._label_noise is not None
+    def _takes_examples(self, optimizer: PopRiskAdamW) -> bool:
+        """Whether anything asks for the examples of a micro-batch; a group is a whole one."""
+        asked = optimizer.needs_examples or self._label_noise is not None
+        return asked and self.args.poprisk_estimator != "group"
 
     def _layout(self, optimizer: PopRiskAdamW, inputs: Any) -> Layout | None:
         """Where the examples are; None where none are asked for."""
-        if self.args.poprisk_estimator == "group" or not self._needs_examples(optimizer):
+        if not self._takes_examples(optimizer):
             return None
         main_input = getattr(self.accelerator.unwrap_model(self.model), "main_input_name", "input_ids")
         size = self.args.per_device_train_batch_size
@@ -137,11 +143,10 @@ class MicrobatchMixin:
 
     def _check_paths(
         self, optimizer: PopRiskAdamW, model: nn.Module, inputs: Any, num_items_in_batch: Any, layout: Layout
-    ) -> bool:
+    ) -> None:
         """The self-check, once per run: choose a path on which the gradient is the stock one, or refuse.
 
-        Returns:
-            False if the gradient is not finite, so that nothing could be compared: the next micro-batch will.
+        If the gradient is not finite, nothing can be compared: the next micro-batch will be.
 
         Raises:
             ValueError: there is no such path.
@@ -164,15 +169,14 @@ class MicrobatchMixin:
         elif layout.num_examples > 2 and checkpointing:
             # in eval mode nothing is recomputed, and all of them may not fit
             inputs, layout = some_examples(inputs, layout, [0, 1], unwrapped)
-        check = SelfCheck(unwrapped, optimizer.new_window, backward, self._tolerance(unwrapped))
+        low = self._has_low_precision(unwrapped)
+        check = SelfCheck(unwrapped, inputs, layout, optimizer.new_window, backward, low)
         with self._trying_out(model):
-            verdict = check.run(
-                inputs, layout, self._layers, self._row_operations, self._one_by_one, self._not_together
-            )
-        return self._take(verdict, optimizer)
+            verdict = check.run(self._layers, self._fused_operations, self._one_by_one, self._not_together)
+        self._take(verdict, optimizer)
 
-    def _take(self, verdict: Verdict, optimizer: PopRiskAdamW) -> bool:
-        """The path on which all ranks agree."""
+    def _take(self, verdict: Verdict, optimizer: PopRiskAdamW) -> None:
+        """Take the path on which all ranks agree."""
         if verdict.unreached and verdict.one_by_one is None and self.accelerator.num_processes > 1:
             name = optimizer.describe(next(iter(verdict.unreached)))
             verdict.one_by_one = f"no example reaches {name}, whose gradient DDP would not reduce"
@@ -180,11 +184,11 @@ class MicrobatchMixin:
         flags = torch.tensor(wrong, dtype=torch.float32, device=self.accelerator.device)
         undecided, together, one_by_one = (bool(x) for x in self.accelerator.reduce(flags).tolist())
         if undecided:
-            return False
+            return
         self._paths_checked, self._shared = True, verdict.shared
-        elsewhere = "something on another rank"
         if not together:
-            return True
+            return
+        elsewhere = "something on another rank"
         if one_by_one:
             reasons = dict.fromkeys(filter(None, (verdict.together, verdict.one_by_one)))
             raise ValueError(
@@ -194,16 +198,15 @@ class MicrobatchMixin:
         self._layers = None
         if self._not_together is None:
             self._say_one_by_one(verdict.together or elsewhere)
-        return True
 
-    def _tolerance(self, model: nn.Module) -> Any:
+    def _has_low_precision(self, model: nn.Module) -> bool:
         low = self.accelerator.mixed_precision != "no" or any(
             p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters()
         )
         if self.accelerator.device.type == "cuda":  # TF32, in either of the places where it is switched on
             backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
             low |= any(getattr(b, "fp32_precision", "ieee") != "ieee" for b in backends)
-        return LOW_PRECISION if low else EXACT
+        return low
 
     @contextmanager
     def _trying_out(self, model: nn.Module) -> Iterator[None]:
@@ -245,8 +248,8 @@ class MicrobatchMixin:
                 "poprisk_estimator=group."
             )
 
-    def _row_operations(self, capture: Capture) -> AbstractContextManager[Any]:
-        """For trainers with operations of their own on a parameter."""
+    def _fused_operations(self, capture: Capture) -> AbstractContextManager[Any]:
+        """Block around a forward and backward: for trainers that use a parameter outside of its layer."""
         return nullcontext()
 
     def _balances_experts(self, model: nn.Module) -> bool:
@@ -263,9 +266,9 @@ class MicrobatchMixin:
 
     def _prepare_layers(self, optimizer: PopRiskAdamW) -> None:
         """Decide how micro-batches of several examples are taken, and say so."""
-        args, self._layers, self._not_together = self.args, None, None
+        self._layers = self._not_together = None
         self._paths_checked = self._count_checked = False
-        if not self._needs_examples(optimizer) or args.poprisk_estimator == "group":
+        if not self._takes_examples(optimizer):
             return
         model = self.accelerator.unwrap_model(self.model)
         balanced = self._balances_experts(model)
@@ -274,7 +277,7 @@ class MicrobatchMixin:
                 "router_aux_loss_coef adds a term to the loss that is not about labels: set it to 0, or "
                 "poprisk_label_noise=off."
             )
-        if args.per_device_train_batch_size == 1 and not getattr(args, "packing", False):
+        if not self._announces_several:
             return
         if balanced:
             raise ValueError(
@@ -331,11 +334,7 @@ def _itself(tensor: Any, *_: Any, **__: Any) -> Any:
 
 def _check_batch_norm(model: nn.Module, way_out: str) -> None:
     """Refuse what makes an example depend on the others in its micro-batch, and not in eval mode."""
-    training = model.training
-    model.train()  # a model may keep its norms in eval mode
-    try:
+    with mode(model, training=True):  # a model may keep its norms in eval mode
         for name, module in model.named_modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
                 raise ValueError(f"{name} normalises over the examples of a micro-batch: {way_out}.")
-    finally:
-        model.train(training)

@@ -15,7 +15,6 @@ from hf_poprisk.finite import all_finite, none_finite, why_none_is
 from hf_poprisk.gate import null_openness
 from hf_poprisk.gated_adamw import Row, decide, gated_adamw, plain_adamw
 from hf_poprisk.options import NOTHING_TO_TRAIN, check_gate_options, check_group
-from hf_poprisk.options import matching as matching
 from hf_poprisk.per_example import BatchedGradients, Capture, ExampleWindow, Layout, Sink
 from hf_poprisk.statistics import GateStatistics
 
@@ -52,7 +51,7 @@ class PopRiskAdamW(torch.optim.AdamW):
             other options stay as they are).
         estimator: ``example``: every block is one example, exact. ``group``: every block is a micro-batch,
             coarser. ``ema``: the authors' streaming form, which needs no blocks: ``hf_poprisk.streaming``.
-        ungated: parameters that the gate leaves alone (see ``matching``).
+        ungated: parameters that the gate leaves alone (see ``options.matching``).
         warmup_steps: ungated steps at the start.
         ema_alpha: threshold of ``ema``; default ``(1−β₁)/(1+β₁)``. The published 1 closes almost everything.
         amsgrad: not supported; present so that it is refused by name.
@@ -93,8 +92,7 @@ class PopRiskAdamW(torch.optim.AdamW):
         ema_alpha: float | None = None,
     ) -> None:
         check_gate_options(gate, estimator, warmup_steps, ema_alpha)
-        if amsgrad:
-            raise ValueError("amsgrad=True is not supported by PopRiskAdamW: leave it off.")
+        check_group({"amsgrad": amsgrad})
         self.gate, self.estimator = gate, estimator
         self.warmup_steps, self.ema_alpha = warmup_steps, ema_alpha
         self.statistics = GateStatistics()
@@ -135,10 +133,8 @@ class PopRiskAdamW(torch.optim.AdamW):
     @property
     def names(self) -> Mapping[Tensor, str]:
         """From ``name_parameters``, or as the optimizer was given them; records leave out what has none."""
-        given: dict[Tensor, str] = {}
-        for group in self.param_groups:
-            given.update(zip(group["params"], group.get("param_names", ()), strict=False))
-        return {**given, **self._names}
+        given = (zip(g["params"], g.get("param_names", ()), strict=False) for g in self.param_groups)
+        return {p: name for named in given for p, name in named} | self._names
 
     def describe(self, param: Tensor) -> str:
         """A parameter's name, or else its shape."""
@@ -186,7 +182,7 @@ class PopRiskAdamW(torch.optim.AdamW):
     def _free_window(self) -> ExampleWindow:
         """The window, not closed."""
         window = self._open_window()
-        if self._openness is not None or self._skip_step:
+        if self._openness is not None:
             if any(p.grad is not None for p in self.gated_parameters):
                 raise RuntimeError("an example after close_window(): first call step() and zero_grad().")
             self._end_window()  # the step was skipped, by a loss scaler for instance
@@ -276,7 +272,7 @@ class PopRiskAdamW(torch.optim.AdamW):
         return loss
 
     def _prepare_step(self) -> None:
-        if self.needs_examples and self._openness is None and not self._skip_step:
+        if self.needs_examples and self._openness is None:
             self.close_window()
 
     def _nothing_finite(self) -> bool:
@@ -289,11 +285,11 @@ class PopRiskAdamW(torch.optim.AdamW):
             columns: list[list[Tensor]] = [[], [], [], [], []]
             if self._init_group(group, *columns[:4], [], columns[4]):
                 raise NotImplementedError("complex parameters are not supported by PopRiskAdamW.")
-            rows = list(zip(*columns, strict=True))
-            for param in columns[0]:
-                self.state[param].pop("written", None)
-            gated = [row for row in rows if self._is_gated(row[0], row[4])]
-            plain_adamw(group, [row for row in rows if row[0] not in {r[0] for r in gated}])
+            gated, plain = list[Row](), list[Row]()
+            for row in zip(*columns, strict=True):
+                self.state[row[0]].pop("written", None)
+                (gated if self._is_gated(row[0], row[4]) else plain).append(row)
+            plain_adamw(group, plain)
             for row in gated:
                 self._gated_update(group, row)
 

@@ -3,58 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
-class _Run:
-    """Sums over a run of the parameters of one device, one row each, whichever have a gradient together."""
+@dataclass
+class _Interval:
+    """Sums since the last log."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.params: list[Tensor] = []
-        self.sums = torch.zeros(0, 4, dtype=torch.float64, device=device)
-        self.nulls: list[float] = []
-        self.steps: list[int] = []
-        self.examples: list[int] = []
-        self._rows: dict[Tensor, int] = {}
-
-    def add(self, params: Sequence[Tensor], sums: Tensor, null: float, steps: int, examples: int) -> None:
-        """sums: [P, 4]; the rest is the same for each of the P parameters."""
-        for p in params:
-            if p not in self._rows:
-                self._rows[p] = len(self.params)
-                self.params.append(p)
-                for column in (self.nulls, self.steps, self.examples):
-                    column.append(0)
-        if (missing := len(self.params) - len(self.sums)) > 0:
-            self.sums = torch.cat([self.sums, self.sums.new_zeros(missing, 4)])
-        rows = [self._rows[p] for p in params]
-        if rows == list(range(len(self.params))):  # nearly always
-            self.sums += sums
-        else:
-            self.sums.index_add_(0, torch.tensor(rows, device=self.sums.device), sums.double())
-        for row in rows:
-            self.nulls[row] += null
-            self.steps[row] += steps
-            self.examples[row] += examples
+    sums: Tensor | None = None  # [4]: openness, live coordinates, ΣG², Σ Q
+    null: float = 0.0
+    examples: int = 0
+    steps: int = 0
+    skipped: int = 0
 
 
 class GateStatistics:
     """Sums on the device; read once per logging interval and once per save, so no step waits for them."""
 
     def __init__(self) -> None:
-        self._run: dict[torch.device, _Run] = {}
-        self._skipped_of_run = 0
-        self._clear_interval()
-
-    def _clear_interval(self) -> None:
-        self._sums: Tensor | None = None  # [4]: openness, live coordinates, ΣG², Σ Q
-        self._null = 0.0
-        self._examples = 0
-        self._steps = 0
-        self._skipped = 0
+        self._interval = _Interval()
+        self._skipped = 0  # in the run
+        # of the run, one row per parameter, whichever have a gradient together
+        self._rows: dict[Tensor, int] = {}
+        self._sums = torch.zeros(0, 4, dtype=torch.float64)
+        self._counts = torch.zeros(0, 3, dtype=torch.float64)  # null, steps, examples; not on the device
 
     def add(self, params: Sequence[Tensor], sums: Tensor, null: float, num_examples: int | None) -> None:
         """Record one gated step.
@@ -67,20 +44,32 @@ class GateStatistics:
             null: the mean openness of pure noise at this step.
             num_examples: b, or None where the estimator has no examples.
         """
-        total = sums.sum(0)
-        self._sums = total if self._sums is None else self._sums.to(total.device) + total
-        self._null += null
-        self._examples += num_examples or 0
-        self._steps += 1
-        self._run_on(sums.device).add(params, sums, null, 1, num_examples or 0)
+        now, total = self._interval, sums.sum(0)
+        now.sums = total if now.sums is None else now.sums.to(total.device) + total
+        now.null += null
+        now.examples += num_examples or 0
+        now.steps += 1
+        self._add_to_run(params, sums, [null, 1, num_examples or 0])
 
-    def _run_on(self, device: torch.device) -> _Run:
-        return self._run.setdefault(device, _Run(device))
+    def _add_to_run(self, params: Sequence[Tensor], sums: Tensor, counts: Sequence[float]) -> None:
+        """sums: [P, 4]; the counts are the same for each of the P parameters."""
+        rows = [self._rows.setdefault(p, len(self._rows)) for p in params]
+        self._sums = self._sums.to(sums.device)
+        if (new := len(self._rows) - len(self._sums)) > 0:
+            self._sums, self._counts = (pad(x, (0, 0, 0, new)) for x in (self._sums, self._counts))
+        same = torch.tensor(counts, dtype=torch.float64)
+        if rows == list(range(len(self._rows))):  # nearly always
+            self._sums += sums
+            self._counts += same
+        else:
+            index = torch.tensor(rows)
+            self._sums.index_add_(0, index.to(sums.device), sums.double())
+            self._counts.index_add_(0, index, same.expand(len(rows), 3))
 
     def skip(self) -> None:
         """Record a step that was left out because its gradient was not finite."""
+        self._interval.skipped += 1
         self._skipped += 1
-        self._skipped_of_run += 1
 
     def pop(self, unit: str) -> dict[str, float]:
         """The log entries since the last call, under ``poprisk/``; empty if no step was gated.
@@ -90,17 +79,17 @@ class GateStatistics:
                 entry and the margin are left out when no step had any.
         """
         logs: dict[str, float] = {}
-        if self._steps and self._sums is not None:
-            openness, live, energy, sq_sum = self._sums.tolist()
+        ended, self._interval = self._interval, _Interval()
+        if ended.sums is not None:
+            openness, live, energy, sq_sum = ended.sums.tolist()
             logs["poprisk/fraction_open"] = openness / live if live else 0.0
-            logs["poprisk/fraction_open_null"] = self._null / self._steps
-            if self._examples:
-                b = self._examples / self._steps
+            logs["poprisk/fraction_open_null"] = ended.null / ended.steps
+            if ended.examples:
+                b = ended.examples / ended.steps
                 logs[f"poprisk/{unit}"] = b
                 logs["poprisk/margin"] = _margin(b, energy, sq_sum)
-        if self._skipped:
-            logs["poprisk/steps_skipped"] = float(self._skipped)
-        self._clear_interval()
+        if ended.skipped:
+            logs["poprisk/steps_skipped"] = float(ended.skipped)
         return logs
 
     def of_run(self, names: Mapping[Tensor, str]) -> dict[str, Any]:
@@ -112,44 +101,36 @@ class GateStatistics:
             examples) and the ``sums`` they come from; ``interval``: what the next log will hold.
         """
         parameters: dict[str, Any] = {}
-        for run in self._run.values():
-            rows = zip(run.params, run.sums.tolist(), run.nulls, run.steps, run.examples, strict=True)
-            for p, sums, null, steps, examples in rows:
-                if p not in names:
-                    continue
-                entry = parameters.setdefault(
-                    names[p], {"numel": p.numel(), "steps": 0, "examples": 0, "null": 0.0, "sums": [0.0] * 4}
-                )
-                entry["steps"] += steps
-                entry["examples"] += examples
-                entry["null"] += null
-                entry["sums"] = [a + b for a, b in zip(entry["sums"], sums, strict=True)]
-        for entry in parameters.values():
-            openness, live, energy, sq_sum = entry["sums"]
-            b = entry["examples"] / entry["steps"]
-            entry["fraction_open"] = openness / live if live else 0.0
-            entry["fraction_open_null"] = entry["null"] / entry["steps"]
-            entry["margin"] = _margin(b, energy, sq_sum) if b else None
-        interval = {
-            "sums": None if self._sums is None else self._sums.tolist(),
-            **{name: getattr(self, f"_{name}") for name in ("null", "examples", "steps", "skipped")},
-        }
-        return {"steps_skipped": self._skipped_of_run, "parameters": parameters, "interval": interval}
+        for p, sums, counts in zip(self._rows, self._sums.tolist(), self._counts.tolist(), strict=True):
+            if p not in names:
+                continue
+            (openness, live, energy, sq_sum), (null, steps, examples) = sums, counts
+            b = examples / steps
+            parameters[names[p]] = {
+                "numel": p.numel(),
+                "steps": int(steps),
+                "examples": int(examples),
+                "null": null,
+                "sums": sums,
+                "fraction_open": openness / live if live else 0.0,
+                "fraction_open_null": null / steps,
+                "margin": _margin(b, energy, sq_sum) if b else None,
+            }
+        sums = self._interval.sums
+        interval = {**vars(self._interval), "sums": None if sums is None else sums.tolist()}
+        return {"steps_skipped": self._skipped, "parameters": parameters, "interval": interval}
 
     def load(self, saved: Mapping[str, Any], params: Mapping[str, Tensor]) -> None:
         """Go on from ``of_run``; parameters that ``params`` (name → parameter) lacks are left out."""
         self.__init__()  # type: ignore[misc]
-        self._skipped_of_run = saved["steps_skipped"]
+        self._skipped = saved["steps_skipped"]
         for name, entry in saved["parameters"].items():
             if name in params:
-                p = params[name]
-                sums = torch.tensor([entry["sums"]], dtype=torch.float64, device=p.device)
-                run = self._run_on(p.device)
-                run.add([p], sums, entry["null"], entry["steps"], entry["examples"])
-        interval = saved["interval"]
-        self._sums = None if interval["sums"] is None else torch.tensor(interval["sums"])
-        self._null, self._examples = interval["null"], interval["examples"]
-        self._steps, self._skipped = interval["steps"], interval["skipped"]
+                sums = torch.tensor([entry["sums"]], dtype=torch.float64)
+                self._add_to_run([params[name]], sums, [entry["null"], entry["steps"], entry["examples"]])
+        self._interval = _Interval(**saved["interval"])
+        if saved["interval"]["sums"] is not None:
+            self._interval.sums = torch.tensor(saved["interval"]["sums"])
 
 
 def _margin(b: float, energy: float, sq_sum: float) -> float:

@@ -19,7 +19,8 @@ from hf_poprisk.hub import HubMixin
 from hf_poprisk.leave_one_out.index import check_datasets_installed, take_sample, with_index
 from hf_poprisk.leave_one_out.mixin import LabelNoiseMixin
 from hf_poprisk.microbatch import MicrobatchMixin
-from hf_poprisk.optimizer import PopRiskAdamW, matching
+from hf_poprisk.optimizer import PopRiskAdamW
+from hf_poprisk.options import matching
 from hf_poprisk.per_example.examples import take_example as take_example
 from hf_poprisk.record import describe_data
 from hf_poprisk.risk import RiskMeter
@@ -63,7 +64,8 @@ class PopRiskMixin(MicrobatchMixin, HubMixin, CheckpointMixin, LabelNoiseMixin):
         config = call.arguments.get("args")
         if config is None:  # the stock trainers would make a config of their own, without the gate
             config = call.arguments["args"] = (self._config_class or PopRiskTrainingArguments)()
-        if not isinstance(config, self._config_class or PopRiskArgumentsMixin):
+        wanted: type[Any] = self._config_class or PopRiskArgumentsMixin
+        if not isinstance(config, wanted):
             raise self._wrong_config(config)
         data, ids = call.arguments.get("train_dataset"), None
         judged = data is not None and config.poprisk_label_noise != "off"

@@ -136,7 +136,7 @@ class PopRiskRewardConfig(PopRiskArgumentsMixin, RewardConfig):
 class _FusedHeadMixin(PopRiskMixin):
     """Runs TRL's fused language-model head example by example, so that its weight can be gated."""
 
-    def _row_operations(self, capture: Capture) -> AbstractContextManager[None]:
+    def _fused_operations(self, capture: Capture) -> AbstractContextManager[None]:
         return head_by_example(capture, self.accelerator.unwrap_model(self.model), trl_utils)
 
 

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from hf_poprisk.per_example import kernels_cpu, kernels_gpu
 from hf_poprisk.per_example.functions import PerExample, PerRow
-from hf_poprisk.per_example.layout import Layout, Rows, wide
-from hf_poprisk.per_example.sinks import Sink, SquareSum
+from hf_poprisk.per_example.layout import Layout, wide
+from hf_poprisk.per_example.products import Products, Scratch, Use, all_products, flat, rows_per_block
+from hf_poprisk.per_example.sinks import Sink
 from hf_poprisk.per_example.tokens import Tokens, rounded
 
-# Elements of G, Q and h_i that are worked on together: three of these fit a core's cache.
-_BLOCK = 1 << 16
 # Up to this many elements, the gradients of all examples are kept side by side.
 _SMALL = 1 << 17
-# Elements of the h_i that are formed before they are summed and squared in one pass.
-_SIDE_BY_SIDE = 1 << 19
 
 
 class Uncovered(RuntimeError):
@@ -38,13 +33,7 @@ class Capture:
         verify: compare what was captured with what autograd accumulated (first micro-batch of a run).
     """
 
-    def __init__(
-        self,
-        layout: Layout,
-        params: Iterable[Tensor],
-        sinks: Sequence[Sink],
-        verify: bool,
-    ) -> None:
+    def __init__(self, layout: Layout, params: Iterable[Tensor], sinks: Sequence[Sink], verify: bool) -> None:
         self.layout = layout
         self.num_examples = layout.num_examples
         self.misfits: dict[Tensor, str] = {}  # parameters seen with a shape that hides the rows
@@ -54,16 +43,17 @@ class Capture:
         self._uses: Counter[Tensor] = Counter()  # in the forward, recomputation aside
         self._in_forward: set[Tensor] = set()  # whose uses were counted there
         self._kept: dict[Tensor, Tensor] = {}  # small parameter → Σ over uses of h, [N, *shape]
-        self._inputs: dict[Tensor, list[tuple[Tensor, Tensor]]] = defaultdict(list)  # of repeated layers
+        self._repeated: dict[Tensor, list[Use]] = defaultdict(list)  # of layers that are used several times
         self._tokens: dict[Tensor, Tokens] = {}  # embedding weight → its rows' gradients
         self._seen: set[Tensor] = set()  # in the backward
         self._paused = False
         self._returned: dict[Tensor, list[Tensor]] | None = defaultdict(list) if verify else None
-        self._scratch: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self._scratch: Scratch = {}
+        self._products = Products(layout, self._scratch)
 
     # -- forward ----------------------------------------------------------------------------------------
 
-    def gates(self, param: Tensor) -> bool:
+    def captures(self, param: Tensor) -> bool:
         return param in self._params
 
     def wants(self, param: Tensor | None) -> bool:
@@ -94,7 +84,7 @@ class Capture:
     def release(self) -> None:
         """Let go of what was kept; a loss that is held on to would hold it too."""
         self._kept.clear()
-        self._inputs.clear()
+        self._repeated.clear()
         self._tokens.clear()
         self._scratch.clear()
 
@@ -145,15 +135,13 @@ class Capture:
             [out, in], float32 (float64 for float64).
         """
         self._seen.add(param)
-        tokens = self._tokens.get(param)
-        dense_uses = self._uses[param] - (tokens.uses if tokens else 0)
-        if self.num_examples * param.numel() <= _SMALL and tokens is None:
-            return self._returning(param, self._keep(param, _outer(a, d, self.layout)))
-        if dense_uses > 1:
-            self._inputs[param].append((a, d))
-            return self._returning(param, _flat(d).T @ _flat(a))
+        if self._is_small(param):
+            return self._returning(param, self._keep(param, all_products(a, d, self.layout)))
+        if self._dense_uses(param) > 1:
+            self._repeated[param].append((a, d))
+            return self._returning(param, flat(d).T @ flat(a))
         grad = torch.empty_like(param, dtype=wide(param.dtype))
-        self._sum_and_show(param, [(a, d)], grad, tokens)
+        self._products.show(param, [(a, d)], grad, self._tokens.get(param), self._of(param))
         return self._returning(param, grad)
 
     def elementwise(self, param: Tensor, h: Tensor) -> Tensor:
@@ -174,23 +162,19 @@ class Capture:
     def whole(self, param: Tensor, example: int, h: Tensor) -> None:
         """One example's complete gradient of the operation that was run example by example."""
         self._seen.add(param)
-        tokens = self._tokens.get(param)
-        if self._returned is not None:
-            self._returned[param].append(h.clone())
-        if self.num_examples * param.numel() <= _SMALL and tokens is None:
-            kept = self._kept.get(param)
-            if kept is None:
-                shape = (self.num_examples, *param.shape)
-                kept = self._kept[param] = h.new_zeros(shape, dtype=wide(h.dtype))
-            kept[example] += h
+        self._returning(param, h)
+        if self._is_small(param):
+            if param not in self._kept:
+                self._kept[param] = h.new_zeros(self.num_examples, *param.shape, dtype=wide(h.dtype))
+            self._kept[param][example] += h
             return
-        if self._uses[param] - (tokens.uses if tokens else 0) > 1:
+        if self._dense_uses(param) > 1:
             raise Uncovered("a large weight is used both by a fused head and elsewhere")
-        rows = self._rows_per_block(param)
+        rows = rows_per_block(param)
         for start in range(0, param.shape[0], rows):
             block = h[start : start + rows].to(wide(h.dtype), copy=True)
-            if tokens is not None:
-                tokens.take(example, start, block)
+            if param in self._tokens:
+                self._tokens[param].take(example, start, block)
             for sink in self._of(param):
                 sink.add(param, example, block[None], start)
 
@@ -213,13 +197,21 @@ class Capture:
             h = rounded(self._kept.pop(param), param)
             for sink in self._of(param):
                 sink.add(param, 0, h)
-        elif self._inputs.get(param):
-            self._sum_and_show(param, self._inputs.pop(param), None, self._tokens.get(param))
+        elif param in self._repeated:
+            uses = self._repeated.pop(param)
+            self._products.show(param, uses, None, self._tokens.get(param), self._of(param))
         if param in self._tokens:
             tokens = self._tokens.pop(param)
             grads = rounded(tokens.grads, param)
             for sink in self._of(param):
                 sink.add_rows(param, tokens.ids, tokens.examples, grads)
+
+    def _is_small(self, param: Tensor) -> bool:
+        """Whether its gradients are kept; those of an embedding are kept by token."""
+        return self.num_examples * param.numel() <= _SMALL and param not in self._tokens
+
+    def _dense_uses(self, param: Tensor) -> int:
+        return self._uses[param] - (self._tokens[param].uses if param in self._tokens else 0)
 
     def _of(self, param: Tensor) -> list[Sink]:
         return [sink for sink in self._sinks if sink.wants(param)]
@@ -236,184 +228,3 @@ class Capture:
         h = rounded(h, param)
         self._kept[param] = self._kept[param].add_(h) if param in self._kept else h
         return total
-
-    def _rows_per_block(self, param: Tensor) -> int:
-        if param.device.type != "cpu":  # launches cost more than the cache saves
-            return param.shape[0]
-        return max(1, _BLOCK // (param.numel() // param.shape[0]))
-
-    def _sum_and_show(
-        self,
-        param: Tensor,
-        uses: list[tuple[Tensor, Tensor]],
-        grad: Tensor | None,
-        tokens: Tokens | None,
-    ) -> None:
-        """``grad = Σ_i h_i`` (if given), and the h_i, summed over the uses, to the sinks."""
-        sinks = self._of(param)
-        single, by_rows = tokens is None and len(uses) == 1, isinstance(self.layout, Rows)
-        if len(sinks) == 1 and tokens is None and (part := sinks[0].part(param)) is not None:
-            return self._show_part(sinks[0], param, part, uses, grad)
-        squares = sinks[0] if len(sinks) == 1 and isinstance(sinks[0], SquareSum) else None
-        if squares is not None and single and by_rows:
-            a, d = uses[0]
-            # of low precision h_i must be rounded before it is squared, so it must be formed
-            exact = param.dtype in (torch.float32, torch.float64)
-            if exact and a.shape[:2] == (self.num_examples, 1):
-                return self._square_single_tokens(squares, param, a[:, 0], d[:, 0], grad)
-            if (
-                grad is not None
-                and kernels_gpu.usable(a, d, grad)
-                and self._fused_is_faster(param, a, d, grad)
-            ):
-                target, fresh = squares.buffer(param)
-                return kernels_gpu.weight_gradient(d, a, self.num_examples, grad, target, fresh)
-        if single and by_rows and grad is not None and grad.dtype == torch.float32:
-            a, d = uses[0]
-            # on more threads torch's own passes are ahead
-            quick = torch.get_num_threads() == 1 or squares is None
-            if quick and a.dtype == d.dtype == torch.float32 and kernels_cpu.usable(grad):
-                return self._side_by_side(param, a, d, grad, sinks)
-        self._one_by_one(param, uses, grad, tokens, sinks)
-
-    def _square_single_tokens(
-        self, squares: SquareSum, param: Tensor, a: Tensor, d: Tensor, grad: Tensor | None
-    ) -> None:
-        """Of one token per example no h_i need be formed: ``Q = (D²)ᵀ(A²)``."""
-        target, fresh = squares.buffer(param)
-        if grad is not None:
-            grad.copy_(d.T @ a)
-        a, d = (x.to(target.dtype).square() for x in (a, d))
-        target.copy_(d.T @ a) if fresh else target.addmm_(d.T, a)
-
-    def _show_part(
-        self,
-        sink: Sink,
-        param: Tensor,
-        part: tuple[slice, slice],
-        uses: list[tuple[Tensor, Tensor]],
-        grad: Tensor | None,
-    ) -> None:
-        """``grad = Σ_i h_i`` (if given), and of the h_i themselves no more than the sink looks at."""
-        n = self.num_examples
-        if grad is not None:
-            ((a, d),) = uses
-            for rows, columns in _around(part, param):
-                grad[rows, columns] = _flat(d)[:, rows].T @ _flat(a)[:, columns]
-        rows, columns = part
-        factors = [
-            (_by_example(d, n)[..., rows].transpose(1, 2), _by_example(a, n)[..., columns]) for a, d in uses
-        ]
-        some = max(1, max(_SIDE_BY_SIDE, param.numel()) // param[rows, columns].numel())
-        for i in range(0, n, some):
-            first, *others = (torch.bmm(dt[i : i + some], a[i : i + some]) for dt, a in factors)
-            h = sum(others, first)
-            sink.add_part(param, i, h)
-            if grad is not None:
-                total = h.sum(0, dtype=grad.dtype)
-                grad[rows, columns] = total if i == 0 else grad[rows, columns] + total
-
-    def _fused_is_faster(self, param: Tensor, a: Tensor, d: Tensor, grad: Tensor) -> bool:
-        (rows, length, width), out = a.shape, d.shape[-1]
-        # lengths differ from batch to batch: one measurement for all up to a power of two
-        key = (a.device, a.dtype, self.num_examples, rows, length.bit_length(), width, out)
-
-        def ways() -> tuple[Callable[[], None], Callable[[], None]]:
-            spare, squares = torch.empty_like(grad), SquareSum([param])
-            fused = partial(kernels_gpu.weight_gradient, d, a, self.num_examples, spare)
-            return (
-                partial(fused, squares.buffer(param)[0], True),
-                partial(self._one_by_one, param, [(a, d)], spare, None, [squares]),
-            )
-
-        return kernels_gpu.faster(key, ways)
-
-    def _one_by_one(
-        self,
-        param: Tensor,
-        uses: list[tuple[Tensor, Tensor]],
-        grad: Tensor | None,
-        tokens: Tokens | None,
-        sinks: Sequence[Sink],
-    ) -> None:
-        """``_sum_and_show`` with one matrix product per example, block of rows and use."""
-        rows, sums = self._rows_per_block(param), wide(param.dtype)
-        # per example and use: D_iᵀ [out, tokens] and A_i [tokens, in]
-        split = [list(zip(*map(self.layout.split, use), strict=True)) for use in uses]
-        factors = [[(d.T, a) for a, d in parts] for parts in zip(*split, strict=True)]
-        low = None if factors[0][0][0].dtype == sums else factors[0][0][0].dtype
-        for start in range(0, param.shape[0], rows):
-            stop = min(start + rows, param.shape[0])
-            total = None if grad is None else grad[start:stop]
-            h = self._scratch_like(param[start:stop], sums)
-            rounded = h if low is None else self._scratch_like(param[start:stop], low)
-            for i, parts in enumerate(factors):
-                # the first example needs no scratch: it is the sum so far
-                first = i == 0 and total is not None and tokens is None
-                into = total if first else h
-                product = into if low is None else rounded  # in the inputs' dtype, as autograd rounds it
-                for k, (dt, a) in enumerate(parts):
-                    block = dt if rows >= param.shape[0] else dt[start:stop]
-                    torch.mm(block, a, out=product) if k == 0 else product.addmm_(block, a)
-                if low is not None:
-                    into.copy_(product)
-                if total is not None and not first:
-                    total.copy_(into) if i == 0 else total.add_(into)
-                if tokens is not None:
-                    tokens.take(i, start, into)
-                for sink in sinks:
-                    sink.add(param, i, into[None], start)
-
-    def _side_by_side(self, param: Tensor, a: Tensor, d: Tensor, grad: Tensor, sinks: Sequence[Sink]) -> None:
-        """``_one_by_one`` for one use, with several examples in a product: one pass over G and Q for all."""
-        n, rows = self.num_examples, min(self._rows_per_block(param), param.shape[0])
-        a, dt = _by_example(a, n), _by_example(d, n).transpose(1, 2)  # [N, tokens, in], [N, out, tokens]
-        some = max(1, _SIDE_BY_SIDE // (rows * param.shape[1]))
-        squares = next((sink for sink in sinks if isinstance(sink, SquareSum)), None)
-        for start in range(0, param.shape[0], rows):
-            total = grad[start : start + rows]
-            for i in range(0, n, some):
-                h = self._scratch_like(total.expand(min(some, n - i), *total.shape), total.dtype)
-                torch.bmm(dt[i : i + some, start : start + rows], a[i : i + some], out=h)
-                for sink in sinks:
-                    if sink is not squares:
-                        sink.add(param, i, h, start)
-                if squares is not None:
-                    squares.add_and_sum(param, i, h, start, total)
-                else:
-                    torch.sum(h, 0, out=total) if i == 0 else total.add_(h.sum(0))
-
-    def _scratch_like(self, like: Tensor, dtype: torch.dtype) -> Tensor:
-        key = (dtype, like.device)
-        buffer = self._scratch.get(key)
-        if buffer is None or buffer.numel() < like.numel():
-            buffer = self._scratch[key] = torch.empty(like.numel(), dtype=dtype, device=like.device)
-        return buffer[: like.numel()].view(like.shape)
-
-
-def _flat(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
-
-
-def _around(part: tuple[slice, slice], matrix: Tensor) -> list[tuple[slice, slice]]:
-    """The rest of a matrix, of which a part has some columns of all rows, or some rows of all columns."""
-    rows, columns = part
-    if columns.stop - columns.start < matrix.shape[1]:
-        sides = slice(0, columns.start), slice(columns.stop, None)
-        return [(rows, side) for side in sides]
-    return [(side, columns) for side in (slice(0, rows.start), slice(rows.stop, None))]
-
-
-def _by_example(x: Tensor, num_examples: int) -> Tensor:
-    """[rows, tokens, width] as [N, tokens of all its rows, width]; a view if an example is a row."""
-    x = x.reshape(-1, num_examples, *x.shape[1:]).transpose(0, 1)
-    return x.reshape(num_examples, -1, x.shape[-1])
-
-
-def _outer(a: Tensor, d: Tensor, layout: Layout) -> Tensor:
-    """Every example's ``D_iᵀ A_i`` at once, [N, out, in], in the dtype of sums."""
-    if isinstance(layout, Rows):
-        a, d = _by_example(a, layout.num_examples), _by_example(d, layout.num_examples)
-        return torch.bmm(d.transpose(1, 2), a).to(wide(a.dtype))
-    parts = zip(layout.split(a), layout.split(d), strict=True)
-    return torch.stack([(d_i.T @ a_i).to(wide(a_i.dtype)) for a_i, d_i in parts])

@@ -22,7 +22,7 @@ def _wanted(node: Any) -> bool:
 
 
 class Linear(Function):
-    """``F.linear`` with a gated weight, [out, in] or (Conv1D) [in, out]; x is [rows, …, in]."""
+    """``F.linear`` with a captured weight, [out, in] or (Conv1D) [in, out]; x is [rows, …, in]."""
 
     @staticmethod
     def forward(
@@ -48,9 +48,9 @@ class Linear(Function):
             if _wanted(ctx.nodes[0]):
                 grad_weight = ctx.capture.dense(ctx.weight, *((d, x) if ctx.transposed else (x, d)))
             if _wanted(ctx.nodes[1]):
-                gated = ctx.capture.gates(ctx.bias)
+                captured = ctx.capture.captures(ctx.bias)
                 grad_bias = (
-                    ctx.capture.elementwise(ctx.bias, d) if gated else d.sum((0, 1)).to(ctx.bias.dtype)
+                    ctx.capture.elementwise(ctx.bias, d) if captured else d.sum((0, 1)).to(ctx.bias.dtype)
                 )
         return grad_x, grad_weight, grad_bias, None, None
 

@@ -87,7 +87,7 @@ def _layer(module: nn.Module, own: Mapping[str, Tensor]) -> Callable[..., Any] |
         plain = module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
         return _run_embedding if plain and set(own) == {"weight"} else None
     if forward is nn.LayerNorm.forward or forward is nn.RMSNorm.forward:
-        return _run_norm if len(module.normalized_shape) == 1 else None
+        return _run_norm if len(module.normalized_shape) == 1 else None  # type: ignore[arg-type]
     if f"{type(module).__module__}.{type(module).__qualname__}" == _DORA:
         return _run_dora
     return _run_elementwise if _is_elementwise(module, own) else None
@@ -199,51 +199,35 @@ def _is_elementwise(module: nn.Module, own: Mapping[str, Tensor]) -> bool:
     if first.device.type == "meta" or len({p.shape for p in own.values()}) > 1:
         return False
     module = copy.deepcopy(module)  # its forward may count or remember
-    own = {name: module._parameters[name] for name in own}  # type: ignore[misc]
     generator = torch.Generator().manual_seed(0)
     for shape in ((2, 3), (2, 3, 2)):
         x = torch.randn(*shape, first.numel(), generator=generator).to(first.device, first.dtype)
+        weight = torch.linspace(0.5, 1.5, x.numel(), device=x.device, dtype=x.dtype).view_as(x)
+        ones = (1,) * (x.dim() - 2)
+        copies = {name: p.detach().expand(2, *ones, -1).contiguous() for name, p in own.items()}
         try:
             with torch.random.fork_rng(devices=[]):
-                expected_y, expected = _probe(module, own, x, rowwise=False)
-                y, h = _probe(module, own, x, rowwise=True)
+                rows = [_probe(module, own, x[i : i + 1], weight[i : i + 1]) for i in range(2)]
+                y, gradients = _probe(module, copies, x, weight)
         except Exception:  # code of the user's, on an input that it was not made for
             return False
-        pairs = [(y, expected_y), *zip(h, expected, strict=True)]
-        if not all(torch.allclose(a.float(), b.float(), rtol=3e-2, atol=3e-2) for a, b in pairs):
-            return False
+        for i, (row_y, row_gradients) in enumerate(rows):
+            own_rows = [y[i : i + 1], *(h[i].flatten() for h in gradients)]
+            pairs = zip(own_rows, [row_y, *row_gradients], strict=True)
+            if not all(torch.allclose(a.float(), b.float(), rtol=3e-2, atol=3e-2) for a, b in pairs):
+                return False
     return True
 
 
 def _probe(
-    module: nn.Module, own: Mapping[str, Tensor], x: Tensor, rowwise: bool
-) -> tuple[Tensor, list[Tensor]]:
-    """Output, and per parameter the gradients of the two rows, [2, width]: at once, or row by row."""
-    saved = dict(module._parameters)
-    weight = torch.linspace(0.5, 1.5, x.numel(), device=x.device, dtype=x.dtype).view_as(x)
-    try:
-        if rowwise:
-            ones = (1,) * (x.dim() - 2)
-            copies = {
-                n: p.detach().expand(2, *ones, -1).contiguous().requires_grad_() for n, p in own.items()
-            }
-            module._parameters.update(copies)  # type: ignore[arg-type]
-            with torch.enable_grad():
-                y = type(module).forward(module, x)
-                grads = torch.autograd.grad((y * weight).sum(), list(copies.values()))
-            return y.detach(), [g.reshape(2, -1) for g in grads]
-        outputs, rows = [], []
-        for row in range(2):
-            copies = {n: p.detach().clone().requires_grad_() for n, p in own.items()}
-            module._parameters.update(copies)  # type: ignore[arg-type]
-            with torch.enable_grad():
-                y = type(module).forward(module, x[row : row + 1])
-                rows.append(torch.autograd.grad((y * weight[row : row + 1]).sum(), list(copies.values())))
-            outputs.append(y.detach())
-        return torch.cat(outputs), [torch.stack(g) for g in zip(*rows, strict=True)]
-    finally:
-        module._parameters.clear()
-        module._parameters.update(saved)
+    module: nn.Module, params: Mapping[str, Tensor], x: Tensor, weight: Tensor
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The module's output with other parameters, and the gradients of its weighted sum there."""
+    params = {name: p.detach().clone().requires_grad_() for name, p in params.items()}
+    module._parameters.update(params)  # type: ignore[arg-type]
+    with torch.enable_grad():
+        y = type(module).forward(module, x)
+        return y.detach(), torch.autograd.grad((y * weight).sum(), list(params.values()))
 
 
 def _input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten_with_path, tree_unflatten
 from hf_poprisk.per_example import Layout, Rows
 from hf_poprisk.per_example.examples import NotSeparable, num_rows, take
 from hf_poprisk.per_example.joined import Joined, Slot, find, joined, part_of
-from hf_poprisk.per_example.random_numbers import random_state, same_random_numbers, set_random_state
+from hf_poprisk.per_example.undisturbed import random_state, same_random_numbers, set_random_state
 
 _Outputs = list[tuple[nn.Module, Any]]  # modules and what they gave, in the order of the calls
 
@@ -228,8 +228,8 @@ class OneByOne:
         if any([module for module, _ in outputs] != call.modules for outputs in answers):
             raise NotSeparable("the model's parts are called in another order for some of the examples")
         joined = []
-        for k, outputs in enumerate(zip(*answers, strict=True)):
-            whole, slots = self._join((len(self._calls), k), [output for _, output in outputs], layout)
+        for k, parts in enumerate(zip(*answers, strict=True)):
+            whole, slots = self._join((len(self._calls), k), [output for _, output in parts], layout)
             joined.append(whole)
             call.slots.append(slots)
         self._calls.append(call)

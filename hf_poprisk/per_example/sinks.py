@@ -7,6 +7,8 @@ any number of sinks. A new one, for clipping or for influence, has these five me
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import accumulate, groupby
+from operator import itemgetter
 from typing import Protocol
 
 import torch
@@ -259,8 +261,8 @@ class SelfInfluence:
         if self._key != (key := (id(param), start, count)):  # blocks come one example after the other
             rows, columns = self._part(param)
             block = slice(rows.start + start, rows.start + start + count)
-            precondition, *rest = self._scaled(param, block, columns)
-            self._key, self._block = key, (precondition.flatten(), *rest)
+            precondition, bound, lr = self._scaled(param, block, columns)
+            self._key, self._block = key, (precondition.flatten(), bound, lr)
         return self._block
 
     def _scaled(self, param: Tensor, rows: slice | Tensor, columns: slice) -> tuple[Tensor, float, float]:
@@ -275,19 +277,12 @@ def as_matrix(x: Tensor) -> Tensor:
 
 def _all_reduce(tensors: list[Tensor], scale: float) -> None:
     """Sum each tensor over the ranks and multiply it by ``scale``, in place, in flat buckets."""
-    start = 0
-    while start < len(tensors):
-        stop, numel, kind = start, 0, (tensors[start].dtype, tensors[start].device)
-        while stop < len(tensors) and (numel == 0 or numel + tensors[stop].numel() <= _BUCKET_NUMEL):
-            if (tensors[stop].dtype, tensors[stop].device) != kind:
-                break
-            numel += tensors[stop].numel()
-            stop += 1
-        bucket = torch.cat([t.reshape(-1) for t in tensors[start:stop]])
-        dist.all_reduce(bucket)
-        bucket.mul_(scale)
-        for tensor, reduced in zip(
-            tensors[start:stop], bucket.split([t.numel() for t in tensors[start:stop]]), strict=True
-        ):
+    before = accumulate((t.numel() for t in tensors), initial=0)
+    kinds = [(t.dtype, t.device, numel // _BUCKET_NUMEL) for t, numel in zip(tensors, before, strict=False)]
+    for _, found in groupby(zip(kinds, tensors, strict=True), key=itemgetter(0)):
+        bucket = [t for _, t in found]
+        flat = torch.cat([t.reshape(-1) for t in bucket])
+        dist.all_reduce(flat)
+        flat.mul_(scale)
+        for tensor, reduced in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
             tensor.copy_(reduced.view_as(tensor))
-        start = stop

@@ -15,7 +15,7 @@ from torch import Tensor
 from hf_poprisk import PopRiskAdamW
 from hf_poprisk.gate import openness
 from hf_poprisk.per_example import capture as capturing
-from hf_poprisk.per_example import kernels_cpu
+from hf_poprisk.per_example import kernels_cpu, products
 
 pytest.importorskip("numba", reason="without numba the plain code runs, which the other files test")
 
@@ -174,8 +174,8 @@ def test_a_model_side_by_side(kind: str, pairs: bool, monkeypatch: pytest.Monkey
         kernels_cpu, "add_squares", lambda *args, **kw: (calls.append(args), loop(*args, **kw))
     )
     monkeypatch.setattr(capturing, "_SMALL", 0)
-    monkeypatch.setattr(capturing, "_BLOCK", 1000)
-    monkeypatch.setattr(capturing, "_SIDE_BY_SIDE", 3000)
+    monkeypatch.setattr(products, "_BLOCK", 1000)
+    monkeypatch.setattr(products, "_SIDE_BY_SIDE", 3000)
     model, inputs = tiny_model(kind), batch(2 * N if pairs else N)
     got = captured(model, [(inputs, N)], pairs, N)
     assert_same(got, textbook(model, inputs, N, pairs), 1e-5)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from hf_poprisk import PopRiskAdamW
-from hf_poprisk.per_example import BatchedGradients, Rows
+from hf_poprisk.per_example import BatchedGradients, Rows, products
 from hf_poprisk.per_example import capture as capturing
 from hf_poprisk.per_example.window import ExampleWindow
 
@@ -114,7 +114,7 @@ def test_sums_equal_the_loop(
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the way of large layers, in blocks of a few rows, at the size of the tests."""
     monkeypatch.setattr(capturing, "_SMALL", 0)
-    monkeypatch.setattr(capturing, "_BLOCK", 100)
+    monkeypatch.setattr(products, "_BLOCK", 100)
 
 
 @pytest.mark.parametrize("pairs", [False, True])

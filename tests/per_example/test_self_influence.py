@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_poprisk import PopRiskAdamW
 from hf_poprisk.adam_metric import AdamMetric
-from hf_poprisk.per_example import BatchedGradients, Rows
+from hf_poprisk.per_example import BatchedGradients, Rows, products
 from hf_poprisk.per_example import capture as capturing
 from hf_poprisk.per_example.sinks import SelfInfluence
 
@@ -115,8 +115,8 @@ def test_some_rows_or_columns_stand_for_all(
     monkeypatch.setattr("hf_poprisk.per_example.sinks._PIECE", 48)
     if adapter == "full":  # the others are kept side by side
         monkeypatch.setattr(capturing, "_SMALL", 0)
-    monkeypatch.setattr(capturing, "_BLOCK", 64)
-    monkeypatch.setattr(capturing, "_SIDE_BY_SIDE", 128)
+    monkeypatch.setattr(products, "_BLOCK", 64)
+    monkeypatch.setattr(products, "_SIDE_BY_SIDE", 128)
     model = adapted(tiny_model(kind.split("-")[0], tied="tied" in kind, dtype=torch.float64), adapter)
     inputs = batch(2 * N)
     optimizer = after_two_steps(model, inputs, pairs=True, gate=gate)
@@ -203,8 +203,8 @@ def test_blocks_of_a_large_weight_are_all_seen(
     together: bool, gate: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(capturing, "_SMALL", 0)
-    monkeypatch.setattr(capturing, "_BLOCK", 64)
-    monkeypatch.setattr(capturing, "_SIDE_BY_SIDE", 128)
+    monkeypatch.setattr(products, "_BLOCK", 64)
+    monkeypatch.setattr(products, "_SIDE_BY_SIDE", 128)
     monkeypatch.setattr("hf_poprisk.per_example.sinks._PIECE", 48)
     model = tiny_model("llama", dtype=dtype)
     inputs = batch(2 * N)
