@@ -253,9 +253,9 @@ class PopRiskArgumentsMixin:
             ) from error
 
 
-def _with_fields(doc: str | None) -> str:
+def _with_fields(doc: str) -> str:
     """A docstring with the meaning of every field below it, for ``help``."""
-    lines = [doc or "", "", "Args:"]
+    lines = [doc, "", "Args:"]
     for f in fields(PopRiskArgumentsMixin):
         if f.name.startswith(_PREFIX):
             text = f"{f.name} (default {f.default!r}): {f.metadata['help']}"
@@ -270,16 +270,12 @@ PopRiskArgumentsMixin.__doc__ = _with_fields(PopRiskArgumentsMixin.__doc__)
 
 def _parse(key: str, value: str) -> Any:
     """An ``optim_args`` string in the type of its field; the field's own check names a bad one."""
+    if key == "exclude":
+        return [value]  # one expression; alternatives are written a|b
     try:
-        if key == "exclude":
-            return [value]  # one expression; alternatives are written a|b
-        if key == "warmup_steps":
-            return int(value)
-        if key == "ema_alpha":
-            return float(value)
+        return {"warmup_steps": int, "ema_alpha": float}.get(key, str)(value)
     except ValueError:
-        pass
-    return value
+        return value
 
 
 @dataclass

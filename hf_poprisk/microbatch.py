@@ -177,10 +177,10 @@ class MicrobatchMixin:
 
     def _take(self, verdict: Verdict, optimizer: PopRiskAdamW) -> None:
         """Take the path on which all ranks agree."""
-        if verdict.unreached and verdict.one_by_one is None and self.accelerator.num_processes > 1:
+        if verdict.unreached and verdict.not_one_by_one is None and self.accelerator.num_processes > 1:
             name = optimizer.describe(next(iter(verdict.unreached)))
-            verdict.one_by_one = f"no example reaches {name}, whose gradient DDP would not reduce"
-        wrong = [not verdict.decided, verdict.together is not None, verdict.one_by_one is not None]
+            verdict.not_one_by_one = f"no example reaches {name}, whose gradient DDP would not reduce"
+        wrong = [not verdict.decided, verdict.not_together is not None, verdict.not_one_by_one is not None]
         flags = torch.tensor(wrong, dtype=torch.float32, device=self.accelerator.device)
         undecided, together, one_by_one = (bool(x) for x in self.accelerator.reduce(flags).tolist())
         if undecided:
@@ -190,14 +190,14 @@ class MicrobatchMixin:
             return
         elsewhere = "something on another rank"
         if one_by_one:
-            reasons = dict.fromkeys(filter(None, (verdict.together, verdict.one_by_one)))
+            reasons = dict.fromkeys(filter(None, (verdict.not_together, verdict.not_one_by_one)))
             raise ValueError(
                 "the gradient of the examples of a micro-batch would not be the stock trainer's ("
                 f"{'; '.join(reasons) or elsewhere}): {self._way_out}."
             )
         self._layers = None
         if self._not_together is None:
-            self._say_one_by_one(verdict.together or elsewhere)
+            self._say_one_by_one(verdict.not_together or elsewhere)
 
     def _has_low_precision(self, model: nn.Module) -> bool:
         low = self.accelerator.mixed_precision != "no" or any(

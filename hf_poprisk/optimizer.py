@@ -103,7 +103,7 @@ class PopRiskAdamW(torch.optim.AdamW):
         self._window: ExampleWindow | None = None
         self._openness: dict[Tensor, Tensor] | None = None  # q of the closed window
         self._skip_step = False
-        self._hopeless: bool | None = None  # no step was ever taken, nor will be; None until it is asked
+        self._none_finite: bool | None = None  # no step was ever taken, nor will be; None until it is asked
         self._said_single = False
         super().__init__(params, lr, betas, eps, weight_decay)
         known = set(self._all_parameters())
@@ -199,7 +199,7 @@ class PopRiskAdamW(torch.optim.AdamW):
             RuntimeError: see ``ExampleWindow.reduce``; or a gradient whose parts were never seen.
         """
         self.open_share = 1.0
-        self._hopeless = self._nothing_finite()  # before clipping, which spreads a NaN over all gradients
+        self._none_finite = self._is_never_finite()  # before clipping, which spreads a NaN over all gradients
         if self.needs_examples:
             self._decide()
 
@@ -261,7 +261,7 @@ class PopRiskAdamW(torch.optim.AdamW):
         loss = None if closure is None else torch.enable_grad()(closure)()
         self._prepare_step()
         if self._skip_step:
-            if self._hopeless:  # a loss scaler, which expects that, does not come by here
+            if self._none_finite:  # a loss scaler, which expects that, does not come by here
                 self._end_window()
                 raise RuntimeError(why_none_is(self._all_parameters(), self.describe))
             logger.warning("a gradient is not finite: this optimizer step was left out.")
@@ -275,7 +275,7 @@ class PopRiskAdamW(torch.optim.AdamW):
         if self.needs_examples and self._openness is None:
             self.close_window()
 
-    def _nothing_finite(self) -> bool:
+    def _is_never_finite(self) -> bool:
         """Whether no step was taken yet and no gradient is finite, so that no step ever will be."""
         return self.gate != "none" and not any(self.state.values()) and none_finite(self._all_parameters())
 
@@ -291,17 +291,17 @@ class PopRiskAdamW(torch.optim.AdamW):
                 (gated if self._is_gated(row[0], row[4]) else plain).append(row)
             plain_adamw(group, plain)
             for row in gated:
-                self._gated_update(group, row)
+                q = self._openness_of(group, row)
+                if self.keep_written:
+                    self.state[row[0]]["written"] = q.clone()
+                gated_adamw(group, row, q)
 
     def _is_gated(self, param: Tensor, step: Tensor) -> bool:
         """Whether this step, the one after ``step``, is gated; what is ungated has no openness."""
         return step.item() >= self.warmup_steps and param in (self._openness or {})
 
-    def _gated_update(self, group: dict[str, Any], row: Row) -> None:
-        q = self._openness[row[0]]  # type: ignore[index]
-        if self.keep_written:
-            self.state[row[0]]["written"] = q.clone()
-        gated_adamw(group, row, q)
+    def _openness_of(self, group: dict[str, Any], row: Row) -> Tensor:
+        return self._openness[row[0]]  # type: ignore[index]
 
     def _all_parameters(self) -> Iterator[Tensor]:
         return (p for group in self.param_groups for p in group["params"])
@@ -313,7 +313,7 @@ class PopRiskAdamW(torch.optim.AdamW):
 
     def __getstate__(self) -> dict[str, Any]:
         """As in torch, with the gate's options: copies and pickles are gated as well."""
-        window = {"_window": None, "_openness": None, "_skip_step": False, "_hopeless": None}
+        window = {"_window": None, "_openness": None, "_skip_step": False, "_none_finite": None}
         fresh = {"statistics": GateStatistics(), "open_share": 1.0, **window}
         return {**super().__getstate__(), **{name: getattr(self, name) for name in _KEPT}, **fresh}
 
@@ -345,6 +345,6 @@ class PopRiskAdamW(torch.optim.AdamW):
         return ExampleWindow(gated, self.names, [p for p in every if p not in gated])
 
     def _end_window(self) -> None:
-        self._openness, self._skip_step, self._hopeless = None, False, None
+        self._openness, self._skip_step, self._none_finite = None, False, None
         if self._window is not None:
             self._window.reset()

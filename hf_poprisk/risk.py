@@ -68,10 +68,7 @@ def gains(
         params = [p for p in group["params"] if p.grad is not None and optimizer.state.get(p)]
         states = [optimizer.state[p] for p in params]
         if not all("exp_avg" in state and "exp_avg_sq" in state for state in states):
-            raise ValueError(
-                f"poprisk_risk needs the moments of Adam, which {type(optimizer).__name__} does not "
-                "keep: set poprisk_risk=false or another optim."
-            )
+            raise no_moments(optimizer)
         for p, state, step in zip(params, states, _steps(states), strict=True):
             grad, square = p.grad.float() / scale, state["exp_avg_sq"].float()
             written = grad * state["written"] if "written" in state else grad
@@ -84,6 +81,13 @@ def gains(
             both = float(group["lr"]) * torch.stack([signal, (written * grad / coming).sum()]).float()
             total = both if total is None else total + both.to(total.device)
     return total
+
+
+def no_moments(optimizer: torch.optim.Optimizer) -> ValueError:
+    return ValueError(
+        f"poprisk_risk needs the moments of Adam, which {type(optimizer).__name__} does not keep: set "
+        "poprisk_risk=false or another optim."
+    )
 
 
 def _steps(states: list[dict[str, Any]]) -> list[float]:

@@ -65,12 +65,12 @@ class StreamingPopRiskAdamW(PopRiskAdamW):
         """There is no window. What opens is known after the step only; ``open_share`` is that of noise."""
         super().close_window()
         if not self._warming_up(self._all_parameters()):
-            self.open_share = self._null(self.param_groups[0]["betas"][0])
+            self.open_share = self._null_openness()
 
     def _prepare_step(self) -> None:
         self._skip_step = not all_finite(p.grad for p in self._all_parameters())
-        if self._hopeless is None:  # close_window, which this form does not ask for, was not called
-            self._hopeless = self._nothing_finite()
+        if self._none_finite is None:  # close_window, which this form does not ask for, was not called
+            self._none_finite = self._is_never_finite()
 
     def _is_gated(self, param: Tensor, step: Tensor) -> bool:
         return param not in self._ungated  # in warm-up too, so that the noise estimate runs
@@ -79,32 +79,19 @@ class StreamingPopRiskAdamW(PopRiskAdamW):
         self._sums: dict[Tensor, Tensor] = {}
         super()._update()
         if self._sums:
-            null = self._null(self.param_groups[0]["betas"][0])
-            self.statistics.add(list(self._sums), torch.stack(list(self._sums.values())), null, None)
+            sums = torch.stack(list(self._sums.values()))
+            self.statistics.add(list(self._sums), sums, self._null_openness(), None)
             self._sums = {}
 
-    def _gated_update(self, group: dict[str, Any], row: Row) -> None:
-        param, grad, exp_avg, exp_avg_sq, step = row
-        beta1, beta2 = group["betas"]
-        lr = float(group["lr"])
-        step += 1
-        t = step.item()
-        correction1, correction2 = 1 - beta1**t, 1 - beta2**t
+    def _openness_of(self, group: dict[str, Any], row: Row) -> Tensor:
+        param, grad, exp_avg, _, step = row
+        beta1, t = group["betas"][0], step.item() + 1
         noise = self._track_noise(param, grad - exp_avg)
-        exp_avg.lerp_(grad, 1 - beta1)
-        exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        signal = (exp_avg / correction1).square_()
+        signal = (torch.lerp(exp_avg, grad, 1 - beta1) / (1 - beta1**t)).square_()
         q = streaming_openness(signal, noise, self._alpha(beta1), self.gate)
         live = torch.count_nonzero(noise)
         self._sums[param] = torch.stack([x.float() for x in (q.sum(), live, live * 0, live * 0)])
-        if t <= self.warmup_steps:
-            q.fill_(1.0)
-        if self.keep_written:
-            self.state[param]["written"] = q
-        if group["weight_decay"]:
-            param.mul_(1 - lr * float(group["weight_decay"]))
-        denom = exp_avg_sq.sqrt().div_(correction2**0.5).add_(group["eps"])
-        param.addcmul_(exp_avg / denom, q, value=-lr / correction1)
+        return q.fill_(1.0) if t <= self.warmup_steps else q
 
     def _track_noise(self, param: Tensor, surprise: Tensor) -> Tensor:
         """``s ← ρ s + (1−ρ)(G − m_prev)²``; returns it bias-corrected."""
@@ -118,5 +105,6 @@ class StreamingPopRiskAdamW(PopRiskAdamW):
     def _alpha(self, beta1: float) -> float:
         return (1 - beta1) / (1 + beta1) if self.ema_alpha is None else self.ema_alpha
 
-    def _null(self, beta1: float) -> float:
+    def _null_openness(self) -> float:
+        beta1 = self.param_groups[0]["betas"][0]
         return streaming_null_openness(self._alpha(beta1), beta1, self.gate)

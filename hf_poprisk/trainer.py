@@ -23,7 +23,7 @@ from hf_poprisk.optimizer import PopRiskAdamW
 from hf_poprisk.options import matching
 from hf_poprisk.per_example.examples import take_example as take_example
 from hf_poprisk.record import describe_data
-from hf_poprisk.risk import RiskMeter
+from hf_poprisk.risk import RiskMeter, no_moments
 
 logger = logging.getLogger(__name__)
 _P = ParamSpec("_P")
@@ -151,10 +151,7 @@ class PopRiskMixin(MicrobatchMixin, HubMixin, CheckpointMixin, LabelNoiseMixin):
                 "pass a PopRiskAdamW, or set optim=adamw_torch for a run without the gate."
             )
         if self._risk is not None and not isinstance(_unwrap(self.optimizer), torch.optim.Adam):
-            raise ValueError(
-                f"poprisk_risk needs the moments of Adam, which {type(self.optimizer).__name__} does not "
-                "keep: set poprisk_risk=false or another optim."
-            )
+            raise no_moments(self.optimizer)
         if self._risk is not None and optimizer is not None:
             optimizer.keep_written = True
         if optimizer is not None:
@@ -227,8 +224,7 @@ class PopRiskMixin(MicrobatchMixin, HubMixin, CheckpointMixin, LabelNoiseMixin):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         optimizer = self._poprisk_optimizer()
         if optimizer is not None and "loss" in logs:
-            unit = "groups" if self.args.poprisk_estimator == "group" else "examples"
-            logs = {**logs, **optimizer.statistics.pop(unit)}
+            logs = {**logs, **optimizer.statistics.pop(_units(self.args))}
         if self._risk is not None and "loss" in logs:
             logs = {**logs, **self._risk.pop(self.state.log_history)}
         if self._label_noise is not None and "loss" in logs:
@@ -273,28 +269,28 @@ def _summary(optimizer: PopRiskAdamW, named: dict[str, torch.Tensor], args: Any)
         return "population-risk gate: off (gate=none), plain AdamW."
     gated = set(optimizer.gated_parameters)
     kinds = Counter(_kind(name) for name, p in named.items() if p in gated)
-    open_ = sum(p.requires_grad and p not in gated for p in named.values())
-    unit = (
-        ""
-        if optimizer.estimator == "ema"
-        else (
-            f", {args.units_per_step} {'groups' if optimizer.estimator == 'group' else 'examples'} per step "
-            f"({args.world_size} process(es) × {args.gradient_accumulation_steps} backwards"
-            f"{'' if args.per_device_train_batch_size == 1 else f' × {args.per_device_train_batch_size}'})"
-        )
-    )
-    few = ""
-    if optimizer.estimator != "ema" and args.units_per_step < 4:
-        few = (
-            f" With {args.units_per_step} per step the test has little power, and noise often passes: raise "
-            "gradient_accumulation_steps."
-        )
+    ungated = sum(p.requires_grad and p not in gated for p in named.values())
+    per_step, few = "", ""
+    if optimizer.estimator != "ema":
+        factors = [f"{args.world_size} process(es)", f"{args.gradient_accumulation_steps} backwards"]
+        if args.per_device_train_batch_size > 1:
+            factors.append(str(args.per_device_train_batch_size))
+        per_step = f", {args.units_per_step} {_units(args)} per step ({' × '.join(factors)})"
+        if args.units_per_step < 4:
+            few = (
+                f" With {args.units_per_step} per step the test has little power, and noise often passes: "
+                "raise gradient_accumulation_steps."
+            )
     return (
-        f"population-risk gate: {optimizer.gate}, estimator={optimizer.estimator}{unit}; "
+        f"population-risk gate: {optimizer.gate}, estimator={optimizer.estimator}{per_step}; "
         f"gated {sum(p.numel() for p in gated):,} parameters in "
         f"{len(gated)} tensors ({', '.join(f'{kind} {n}' for kind, n in sorted(kinds.items()))}), "
-        f"{open_} trainable tensors ungated.{few}"
+        f"{ungated} trainable tensors ungated.{few}"
     )
+
+
+def _units(args: Any) -> str:
+    return "groups" if args.poprisk_estimator == "group" else "examples"
 
 
 def _kind(name: str) -> str:

@@ -11,10 +11,11 @@ every term is the example's ``h_i``, shown to the sinks while it is in the cache
     layers.py       which layers form their per-example gradients, how each is run
     functions.py    the autograd functions that they run through
     fused_head.py   TRL's fused language-model head
-    capture.py      the h_i of one forward and backward; tokens.py: of an embedding
+    capture.py      the h_i of one forward and backward
+    products.py     the h_i of a large weight, piece by piece; tokens.py: of an embedding
     examples.py     where the examples of a collated micro-batch are, and how one is taken out
     one_by_one.py   the examples backpropagated alone, whatever the loss (joined.py: their outputs)
-    self_check.py   is what the sinks are shown the stock gradient?
+    self_check.py   is what the sinks are shown the stock gradient? undisturbed.py: asked without a trace
     kernels_cpu.py kernels_gpu.py   the inner loops
 
 Nothing here knows of an optimizer, a gate or a trainer.

@@ -153,7 +153,7 @@ def _loops() -> Any:
 # see that no index is negative.
 
 
-def _add_squares(h, grad, square, first, fresh):  # type: ignore[no-untyped-def]
+def _add_squares(h, grad, square, first, fresh):
     for start in range(0, grad.size, _TILE):
         stop = start + _TILE
         g, q = grad[start:stop], square[start:stop]
@@ -168,7 +168,7 @@ def _add_squares(h, grad, square, first, fresh):  # type: ignore[no-untyped-def]
                 q[k] += h_i[k] * h_i[k]
 
 
-def _weigh(h, precondition, bound, out):  # type: ignore[no-untyped-def]
+def _weigh(h, precondition, bound, out):
     out[:] = _ZERO
     for start in range(0, precondition.size, _TILE):
         stop = start + _TILE
@@ -184,7 +184,7 @@ def _weigh(h, precondition, bound, out):  # type: ignore[no-untyped-def]
             out[i] += energy
 
 
-def _decide(grad, sq_sum, low, high, scale, soft):  # type: ignore[no-untyped-def]
+def _decide(grad, sq_sum, low, high, scale, soft):
     all_opened = all_live = all_energy = all_noise = 0.0  # float64
     for start in range(low, high, _TILE):
         stop = min(start + _TILE, high)
@@ -209,21 +209,9 @@ def _decide(grad, sq_sum, low, high, scale, soft):  # type: ignore[no-untyped-de
     return all_opened, all_live, all_energy, all_noise
 
 
-def _gated_adamw(  # type: ignore[no-untyped-def]
-    param,
-    exp_avg,
-    exp_avg_sq,
-    grad,
-    openness,
-    low,
-    high,
-    kept,
-    rate,
-    new1,
-    new2,
-    scale,
-    eps,
-):
+def _gated_adamw(
+    param, exp_avg, exp_avg_sq, grad, openness, low, high, kept, rate, new1, new2, scale, eps
+):  # fmt: skip
     w, m, v = param[low:high], exp_avg[low:high], exp_avg_sq[low:high]
     g, q = grad[low:high], openness[low:high]
     for k in range(w.size):

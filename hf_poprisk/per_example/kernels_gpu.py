@@ -198,9 +198,8 @@ if triton is not None:
         m = tl.load(exp_avg + k, mask=inside, other=0.0).to(tl.float32)
         v = tl.load(exp_avg_sq + k, mask=inside, other=0.0).to(tl.float32)
         q = tl.load(openness + k, mask=inside, other=0.0)
-        m += new1 * (
-            g - m
-        )  # 1 − β is rounded once: a GPU takes scalars as float32, where 1 − 0.99999 is coarse
+        # 1 − β is rounded once: a GPU takes scalars as float32, where 1 − 0.99999 is coarse
+        m += new1 * (g - m)
         v += new2 * (g * g - v)
         w -= decay * w
         w -= rate * q * m / (tl.sqrt(v) / root + eps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from math import prod
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ class Rows:
 
     def sums(self, h: Tensor, shape: Sequence[int]) -> Tensor:
         """Gradients of ``copies``, or of them at every token, summed per example: [N, *shape], wide."""
-        h = h.reshape(-1, self.num_examples, h[0].numel() // _numel(shape), *shape)
+        h = h.reshape(-1, self.num_examples, h[0].numel() // prod(shape), *shape)
         return h.sum((0, 2), dtype=wide(h.dtype))
 
 
@@ -106,7 +107,3 @@ Layout = Rows | Packed
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums: float32, float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _numel(shape: Sequence[int]) -> int:
-    return int(torch.Size(shape).numel())

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ class OneByOne:
                 return original(*args, **kwargs)
             return self._answer(original, layout, args, kwargs, learn)
 
-        with _replaced(self._model, forward):
+        with _replaced({self._model: forward}):
             yield
 
     def check(self) -> None:
@@ -122,19 +123,18 @@ class OneByOne:
         """Let go of the last micro-batch."""
         self._calls = []
 
-    def has_rows_of(self, layout: Layout) -> bool:
-        """Whether the model was called on as many rows as the micro-batch has."""
-        return all(call.layout == layout for call in self._calls)
-
-    def check_rows(self, run: Callable[[], Any]) -> None:
-        """Are the rows that were taken for the first example's those that it has alone?
+    def check_rows(self, layout: Layout, run: Callable[[], Any]) -> None:
+        """If the model was called on other rows: were the first example's those that it has alone?
 
         Args:
+            layout: of the micro-batch.
             run: computes the loss of the first example alone.
 
         Raises:
             NotSeparable: the loss lays out the rows of its examples in another way.
         """
+        if all(call.layout == layout for call in self._calls):
+            return
         expected, original, seen = [self._piece(call, 0) for call in self._calls], self._model.forward, []
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -142,7 +142,7 @@ class OneByOne:
                 seen.append((args, kwargs))
             return original(*args, **kwargs)
 
-        with _replaced(self._model, forward):
+        with _replaced({self._model: forward}):
             run()
         for (args, kwargs), (own_args, own_kwargs) in zip(expected, seen, strict=True):
             for (_, x), (_, y) in zip(_leaves([args, kwargs]), _leaves([own_args, own_kwargs]), strict=False):
@@ -210,7 +210,7 @@ class OneByOne:
         answers = call.outputs
         self.alone = True
         try:
-            with _replaced(self._model, original):
+            with _replaced({self._model: original}):
                 for example in range(layout.num_examples):
                     piece_args, piece_kwargs = self._piece(call, example)
                     if example == layout.num_examples - 1:
@@ -233,7 +233,7 @@ class OneByOne:
             joined.append(whole)
             call.slots.append(slots)
         self._calls.append(call)
-        with _replaced(self._model, original), self._answered(call.modules, joined):
+        with _replaced({self._model: original}), self._answered(call.modules, joined):
             return self._model.forward(*args, **kwargs)
 
     def _piece(self, call: _Call, example: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -246,24 +246,19 @@ class OneByOne:
         outputs: _Outputs = []
         inside = False
 
-        def watch(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-            def run(*args: Any, **kwargs: Any) -> Any:
-                nonlocal inside
-                if inside:  # a part that another one shares
-                    return forward(*args, **kwargs)
-                inside = True
-                try:
-                    output = forward(*args, **kwargs)
-                finally:
-                    inside = False
-                outputs.append((module, output))
-                return output
+        def watched(module: nn.Module, forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+            nonlocal inside
+            if inside:  # a part that another one shares
+                return forward(*args, **kwargs)
+            inside = True
+            try:
+                output = forward(*args, **kwargs)
+            finally:
+                inside = False
+            outputs.append((module, output))
+            return output
 
-            return run
-
-        with ExitStack() as stack:
-            for module in self._cut:
-                stack.enter_context(_replaced(module, watch(module, module.forward)))
+        with _replaced({module: partial(watched, module, module.forward) for module in self._cut}):
             yield outputs
 
     @contextmanager
@@ -271,17 +266,12 @@ class OneByOne:
         """Let the modules of the cut give these outputs, in order, without being run."""
         left = list(zip(modules, outputs, strict=True))
 
-        def answer(module: nn.Module) -> Callable[..., Any]:
-            def run(*args: Any, **kwargs: Any) -> Any:
-                if not left or left[0][0] is not module:
-                    raise NotSeparable("the model's parts are called in another order for a single example")
-                return left.pop(0)[1]
+        def answer(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+            if not left or left[0][0] is not module:
+                raise NotSeparable("the model's parts are called in another order for a single example")
+            return left.pop(0)[1]
 
-            return run
-
-        with ExitStack() as stack:
-            for module in self._cut:
-                stack.enter_context(_replaced(module, answer(module)))
+        with _replaced({module: partial(answer, module) for module in self._cut}):
             yield
 
     # -- outputs -----------------------------------------------------------------------------------------
@@ -305,8 +295,7 @@ class OneByOne:
         spec, leaves, slots = tree_flatten_with_path(outputs[0])[1], [], []
         for found in zip(*map(_leaves, outputs), strict=True):
             path, parts = found[0][0], [part for _, part in found]
-            known = self._axes.get((*key, path), Slot(None))
-            slot = Slot(known.axis, known.shift)
+            slot = replace(self._axes.get((*key, path), Slot(None)))
             slots.append(slot)
             if not isinstance(parts[0], Tensor):
                 leaves.append(parts[0])
@@ -326,13 +315,16 @@ def _leaves(output: Any) -> list[tuple[Any, Any]]:
 
 
 @contextmanager
-def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    before = vars(module).get("forward")
-    module.forward = forward  # type: ignore[method-assign]
+def _replaced(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Let modules run something else inside this block."""
+    before = {module: vars(module).get("forward") for module in forwards}
+    for module, forward in forwards.items():
+        module.forward = forward  # type: ignore[method-assign]
     try:
         yield
     finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before  # type: ignore[method-assign]
+        for module, own in before.items():
+            if own is None:
+                del module.forward
+            else:
+                module.forward = own  # type: ignore[method-assign]

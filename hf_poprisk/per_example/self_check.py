@@ -55,15 +55,15 @@ class Verdict:
     """Why a path is not to be taken; None where it is right.
 
     Attributes:
-        together: all examples in one backward.
-        one_by_one: one backward per example.
+        not_together: of all examples in one backward.
+        not_one_by_one: of one backward per example.
         shared: the parameters with a term in the loss that belongs to no example.
         unreached: those of them that no example's backward reaches.
         decided: False if the gradient was not finite: there was nothing to compare with.
     """
 
-    together: str | None = None
-    one_by_one: str | None = None
+    not_together: str | None = None
+    not_one_by_one: str | None = None
     shared: set[Tensor] = field(default_factory=set)
     unreached: set[Tensor] = field(default_factory=set)
     decided: bool = True
@@ -114,7 +114,7 @@ class SelfCheck:
             one_by_one: learns here where the examples are in the model's outputs.
             why_not_together: why ``layers`` is None.
         """
-        verdict = self._verdict = Verdict(together=why_not_together)
+        verdict = self._verdict = Verdict(not_together=why_not_together)
         self._one_by_one = one_by_one
         with mode(self._model, training=True):
             self._run_stock()
@@ -126,15 +126,17 @@ class SelfCheck:
                 return verdict
             together: _Gradients = {}
             if layers is not None:
-                verdict.together, together = self._try(partial(self._run_together, layers, capturing))
-            verdict.one_by_one, alone = self._try(self._run_alone)
-            if verdict.one_by_one is None:
-                verdict.one_by_one = self._reason(self._check_parts)
+                verdict.not_together, together = self._try(partial(self._run_together, layers, capturing))
+            verdict.not_one_by_one, alone = self._try(self._run_alone)
+            if verdict.not_one_by_one is None:
+                verdict.not_one_by_one = self._reason(self._check_parts)
             one_by_one.release()
-            if verdict.together is None:
-                verdict.together = self._squares_differ(together, alone)
-            if verdict.one_by_one is None and self._keeps_state:
-                verdict.one_by_one = "the model keeps state in its forward, which examples alone would change"
+            if verdict.not_together is None:
+                verdict.not_together = self._squares_differ(together, alone)
+            if verdict.not_one_by_one is None and self._keeps_state:
+                verdict.not_one_by_one = (
+                    "the model keeps state in its forward, which examples alone would change"
+                )
         return verdict
 
     # -- passes ------------------------------------------------------------------------------------------
@@ -246,25 +248,23 @@ class SelfCheck:
 
     def _check_parts(self) -> None:
         """One by one: are the rows the examples', and is what no example owns the same whatever they are?"""
-        one_by_one = self._one_by_one
-        if not one_by_one.has_rows_of(self._layout):
-            first, _ = some_examples(self._inputs, self._layout, [0], self._model)
-            self._fresh(lambda: one_by_one.check_rows(lambda: self._backward(first)))
+        one_by_one, last = self._one_by_one, self._layout.num_examples - 1
+
+        def some(examples: list[int]) -> tuple[Any, Layout]:
+            return some_examples(self._inputs, self._layout, examples, self._model)
+
+        first, _ = some([0])
+        self._fresh(lambda: one_by_one.check_rows(self._layout, lambda: self._backward(first)))
         gated = self._verdict.shared & set(self._window().squares.params)
         if not gated:
             return
 
-        def shared_terms(examples: list[int]) -> _Gradients:
-            batch, part = some_examples(self._inputs, self._layout, examples, self._model)
+        def shared_terms(batch: Any, part: Layout) -> None:
+            with one_by_one.cached(part):
+                self._backward(batch)
 
-            def run() -> None:
-                with one_by_one.cached(part):
-                    self._backward(batch)
-
-            return self._fresh(run)
-
-        last = self._layout.num_examples - 1
-        whole, *others = (shared_terms(examples) for examples in ([*range(last + 1)], [0], [last]))
+        parts = [some(examples) for examples in ([*range(last + 1)], [0], [last])]
+        whole, *others = (self._fresh(partial(shared_terms, *part)) for part in parts)
         for p in gated:
             for other in others:
                 gap = (whole[p] - other.get(p, torch.zeros_like(p))).norm()
@@ -275,10 +275,10 @@ class SelfCheck:
                     )
 
     def _squares_differ(self, together: _Gradients, alone: _Gradients) -> str | None:
-        if self._verdict.one_by_one is not None:
+        if self._verdict.not_one_by_one is not None:
             # Random numbers drawn inside the model are others for an example alone: no fault of this path.
             vouched = self._draws and not _could_be_other_rows(self._inputs, self._layout)
-            return None if vouched else f"examples alone: {self._verdict.one_by_one}"
+            return None if vouched else f"examples alone: {self._verdict.not_one_by_one}"
         total = sum(float(q.sum()) for q in alone.values())
         for p in together.keys() | alone.keys():
             nothing = torch.zeros_like(p, dtype=wide(p.dtype))
