@@ -20,7 +20,7 @@ _SMALL = 1 << 17
 
 
 class Uncovered(RuntimeError):
-    """A gated parameter is used in a way whose per-example gradients this module cannot form."""
+    """A parameter is used in a way whose per-example gradients this module cannot form."""
 
 
 class Capture:
@@ -30,7 +30,7 @@ class Capture:
         layout: which part of the batch belongs to which example.
         params: the parameters whose per-example gradients are wanted.
         sinks: are shown the per-example gradients.
-        verify: compare what was captured with what autograd accumulated (first micro-batch of a run).
+        verify: compare what was captured with what autograd accumulated.
     """
 
     def __init__(self, layout: Layout, params: Iterable[Tensor], sinks: Sequence[Sink], verify: bool) -> None:

@@ -83,7 +83,7 @@ def gated_adamw(
     step: float,
     group: dict[str, Any],
 ) -> None:
-    """AdamW with the write multiplied by q, in place; see ``kernels.gated_adamw``."""
+    """AdamW with the write multiplied by q, in place; see ``kernels_gpu.gated_adamw``."""
     lr, (beta1, beta2) = float(group["lr"]), group["betas"]
     scalars = (
         1 - lr * group["weight_decay"], lr / (1 - beta1**step), 1 - beta1, 1 - beta2,

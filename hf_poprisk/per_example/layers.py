@@ -21,14 +21,14 @@ _DORA = "peft.tuners.lora.dora.DoraLinearLayer"  # by name: PEFT need not be ins
 
 
 class BatchedGradients:
-    """Forms the per-example gradients of the gated parameters of a model.
+    """Forms the per-example gradients of some parameters of a model.
 
     Args:
         model: the model, not wrapped by DDP; may be a PEFT model.
-        params: its gated parameters.
+        params: the parameters; frozen ones are left out.
 
     Attributes:
-        uncovered: name → why, for the gated parameters that no supported layer owns. Not to be used with
+        uncovered: name → why, for the parameters that no supported layer owns. Not to be used with
             ``capture`` unless empty.
     """
 
@@ -77,7 +77,7 @@ class BatchedGradients:
 
 
 def _layer(module: nn.Module, own: Mapping[str, Tensor]) -> Callable[..., Any] | None:
-    """How to run a module that owns gated parameters; None where there is no way."""
+    """How to run a module that owns some of the parameters; None where there is no way."""
     if "forward" in vars(module):
         return None  # somebody else has replaced it
     forward = type(module).forward

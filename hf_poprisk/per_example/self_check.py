@@ -131,7 +131,7 @@ class SelfCheck:
             if verdict.not_one_by_one is None:
                 verdict.not_one_by_one = self._reason(self._check_parts)
             one_by_one.release()
-            if verdict.not_together is None:
+            if layers is not None and verdict.not_together is None:
                 verdict.not_together = self._squares_differ(together, alone)
             if verdict.not_one_by_one is None and self._keeps_state:
                 verdict.not_one_by_one = (

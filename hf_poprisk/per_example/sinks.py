@@ -46,8 +46,8 @@ class Sink(Protocol):
     def part(self, param: Tensor) -> tuple[slice, slice] | None:
         """The rows and columns of the parameter as a matrix that it looks at; None: all."""
 
-    def add_part(self, param: Tensor, first: int, h: Tensor, start: int = 0) -> None:
-        """As ``add``, of rows and columns of ``part`` alone, where there is one; h: [n, rows, columns]."""
+    def add_part(self, param: Tensor, first: int, h: Tensor) -> None:
+        """As ``add``, of all of ``part``, where there is one; h: [n, rows, columns]."""
 
 
 class SquareSum:
@@ -108,7 +108,7 @@ class SquareSum:
             self._rows[param] = start + count
         return fresh
 
-    def add_part(self, param: Tensor, first: int, h: Tensor, start: int = 0) -> None:
+    def add_part(self, param: Tensor, first: int, h: Tensor) -> None:
         raise NotImplementedError("it looks at all of a parameter")
 
     def add_and_sum(self, param: Tensor, first: int, h: Tensor, start: int, total: Tensor) -> None:
