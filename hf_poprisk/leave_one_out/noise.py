@@ -18,6 +18,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.optimize import minimize_scalar
+from scipy.special import expit
 from torch import Tensor
 
 MAX_RATE = 0.45  # beyond it mislabeled examples could be taken for clean ones
@@ -126,6 +128,28 @@ def fit_noise(log_odds: np.ndarray, num_labels: int = 2, step: int = 0, epoch: f
         step=step,
         epoch=epoch,
     )
+
+
+def likelihood(log_odds: np.ndarray, rate: float | None = None) -> tuple[float, np.ndarray]:
+    """The likeliest τ of two-class log-odds, and the log-likelihood of each label there.
+
+    Args:
+        log_odds: [n].
+        rate: ε; the estimated one by default.
+
+    Returns:
+        τ, and [n] in nats.
+    """
+    rate = fit_noise(log_odds).rate if rate is None else rate
+    scale = np.median(np.abs(log_odds[log_odds != 0])).clip(1e-30, 1e30) if log_odds.any() else 1.0
+
+    def of(log_tau: float) -> np.ndarray:
+        q = expit(math.exp(log_tau) * log_odds)
+        return np.log((1 - rate) * q + rate * (1 - q) + 1e-300)
+
+    bounds = [math.log(tau / scale) for tau in TAU_OF_TWO]
+    best = minimize_scalar(lambda log_tau: -of(log_tau).sum(), bounds=bounds, method="bounded").x
+    return math.exp(best), of(best)
 
 
 def _binned(z: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:

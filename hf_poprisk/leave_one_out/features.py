@@ -1,0 +1,107 @@
+"""What the regression sees of every example: its gradients of the label's log-odds, in two parts.
+
+The language-model head is apart from the layers below it: on some tasks one of them tells much more than the
+other, and which one the held-out likelihood says beforehand (``regression.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hf_poprisk.per_example.basis import Features, measure_bases
+from hf_poprisk.per_example.factors import LinearFactors, linear_layers
+from hf_poprisk.per_example.layout import Rows
+
+NUM_FEATURES = 16384  # k
+NUM_FOR_BASES = 256  # examples that the bases are measured on
+
+
+def label_features(
+    model: nn.Module,
+    batches: Callable[[int | None], Iterable[Any]],
+    log_odds: Callable[[nn.Module, Any], Tensor],
+    rows_per_example: int = 1,
+    num_features: int = NUM_FEATURES,
+    seed: int = 0,
+) -> list[np.ndarray]:
+    """Features of the gradients of the labels' log-odds, over all linear layers, in eval mode.
+
+    Args:
+        model: not wrapped; its weights and their ``requires_grad`` are left as they are.
+        batches: ``batches(count)`` iterates over micro-batches of the first ``count`` examples of this rank (of
+            all with None), the same ones in the same order each time.
+        log_odds: (model, micro-batch) → z [N] with its graph.
+        rows_per_example: of what the layers see; row j belongs to example j mod N.
+        num_features: k.
+        seed: of the projection.
+
+    Returns:
+        For each part that the model has, the head and the layers below it: [n of this rank, k] float32.
+
+    Raises:
+        ValueError: a model without linear layers, or whose layers do not see the examples as rows; or
+            gradients that are not finite.
+    """
+    layers = linear_layers(model)
+    if not layers:
+        raise ValueError("the model has no linear layer, and labels are judged by the gradients of those.")
+
+    def run(see: Any, count: int | None, done: Callable[[], None] = lambda: None) -> None:
+        for batch in batches(count):
+            factors = LinearFactors(model, layers, see)
+            with factors.forward():
+                z = log_odds(model, batch)
+            factors.backward(z, rows_per_example)
+            done()
+
+    training = model.training
+    model.eval()
+    try:
+        with torch.enable_grad():
+            bases = measure_bases(lambda see: run(see, NUM_FOR_BASES))
+            get_head = getattr(model, "get_output_embeddings", None)
+            head = get_head() if get_head is not None else None
+            names: tuple[list[str], list[str]] = ([], [])
+            for name in bases:
+                names[layers[name] is not head].append(name)
+            parts = [Features({n: bases[n] for n in part}, num_features, seed) for part in names if part]
+            rows: list[list[Tensor]] = [[] for _ in parts]
+
+            def see(name: str, a: Tensor, d: Tensor) -> None:
+                for part in parts:
+                    part.see(name, a, d)
+
+            def done() -> None:
+                for part, found in zip(parts, rows, strict=True):
+                    found.append(part.take().cpu())
+
+            run(see, None, done)
+    finally:
+        model.train(training)
+    features = [torch.cat(found).numpy() for found in rows]
+    if not all(np.isfinite(x).all() for x in features):
+        raise ValueError("the gradients of the labels' log-odds are not finite: the model gives NaN or inf.")
+    return features
+
+
+def pair_log_odds(model: nn.Module, inputs: Any) -> Tensor:
+    """log p(chosen) − log p(rejected), [N], for rows [chosen…, rejected…] as TRL's DPO collates them."""
+    skipped = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
+    logits = model(**{k: v for k, v in inputs.items() if k not in skipped}, use_cache=False).logits
+    mask = inputs["completion_mask"][:, 1:]
+    logits = logits[:, -mask.shape[1] - 1 : -1]  # behind the virtual tokens of prompt-learning adapters
+    labels = inputs["input_ids"][:, 1:, None]
+    log_probs = logits.float().log_softmax(-1).gather(-1, labels)[..., 0]
+    chosen, rejected = (log_probs * mask).sum(1).chunk(2)
+    return chosen - rejected
+
+
+def reward_log_odds(model: nn.Module, inputs: Any) -> Tensor:
+    """Reward of the chosen minus of the rejected, [N], for rows [chosen…, rejected…]."""
+    chosen, rejected = model(**inputs, use_cache=False).logits.squeeze(-1).float().chunk(2)
+    return chosen - rejected

@@ -1,0 +1,118 @@
+"""What the rest of the data says about each label: which features, which λ, how many labels are mislabeled.
+
+Everything is chosen by how well the leave-one-out log-odds predict the observed labels under the two-part model of
+``noise.py``, its likelihood: no validation set, no noise rate told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from hf_poprisk.leave_one_out.noise import NoiseFit, fit_noise, likelihood
+from hf_poprisk.leave_one_out.regression import compact, leave_one_out
+
+RIDGES = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1)
+FEWEST = 50  # examples
+FOLDS = 5  # of the test whether a second round is a gain
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Of n labels.
+
+    Attributes:
+        log_odds: leave-one-out, in nats, [n].
+        p_correct: probability that each label is correct, [n].
+        fit: the noise rate with its interval.
+        part: which features were used: an index into those given, or None for all of them together.
+        ridge: λ.
+        rounds: 2 if the regression was weighted by what a first one gave.
+    """
+
+    log_odds: np.ndarray
+    p_correct: np.ndarray
+    fit: NoiseFit
+    part: int | None
+    ridge: float
+    rounds: int
+
+
+def judge(parts: Sequence[np.ndarray], seed: int = 0) -> Judgement:
+    """Judge every label by a regression on the features of all others.
+
+    Args:
+        parts: features of the observed label's log-odds, [n, k] each: a swapped pair has the opposite ones.
+        seed: of the folds.
+
+    Raises:
+        ValueError: fewer than 50 examples, or features that do not differ.
+    """
+    n = len(parts[0])
+    if n < FEWEST:
+        raise ValueError(f"{n} examples are too few to judge labels by: it takes {FEWEST} or more.")
+    units = [_unit(x) for x in parts]
+    candidates: dict[int | None, np.ndarray] = dict(enumerate(units))
+    if len(units) > 1:
+        candidates[None] = np.concatenate(units, 1) / np.sqrt(len(units))
+    first = [
+        (fit.log_likelihood, part, features, ridge, log_odds, fit)
+        for part, features in ((part, compact(x)) for part, x in candidates.items())
+        for ridge, log_odds, fit in _path(features)
+    ]
+    _, part, features, ridge, log_odds, fit = max(first, key=lambda found: found[0])
+    p_correct, rounds = _p_correct(fit, log_odds), 1
+    again = _second_round(features, ridge, p_correct, seed)
+    if again is not None:
+        # its own likelihood is not held out, and its rate too low: those p were computed with all labels
+        ridge, log_odds, second = again
+        fit, rounds = replace(fit, tau=likelihood(log_odds, fit.rate)[0]), 2
+        p_correct = _p_correct(fit, log_odds)
+    return Judgement(log_odds, p_correct, fit, part, ridge, rounds)
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    """Every example's features to length 1."""
+    lengths = np.linalg.norm(x, axis=1, keepdims=True)
+    if not lengths.any() or (x == x[0]).all():
+        raise ValueError("all examples have the same gradients, so none says anything about another's label.")
+    return x / np.where(lengths > 0, lengths, 1)
+
+
+def _path(
+    features: np.ndarray, weights: np.ndarray | None = None
+) -> list[tuple[float, np.ndarray, NoiseFit]]:
+    """λ, leave-one-out log-odds and their two-part model, for every λ."""
+    found, a = [], None
+    for ridge in RIDGES:
+        log_odds, a = leave_one_out(features, ridge, weights, a)
+        found.append((ridge, log_odds, fit_noise(log_odds)))
+    return found
+
+
+def _p_correct(fit: NoiseFit, log_odds: np.ndarray) -> np.ndarray:
+    return fit.p_correct(torch.from_numpy(log_odds)).numpy()
+
+
+def _second_round(
+    features: np.ndarray, ridge: float, p_correct: np.ndarray, seed: int
+) -> tuple[float, np.ndarray, NoiseFit] | None:
+    """The regression weighted by p_correct, if that is a gain on examples that were left out of both rounds.
+
+    Cross-fitted: what is held out has no part in the weights either. A gain counts from its standard error on.
+    """
+    found = max(_path(features, p_correct), key=lambda each: each[2].log_likelihood)
+    folds = np.random.default_rng(seed).permutation(len(features)) % FOLDS
+    scores = np.zeros((2, len(features)))
+    for fold in range(FOLDS):
+        rest, held = features[folds != fold], features[folds == fold]
+        log_odds, a = leave_one_out(rest, ridge)
+        weights = _p_correct(fit_noise(log_odds), log_odds)
+        scores[0, folds == fold] = held @ a
+        scores[1, folds == fold] = held @ leave_one_out(rest, found[0], weights)[1]
+    first, second = (likelihood(score)[1] for score in scores)
+    gain = second - first
+    return found if gain.mean() > gain.std(ddof=1) / np.sqrt(len(gain)) else None
