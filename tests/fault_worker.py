@@ -3,7 +3,7 @@
 import os
 import resource
 import signal
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,18 @@ def limit(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
+def child(
+    folder: Path, name: str, environment: dict[str, str], function: Callable[..., None], *args: Any
+) -> None:
+    """In a new process: run the function in the folder, with its output in two files there."""
+    os.chdir(folder)
+    for stream, suffix in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{name}.{suffix}", os.O_WRONLY | os.O_CREAT), stream)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    function(*args)
+
+
 def disk(folder: str) -> None:
     """The moments do not fit, which is caught; then the weights do not, which ends the process."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an error of write(2) instead, as on a full disk
@@ -111,13 +123,13 @@ def disk(folder: str) -> None:
     try:
         first.train()
     except CheckpointError as error:
-        print(error)
+        print(error, flush=True)
     limit(resource.RLIM_INFINITY)
     second.add_callback(FullDisk(2, 20_000))
     second.train()
 
 
-def rank(folder: str, where: str, victim: str) -> None:
+def rank(folder: str, where: str, victim: int) -> None:
     """Refuse three examples for two ranks; then the victim dies in the third step or in its save."""
     try:
         build(folder, examples(3)).train()
@@ -129,14 +141,9 @@ def rank(folder: str, where: str, victim: str) -> None:
 
     def count(*args: Any, **kwargs: Any) -> Any:
         calls.append(args)
-        if trainer.args.process_index == int(victim) and len(calls) == last:
+        if trainer.args.process_index == victim and len(calls) == last:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*args, **kwargs)
 
     setattr(trainer, name, count)
     trainer.train()
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    {"disk": disk, "rank": rank}[sys.argv[1]](*sys.argv[2:])

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from accelerate.parallelism_config import ParallelismConfig
 from models import preferences, sequences
 from peft import LoraConfig, PeftModel, get_peft_model
+from test_arguments import TRAINERS
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -22,7 +23,6 @@ from hf_poprisk import (
     PopRiskDPOConfig,
     PopRiskDPOTrainer,
     PopRiskRewardConfig,
-    PopRiskRewardTrainer,
     PopRiskSFTConfig,
     PopRiskSFTTrainer,
     PopRiskTrainer,
@@ -30,12 +30,6 @@ from hf_poprisk import (
     refusals,
 )
 
-TRAINERS: dict[type[Any], type[Any]] = {
-    PopRiskTrainingArguments: PopRiskTrainer,
-    PopRiskDPOConfig: PopRiskDPOTrainer,
-    PopRiskSFTConfig: PopRiskSFTTrainer,
-    PopRiskRewardConfig: PopRiskRewardTrainer,
-}
 STOCK = {"optim": "adamw_torch", "poprisk_estimator": "example"}  # other fields must be the defaults then
 
 Make = Callable[..., Any]
@@ -291,26 +285,6 @@ def test_an_adapter_that_was_loaded_frozen_is_refused_as_such(
     PopRiskTrainer(model, args=args, train_dataset=rows(8)).train()
 
 
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({"poprisk_estimator": "group"}, {"fraction_open", "fraction_open_null", "groups", "margin"}),
-        ({"poprisk_estimator": "ema"}, {"fraction_open", "fraction_open_null"}),
-        ({"poprisk_gate": "none"}, set()),
-    ],
-    ids=str,
-)
-def test_batches_of_four_train_where_no_single_example_is_claimed(
-    changes: dict[str, Any], expected: set[str], make: Make
-) -> None:
-    args = make(per_device_train_batch_size=4, gradient_accumulation_steps=3, **changes)
-    trainer = PopRiskTrainer(Regression(), args, train_dataset=rows(24))
-    trainer.train()
-    assert logged(trainer) == {f"poprisk/{name}" for name in expected}
-    groups = [entry["poprisk/groups"] for entry in trainer.state.log_history if "poprisk/groups" in entry]
-    assert groups == ([3.0, 3.0] if "groups" in expected else [])
-
-
 def test_a_trainer_that_only_evaluates_is_not_refused(make: Make) -> None:
     args = make(gradient_accumulation_steps=1)
     assert PopRiskTrainer(Regression(), args, eval_dataset=rows(4)).evaluate()["eval_loss"] > 0
@@ -431,7 +405,7 @@ def test_an_optimizer_that_is_not_what_the_arguments_say_is_refused(
         (["first", "lm_head"], "^the pattern 'lm_head' matches no trainable parameter"),
         (["frozen"], "^the pattern 'frozen' matches no trainable parameter"),
         ([""], "^every parameter is ungated: use gate='none'"),
-        (["first("], r"^'first\(' is not a regular expression: .* subpattern"),
+        (["first", "second"], "^every parameter is ungated: use gate='none'"),
     ],
 )
 def test_exclusions_that_cannot_be_meant_are_refused(patterns: list[str], message: str, make: Make) -> None:

@@ -201,7 +201,7 @@ def entry(gain: float, spread: float) -> dict[str, float]:
 def follow(
     gained: list[float], spread: float, threshold: float = 3.0, seen: int = 0, **options: Any
 ) -> int | None:
-    """Feed the callback logs of ten steps each, the first ones before it resumes; the step at which it stops."""
+    """Feed the callback logs of ten steps each, ``seen`` of them from before it resumed; where it stops."""
     callback, control = PopRiskEarlyStoppingCallback(threshold), TrainerControl()
     args = risk_arguments(**options)
     state = TrainerState(max_steps=10_000, num_train_epochs=int(args.num_train_epochs))

@@ -1,15 +1,12 @@
 """Disks that are full and ranks that are killed: who says what, and which checkpoints are left."""
 
-import os
+import multiprocessing
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import fault_worker
 import pytest
-from fault_worker import assert_complete, build, examples
+from fault_worker import assert_complete, build, child, disk, examples, rank
 
 DEATHS = [(where, victim) for where in ("window", "save") for victim in (0, 1)]  # of one rank of two
 
@@ -24,35 +21,31 @@ class Ended(NamedTuple):
 def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Ended]]:
     """The folder that all processes wrote to, and how each of them ended."""
     folder = tmp_path_factory.mktemp("killed")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["transformers.trainer"])  # seconds for each process otherwise
 
-    def start(*task: str, **environment: Any) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, fault_worker.__file__, *task],
-            env={**os.environ, **{name: str(value) for name, value in environment.items()}},
-            cwd=folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    def start(name: str, environment: dict[str, Any], *task: Any) -> Any:
+        environment = {key: str(value) for key, value in environment.items()}
+        process = context.Process(target=child, args=(folder, name, environment, *task))
+        process.start()
+        return process
 
-    processes = {"disk": start("disk", "disk")}
+    processes = {"disk": start("disk", {}, disk, "disk")}
     for where, victim in DEATHS:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
         for r in (0, 1):
-            processes[f"{where}{victim}-{r}"] = start(
-                *("rank", f"{where}{victim}", where, str(victim)),
-                **address,
-                WORLD_SIZE=2,
-                RANK=r,
-                LOCAL_RANK=r,
-            )
-    try:  # a survivor must not wait for the dead
-        return folder, {n: Ended(*p.communicate(timeout=240), p.returncode) for n, p in processes.items()}
-    finally:
-        for process in processes.values():
-            process.kill()
+            run, environment = f"{where}{victim}", {**address, "WORLD_SIZE": 2, "RANK": r, "LOCAL_RANK": r}
+            processes[f"{run}-{r}"] = start(f"{run}-{r}", environment, rank, run, where, victim)
+    found = {}
+    for name, process in processes.items():
+        process.join(timeout=120)
+        process.kill()  # a survivor must not wait for the dead: its exit code is then none of those below
+        process.join()
+        said = [(folder / f"{name}.{suffix}").read_text() for suffix in ("out", "err")]
+        found[name] = Ended(*said, process.exitcode)
+    return folder, found
 
 
 @pytest.mark.parametrize("lacking", ["moments", "weights"])
