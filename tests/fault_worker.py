@@ -1,4 +1,4 @@
-"""A model whose examples can be faulty, and what the processes run that ``test_faults.py`` launches."""
+"""A model whose examples can be faulty, its checkpoints, and the processes of ``test_killed.py``."""
 
 import os
 import resource
@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from hf_poprisk import PopRiskTrainer, PopRiskTrainingArguments
-from hf_poprisk.checkpoints import CheckpointError
+from hf_poprisk import PopRiskTrainer, PopRiskTrainingArguments, load_record
+from hf_poprisk.checkpoints import CheckpointError, damage, newest_checkpoint
 
 WIDTH = 1024  # so that the weights (36 kB) and the moments (73 kB) are the largest files of a checkpoint
 
@@ -38,12 +39,10 @@ class Fragile(nn.Module):
 
 def examples(count: int, faulty: int = -1, **factors: float) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(0)
-    rows = []
-    for i in range(count):
-        row = {name: torch.randn(4, generator=generator) for name in ("x", "labels")}
+    rows = [{name: torch.randn(4, generator=generator) for name in ("x", "labels")} for _ in range(count)]
+    for i, row in enumerate(rows):
         given = factors if i == faulty else {}
         row |= {name: torch.tensor(given.get(name, 1.0)) for name in ("loss_factor", "grad_factor")}
-        rows.append(row)
     return rows
 
 
@@ -63,6 +62,30 @@ def build(folder: str | Path, data: Any, **options: Any) -> PopRiskTrainer:
     }
     args = PopRiskTrainingArguments(str(folder), **{**defaults, **options})
     return PopRiskTrainer(Fragile(), args=args, train_dataset=data)
+
+
+def state_of(checkpoint: Path) -> list[Tensor]:
+    """Weights, moments and step counts."""
+    state = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
+    entries = [torch.as_tensor(value) for entry in state.values() for value in entry.values()]
+    return [*load_file(checkpoint / "model.safetensors").values(), *entries]
+
+
+def assert_complete(output_dir: Path, steps: list[int]) -> None:
+    """Just these checkpoints are whole, hold finite numbers and their record, and can be resumed from."""
+    found = sorted(int(p.name.split("-")[1]) for p in output_dir.glob("checkpoint-*") if damage(p) is None)
+    assert found == steps
+    for step in steps:
+        checkpoint = output_dir / f"checkpoint-{step}"
+        assert all(x.isfinite().all() for x in state_of(checkpoint))
+        assert load_record(checkpoint).config["steps"] == step
+    assert newest_checkpoint(output_dir) == output_dir / f"checkpoint-{steps[-1]}"
+
+
+def one_sentence(error: BaseException) -> str:
+    text = str(error)
+    assert text.endswith(".") and "\n" not in text and len(text) < 500
+    return text
 
 
 class FullDisk(TrainerCallback):
@@ -95,14 +118,13 @@ def child(
 def disk(folder: str) -> None:
     """The moments do not fit, which is caught; then the weights do not, which ends the process."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an error of write(2) instead, as on a full disk
-    first = build(f"{folder}/moments", examples(12))
+    first, second = (build(f"{folder}/{name}", examples(12)) for name in ("moments", "weights"))
     first.add_callback(FullDisk(2, 50_000))
     try:
         first.train()
     except CheckpointError as error:
         print(error, flush=True)
     limit(resource.RLIM_INFINITY)
-    second = build(f"{folder}/weights", examples(12))
     second.add_callback(FullDisk(2, 20_000))
     second.train()
 
@@ -115,12 +137,11 @@ def rank(folder: str, where: str, victim: int) -> None:
         print(error, flush=True)
     trainer = build(folder, examples(64), max_steps=5)
     name, last = {"window": ("training_step", 10), "save": ("_save_rng_state", 3)}[where]
-    original, calls = getattr(trainer, name), 0
+    original, calls = getattr(trainer, name), []
 
     def count(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if trainer.args.process_index == victim and calls == last:
+        calls.append(args)
+        if trainer.args.process_index == victim and len(calls) == last:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*args, **kwargs)
 

@@ -6,18 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from models import tiny_model
 from test_checkpoints import causal
-from test_trainer import QUIET, rows
 from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState
 
-from hf_poprisk import (
-    PopRiskAdamW,
-    PopRiskEarlyStoppingCallback,
-    PopRiskTrainer,
-    PopRiskTrainingArguments,
-)
+from hf_poprisk import PopRiskAdamW, PopRiskEarlyStoppingCallback, PopRiskTrainingArguments
 from hf_poprisk.risk import RiskMeter, gains
 
 TRUTH = torch.linspace(-1, 1, 20, dtype=torch.float64)
@@ -27,48 +20,45 @@ def draw(count: int, generator: torch.Generator) -> Tensor:
     return TRUTH + torch.randn(count, 20, generator=generator, dtype=torch.float64)
 
 
-def trained(generator: torch.Generator, steps: int = 5) -> tuple[nn.Parameter, torch.optim.Optimizer]:
-    """The mean of a Gaussian, learned for a few steps: the population gradient is θ − TRUTH."""
-    theta = nn.Parameter(torch.zeros(20, dtype=torch.float64))
-    optimizer = torch.optim.AdamW([theta], lr=0.1, weight_decay=0.0)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        (theta - draw(8, generator)).square().sum(1).mean().div(2).backward()
-        optimizer.step()
-    return theta, optimizer
+def adamw(size: int = 20, **options: Any) -> tuple[nn.Parameter, torch.optim.AdamW]:
+    theta = nn.Parameter(torch.zeros(size, **options))
+    return theta, torch.optim.AdamW([theta], lr=0.1, weight_decay=0.0)
 
 
 def test_the_population_gain_is_unbiased_and_the_tempting_ones_are_not() -> None:
-    generator = torch.Generator().manual_seed(0)
-    theta, optimizer = trained(generator)
-    state, lr = optimizer.state[theta], 0.1
+    """The mean of a Gaussian, learned for five steps: the population gradient is θ − TRUTH."""
+    generator, lr = torch.Generator().manual_seed(0), 0.1
+    theta, optimizer = adamw(dtype=torch.float64)
+    for _ in range(5):
+        theta.grad = (theta.detach() - draw(8, generator)).mean(0)
+        optimizer.step()
+    state = optimizer.state[theta]
     m = state["exp_avg"] / (1 - 0.9**5)
     p = 1 / ((state["exp_avg_sq"] / (1 - 0.999**5)).sqrt() + 1e-8)
-    expected = (lr * p * m * (theta.detach() - TRUTH)).sum().item()
+    population = theta.detach() - TRUTH
     next_batch, own, opened = [], [], []
     for _ in range(3000):
         h = (theta.detach() - draw(8, generator)) / 8
         theta.grad = h.sum(0)
-        population, empirical = gains(optimizer).tolist()
-        next_batch.append(population)
-        own.append(empirical)
         margin = theta.grad.square() - h.square().sum(0)
+        found = gains(optimizer).tolist()
+        next_batch.append(found[0])
+        own.append(found[1])
         opened.append((lr * p * margin * 8 / 7 * (margin > 0)).sum().item())
-    unbiased_square = (lr * p * (theta.detach() - TRUTH).square()).sum().item()
 
-    def distance(values: list[float], truth: float) -> float:
+    def distance(values: list[float], truth: Tensor) -> float:
         """In standard errors."""
         seen = torch.tensor(values)
         return ((seen.mean() - truth) / (seen.std() / math.sqrt(len(seen)))).item()
 
-    assert abs(distance(next_batch, expected)) < 4
+    assert abs(distance(next_batch, (lr * p * m * population).sum())) < 4
+    unbiased_square = (lr * p * population.square()).sum()
     assert distance(own, unbiased_square) > 20  # its own batch confirms a step's noise as well
     assert distance(opened, unbiased_square) > 20  # so does keeping what looks confirmed
 
 
 def test_the_empirical_gain_is_that_of_the_batchs_own_step() -> None:
-    theta = nn.Parameter(torch.zeros(3, dtype=torch.float64))
-    optimizer = torch.optim.AdamW([theta], lr=0.1, weight_decay=0.0)
+    theta, optimizer = adamw(3, dtype=torch.float64)
     for gradient in ([1.0, 0.0, 1e-7], [0.5, 0.0, -1e-7], [1.5, 0.2, 0.3]):  # rare numbers come late
         theta.grad = torch.tensor(gradient, dtype=torch.float64)
         found = gains(optimizer)
@@ -78,33 +68,29 @@ def test_the_empirical_gain_is_that_of_the_batchs_own_step() -> None:
     assert found[1].item() == pytest.approx(expected.item(), rel=1e-6) and found[1] < 1
 
 
-def test_batches_that_agree_confirm_each_other_clipped_or_not() -> None:
+@pytest.mark.parametrize(("max_norm", "scale"), [(None, 1.0), (1.0, 1.0), (1.0, 64.0), (100.0, 1.0)])
+def test_batches_that_agree_confirm_each_other_clipped_or_not(max_norm: float | None, scale: float) -> None:
     gradient = torch.tensor([6.0, 8.0], dtype=torch.float64)  # of norm 10
-    for max_norm, scale in ((None, 1.0), (1.0, 1.0), (1.0, 64.0), (100.0, 1.0)):
-        theta = nn.Parameter(torch.zeros(2, dtype=torch.float64))
-        optimizer = torch.optim.AdamW([theta], lr=0.1, weight_decay=0.0)
-        for _ in range(20):
-            theta.grad = gradient * scale
-            found = gains(optimizer, scale, max_norm)
-            theta.grad = gradient * min(1.0, (max_norm or math.inf) / 10)
-            optimizer.step()
-        assert found is not None and (found[0] / found[1]).item() == pytest.approx(1, rel=1e-5)
-        assert found[1].item() == pytest.approx(0.1 * 14, rel=1e-5)  # lr Σ |G|
+    theta, optimizer = adamw(2, dtype=torch.float64)
+    for _ in range(20):
+        theta.grad = gradient * scale
+        found = gains(optimizer, scale, max_norm)
+        theta.grad = gradient * min(1.0, (max_norm or math.inf) / 10)
+        optimizer.step()
+    assert found.tolist() == pytest.approx([0.1 * 14] * 2, rel=1e-5)  # lr Σ |G|
 
 
-@pytest.mark.parametrize("gate", ["none", "hard", "soft", "ema"])
-def test_the_sum_of_small_steps_is_the_loss_that_was_gained(gate: str) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{"gate": "none"}, {"gate": "hard"}, {"gate": "soft"}, {"gate": "soft", "estimator": "ema"}],
+    ids=str,
+)
+def test_the_sum_of_small_steps_is_the_loss_that_was_gained(options: dict[str, Any]) -> None:
     theta = nn.Parameter(torch.zeros(20, dtype=torch.float64))
-    options = {"gate": "soft", "estimator": "ema"} if gate == "ema" else {"gate": gate}
     optimizer = PopRiskAdamW([theta], lr=1e-3, weight_decay=0.0, **options)
     optimizer.keep_written = True
     generator, meter = torch.Generator().manual_seed(0), RiskMeter()
-
-    def population() -> float:
-        return (theta.detach() - TRUTH).square().sum().item() / 2
-
     history: list[dict[str, float]] = []
-    start = population()
     for step in range(400):
         optimizer.zero_grad()
         for x in draw(32, generator):
@@ -114,7 +100,7 @@ def test_the_sum_of_small_steps_is_the_loss_that_was_gained(gate: str) -> None:
         optimizer.step()
         if step % 20 == 19:
             history.append(meter.pop(history))
-    gained = start - population()
+    gained = (TRUTH.square().sum() - (theta.detach() - TRUTH).square().sum()).item() / 2
     assert history[-1]["poprisk/gain_total"] == pytest.approx(gained, rel=0.1) and gained > 0.7
     per_step = [e["poprisk/gain_population"] for e in history]
     assert sum(per_step[1:]) * 20 + per_step[0] * 19 == pytest.approx(history[-1]["poprisk/gain_total"])
@@ -123,32 +109,35 @@ def test_the_sum_of_small_steps_is_the_loss_that_was_gained(gate: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_nothing_is_touched(dtype: torch.dtype) -> None:
-    theta = nn.Parameter(torch.zeros(6, dtype=dtype))
-    optimizer = torch.optim.AdamW([theta], lr=0.1)
+    theta, optimizer = adamw(6, dtype=dtype)
     theta.grad = torch.randn(6).to(dtype)
     assert gains(optimizer) is None
     optimizer.step()
-    before = [x.clone() for x in (theta.detach(), theta.grad, *optimizer.state[theta].values())]
+    held = [theta.detach(), theta.grad, *optimizer.state[theta].values()]
+    before = [x.clone() for x in held]
     found = gains(optimizer)
-    torch.testing.assert_close(gains(optimizer, scale=1.0), found)
-    after = [theta.detach(), theta.grad, *optimizer.state[theta].values()]
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert all(map(torch.equal, held, before))
     theta.grad *= 2
     torch.testing.assert_close(gains(optimizer, scale=2.0), found)
 
 
-def test_an_optimizer_without_moments_is_refused() -> None:
+def test_an_optimizer_that_keeps_too_little_is_refused() -> None:
     theta = nn.Parameter(torch.zeros(6))
-    optimizer = torch.optim.SGD([theta], lr=0.1, momentum=0.9)
     theta.grad = torch.randn(6)
-    optimizer.step()
+    sgd = torch.optim.SGD([theta], lr=0.1, momentum=0.9)
+    sgd.step()
     with pytest.raises(ValueError, match="which SGD does not keep: set poprisk_risk=false or another optim"):
-        gains(optimizer)
+        gains(sgd)
+    gated = PopRiskAdamW([theta])
+    with pytest.raises(ValueError, match="set optimizer.keep_written = True"):
+        gains(gated)
+    gated.keep_written = True
+    assert gains(gated) is None  # no step before it is no error
 
 
 def test_a_batch_that_is_not_finite_is_left_out() -> None:
-    meter, theta = RiskMeter(), nn.Parameter(torch.zeros(6))
-    optimizer = torch.optim.AdamW([theta], lr=0.1)
+    meter = RiskMeter()
+    theta, optimizer = adamw(6)
     assert meter.pop([]) == {}
     for value in (1.0, 1.0, math.nan, 2.0):
         theta.grad = torch.full((6,), value)
@@ -158,6 +147,9 @@ def test_a_batch_that_is_not_finite_is_left_out() -> None:
     logs = meter.pop([{"poprisk/gain_total": 5.0}])
     assert logs["poprisk/gain_total"] == pytest.approx(5 + 2 * logs["poprisk/gain_population"])
     assert all(map(math.isfinite, logs.values())) and meter.pop([]) == {}
+
+
+# In the trainers
 
 
 @pytest.mark.parametrize("optim", ["poprisk_adamw", "adamw_torch", "adamw_torch_fused"])
@@ -173,21 +165,14 @@ def test_every_optimizer_of_the_family_is_logged(optim: str, tmp_path: Path) -> 
 
 
 def test_the_gains_are_those_of_the_gradient_before_it_is_clipped(tmp_path: Path) -> None:
-    seen: list[Any] = []
+    seen = []
+    # Adam's step does not know the scale of its gradients; at this rate all steps are as good as none
+    options = {"optim": "adamw_torch", "learning_rate": 1e-6, "max_steps": 2, "save_strategy": "no"}
     for norm in (0.0, 0.5):
-        args = PopRiskTrainingArguments(
-            str(tmp_path),
-            max_steps=2,
-            poprisk_risk=True,
-            optim="adamw_torch",
-            max_grad_norm=norm,
-            **{**QUIET, "per_device_train_batch_size": 4, "learning_rate": 1e-6},
-        )
-        trainer = PopRiskTrainer(tiny_model(), args=args, train_dataset=rows(8))
+        trainer = causal(tmp_path, poprisk_risk=True, max_grad_norm=norm, **options)
         trainer.train()
-        seen.append(trainer.state.log_history[1])
-    # Adam's step does not know the scale of its gradients; both steps are as good as none
-    assert seen[0]["poprisk/gain_population"] == pytest.approx(seen[1]["poprisk/gain_population"], rel=1e-2)
+        seen.append(trainer.state.log_history[1]["poprisk/gain_population"])
+    assert seen[0] == pytest.approx(seen[1], rel=1e-2)
 
 
 @pytest.mark.parametrize("every", [1, 2])
@@ -201,71 +186,54 @@ def test_a_resumed_run_logs_the_same_gains(every: int, tmp_path: Path) -> None:
     assert one == other and one[-1][0] is not None and (one[-1][1] is None) == (every == 1)
 
 
-def test_a_window_without_a_step_before_it_is_no_error() -> None:
-    optimizer = PopRiskAdamW([nn.Parameter(torch.zeros(3))])
-    with pytest.raises(ValueError, match="set optimizer.keep_written = True"):
-        gains(optimizer)
-    optimizer.keep_written = True
-    assert gains(optimizer) is None
+# Early stopping
 
 
-# -- early stopping -------------------------------------------------------------------------------------
-
-
-def follow(gains_: list[float], spread: float, threshold: float = 3.0, **options: Any) -> int | None:
-    """Feed the callback logs of ten steps each; the step at which it stops."""
-    callback = PopRiskEarlyStoppingCallback(threshold)
+def risk_arguments(**options: Any) -> PopRiskTrainingArguments:
     settings = {"logging_steps": 10, "poprisk_risk": True, "max_steps": 10_000, **options}
-    args = PopRiskTrainingArguments("unused", use_cpu=True, report_to="none", **settings)
-    epochs = int(args.num_train_epochs)
-    state = TrainerState(max_steps=10_000, num_train_epochs=epochs, logging_steps=settings["logging_steps"])
-    control = TrainerControl()
+    return PopRiskTrainingArguments("unused", use_cpu=True, report_to="none", **settings)
+
+
+def entry(gain: float, spread: float) -> dict[str, float]:
+    return {"poprisk/gain_population": gain, "poprisk/gain_spread": spread}
+
+
+def follow(
+    gained: list[float], spread: float, threshold: float = 3.0, seen: int = 0, **options: Any
+) -> int | None:
+    """Feed the callback logs of ten steps each, ``seen`` of them from before it resumed; where it stops."""
+    callback, control = PopRiskEarlyStoppingCallback(threshold), TrainerControl()
+    args = risk_arguments(**options)
+    state = TrainerState(max_steps=10_000, num_train_epochs=int(args.num_train_epochs))
+    state.logging_steps = args.logging_steps
+    logs = [{**entry(gain, spread), "step": 10 * n} for n, gain in enumerate(gained, 1)]
+    state.log_history = logs[:seen]
     callback.on_train_begin(args, state, control)
-    for number, gain in enumerate(gains_, 1):
-        state.global_step = 10 * number
-        logs = {"poprisk/gain_population": gain, "poprisk/gain_spread": spread}
-        callback.on_log(args, state, control, logs=logs)
+    for log in logs[seen:]:
+        state.global_step = log["step"]
+        callback.on_log(args, state, control, logs=log)
+        assert callback.stopped_at == (state.global_step if control.should_training_stop else None)
         if control.should_training_stop:
-            assert callback.stopped_at == state.global_step
-            return state.global_step
-    assert callback.stopped_at is None
-    return None
+            break
+    return callback.stopped_at
 
 
 def test_it_stops_when_the_gain_is_negative_beyond_its_error() -> None:
     falling = [1.0] * 5 + [-0.5] * 20
     # after n logs of −0.5 ± 0.5 the sum is −n/2 ± √n/2: three standard errors at n > 9
     assert follow(falling, 0.5) == 150
+    assert follow(falling, 0.5, seen=12) == 150  # a resumed run goes on counting
     assert follow(falling, 0.5, threshold=2.0) == 100
     assert follow(falling, 0.05) == 60
     assert follow([1.0] * 5 + [-0.5, 0.6] * 20, 0.5) is None  # the sum rises
-
-
-def test_it_does_not_stop_inside_the_warm_up() -> None:
-    assert follow([-1.0] * 30, 0.1, warmup_steps=200) == 210
     assert follow([-1.0] * 30, 0.1) == 10
+    assert follow([-1.0] * 30, 0.1, warmup_steps=200) == 210
 
 
 def test_noise_about_zero_seldom_stops_it() -> None:
     generator = torch.Generator().manual_seed(0)
-    stops = 0
-    for _ in range(50):
-        noise = 0.5 * torch.randn(40, generator=generator)
-        stops += follow((0.1 + noise).tolist(), 0.5) is not None
-    assert stops <= 2
-
-
-def test_a_resumed_run_goes_on_counting() -> None:
-    history = [
-        {"step": 10 * n, "poprisk/gain_population": -0.5, "poprisk/gain_spread": 0.5} for n in range(1, 10)
-    ]
-    callback, control = PopRiskEarlyStoppingCallback(), TrainerControl()
-    options = {"use_cpu": True, "report_to": "none", "poprisk_risk": True, "logging_steps": 10}
-    args = PopRiskTrainingArguments("unused", **options)
-    state = TrainerState(max_steps=1000, log_history=history, global_step=100)
-    callback.on_train_begin(args, state, control)
-    callback.on_log(args, state, control, logs={**history[-1], "step": 100})
-    assert callback.stopped_at == 100 and control.should_training_stop
+    noise = 0.1 + 0.5 * torch.randn(50, 40, generator=generator)
+    assert sum(follow(gained.tolist(), 0.5) is not None for gained in noise) <= 2
 
 
 @pytest.mark.parametrize(
@@ -275,35 +243,30 @@ def test_a_resumed_run_goes_on_counting() -> None:
         ({"logging_steps": 1}, "logging_steps=2 or more"),
         ({"logging_strategy": "no"}, "logging_strategy=steps"),
         ({"logging_strategy": "epoch", "num_train_epochs": 10_000}, "logging_strategy=steps"),
+        ({"threshold": 0.0}, "number of standard errors > 0"),
     ],
 )
 def test_what_it_cannot_read_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         follow([1.0], 0.1, **options)
-    with pytest.raises(ValueError, match="number of standard errors > 0"):
-        PopRiskEarlyStoppingCallback(0.0)
+
+
+def test_logging_steps_may_be_a_share_of_the_run() -> None:
+    callback, args = PopRiskEarlyStoppingCallback(), risk_arguments(logging_steps=0.05)
+    with pytest.raises(ValueError, match="logging_steps=2 or more"):
+        callback.on_train_begin(args, TrainerState(logging_steps=1), TrainerControl())
+    callback.on_train_begin(args, TrainerState(logging_steps=5), TrainerControl())
 
 
 def test_a_run_stops_and_says_why(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Labels that are pure noise: nothing that is learned is confirmed once they are known by heart."""
-    trainer = causal(tmp_path, poprisk_risk=True, save_strategy="no", max_steps=-1, logging_steps=4)
+    options = {"max_steps": -1, "num_train_epochs": 300, "learning_rate": 1e-2, "logging_steps": 4}
+    trainer = causal(tmp_path, poprisk_risk=True, save_strategy="no", **options)
     torch.manual_seed(0)
-    trainer.train_dataset = [
-        {**row, "labels": torch.randint(5, 300, row["labels"].shape)} for row in trainer.train_dataset
-    ]
-    trainer.args.num_train_epochs, trainer.args.learning_rate = 300, 1e-2
+    for row in trainer.train_dataset:
+        row["labels"] = torch.randint(5, 300, row["labels"].shape)
     callback = PopRiskEarlyStoppingCallback()
     trainer.add_callback(callback)
     trainer.train()
     assert callback.stopped_at == trainer.state.global_step < trainer.state.max_steps
     assert "do not confirm what is learned" in caplog.text
-
-
-def test_a_share_of_the_run_may_be_one_step() -> None:
-    callback = PopRiskEarlyStoppingCallback()
-    options = {"use_cpu": True, "report_to": "none", "poprisk_risk": True, "logging_steps": 0.05}
-    args = PopRiskTrainingArguments("unused", **options)
-    with pytest.raises(ValueError, match="logging_steps=2 or more"):
-        callback.on_train_begin(args, TrainerState(logging_steps=1), TrainerControl())
-    callback.on_train_begin(args, TrainerState(logging_steps=5), TrainerControl())
-    assert callback.stopped_at is None

@@ -7,14 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from losses import gap
-from models import save_tiny_model, sequences
+from losses import Kind, first_step, gap
+from models import save_tiny_model, sequences, tiny_model
 from peft import LoraConfig
 from test_trainer import QUIET, Record
 from torch import nn
-from transformers import BatchEncoding, DataCollatorWithFlattening, Trainer, TrainerCallback
+from transformers import BatchEncoding, DataCollatorWithFlattening, Trainer
 
-from hf_poprisk import PopRiskMixin, PopRiskSFTConfig, PopRiskSFTTrainer, PopRiskTrainingArguments
+from hf_poprisk import (
+    PopRiskMixin,
+    PopRiskSFTConfig,
+    PopRiskSFTTrainer,
+    PopRiskTrainer,
+    PopRiskTrainingArguments,
+)
 from hf_poprisk.per_example import Packed, Rows
 from hf_poprisk.per_example.examples import NotSeparable, find_layout, take
 
@@ -112,16 +118,15 @@ def test_pixels_go_with_the_rows_whose_images_they_are(counts: list[int]) -> Non
 
 def test_pixels_of_nobody_known_are_refused() -> None:
     batch, config = images([2, 1, 1, 2], known=False)
-    with pytest.raises(
-        NotSeparable, match="'pixel_values' holds 6 images for 4 rows, and nothing says whose"
-    ):
+    sentence = "'pixel_values' holds 6 images for 4 rows, and nothing says whose"
+    with pytest.raises(NotSeparable, match=sentence):
         take(batch, Rows(4, 4), [0], config)
     batch, config = images([1, 1, 1, 1], known=False)
     assert take(batch, Rows(4, 4), [2], config)["pixel_values"].unique().tolist() == [2]
 
 
 def test_tiles_without_a_grid() -> None:
-    batch, config = images([1, 3, 0, 2])
+    config = images([1])[1]
     ids = torch.tensor([[99] * 5 * n + [0] * (15 - 5 * n) for n in (1, 3, 0, 2)])
     batch = {"input_ids": ids, "pixel_values": torch.arange(6.0).view(6, 1, 1, 1).expand(6, 3, 4, 4)}
     assert take(batch, Rows(4, 4), [1], config)["pixel_values"][:, 0, 0, 0].tolist() == [1, 2, 3]
@@ -138,6 +143,9 @@ def test_packed_rows_are_told_by_their_positions() -> None:
     assert find_layout(packed([3, 4], padding=3)) == Packed((3, 7))
     assert find_layout(packed([5])) == Packed((5,))
     assert find_layout({k: v.expand(2, -1) for k, v in packed([5]).items()}) == Rows(2, 2)
+    padded = torch.tensor([[0, 0, 0, 1, 2, 3]])  # positions that start over after padding on the left
+    mask = {"attention_mask": (padded > 0).long()}
+    assert find_layout({"input_ids": padded, "position_ids": padded, **mask}) == Rows(1, 1)
     batch = {
         **packed([3, 1, 4]),
         "cu_seq_lens_q": torch.tensor([0, 3, 4, 8], dtype=torch.int32),
@@ -150,68 +158,52 @@ def test_packed_rows_are_told_by_their_positions() -> None:
         take({**batch, "x": torch.zeros(8)}, Packed((3, 1, 4)), [0])
 
 
+def assert_same_sums(window: Any, alone: Any, scale: float = 1.0) -> None:
+    """Of eight examples; G as it is, and Q, which goes with the square of the scale."""
+    assert window[0] == alone[0] == 8
+    for name, pair in alone[1].items():
+        for power, ours, theirs in zip((1, 2), window[1][name], pair, strict=True):
+            assert (ours / scale**power - theirs).abs().max() <= 1e-5 * theirs.abs().max(), name
+
+
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3"])
 def test_packed_sequences_are_examples(
     kind: str, lora: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The sums of the same sequences, one in a row each."""
-    save_tiny_model(tmp_path / "model", kind)
-    found = {}
-    for name, options in {
-        "alone": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8},
-        "padding-free": {"padding_free": True, "max_length": None, "per_device_train_batch_size": 8},
-        "packed": {"packing": True, "max_length": 1024, "gradient_accumulation_steps": 1},
-    }.items():
-        with monkeypatch.context() as patch:
-            record = Record(patch)
-            torch.manual_seed(0)
-            adapter = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False) if lora else None
-            args = PopRiskSFTConfig(str(tmp_path), bf16=False, max_steps=1, **{**QUIET, **options})
-            trainer = PopRiskSFTTrainer(
-                str(tmp_path / "model"), args=args, train_dataset=sequences(8), peft_config=adapter
-            )
-            trainer.train()
-            assert name == "alone" or trainer._layers is not None
-            found[name] = record.windows[0]
-    alone = found["alone"][1]
-    for name in ("padding-free", "packed"):
-        assert found[name][0] == found["alone"][0] == 8
-        # of some models TRL counts the first token of a sequence only where it stands alone in its row
+    model, record = str(save_tiny_model(tmp_path / "model", kind)), Record(monkeypatch)
+    adapter = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False) if lora else None
+    for options in (
+        {"gradient_accumulation_steps": 8},
+        {"padding_free": True, "max_length": None, "per_device_train_batch_size": 8},
+        {"packing": True, "max_length": 1024},
+    ):
+        torch.manual_seed(0)
+        args = PopRiskSFTConfig(str(tmp_path), bf16=False, max_steps=1, **{**QUIET, **options})
+        trainer = PopRiskSFTTrainer(model, args=args, train_dataset=sequences(8), peft_config=adapter)
+        trainer.train()
+        assert "gradient_accumulation_steps" in options or trainer._layers is not None
+    alone, *together = record.windows
+    for window in together:
         scale = 1.0
-        if kind == "gpt2":
-            scale = max(
-                float(found[name][1][p][0].norm() / g.norm()) for p, (g, _) in alone.items() if g.any()
-            )
-        for parameter, pair in alone.items():
-            for power, ours, theirs in zip((1, 2), found[name][1][parameter], pair, strict=True):
-                allowed = 1e-5 * theirs.abs().max()
-                assert (ours / scale**power - theirs).abs().max() <= allowed, (name, parameter)
+        if kind == "gpt2":  # TRL counts the first token of a sequence only where it stands alone in its row
+            pairs = ((window[1][name][0], g) for name, (g, _) in alone[1].items())
+            scale = max(float(ours.norm() / g.norm()) for ours, g in pairs if g.any())
+        assert_same_sums(window, alone, scale)
 
 
-def test_a_collator_that_flattens_is_a_packed_row(
-    llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_collator_that_flattens_is_a_packed_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers' own, in the plain trainer."""
-    from models import tiny_model
-
-    from hf_poprisk import PopRiskTrainer
-
+    record = Record(monkeypatch)
     data = [{"input_ids": torch.arange(3, 3 + n).tolist()} for n in (4, 7, 2, 5, 6, 3, 9, 4)]
-    sums = []
     for size in (1, 4):
-        with monkeypatch.context() as patch:
-            record = Record(patch)
-            options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size}
-            args = PopRiskTrainingArguments(str(tmp_path), max_steps=1, **{**QUIET, **options})
-            PopRiskTrainer(
-                tiny_model(), args=args, train_dataset=data, data_collator=DataCollatorWithFlattening()
-            ).train()
-            sums.append(record.windows[0])
-    assert sums[0][0] == sums[1][0] == 8
-    for name, pair in sums[0][1].items():
-        for ours, theirs in zip(sums[1][1][name], pair, strict=True):
-            assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max(), name
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size}
+        args = PopRiskTrainingArguments(str(tmp_path), max_steps=1, **{**QUIET, **options})
+        collator = DataCollatorWithFlattening()
+        PopRiskTrainer(tiny_model(), args=args, train_dataset=data, data_collator=collator).train()
+    alone, together = record.windows
+    assert_same_sums(together, alone)
 
 
 class Encoder(nn.Module):
@@ -253,28 +245,15 @@ COLLATORS = {
 }
 
 
-class Grab(TrainerCallback):
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        self.gradient = {n: p.grad.clone() for n, p in model.named_parameters()}
-
-
 @pytest.mark.parametrize("conv", [False, True])
 @pytest.mark.parametrize("name", COLLATORS)
 def test_batches_that_are_nested_or_tuples(name: str, conv: bool, tmp_path: Path) -> None:
-    generator = torch.Generator().manual_seed(0)
-    data = [{k: torch.randint(0, 50, (7,), generator=generator) for k in "ab"} for _ in range(8)]
-    found = {}
-    for optim, size in (("adamw_torch", 8), ("poprisk_adamw", 8), ("poprisk_adamw", 1)):
-        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size}
-        args = PopRiskTrainingArguments(
-            str(tmp_path), max_steps=1, max_grad_norm=0.0, optim=optim, remove_unused_columns=False,
-            **{**QUIET, **options},
-        )  # fmt: skip
-        grab = Grab()
-        trainer = Gated(
-            Encoder(conv), args=args, train_dataset=data, data_collator=COLLATORS[name], callbacks=[grab]
-        )
-        trainer.train()
-        found[optim, size] = grab.gradient, trainer.state.log_history[0].get("poprisk/fraction_open")
-    assert gap(found["poprisk_adamw", 8][0], found["adamw_torch", 8][0]) < 5e-5
-    assert found["poprisk_adamw", 8][1] == pytest.approx(found["poprisk_adamw", 1][1], abs=2e-3)
+    data = [{k: torch.randint(0, 50, (7,)) for k in "ab"} for _ in range(8)]
+    more = {"data_collator": COLLATORS[name]}
+    kind = Kind(lambda: Encoder(conv), data, Gated, {"remove_unused_columns": False}, more)
+    stock, _ = first_step(kind, tmp_path, 8, 1, "adamw_torch")
+    ours, together = first_step(kind, tmp_path, 8, 1)
+    _, alone = first_step(kind, tmp_path, 1, 8)
+    assert gap(ours, stock) < 5e-5
+    opened, expected = (t.state.log_history[0]["poprisk/fraction_open"] for t in (together, alone))
+    assert opened == pytest.approx(expected, abs=2e-3)
