@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import QUIET, layout, preferences, rows, save_tiny_model, tiny_model, trl_trainer_of
+from models import QUIET, layout, preferences, rows, save_tiny_model, tiny_model, trainer_of, trl_trainer_of
 from peft import LoraConfig
 from transformers import Trainer, TrainerState, TrainingArguments
 
@@ -35,9 +35,8 @@ CLOCKED = {
 
 
 def causal(folder: Path, dtype: torch.dtype = torch.float32, count: int = 10, **options: Any) -> Any:
-    args = PopRiskTrainingArguments(str(folder), **{**OPTIONS, **options})
-    model, data = tiny_model(dtype=dtype), rows(count)
-    return PopRiskTrainer(model, args=args, train_dataset=data, eval_dataset=data[:4])
+    options = {**OPTIONS, "eval_dataset": rows(4), **options}
+    return trainer_of(folder, rows(count), tiny_model(dtype=dtype), **options)
 
 
 def stock(folder: Path, **options: Any) -> Trainer:
