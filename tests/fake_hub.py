@@ -105,8 +105,12 @@ class FakeHub:
                 self._fail("create")
                 return self._create(json.loads(request.content), user, can_write)
             case ("GET", "api", "models", owner, name, "revision", "main"):
-                head = repo(owner, name).commits[-1]
+                head = repo(owner, name, write=False).commits[-1]
                 return {"id": f"{owner}/{name}", "sha": head.oid, "tags": [], "siblings": []}
+            case ("GET", "api", "models", owner, name, "tree", revision):
+                files = _at(repo(owner, name, write=False), revision).files
+                kind = {"type": "file"}
+                return [{**kind, "path": p, "oid": _blob_id(d), "size": len(d)} for p, d in files.items()]
             case ("GET", "api", "models", owner, name, "auth-check", "write"):
                 return {} if repo(owner, name) else None
             case ("PUT", "api", "models", owner, name, "settings"):
@@ -177,14 +181,19 @@ class FakeHub:
     def _resolve(self, repo: Repo, user: str, revision: str, path: str) -> httpx2.Response:
         if repo.gated and user != repo.name.split("/")[0]:
             raise Refusal(403, "GatedRepo")
-        commit = next((c for c in reversed(repo.commits) if revision in ("main", c.oid)), None)
-        if commit is None:
-            raise Refusal(404, "RevisionNotFound")
+        commit = _at(repo, revision)
         headers = {"X-Repo-Commit": commit.oid}
         if path not in commit.files:
             return httpx2.Response(404, headers={**headers, "X-Error-Code": "EntryNotFound"})
         content = commit.files[path]
         return httpx2.Response(200, content=content, headers={**headers, "ETag": f'"{_blob_id(content)}"'})
+
+
+def _at(repo: Repo, revision: str) -> Commit:
+    for commit in reversed(repo.commits):
+        if revision in ("main", commit.oid):
+            return commit
+    raise Refusal(404, "RevisionNotFound")
 
 
 def _new(message: str, files: dict[str, bytes]) -> Commit:

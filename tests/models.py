@@ -179,25 +179,25 @@ def layout(size: int, examples: int = 8) -> dict[str, int]:
     return {"per_device_train_batch_size": size, "gradient_accumulation_steps": examples // size}
 
 
-def trainer_of(folder: Path | str, data: Any = None, model: nn.Module | None = None, **options: Any) -> Any:
-    """A ``PopRiskTrainer``, of a tiny Llama on eight rows unless told otherwise."""
-    of_trainer = _of_trainer(options)
-    args = PopRiskTrainingArguments(str(folder), **{**QUIET, **options})
+def trainer_of(
+    folder: Path | str,
+    data: Any = None,
+    model: Any = None,
+    kinds: tuple[Any, Any] = (PopRiskTrainer, PopRiskTrainingArguments),
+    **options: Any,
+) -> Any:
+    """A trainer, of a tiny Llama on eight rows unless told otherwise; options of its config and its own."""
+    trainer, config = kinds
+    names = ("eval_dataset", "data_collator", "processing_class", "callbacks", "peft_config")
+    own = {name: options.pop(name) for name in names if name in options}
+    args = config(str(folder), **{**QUIET, **options})
     data = rows(8) if data is None else data
-    return PopRiskTrainer(tiny_model() if model is None else model, args, train_dataset=data, **of_trainer)
+    return trainer(tiny_model() if model is None else model, args=args, train_dataset=data, **own)
 
 
 def trl_trainer_of(kind: str, model: Any, folder: Path | str, data: Any = None, **options: Any) -> Any:
     """One of the TRL trainers, on eight rows of its kind of data unless told otherwise."""
-    of_trainer = _of_trainer(options)
-    args = getattr(hf_poprisk, f"PopRisk{kind}Config")(str(folder), **{"bf16": False, **QUIET, **options})
     if data is None:
         data = sequences(8) if kind == "SFT" else preferences(8)
-    trainer = getattr(hf_poprisk, f"PopRisk{kind}Trainer")
-    return trainer(model, args=args, train_dataset=data, **of_trainer)
-
-
-def _of_trainer(options: dict[str, Any]) -> dict[str, Any]:
-    """Take out what no config holds."""
-    names = {"eval_dataset", "data_collator", "callbacks", "peft_config"} & options.keys()
-    return {name: options.pop(name) for name in names}
+    kinds = tuple(getattr(hf_poprisk, f"PopRisk{kind}{what}") for what in ("Trainer", "Config"))
+    return trainer_of(folder, data, model, kinds, **{"bf16": False, **options})
