@@ -104,7 +104,7 @@ class FakeHub:
             case ("POST", "api", "repos", "create"):
                 self._fail("create")
                 return self._create(json.loads(request.content), user, can_write)
-            case ("GET", "api", "models", owner, name, "revision", "main"):
+            case ("GET", "api", "models", owner, name) | ("GET", "api", "models", owner, name, "revision", _):
                 head = repo(owner, name, write=False).commits[-1]
                 return {"id": f"{owner}/{name}", "sha": head.oid, "tags": [], "siblings": []}
             case ("GET", "api", "models", owner, name, "tree", revision):

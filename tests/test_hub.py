@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from functools import cache
 from pathlib import Path, PurePosixPath
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,12 +17,11 @@ from huggingface_hub import HfApi, constants
 from models import QUIET, layout, tiny_model, token_examples, trainer_of, trl_trainer_of
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, TrainerCallback
-from transformers.training_args import HubStrategy
 from transformers.utils.hub import PushInProgress
 
 from hf_poprisk import load_record
 from hf_poprisk.checkpoints import damage
-from hf_poprisk.hub import HubError, HubMixin
+from hf_poprisk.hub import HubError
 from hf_poprisk.record import CONFIG_NAME, STATISTICS_NAME, write_json
 
 OPTIONS: dict[str, Any] = {
@@ -354,6 +352,7 @@ def local_steps(folder: Path) -> list[int]:
     return [load_record(path).config["steps"] for path in found]
 
 
+@pytest.mark.parametrize("steps", [1, 3])  # the push that fails is the last one, or others follow
 @pytest.mark.parametrize(
     ("fault", "status", "reason"),
     [
@@ -363,19 +362,19 @@ def local_steps(folder: Path) -> list[int]:
     ],
 )
 def test_training_outlives_a_failed_push(
-    fault: str, status: int, reason: str,
+    fault: str, status: int, reason: str, steps: int,
     hub: FakeHub, build: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    folder = tmp_path / f"outlives-{fault}"
-    trainer = build(folder, max_steps=3, hub_strategy="every_save")
+    folder = tmp_path / f"outlives-{fault}-{steps}"
+    trainer = build(folder, max_steps=steps, hub_strategy="every_save")
     hub.faults[fault] = status
     with caplog.at_level(logging.WARNING, "hf_poprisk.hub"):
         trainer.train()
     (warning,) = [r.message for r in caplog.records if r.name == "hf_poprisk.hub"]
     assert_one_sentence(warning, f"alice/{folder.name}", reason, "training goes on", str(folder))
-    assert trainer.state.global_step == 3 and local_steps(folder) == [1, 2, 3]
+    assert trainer.state.global_step == steps and local_steps(folder) == [*range(1, steps + 1)]
     pushed = [(commit.message, steps_of(commit)) for commit in hub.repos[f"alice/{folder.name}"].commits[1:]]
-    assert pushed == [(f"{STEP}2", {".": 2}), (f"{STEP}3", {".": 3})]
+    assert pushed == [(f"{STEP}{step}", {".": step}) for step in range(2, steps + 1)]
 
 
 @pytest.mark.parametrize(
@@ -423,36 +422,17 @@ def test_half_a_record_is_no_file_that_a_push_would_take(
     assert names and all(name.startswith("_") for name in names)  # transformers leaves out _*
 
 
-class Stock:
-    """Of transformers' trainer, what pushes during training touch."""
-
-    def __init__(self, always: bool) -> None:
-        self.args = SimpleNamespace(
-            hub_always_push=always, hub_strategy=HubStrategy.EVERY_SAVE, output_dir="out"
-        )
-        self.push_in_progress = PushInProgress([Future()])
-        self.hub_model_id, self.written = "alice/x", False
-
-    def is_world_process_zero(self) -> bool:
-        return True
-
-    def _write_record(self, folder: str) -> None:
-        self.written = True
-
-    def _push_from_checkpoint(self, folder: str) -> None:
-        """The push in progress fails while the next one begins."""
-        self.push_in_progress.jobs[0].set_exception(OSError("broken"))
-        self.push_in_progress = PushInProgress([])
-
-
-class Pushing(HubMixin, Stock):
-    pass
-
-
-@pytest.mark.parametrize("always", [False, True])
-def test_while_another_push_is_in_progress(always: bool, caplog: pytest.LogCaptureFixture) -> None:
-    """It is left out, and the record stays with its weights; or made, and the other's failure is told."""
-    trainer = Pushing(always)
+@pytest.mark.parametrize("failed", [False, True])
+def test_while_another_push_is_in_progress(
+    failed: bool, hub: FakeHub, build: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The next is left out, and the record stays with its weights; or made, and the failure is told."""
+    trainer, other = build(tmp_path, hub_strategy="every_save", hub_always_push=False), Future()
+    trainer.push_in_progress = PushInProgress([other])
+    if failed:
+        other.set_exception(OSError("broken"))
     with caplog.at_level(logging.WARNING):
-        trainer._push_from_checkpoint("")
-    assert trainer.written == always == ("broken" in caplog.text)
+        trainer._push_from_checkpoint(str(tmp_path))
+    if failed:
+        trainer.push_in_progress.wait_until_done()
+    assert (tmp_path / CONFIG_NAME).is_file() == failed == ("broken" in caplog.text)
