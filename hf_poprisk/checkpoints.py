@@ -15,7 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from hf_poprisk.arguments import OPTIM
 from hf_poprisk.record import CONFIG_NAME, Record, changes, digest, load_record, make_config, write_record
@@ -101,8 +101,8 @@ class CheckpointMixin:
     _trainable: dict[str, Any] | None = None  # when training began
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        saves = str(getattr(self.args.save_strategy, "value", self.args.save_strategy)) != "no"
-        if self.args.save_only_model and saves and self.is_world_process_zero():
+        saves = self.args.save_only_model and self.args.save_strategy != SaveStrategy.NO
+        if saves and self.is_world_process_zero():
             logger.warning("save_only_model=True: a resumed run starts with a fresh optimizer.")
         if self._trainable is None:  # a second call goes on with the optimizer of the first
             self._trainable = digest(self._trainable_names())

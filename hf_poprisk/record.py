@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
+from huggingface_hub import snapshot_download
 from transformers.trainer_utils import has_length
 
 from hf_poprisk.gate import GATES
@@ -61,24 +60,18 @@ def load_record(
         FileNotFoundError: there is no record.
         ValueError: one that cannot be read: damaged, or of a later version.
     """
-    folder = Path(path_or_repo)
-    if folder.is_dir():
-        files = [folder / CONFIG_NAME, folder / STATISTICS_NAME]
-        found = [path if path.is_file() else None for path in files]
-    elif Path(path_or_repo).is_absolute() or str(path_or_repo).startswith("."):
-        raise FileNotFoundError(f"{path_or_repo} is not a folder.")
-    else:
-        found = [
-            _download(str(path_or_repo), name, revision, token) for name in (CONFIG_NAME, STATISTICS_NAME)
-        ]
-    config, statistics = found
-    if config is None:
-        raise FileNotFoundError(
-            f"{path_or_repo} has no {CONFIG_NAME}: it was not saved by a trainer of hf_poprisk."
-        )
+    folder, name = Path(path_or_repo), str(path_or_repo)
+    if not folder.is_dir():
+        if folder.is_absolute() or name.startswith("."):
+            raise FileNotFoundError(f"{name} is not a folder.")
+        patterns = [CONFIG_NAME, STATISTICS_NAME]
+        folder = Path(snapshot_download(name, revision=revision, token=token, allow_patterns=patterns))
+    if not (folder / CONFIG_NAME).is_file():
+        raise FileNotFoundError(f"{name} has no {CONFIG_NAME}: it was not saved by a trainer of hf_poprisk.")
+    has_statistics = (folder / STATISTICS_NAME).is_file()
     return Record(
-        _read(config, _CONFIG, str(path_or_repo)),
-        None if statistics is None else _read(statistics, _STATISTICS, str(path_or_repo)),
+        _read(folder / CONFIG_NAME, _CONFIG, name),
+        _read(folder / STATISTICS_NAME, _STATISTICS, name) if has_statistics else None,
     )
 
 
@@ -137,7 +130,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], other_data: bool 
         pairs |= {f"{name} (of version 0.1)": (old.get(name, value), value) for name, value in _GONE.items()}
         if "ema" not in (before["estimator"], now["estimator"]):
             pairs[f"{now['unit']}s per step"] = before["units_per_step"], now["units_per_step"]
-        found = [f"{name} from {_short(a)} to {_short(b)}" for name, (a, b) in pairs.items() if a != b]
+        found = [f"{name} from {a!r:.100} to {b!r:.100}" for name, (a, b) in pairs.items() if a != b]
     had, has = before["data"]["examples"], now["data"]["examples"]
     if None not in (had, has) and had != has and not other_data:
         found.append(f"the number of training examples from {had} to {has}")
@@ -169,11 +162,6 @@ def write_json(path: Path, content: Any) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:100]}…"
-
-
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -181,32 +169,16 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _download(repo: str, name: str, revision: str | None, token: str | None) -> Path | None:
-    try:
-        return Path(hf_hub_download(repo, name, revision=revision, token=token))
-    except RemoteEntryNotFoundError:
-        return None
-    except LocalEntryNotFoundError as error:
-        if try_to_load_from_cache(repo, name, revision=revision) is _CACHED_NO_EXIST:
-            return None
-        raise FileNotFoundError(
-            f"{name} of {repo} was not downloaded before, and the Hub cannot be reached."
-        ) from error
-
-
 def _read(path: Path, schema: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A JSON object whose entries have their shapes; anything else is one sentence."""
-
-    def damaged(why: str) -> ValueError:
-        return ValueError(f"{path.name} of {where} is damaged: {why}.")
-
+    damaged = f"{path.name} of {where} is damaged: "
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise damaged(f"{str(error).splitlines()[0]}") from error
+        raise ValueError(f"{damaged}{str(error).splitlines()[0]}.") from error
     version = content.get("schema_version") if isinstance(content, dict) else None
-    if not _count(version):
-        raise damaged("it holds no schema_version")
+    if not _fits(version, int):
+        raise ValueError(f"{damaged}it holds no schema_version.")
     if version != SCHEMA_VERSION:
         raise ValueError(
             f"{path.name} of {where} has schema version {version}, and this version of hf_poprisk reads "
@@ -214,30 +186,25 @@ def _read(path: Path, schema: Mapping[str, Any], where: str) -> dict[str, Any]:
         )
     for name, shape in schema.items():
         if not _fits(content.get(name), shape):
-            raise damaged(f"{name} is {json.dumps(content.get(name))[:60]}")
+            raise ValueError(f"{damaged}{name} is {json.dumps(content.get(name))[:60]}.")
     return content
-
-
-def _count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def _fits(value: Any, shape: Any) -> bool:
     """A shape is a type, a literal, [of each], {name: shape}, {str: of each value} or (either, or)."""
-    if isinstance(shape, tuple):
-        return any(_fits(value, s) for s in shape)
-    if isinstance(shape, list):
-        return isinstance(value, list) and all(_fits(x, shape[0]) for x in value)
-    if isinstance(shape, dict):
-        if not isinstance(value, dict):
-            return False
-        if str in shape:
-            return all(_fits(x, shape[str]) for x in value.values())
-        return all(_fits(value.get(name), s) for name, s in shape.items())
+    match shape:
+        case tuple():
+            return any(_fits(value, s) for s in shape)
+        case list():
+            return isinstance(value, list) and all(_fits(x, shape[0]) for x in value)
+        case dict() if str in shape:
+            return isinstance(value, dict) and all(_fits(x, shape[str]) for x in value.values())
+        case dict():
+            return isinstance(value, dict) and all(_fits(value.get(name), s) for name, s in shape.items())
     if shape is int:
-        return _count(value)
+        return type(value) is int and 0 <= value < 2**63
     if shape is float:
-        return _count(value) or isinstance(value, float) and math.isfinite(value)
+        return _fits(value, int) or isinstance(value, float) and math.isfinite(value)
     return isinstance(value, shape) if isinstance(shape, type) else value == shape
 
 

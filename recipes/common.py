@@ -16,14 +16,7 @@ from typing import Any
 
 import yaml
 from datasets import Dataset, DatasetDict, disable_progress_bars, load_dataset, load_from_disk
-from transformers import (
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils.logging import disable_progress_bar
 from trl import TrlParser
 
@@ -75,8 +68,7 @@ def check_types(group: Any) -> None:
     Raises:
         RecipeError: a plain field with a value of another type.
     """
-    hints = typing.get_type_hints(type(group))
-    for name, hint in hints.items():
+    for name, hint in typing.get_type_hints(type(group)).items():
         union = typing.get_origin(hint) in (typing.Union, types.UnionType)
         kinds = set(typing.get_args(hint)) if union else {hint}
         value = getattr(group, name, None)
@@ -94,11 +86,9 @@ class RecipeError(ValueError):
 
 def load_splits(name: str | None, config: str | None, streaming: bool) -> DatasetDict:
     """A data set by its Hub name, or a folder: of data files, or written by ``save_to_disk``."""
-    if name is None:
-        raise RecipeError("dataset_name is missing: a name on the Hub or a folder.")
+    require_path(name, "dataset_name")
     if streaming:
         raise RecipeError("dataset_streaming=true is not supported by the recipes: set it to false.")
-    require_path(name, "dataset_name")
     if Path(name, "dataset_dict.json").is_file():
         return load_from_disk(name)
     return load_dataset(name, config)
@@ -196,14 +186,10 @@ class StepTimer(TrainerCallback):
     def __init__(self) -> None:
         self._durations: list[float] = []
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self._start = time.perf_counter()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self._durations.append(time.perf_counter() - self._start)
 
     @property
@@ -217,28 +203,30 @@ class ShortLog(TrainerCallback):
 
     NAMES = ("loss", "accuracy", "accuracies", "fraction_open", "noise_rate")
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
         kept = [
             f"{name} {value:.4g}"
-            for name, value in (logs or {}).items()
+            for name, value in logs.items()
             if name.endswith(self.NAMES) and "token_accuracy" not in name
         ]
         if kept and state.is_world_process_zero:
             print(f"step {state.global_step}/{state.max_steps}: {', '.join(kept)}", flush=True)
 
 
-def shorten_logs(trainer: Trainer) -> None:
-    """Print short lines in place of the whole logs, unless there are progress bars."""
-    if trainer.args.disable_tqdm:
+def train(trainer: Trainer, data: Dataset, resume: str | None) -> StepTimer:
+    """Train and save; with short lines in place of the whole logs, unless there are progress bars."""
+    timer, args = StepTimer(), trainer.args
+    trainer.add_callback(timer)
+    if args.disable_tqdm:
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(ShortLog())
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    trainer.save_state()
+    if args.poprisk_label_noise != "off" and trainer.is_world_process_zero():
+        # for the audit: with the labels as they were trained on; pushes leave out _*
+        data.save_to_disk(Path(args.output_dir, "_training_data"))
+    return timer
 
 
 def gate_summary(log_history: list[dict[str, float]]) -> dict[str, float]:
@@ -259,12 +247,22 @@ def settings(*groups: Any) -> dict[str, Any]:
     return json.loads(json.dumps(merged, default=str))
 
 
-def finish(trainer: Trainer) -> None:
-    """Leave the process group, all together.
-
-    Without the barrier a rank may exit in the instant after its last collective. The thread that then joins
-    gloo's worker holds the interpreter's lock, which the worker wants to free that collective's tensor.
-    """
+def finish(
+    trainer: Trainer, results: dict[str, Any], timer: StepTimer, groups: Sequence[Any], **card: Any
+) -> None:
+    """Write ``results.json``, push, and leave the process group, all together."""
+    if trainer.is_world_process_zero():
+        results |= {
+            "gate": gate_summary(trainer.state.log_history),
+            "seconds_per_step": timer.median,
+            "steps": trainer.state.global_step,
+        }
+        content = {"results": results, "settings": settings(*groups)}
+        write_json(Path(trainer.args.output_dir, "results.json"), content)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub(**card)
+    # Without the barrier a rank may exit in the instant after its last collective. The thread that then joins
+    # gloo's worker holds the interpreter's lock, which the worker wants to free that collective's tensor.
     trainer.accelerator.wait_for_everyone()
     trainer.end()
 

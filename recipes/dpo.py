@@ -9,25 +9,9 @@ Writes the model, ``trainer_state.json`` (the curves) and ``results.json`` (the 
 
 import contextlib
 from dataclasses import dataclass, field
-from pathlib import Path
 
+import common
 import torch
-from common import (
-    StepTimer,
-    check_completions,
-    checkpoint_to_resume,
-    finish,
-    flip_preferences,
-    gate_summary,
-    load_splits,
-    parse,
-    require_path,
-    run,
-    settings,
-    shorten_logs,
-    split,
-    write_json,
-)
 from datasets import Dataset
 from torch.nn.functional import softplus
 from tqdm.auto import tqdm
@@ -64,13 +48,15 @@ def load(script_args: DPOScriptArguments) -> tuple[Dataset, dict[str, Dataset]]:
     Raises:
         RecipeError: no such data set or split, or an empty completion.
     """
-    data = load_splits(script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming)
-    train = split(data, script_args.dataset_train_split, "dataset_train_split")
-    held_out = {"test": split(data, script_args.dataset_test_split, "dataset_test_split")}
-    if script_args.dataset_validation_split:
-        held_out["validation"] = split(data, script_args.dataset_validation_split, "dataset_validation_split")
+    data = common.load_splits(
+        script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming
+    )
+    train = common.split(data, script_args.dataset_train_split, "dataset_train_split")
+    held_out = {"test": common.split(data, script_args.dataset_test_split, "dataset_test_split")}
+    if name := script_args.dataset_validation_split:
+        held_out["validation"] = common.split(data, name, "dataset_validation_split")
     for name, part in {"training": train, **held_out}.items():
-        check_completions(part, name)
+        common.check_completions(part, name)
     return train, held_out
 
 
@@ -164,38 +150,19 @@ def score(trainer: PopRiskDPOTrainer, reference: torch.nn.Module | None, name: s
 
 
 def main() -> None:
-    script_args, args, model_args = parse(ARGUMENTS)
-    require_path(model_args.model_name_or_path, "model_name_or_path")
-    resume = checkpoint_to_resume(args)
+    script_args, args, model_args = common.parse(ARGUMENTS)
+    common.require_path(model_args.model_name_or_path, "model_name_or_path")
+    resume = common.checkpoint_to_resume(args)
     train, held_out = load(script_args)
-    train = flip_preferences(train, script_args.flip_fraction, script_args.flip_seed)
+    train = common.flip_preferences(train, script_args.flip_fraction, script_args.flip_seed)
     sets = evaluation_sets(train, held_out)
     trainer = make_trainer(PopRiskDPOTrainer, args, model_args, train, sets)
-    timer = StepTimer()
-    trainer.add_callback(timer)
-    shorten_logs(trainer)
-    trainer.train(resume_from_checkpoint=resume)
-    trainer.save_model()
-    trainer.save_state()
-    if args.poprisk_label_noise != "off" and trainer.is_world_process_zero():
-        # for the audit: with the labels as they were trained on; pushes leave out _*
-        train.save_to_disk(Path(args.output_dir, "_training_data"))
-
+    timer = common.train(trainer, train, resume)
     reference = reference_of(trainer, model_args)
     scores = {name: score(trainer, reference, name) for name in trainer.eval_dataset}
-    if trainer.is_world_process_zero():
-        results = {
-            "scores": scores,
-            "gate": gate_summary(trainer.state.log_history),
-            "seconds_per_step": timer.median,
-            "steps": trainer.state.global_step,
-        }
-        content = {"results": results, "settings": settings(script_args, model_args, args)}
-        write_json(Path(args.output_dir, "results.json"), content)
-    if args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    finish(trainer)
+    groups = (script_args, model_args, args)
+    common.finish(trainer, {"scores": scores}, timer, groups, dataset_name=script_args.dataset_name)
 
 
 if __name__ == "__main__":
-    run(main)
+    common.run(main)

@@ -7,25 +7,11 @@ Writes the model, ``trainer_state.json`` and ``results.json`` into ``output_dir`
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+import common
 import numpy as np
-from common import (
-    RecipeError,
-    StepTimer,
-    checkpoint_to_resume,
-    finish,
-    gate_summary,
-    load_splits,
-    parse,
-    require_path,
-    run,
-    settings,
-    shorten_logs,
-    split,
-    write_json,
-)
+from common import RecipeError
 from datasets import Dataset
 from transformers import (
     AutoModelForCausalLM,
@@ -55,6 +41,9 @@ class TrainScriptArguments(ScriptArguments):
         default=0.0, metadata={"help": "Share of training labels replaced by another class."}
     )
     flip_seed: int = field(default=0, metadata={"help": "Which labels, and by what."})
+
+
+ARGUMENTS = (TrainScriptArguments, PopRiskTrainingArguments, ModelConfig)
 
 
 def prepare(
@@ -101,16 +90,20 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def main() -> None:
-    script_args, args, model_args = parse((TrainScriptArguments, PopRiskTrainingArguments, ModelConfig))
+    script_args, args, model_args = common.parse(
+        (TrainScriptArguments, PopRiskTrainingArguments, ModelConfig)
+    )
     if script_args.task not in TASKS:
         raise RecipeError(f"task must be one of {', '.join(TASKS)}; got {script_args.task!r}.")
     if script_args.flip_fraction and script_args.task != "classification":
         raise RecipeError("flip_fraction needs labels to flip: set task=classification or flip_fraction=0.")
-    require_path(model_args.model_name_or_path, "model_name_or_path")
-    resume = checkpoint_to_resume(args)
-    data = load_splits(script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming)
-    train = split(data, script_args.dataset_train_split, "dataset_train_split")
-    test = split(data, script_args.dataset_test_split, "dataset_test_split")
+    common.require_path(model_args.model_name_or_path, "model_name_or_path")
+    resume = common.checkpoint_to_resume(args)
+    data = common.load_splits(
+        script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming
+    )
+    train = common.split(data, script_args.dataset_train_split, "dataset_train_split")
+    test = common.split(data, script_args.dataset_test_split, "dataset_test_split")
 
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -135,7 +128,6 @@ def main() -> None:
 
         model = get_peft_model(model, peft_config)
 
-    timer = StepTimer()
     trainer = PopRiskTrainer(
         model=model,
         args=args,
@@ -144,30 +136,13 @@ def main() -> None:
         data_collator=collator,
         processing_class=tokenizer,
         compute_metrics=accuracy if script_args.task == "classification" else None,
-        callbacks=[timer],
     )
-    shorten_logs(trainer)
-    trainer.train(resume_from_checkpoint=resume)
-    trainer.save_model()
-    if args.poprisk_label_noise != "off" and trainer.is_world_process_zero():
-        # for the audit: with the labels as they were trained on; pushes leave out _*
-        train.save_to_disk(Path(args.output_dir, "_training_data"))
+    timer = common.train(trainer, train, resume)
     metrics = trainer.evaluate()
     trainer.save_state()
-    if trainer.is_world_process_zero():
-        results = {
-            "test_loss": metrics["eval_loss"],
-            "test_accuracy": metrics.get("eval_accuracy"),
-            "seconds_per_step": timer.median,
-            "steps": trainer.state.global_step,
-            "gate": gate_summary(trainer.state.log_history),
-        }
-        content = {"results": results, "settings": settings(script_args, model_args, args)}
-        write_json(Path(args.output_dir, "results.json"), content)
-    if args.push_to_hub:
-        trainer.push_to_hub()
-    finish(trainer)
+    results = {"test_loss": metrics["eval_loss"], "test_accuracy": metrics.get("eval_accuracy")}
+    common.finish(trainer, results, timer, (script_args, model_args, args))
 
 
 if __name__ == "__main__":
-    run(main)
+    common.run(main)

@@ -1,6 +1,7 @@
 """Tiny models and data, built on the spot; imported by the tests and by the processes they launch."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -20,6 +21,25 @@ from transformers import (
     Qwen3Config,
 )
 
+import hf_poprisk
+from hf_poprisk import PopRiskTrainer, PopRiskTrainingArguments
+
+# Reports to nobody and saves nothing.
+SILENT: dict[str, Any] = {
+    "use_cpu": True,
+    "report_to": "none",
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "disable_tqdm": True,
+    "lr_scheduler_type": "constant",
+}
+# And takes its examples in their order, one at a time.
+QUIET: dict[str, Any] = {
+    **SILENT,
+    "learning_rate": 1e-3,
+    "train_sampling_strategy": "sequential",
+    "per_device_train_batch_size": 1,
+}
 WORDS = (
     "the gate opens where the batch agrees and stays closed where it does not because noise has no "
     "sign that holds from one example to the next while a signal keeps pointing the same way"
@@ -147,3 +167,37 @@ def token_examples(count: int, pad_to: int = 24) -> list[dict[str, torch.Tensor]
             {"input_ids": row["input_ids"], "attention_mask": row["attention_mask"], "labels": labels}
         )
     return examples
+
+
+def rows(count: int) -> list[dict[str, torch.Tensor]]:
+    """The same as a data set."""
+    return [{k: v[0] for k, v in example.items()} for example in token_examples(count)]
+
+
+def layout(size: int, examples: int = 8) -> dict[str, int]:
+    """The options that take the examples of a step so many at a time."""
+    return {"per_device_train_batch_size": size, "gradient_accumulation_steps": examples // size}
+
+
+def trainer_of(
+    folder: Path | str,
+    data: Any = None,
+    model: Any = None,
+    kinds: tuple[Any, Any] = (PopRiskTrainer, PopRiskTrainingArguments),
+    **options: Any,
+) -> Any:
+    """A trainer, of a tiny Llama on eight rows unless told otherwise; options of its config and its own."""
+    trainer, config = kinds
+    names = ("eval_dataset", "data_collator", "processing_class", "callbacks", "peft_config")
+    own = {name: options.pop(name) for name in names if name in options}
+    args = config(str(folder), **{**QUIET, **options})
+    data = rows(8) if data is None else data
+    return trainer(tiny_model() if model is None else model, args=args, train_dataset=data, **own)
+
+
+def trl_trainer_of(kind: str, model: Any, folder: Path | str, data: Any = None, **options: Any) -> Any:
+    """One of the TRL trainers, on eight rows of its kind of data unless told otherwise."""
+    if data is None:
+        data = sequences(8) if kind == "SFT" else preferences(8)
+    kinds = tuple(getattr(hf_poprisk, f"PopRisk{kind}{what}") for what in ("Trainer", "Config"))
+    return trainer_of(folder, data, model, kinds, **{"bf16": False, **options})

@@ -1,18 +1,18 @@
 """Micro-batches of several examples in the trainers: how they are taken, and that it makes no difference."""
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from models import preferences, save_tiny_model, sequences
-from test_trainer import QUIET, Record
+from models import layout, save_tiny_model, trainer_of, trl_trainer_of
+from test_trainer import Record
 from torch import Tensor, nn
 from transformers import LlamaConfig, Trainer
 
-import hf_poprisk
-from hf_poprisk import PopRiskTrainer, PopRiskTrainingArguments
 from hf_poprisk.trainer import take_example
 from hf_poprisk.trl import trl_utils
 
@@ -47,21 +47,17 @@ def rows(count: int) -> list[dict[str, Any]]:
     return [{"x": torch.randn(7, 6, generator=generator), "labels": i % 3} for i in range(count)]
 
 
-def windows(
-    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int, **options: Any
-) -> tuple[list[Any], PopRiskTrainer]:
-    """b, G and Q of two steps of eight examples, and who took them."""
+def windows(make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> tuple[list[Any], Any]:
+    """b, G and Q of every step, and the trainer that took them."""
     with monkeypatch.context() as patch:
         record = Record(patch)
-        steps = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": 8 // batch}
-        args = PopRiskTrainingArguments(str(tmp_path), max_steps=2, **{**QUIET, **steps, **options})
-        trainer = PopRiskTrainer(model, args=args, train_dataset=rows(16))
+        trainer = make()
         trainer.train()
     return record.windows, trainer
 
 
 def assert_same_windows(got: list[Any], expected: list[Any]) -> None:
-    assert [b for b, _ in got] == [b for b, _ in expected] == [8, 8]
+    assert [b for b, _ in got] == [b for b, _ in expected] and got[0][0] == 8
     for name, pair in expected[0][1].items():
         for ours, theirs in zip(got[0][1][name], pair, strict=True):
             assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max(), name
@@ -81,38 +77,37 @@ def assert_same_windows(got: list[Any], expected: list[Any]) -> None:
     ids=["layers", "unknown-layer", "hidden-rows"],
 )
 def test_the_way_is_chosen_and_makes_no_difference(
-    options: dict[str, bool],
-    reason: str | None,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    expected, _ = windows(Classifier(**options), tmp_path, monkeypatch, 1)
+    options: dict[str, bool], reason: str | None,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    one, several = (
+        partial(trainer_of, tmp_path, rows(16), Classifier(**options), **layout(size), max_steps=2)
+        for size in (1, 4)
+    )
+    expected, _ = windows(one, monkeypatch)
     with caplog.at_level(logging.WARNING):
-        got, trainer = windows(Classifier(**options), tmp_path, monkeypatch, 4)
+        got, trainer = windows(several, monkeypatch)
     assert_same_windows(got, expected)
     said = [record.message for record in caplog.records if ONE_BY_ONE in record.message]
-    assert (trainer._layers is None) == (reason is not None)
-    assert len(said) == (reason is not None)
+    assert (trainer._layers is None) == len(said) == (reason is not None)
     assert reason is None or reason in said[0]
 
 
-def test_rows_hidden_later_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_hidden_later_are_an_error(tmp_path: Path) -> None:
     model = Classifier()
-    model.register_forward_hook(
-        lambda *_: setattr(model, "hidden", model.training)
-    )  # after the first forward
+    # after the first forward
+    model.register_forward_hook(lambda *_: setattr(model, "hidden", model.training))
     with pytest.raises(RuntimeError, match="first.bias cannot be formed: a layer does not see .*set per_dev"):
-        windows(model, tmp_path, monkeypatch, 4)
+        trainer_of(tmp_path, rows(16), model, **layout(4), max_steps=2).train()
 
 
 @pytest.mark.parametrize("option", ["torch_compile", "use_liger_kernel"])
 def test_rewritten_models_go_one_by_one(
     option: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    args = PopRiskTrainingArguments(str(tmp_path), **{**QUIET, "per_device_train_batch_size": 4})
+    trainer = trainer_of(tmp_path, rows(16), Classifier(), **layout(4))
+    args = trainer.args
     setattr(args, option, True)  # after the checks that want a compiler or a package
-    trainer = PopRiskTrainer(Classifier(), args=args, train_dataset=rows(16))
     with caplog.at_level(logging.WARNING):
         trainer.create_optimizer()
     assert trainer._layers is None and f"{ONE_BY_ONE}: {option}=True" in caplog.text
@@ -130,30 +125,16 @@ def test_trl_fused_head(
     """Its weight gets every example's gradient, whether it sees all positions or (GPU) labelled ones only."""
     monkeypatch.setattr(trl_utils, "_use_triton", lambda device: compact)
     save_tiny_model(tmp_path / "model", "llama", tied)
-    found = []
+    stock, found = trl_utils._ChunkedLogProbFunction, []
     for size in (1, 4):
-        with monkeypatch.context() as patch:
-            record = Record(patch)
-            steps = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size}
-            args = getattr(hf_poprisk, f"PopRisk{kind}Config")(
-                str(tmp_path), bf16=False, max_steps=1, **{**QUIET, **steps}
-            )
-            data = sequences(8) if kind == "SFT" else preferences(8)
-            trainer = getattr(hf_poprisk, f"PopRisk{kind}Trainer")(
-                str(tmp_path / "model"), args=args, train_dataset=data
-            )
-            stock = trl_utils._ChunkedLogProbFunction
-            trainer.train()
-            assert trl_utils._ChunkedLogProbFunction is stock
-            assert (trainer._layers is not None) == (size > 1)
-            found.append(record.windows)
-    (b, one), (other_b, several) = found[0][0], found[1][0]
-    assert b == other_b == 8
+        model, options = str(tmp_path / "model"), {**layout(size), "max_steps": 1}
+        got, trainer = windows(partial(trl_trainer_of, kind, model, tmp_path, **options), monkeypatch)
+        assert trl_utils._ChunkedLogProbFunction is stock
+        assert (trainer._layers is not None) == (size > 1)
+        found.append(got)
+    assert_same_windows(*found)
     head = "model.embed_tokens.weight" if tied else "lm_head.weight"
-    assert one[head][1].count_nonzero() > 100
-    for name, pair in one.items():
-        for ours, theirs in zip(several[name], pair, strict=True):
-            assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max(), name
+    assert found[0][0][1][head][1].count_nonzero() > 100
 
 
 def test_an_example_is_taken_with_all_its_rows() -> None:
@@ -168,19 +149,11 @@ def test_an_example_is_taken_with_all_its_rows() -> None:
 
 
 def test_evaluation_and_stock_optimizers_see_nothing_of_it(tmp_path: Path) -> None:
-    args = PopRiskTrainingArguments(
-        str(tmp_path),
-        max_steps=2,
-        **{**QUIET, "per_device_train_batch_size": 8},
-        eval_strategy="steps",
-        eval_steps=1,
-    )
-    trainer = PopRiskTrainer(Classifier(), args=args, train_dataset=rows(16), eval_dataset=rows(5))
-    stock_args = PopRiskTrainingArguments(
-        str(tmp_path), max_steps=2, optim="adamw_torch", **{**QUIET, "per_device_train_batch_size": 8}
-    )
-    stock = PopRiskTrainer(Classifier(), args=stock_args, train_dataset=rows(16))
-    plain = Trainer(Classifier(), args=stock_args, train_dataset=rows(16))
+    options = {**layout(8), "max_steps": 2}
+    evaluation = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": rows(5)}
+    trainer = trainer_of(tmp_path, rows(16), Classifier(), **options, **evaluation)
+    stock = trainer_of(tmp_path, rows(16), Classifier(), **options, optim="adamw_torch")
+    plain = Trainer(Classifier(), stock.args, train_dataset=rows(16))
     for t in (trainer, stock, plain):
         t.train()
     losses = [e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e]
@@ -210,9 +183,8 @@ def test_one_by_one_the_loss_has_the_scale_of_the_stock_trainer(sums: bool, tmp_
     """Whether or not the model does anything with the number of items."""
     losses = []
     for optim in ("poprisk_adamw", "adamw_torch"):
-        options = {**QUIET, "per_device_train_batch_size": 4, "max_grad_norm": 0.0}
-        args = PopRiskTrainingArguments(str(tmp_path), max_steps=1, optim=optim, **options)
-        trainer = PopRiskTrainer(Kwargs(sums), args=args, train_dataset=rows(16))
+        options = {**layout(4, 4), "max_steps": 1, "max_grad_norm": 0.0, "optim": optim}
+        trainer = trainer_of(tmp_path, rows(16), Kwargs(sums), **options)
         trainer.train()
         losses.append([trainer.state.log_history[0][name] for name in ("loss", "grad_norm")])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
@@ -230,11 +202,8 @@ def split_up(features: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(("collator", "made"), [(joined, 1), (split_up, 8)])
 def test_a_collator_that_makes_other_examples_is_refused(collator: Any, made: int, tmp_path: Path) -> None:
-    args = PopRiskTrainingArguments(str(tmp_path), max_steps=1, **{**QUIET, "per_device_train_batch_size": 4})
-    trainer = PopRiskTrainer(Classifier(), args=args, train_dataset=rows(16), data_collator=collator)
-    with pytest.raises(
-        ValueError, match=f"collator made {made} examples of 4: .*per_device_train_batch_size=1"
-    ):
+    trainer = trainer_of(tmp_path, rows(16), Classifier(), **layout(4), data_collator=collator)
+    with pytest.raises(ValueError, match=f"collator made {made} examples of 4: .*train_batch_size=1"):
         trainer.train()
 
 
@@ -246,14 +215,11 @@ def test_a_length_that_equals_the_rows_is_looked_into(
     data = [{**row, "x": row["x"][:4]} for row in rows(16)]
     found = []
     for size in (4, 1):
-        with caplog.at_level(logging.WARNING), monkeypatch.context() as patch:
-            record = Record(patch)
-            options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size}
-            args = PopRiskTrainingArguments(str(tmp_path), max_steps=2, **{**QUIET, **options})
-            model = Classifier(tokens=4, tokens_first=tokens_first)
-            trainer = PopRiskTrainer(model, args=args, train_dataset=data)
-            trainer.train()
-        found.append(record.windows)
+        model = Classifier(tokens=4, tokens_first=tokens_first)
+        with caplog.at_level(logging.WARNING):
+            make = partial(trainer_of, tmp_path, data, model, **layout(size), max_steps=2)
+            got, trainer = windows(make, monkeypatch)
+        found.append(got)
         assert size == 1 or (trainer._layers is None) == tokens_first
     assert_same_windows(*found)
     assert tokens_first == ("are not those of the examples alone" in caplog.text)
@@ -266,11 +232,9 @@ def test_what_couples_the_examples_is_refused(kind: str, tmp_path: Path) -> None
         model.norm = nn.BatchNorm1d(3, affine=False)
     else:
         model.config = LlamaConfig(output_router_logits=True, router_aux_loss_coef=0.1)
-    args = PopRiskTrainingArguments(str(tmp_path), max_steps=1, **{**QUIET, "per_device_train_batch_size": 4})
-    trainer = PopRiskTrainer(model, args=args, train_dataset=rows(16))
     said = {"norm": "norm normalises over the examples", "experts": "router_aux_loss_coef balances"}[kind]
     with pytest.raises(ValueError, match=f"{said} .*set per_device_train_batch_size=1 .*or poprisk_est"):
-        trainer.train()
+        trainer_of(tmp_path, rows(16), model, **layout(4)).train()
 
 
 class Forgetful(Kwargs):
@@ -283,14 +247,13 @@ class Forgetful(Kwargs):
 @pytest.mark.parametrize("hidden", [False, True])
 def test_what_is_tried_out_at_the_start_draws_no_random_numbers(hidden: bool, tmp_path: Path) -> None:
     """A resumed run starts once more, and must come to the weights of the uninterrupted one."""
-    options = {**QUIET, "per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 1}
+    options = {**layout(4, 4), "max_steps": 4, "save_strategy": "steps", "save_steps": 1}
     trainers = []
     for resume in (None, str(tmp_path / "checkpoint-2")):
         model = Forgetful(sums=True)
         if hidden:  # covered layers, and rows that they do not see: found out in the first forward
             model.conv, model.hidden = None, True
-        args = PopRiskTrainingArguments(str(tmp_path), max_steps=4, **options)
-        trainers.append(PopRiskTrainer(model, args=args, train_dataset=rows(16)))
+        trainers.append(trainer_of(tmp_path, rows(16), model, **options))
         trainers[-1].train(resume_from_checkpoint=resume)
         assert trainers[-1]._layers is None
     for p, q in zip(trainers[0].model.parameters(), trainers[1].model.parameters(), strict=True):

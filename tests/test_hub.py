@@ -1,106 +1,95 @@
-"""Publishing to a local Hub: the record beside the weights, the card, gating, pushes that fail."""
+"""Publishing: the record beside the weights, the card, gated repositories, pushes that fail."""
 
 import json
 import logging
-import os
 import re
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future
 from functools import cache
-from multiprocessing import get_context
 from pathlib import Path, PurePosixPath
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
-import hub_client
-import numpy as np
 import pytest
+import torch
 import yaml
-from hub_server import Commit, HubServer
-from models import tiny_model
-from transformers.training_args import HubStrategy
+from fake_hub import Commit, FakeHub
+from huggingface_hub import HfApi, constants
+from models import QUIET, layout, tiny_model, token_examples, trainer_of, trl_trainer_of
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.utils.hub import PushInProgress
 
 from hf_poprisk import load_record
 from hf_poprisk.checkpoints import damage
-from hf_poprisk.hub import HubError, HubMixin
+from hf_poprisk.hub import HubError
 from hf_poprisk.record import CONFIG_NAME, STATISTICS_NAME, write_json
 
-Client = Callable[..., Any]  # runs a function of hub_client in the other process
-Publish = Callable[[str, str], dict[str, Any]]
+OPTIONS: dict[str, Any] = {
+    **QUIET,
+    **layout(2, 4),
+    "max_steps": 2,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "push_to_hub": True,
+    "hub_always_push": True,
+}
 WEIGHTS = ("model.safetensors", "adapter_model.safetensors")
 SECTION = "## Population-risk gate"
 STEP = "Training in progress, step "
 
 
-@contextmanager
-def process(hub: HubServer, home: Path) -> Iterator[Client]:
-    """A fresh process with a cold cache that runs functions of hub_client."""
-    pool = ProcessPoolExecutor(1, get_context("spawn"))
-    with mock.patch.dict(os.environ, hub.environment() | {"HF_HOME": str(home)}):
-        pool.submit(hub_client.start)
-    try:
-        yield lambda function, *args, **options: pool.submit(function, *args, **options).result(120)
-    finally:
-        pool.shutdown()
-
-
 @pytest.fixture(scope="module")
-def hub() -> Iterator[HubServer]:
-    with HubServer() as server:
-        yield server
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeHub]:
+    hub = FakeHub()
+    with hub.running(tmp_path_factory.mktemp("cache")):
+        yield hub
 
 
 @pytest.fixture(autouse=True)
-def _no_fault_outlives_its_test(hub: HubServer) -> Iterator[None]:
+def _no_fault_outlives_its_test(hub: FakeHub) -> Iterator[None]:
     yield
-    hub._faults.clear()
+    hub.faults.clear()
+
+
+class OnePushAtATime(TrainerCallback):
+    """Makes the files of each commit those of its step."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_save(self, *args: Any, **kwargs: Any) -> None:
+        if self.trainer.push_in_progress is not None:
+            self.trainer.push_in_progress.wait_until_done()
 
 
 @pytest.fixture(scope="module")
-def clients(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Client, Client]]:
-    homes = [tmp_path_factory.mktemp(name) for name in ("writer", "reader")]
-    with process(hub, homes[0]) as writer, process(hub, homes[1]) as reader:
-        yield writer, reader
+def build(hub: FakeHub, llama_dir: Path) -> Callable[..., Any]:
+    """A trainer of a model, or of an adapter."""
+
+    def build(folder: Path, kind: str = "causal", **options: Any) -> Any:
+        options = {**OPTIONS, "hub_model_id": f"alice/{folder.name}", **options}
+        if kind == "causal":
+            trainer = trainer_of(folder, **options)
+        else:
+            adapter = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+            trainer = trl_trainer_of("DPO", str(llama_dir), folder, peft_config=adapter, **options)
+        trainer.add_callback(OnePushAtATime(trainer))
+        return trainer
+
+    return build
 
 
 @pytest.fixture(scope="module")
-def client(clients: tuple[Client, Client]) -> Client:
-    return clients[0]
-
-
-@pytest.fixture(scope="module")
-def reader(clients: tuple[Client, Client]) -> Client:
-    """Knows nothing but what it downloads."""
-    return clients[1]
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("outputs")
-
-
-@pytest.fixture(scope="module")
-def base(hub: HubServer, client: Client, llama_dir: Path) -> str:
-    """A base model that has a name on the Hub."""
-    client(hub_client.upload, "alice/base", llama_dir)
-    return "alice/base"
-
-
-@pytest.fixture(scope="module")
-def publish(client: Client, root: Path, llama_dir: Path) -> Publish:
+def publish(build: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Any]:
     """Train with pushes and push at the end, once per kind and strategy."""
+    root = tmp_path_factory.mktemp("published")
 
     @cache
-    def publish(kind: str, strategy: str) -> dict[str, Any]:
-        folder = root / f"{kind}-{strategy}"
-        trained = client(
-            hub_client.train, folder, kind, base=str(llama_dir), hub_strategy=strategy, eval_strategy="steps"
-        )
-        client(hub_client.push, folder)
-        return trained
+    def publish(kind: str, strategy: str) -> Any:
+        trainer = build(root / f"{kind}-{strategy}", kind, hub_strategy=strategy)
+        trainer.train()
+        trainer.push_to_hub()
+        return trainer
 
     return publish
 
@@ -118,6 +107,26 @@ def steps_of(commit: Commit) -> dict[str, int]:
     return steps
 
 
+def check_out(commit: Commit, folder: Path) -> Path:
+    for name, content in commit.files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def logits(model: Any) -> torch.Tensor:
+    model.set_attn_implementation("eager")  # a loaded model would have another one
+    batch = token_examples(1)[0]
+    with torch.no_grad():
+        return model.eval()(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+
+
+def load(folder: Path, base: Path | None) -> torch.Tensor:
+    """The logits of a model, or of an adapter on its base."""
+    model = AutoModelForCausalLM.from_pretrained(base or folder)
+    return logits(model if base is None else PeftModel.from_pretrained(model, folder))
+
+
 def card(commit: Commit) -> tuple[dict[str, Any], str]:
     return parse_card(commit.files["README.md"].decode())
 
@@ -127,102 +136,106 @@ def parse_card(text: str) -> tuple[dict[str, Any], str]:
     return yaml.safe_load(metadata), body
 
 
-def assert_one_sentence(error: BaseException, *contains: str) -> None:
-    message = str(error)
+def assert_one_sentence(message: str, *contains: str) -> None:
     assert all(part in message for part in contains), message
     without_reason = re.sub(r"\(.*?\)[;:]", "", message)
     assert "\n" not in message and message.endswith(".") and ". " not in without_reason, message
 
 
-@pytest.mark.parametrize("kind", ["causal", "adapter"])
-@pytest.mark.parametrize(
-    ("strategy", "during_training", "last"),
-    [
-        ("end", [], {".": 2}),
-        ("every_save", [("1", {".": 1}), ("2", {".": 2})], {".": 2}),
-        (
-            "checkpoint",
-            [
-                ("1", {".": 1}),
-                ("1, checkpoint", {".": 1, "last-checkpoint": 1}),
-                ("2", {".": 2, "last-checkpoint": 1}),
-                ("2, checkpoint", {".": 2, "last-checkpoint": 2}),
-            ],
-            {".": 2, "last-checkpoint": 2},
-        ),
-        (
-            "all_checkpoints",
-            [
-                ("1", {".": 1}),
-                ("1, checkpoint", {".": 1, "checkpoint-1": 1}),
-                ("2", {".": 2, "checkpoint-1": 1}),
-                ("2, checkpoint", {".": 2, "checkpoint-1": 1, "checkpoint-2": 2}),
-            ],
-            {".": 2, "checkpoint-1": 1, "checkpoint-2": 2},
-        ),
+# Folders of weights → their step, after each commit; last of all the push at the end.
+COMMITS: dict[str, list[tuple[str, dict[str, int]]]] = {
+    "end": [("End of training", {".": 2})],
+    "every_save": [("1", {".": 1}), ("2", {".": 2})],
+    "checkpoint": [
+        ("1", {".": 1}),
+        ("1, checkpoint", {".": 1, "last-checkpoint": 1}),
+        ("2", {".": 2, "last-checkpoint": 1}),
+        ("2, checkpoint", {".": 2, "last-checkpoint": 2}),
     ],
-)
+    "all_checkpoints": [
+        ("1", {".": 1}),
+        ("1, checkpoint", {".": 1, "checkpoint-1": 1}),
+        ("2", {".": 2, "checkpoint-1": 1}),
+        ("2, checkpoint", {".": 2, "checkpoint-1": 1, "checkpoint-2": 2}),
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", ["causal", "adapter"])
+@pytest.mark.parametrize("strategy", COMMITS)
 def test_every_commit_has_the_record_beside_its_weights(
-    kind: str,
-    strategy: str,
-    during_training: list[tuple[str, dict[str, int]]],
-    last: dict[str, int],
-    hub: HubServer,
-    reader: Client,
-    publish: Publish,
-    llama_dir: Path,
+    kind: str, strategy: str, hub: FakeHub, publish: Any, llama_dir: Path, tmp_path: Path
 ) -> None:
     """And who downloads them has the trained model."""
-    trained, name = publish(kind, strategy), f"alice/{kind}-{strategy}"
-    first, *commits = hub.repo(name).commits
+    trainer, name = publish(kind, strategy), f"alice/{kind}-{strategy}"
+    first, *commits = hub.repos[name].commits
     assert not first.files.keys() & set(WEIGHTS)
     found = [(commit.message.removeprefix(STEP), steps_of(commit)) for commit in commits]
-    assert found[: len(during_training)] == during_training and found[-1][1] == last
-    assert {message for message, _ in found[len(during_training) :]} <= {"End of training"}
-    record = reader(hub_client.record, name)
-    assert record.config["steps"] == trained["steps"] == 2 and record.statistics["parameters"]
-    base = None if kind == "causal" else llama_dir
-    assert not np.array_equal(hub_client.logits(tiny_model()), trained["logits"])
-    assert np.array_equal(reader(hub_client.load, name, base), trained["logits"])
-    for folder, steps in last.items():
-        if folder != ".":
-            assert damage(reader(hub_client.snapshot, name) / folder) is None
-        if folder != "." and steps == 2:
-            assert np.array_equal(reader(hub_client.load, name, base, folder), trained["logits"])
+    expected = COMMITS[strategy]
+    assert found[: len(expected)] == expected and found[-1][1] == expected[-1][1]
+    assert {message for message, _ in found[len(expected) :]} <= {"End of training"}
+    record = load_record(name)
+    assert record.config["steps"] == 2 and record.statistics["parameters"]
+    trained, base = logits(trainer.model), None if kind == "causal" else llama_dir
+    assert not torch.equal(logits(tiny_model()), trained)
+    downloaded = check_out(commits[-1], tmp_path)
+    for folder, steps in expected[-1][1].items():
+        assert folder == "." or damage(downloaded / folder) is None
+        assert steps < 2 or torch.equal(load(downloaded / folder, base), trained)
+
+
+def test_the_record_of_a_repository(hub: FakeHub, publish: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish("causal", "every_save")
+    name = "alice/causal-every_save"
+    first = hub.repos[name].commits[1]
+    assert load_record(name, revision=first.oid).config["steps"] == 1
+    HfApi().create_repo("alice/empty")
+    with pytest.raises(FileNotFoundError, match=f"alice/empty has no {CONFIG_NAME}"):
+        load_record("alice/empty")
+    with pytest.raises(FileNotFoundError, match=r"\./nowhere is not a folder"):
+        load_record("./nowhere")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert load_record(name, revision=first.oid).config["steps"] == 1
+    with pytest.raises(FileNotFoundError, match="outgoing traffic has been disabled"):
+        load_record("alice/other")
 
 
 @pytest.mark.parametrize("kind", ["causal", "adapter"])
 def test_the_card_says_how_the_model_was_trained(
-    kind: str, hub: HubServer, publish: Publish, llama_dir: Path
+    kind: str, hub: FakeHub, publish: Any, llama_dir: Path
 ) -> None:
-    publish(kind, "checkpoint")
-    commit = hub.repo(f"alice/{kind}-checkpoint").commits[-1]
-    metadata, body = card(commit)
+    trainer = publish(kind, "checkpoint")
+    repo = hub.repos[f"alice/{kind}-checkpoint"]
+    metadata, body = card(repo.commits[-1])
     assert body.count(SECTION) == 1 and "litman2026theory" in body and "arXiv:2605.01172" in body
-    parameters = json.loads(commit.files[STATISTICS_NAME])["parameters"].values()
+    parameters = json.loads(repo.commits[-1].files[STATISTICS_NAME])["parameters"].values()
     opened, live = (sum(entry["sums"][k] for entry in parameters) for k in (0, 1))
     assert f"| hard | example | 4 examples | 2 | {opened / live:.3f} | 0.391 |" in body
     assert "Training data: 8 examples." in body
     assert "poprisk" in metadata["tags"]
     assert metadata["poprisk"]["gate"] == "hard" and metadata["poprisk"]["units_per_step"] == 4
-    assert "base_model" not in metadata  # of the adapter, it is a folder of this machine
-    assert str(llama_dir) not in commit.files["README.md"].decode()
     assert metadata.get("library_name") == ("peft" if kind == "adapter" else "transformers")
+    commits = len(repo.commits)
+    trainer.push_to_hub()
+    assert len(repo.commits) == commits  # nothing to change
+    # the base of the adapter is a folder of this machine
+    assert "base_model" not in metadata and str(llama_dir) not in repo.commits[-1].files["README.md"].decode()
 
 
 @pytest.mark.parametrize("written", [False, True])
 def test_the_card_of_an_adapter_names_its_base(
-    written: bool, hub: HubServer, client: Client, reader: Client, root: Path, base: str
+    written: bool, hub: FakeHub, build: Any, tmp_path: Path
 ) -> None:
-    folder = root / f"of-base-{written}"
+    folder = tmp_path / f"of-base-{written}"
     folder.mkdir()
     if written:
         (folder / "README.md").write_text("My own words.\n")
-    trained = client(hub_client.train, folder, "adapter", base=base, save_strategy="no")
-    client(hub_client.push, folder)
-    metadata, _ = card(hub.repo(f"alice/{folder.name}").commits[-1])
-    assert metadata["base_model"] == base and metadata["library_name"] == "peft"
-    assert np.array_equal(reader(hub_client.load, f"alice/{folder.name}", base), trained["logits"])
+    trainer = build(folder, "adapter", save_strategy="no")
+    trainer.model.peft_config["default"].base_model_name_or_path = "alice/base"
+    trainer.model.config.name_or_path = "alice/base"
+    trainer.push_to_hub()
+    metadata, _ = card(hub.repos[f"alice/{folder.name}"].commits[-1])
+    assert metadata["base_model"] == "alice/base" and metadata["library_name"] == "peft"
 
 
 WRITTEN = """\
@@ -241,47 +254,35 @@ My own words.
 
 
 def test_a_card_that_somebody_wrote_keeps_its_text_and_metadata(
-    hub: HubServer, client: Client, root: Path
+    hub: FakeHub, build: Any, tmp_path: Path
 ) -> None:
-    folder = root / "written"
+    folder = tmp_path / "written"
     folder.mkdir()
     (folder / "README.md").write_text(WRITTEN)
-    client(hub_client.train, folder, save_strategy="no")
-    client(hub_client.push, folder)
-    client(hub_client.push, folder)  # finds nothing to change
-    assert len(hub.repo("alice/written").commits) == 2
-    metadata, body = card(hub.repo("alice/written").commits[-1])
+    trainer = build(folder, save_strategy="no")
+    trainer.train()
+    trainer.push_to_hub()
+    trainer.push_to_hub()  # finds nothing to change
+    assert len(hub.repos["alice/written"].commits) == 2
+    metadata, body = card(hub.repos["alice/written"].commits[-1])
     assert metadata.pop("poprisk")["gate"] == "hard"
     assert metadata == parse_card(WRITTEN)[0] | {"tags": ["mine", "poprisk"]}
     assert body.startswith(parse_card(WRITTEN)[1]) and body.count(SECTION) == 1
 
 
-def test_a_generated_card_is_renewed(hub: HubServer, client: Client, root: Path) -> None:
-    folder = root / "renewed"
-
+def test_a_generated_card_is_renewed(hub: FakeHub, build: Any, tmp_path: Path) -> None:
     def run(**options: Any) -> str:
-        client(hub_client.train, folder, save_strategy="no", **options)
-        client(hub_client.push, folder)
-        _, body = card(hub.repo("alice/renewed").commits[-1])
+        trainer = build(tmp_path / "renewed", save_strategy="no", **options)
+        trainer.train()
+        trainer.push_to_hub()
+        _, body = card(hub.repos["alice/renewed"].commits[-1])
         assert body.count(SECTION) == body.count("hf_poprisk:begin") == body.count("hf_poprisk:end") == 1
         return body
 
     assert "- learning_rate: 0.001\n" in run()
-    commits = len(hub.repo("alice/renewed").commits)
-    client(hub_client.push, folder)
-    assert len(hub.repo("alice/renewed").commits) == commits  # the second push found nothing to change
     second = run(learning_rate=0.002, poprisk_gate="soft")
     assert "- learning_rate: 0.002\n" in second and "- learning_rate: 0.001\n" not in second
     assert "| soft | example |" in second and "| hard | example |" not in second
-
-
-def test_the_record_of_a_repository(hub: HubServer, reader: Client, publish: Publish, base: str) -> None:
-    publish("causal", "every_save")
-    name = "alice/causal-every_save"
-    first = hub.repo(name).commits[1]
-    assert reader(hub_client.record, name, revision=first.oid).config["steps"] == 1
-    with pytest.raises(FileNotFoundError, match=f"{base} has no {CONFIG_NAME}"):
-        reader(hub_client.record, base)
 
 
 @pytest.mark.parametrize(
@@ -297,152 +298,119 @@ def test_the_record_of_a_repository(hub: HubServer, reader: Client, publish: Pub
     ],
 )
 def test_nothing_of_a_gated_repository_is_ever_open(
-    name: str,
-    gated: str,
-    before: str | None,
-    private: bool,
-    options: dict[str, Any],
-    hub: HubServer,
-    client: Client,
-    root: Path,
-    llama_dir: Path,
-) -> None:
-    folder = root / name.split("/")[1]
+    name: str, gated: str, before: str | None, private: bool, options: Any,
+    hub: FakeHub, build: Any, tmp_path: Path,
+) -> None:  # fmt: skip
     if before is not None:
-        client(hub_client.create_repo, name, private=before == "private")
+        HfApi().create_repo(name, private=before == "private")
     options = {"hub_model_id": name, "hub_strategy": "every_save", **options}
-    client(hub_client.train, folder, base=str(llama_dir), poprisk_hub_access=gated, **options)
-    repo = hub.repo(name)
+    trainer = build(tmp_path / name.split("/")[1], poprisk_hub_access=gated, **options)
+    trainer.train()
+    repo = hub.repos[name]
     assert (repo.private, repo.gated) == (before != "public", gated)
-    client(hub_client.push, folder)
+    trainer.push_to_hub()
     assert (repo.private, repo.gated) == (private, gated)
-    events = [event for event in hub.log if event.repo == name]
-    assert not any(event.exposed for event in events)
-    assert sum(event.kind == "commit" for event in events) >= 3
+    changes = [change for change in hub.log if change.repo == name]
+    assert not any(change.exposed for change in changes)
+    assert sum(change.kind == "commit" for change in changes) >= 3
     assert steps_of(repo.commits[-1])["."] == 2
     repo.private = True  # by its owner
-    client(hub_client.push, folder)
+    trainer.push_to_hub()
     assert repo.private and repo.gated == gated
 
 
 @pytest.mark.parametrize(
     ("fault", "options"),
     [
-        (("create", 500), {}),
-        (("create", 500), {"poprisk_hub_access": "auto"}),
-        (("settings", 500), {"poprisk_hub_access": "manual"}),
+        ("create", {}),
+        ("create", {"poprisk_hub_access": "auto"}),
+        ("settings", {"poprisk_hub_access": "manual"}),
         (None, {"hub_token": "hf_reader"}),
         (None, {"hub_model_id": "bob/his", "poprisk_hub_access": "manual"}),
         (None, {"hub_model_id": "alice/base", "hub_token": "hf_stranger"}),  # which may read it
     ],
-    ids=str,
 )
 def test_a_repository_that_cannot_be_had_is_told_before_training(
-    fault: tuple[str, int] | None,
-    options: dict[str, Any],
-    hub: HubServer,
-    client: Client,
-    base: str,
-    tmp_path: Path,
+    fault: str | None, options: dict[str, Any], hub: FakeHub, build: Any, tmp_path: Path
 ) -> None:
+    HfApi().create_repo("alice/base", exist_ok=True)
     if fault is not None:
-        hub.fail(*fault)
+        hub.faults[fault] = 500
     changes = len(hub.log)
     with pytest.raises(HubError) as caught:
-        client(hub_client.construct, tmp_path, **options)
+        build(tmp_path, **options)
     name = options.get("hub_model_id", f"alice/{tmp_path.name}")
-    assert_one_sentence(
-        caught.value, f"the repository {name} could not be made ready on the Hub (", "hub_token"
-    )
-    assert not any(event.exposed or event.kind == "commit" for event in hub.log[changes:])
+    said = f"the repository {name} could not be made ready on the Hub ("
+    assert_one_sentence(str(caught.value), said, "hub_token")
+    assert not any(change.exposed or change.kind == "commit" for change in hub.log[changes:])
 
 
-def local_checkpoints(folder: Path) -> list[str]:
-    """The whole ones."""
+def local_steps(folder: Path) -> list[int]:
+    """Of the checkpoints, all of them whole."""
     found = sorted(folder.glob("checkpoint-*"))
     assert [damage(path) for path in found] == [None] * len(found)
-    assert [load_record(path).config["steps"] for path in found] == list(range(1, len(found) + 1))
-    return [path.name for path in found]
+    return [load_record(path).config["steps"] for path in found]
 
 
+@pytest.mark.parametrize("steps", [1, 3])  # the push that fails is the last one, or others follow
 @pytest.mark.parametrize(
-    ("fault", "reason"),
+    ("fault", "status", "reason"),
     [
-        (("preupload", 403), "403 Forbidden"),
-        (("upload", 403), "403 Forbidden"),
-        (("commit", 500), "500 Internal Server Error"),
+        ("preupload", 403, "403 Forbidden"),
+        ("upload", 403, "403 Forbidden"),
+        ("commit", 500, "500 Internal Server Error"),
     ],
-    ids=str,
 )
 def test_training_outlives_a_failed_push(
-    fault: tuple[Any, ...], reason: str, hub: HubServer, client: Client, root: Path
-) -> None:
-    folder = root / "-".join(map(str, ("outlives", *fault)))
-    hub.fail(*fault)
-    trained = client(hub_client.train, folder, max_steps=3, hub_strategy="every_save")
-    assert trained["steps"] == 3
-    (warning,) = trained["warnings"]
-    assert_one_sentence(Warning(warning), f"alice/{folder.name}", reason, "training goes on", str(folder))
-    assert local_checkpoints(folder) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
-    pushed = [(commit.message, steps_of(commit)) for commit in hub.repo(f"alice/{folder.name}").commits[1:]]
-    assert pushed == [(f"{STEP}2", {".": 2}), (f"{STEP}3", {".": 3})]
+    fault: str, status: int, reason: str, steps: int,
+    hub: FakeHub, build: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    folder = tmp_path / f"outlives-{fault}-{steps}"
+    trainer = build(folder, max_steps=steps, hub_strategy="every_save")
+    hub.faults[fault] = status
+    with caplog.at_level(logging.WARNING, "hf_poprisk.hub"):
+        trainer.train()
+    (warning,) = [r.message for r in caplog.records if r.name == "hf_poprisk.hub"]
+    assert_one_sentence(warning, f"alice/{folder.name}", reason, "training goes on", str(folder))
+    assert trainer.state.global_step == steps and local_steps(folder) == [*range(1, steps + 1)]
+    pushed = [(commit.message, steps_of(commit)) for commit in hub.repos[f"alice/{folder.name}"].commits[1:]]
+    assert pushed == [(f"{STEP}{step}", {".": step}) for step in range(2, steps + 1)]
 
 
 @pytest.mark.parametrize(
-    ("fault", "options"),
+    ("fault", "status", "options"),
     [
-        (("upload", 403), {"poprisk_hub_access": "auto"}),
-        (("commit", 501), {"kind": "adapter", "poprisk_hub_access": "manual"}),
-        (("commit", 500), {}),
-        (("settings", 500), {"poprisk_hub_access": "auto"}),
+        ("upload", 403, {"poprisk_hub_access": "auto"}),
+        ("commit", 501, {"kind": "adapter", "poprisk_hub_access": "manual"}),
+        ("commit", 500, {}),
+        ("settings", 500, {"poprisk_hub_access": "auto"}),
     ],
-    ids=str,
 )
 def test_a_final_push_that_fails_can_be_made_again(
-    fault: tuple[Any, ...],
-    options: dict[str, Any],
-    hub: HubServer,
-    client: Client,
-    reader: Client,
-    root: Path,
-    llama_dir: Path,
+    fault: str, status: int, options: Any, hub: FakeHub, build: Any, llama_dir: Path, tmp_path: Path
 ) -> None:
-    folder = root / "-".join(map(str, ("final", *fault)))
-    name = f"alice/{folder.name}"
-    trained = client(hub_client.train, folder, base=str(llama_dir), hub_strategy="end", **options)
-    hub.fail(*fault)
+    folder = tmp_path / f"final-{fault}-{status}"
+    name, base = f"alice/{folder.name}", llama_dir if "kind" in options else None
+    trainer = build(folder, hub_strategy="end", **options)
+    trainer.train()
+    hub.faults[fault] = status
     with pytest.raises(HubError) as caught:
-        client(hub_client.push, folder)
-    assert_one_sentence(caught.value, f"the push to {name} failed (", str(folder), "push_to_hub() again")
-    adapter_base = llama_dir if "kind" in options else None
-    assert np.array_equal(hub_client.load(folder, adapter_base), trained["logits"])
-    assert load_record(folder).config["steps"] == 2 and len(local_checkpoints(folder)) == 2
-    gated = options.get("poprisk_hub_access", False)
-    assert (hub.repo(name).private, hub.repo(name).gated) == (bool(gated), gated)
-    client(hub_client.push, folder)
-    repo = hub.repo(name)
+        trainer.push_to_hub()
+    said = f"the push to {name} failed ("
+    assert_one_sentence(str(caught.value), said, str(folder), "push_to_hub() again")
+    assert torch.equal(load(folder, base), logits(trainer.model))
+    assert load_record(folder).config["steps"] == 2 and local_steps(folder) == [1, 2]
+    repo, gated = hub.repos[name], options.get("poprisk_hub_access", False)
+    assert (repo.private, repo.gated) == (bool(gated), gated)
+    trainer.push_to_hub()
     assert (repo.private, repo.gated) == (False, gated)
     assert steps_of(repo.commits[-1]) == {".": 2}
-    assert not gated or not any(event.exposed for event in hub.log if event.repo == name)
-    assert np.array_equal(reader(hub_client.load, name, adapter_base), trained["logits"])
+    assert not gated or not any(change.exposed for change in hub.log if change.repo == name)
 
 
-def test_no_folder_of_this_machine_is_named(
-    hub: HubServer, client: Client, root: Path, llama_dir: Path
-) -> None:
-    folder = root / "no-folder"
-    client(hub_client.train, folder, "adapter", base=str(llama_dir), save_strategy="no")
-    for _ in range(2):
-        client(hub_client.push, folder)
-        text = hub.repo("alice/no-folder").commits[-1].files["README.md"].decode()
-        assert str(llama_dir) not in text
-    assert len(hub.repo("alice/no-folder").commits) == 2  # the second found nothing to change
-
-
-def test_a_push_before_training(hub: HubServer, client: Client, tmp_path: Path) -> None:
-    client(hub_client.construct, tmp_path)
-    client(hub_client.push, tmp_path)
-    assert "model.safetensors" in hub.repo(f"alice/{tmp_path.name}").commits[-1].files
+def test_a_push_before_training(hub: FakeHub, build: Any, tmp_path: Path) -> None:
+    build(tmp_path).push_to_hub()
+    assert "model.safetensors" in hub.repos[f"alice/{tmp_path.name}"].commits[-1].files
 
 
 def test_half_a_record_is_no_file_that_a_push_would_take(
@@ -454,43 +422,17 @@ def test_half_a_record_is_no_file_that_a_push_would_take(
     assert names and all(name.startswith("_") for name in names)  # transformers leaves out _*
 
 
-class Stock:
-    """Of transformers' trainer, what pushes during training touch."""
-
-    def __init__(self, folder: Path, always: bool, push: PushInProgress) -> None:
-        self.args = SimpleNamespace(
-            hub_always_push=always, hub_strategy=HubStrategy.EVERY_SAVE, output_dir=str(folder)
-        )
-        self.push_in_progress, self.hub_model_id, self.written = push, "alice/x", False
-
-    def is_world_process_zero(self) -> bool:
-        return True
-
-    def _write_record(self, folder: str) -> None:
-        self.written = True
-
-    def _push_from_checkpoint(self, folder: str) -> None:
-        if not self.args.hub_always_push and not self.push_in_progress.is_done():
-            return
-        for job in self.push_in_progress.jobs:
-            job.set_exception(OSError("broken"))
-        self.push_in_progress = PushInProgress([])
-
-
-class Pushing(HubMixin, Stock):
-    pass
-
-
-def test_the_record_stays_with_its_weights_when_a_push_is_left_out(tmp_path: Path) -> None:
-    trainer = Pushing(tmp_path, False, PushInProgress([Future()]))
-    trainer._push_from_checkpoint("")
-    assert not trainer.written
-
-
-def test_a_push_that_fails_while_the_next_begins_is_told(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("failed", [False, True])
+def test_while_another_push_is_in_progress(
+    failed: bool, hub: FakeHub, build: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    trainer = Pushing(tmp_path, True, PushInProgress([Future()]))
+    """The next is left out, and the record stays with its weights; or made, and the failure is told."""
+    trainer, other = build(tmp_path, hub_strategy="every_save", hub_always_push=False), Future()
+    trainer.push_in_progress = PushInProgress([other])
+    if failed:
+        other.set_exception(OSError("broken"))
     with caplog.at_level(logging.WARNING):
-        trainer._push_from_checkpoint("")
-    assert "broken" in caplog.text
+        trainer._push_from_checkpoint(str(tmp_path))
+    if failed:
+        trainer.push_in_progress.wait_until_done()
+    assert (tmp_path / CONFIG_NAME).is_file() == failed == ("broken" in caplog.text)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import tiny_model, token_examples
+from models import rows, tiny_model, token_examples
 from torch.utils.data import DataLoader
 
 from hf_poprisk import PopRiskAdamW
@@ -40,8 +40,7 @@ def test_both_loops_run_and_agree() -> None:
     examples = token_examples(16)
     plain, prepared, before = tiny_model(), tiny_model(), weights(tiny_model())
     after = run("plain", model=plain, batches=[examples[:8], examples[8:]])
-    rows = [{k: v[0] for k, v in example.items()} for example in examples]
-    names = run("accelerate", model=prepared, loader=DataLoader(rows, batch_size=1), use_cpu=True)
+    names = run("accelerate", model=prepared, loader=DataLoader(rows(16), batch_size=1), use_cpu=True)
     for optimizer in (after["optimizer"], names["gated"]):
         assert isinstance(optimizer, PopRiskAdamW)
         logs = optimizer.statistics.pop("examples")
@@ -52,8 +51,8 @@ def test_both_loops_run_and_agree() -> None:
 
 
 def test_the_batched_loop_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    model, rows = tiny_model(), [{k: v[0] for k, v in example.items()} for example in token_examples(16)]
-    names = run("batched", model=model, collated=DataLoader(rows, batch_size=8))
+    model = tiny_model()
+    names = run("batched", model=model, collated=DataLoader(rows(16), batch_size=8))
     assert not names["layers"].uncovered and "'poprisk/examples': 8.0" in capsys.readouterr().out
     assert any((p != w).any() for w, p in zip(weights(tiny_model()), weights(model), strict=True))
 
@@ -73,35 +72,20 @@ def test_the_class_of_ones_own_can_be_made() -> None:
     assert names["Arguments"](output_dir="unused", use_cpu=True).optim == "poprisk_adamw"
 
 
-def test_every_recipe_has_its_file() -> None:
-    root = README.parent
-    for kind, arms in (
-        ("tiny", ("dpo", "dpo-lora", "classification", "causal-lm")),
-        ("qwen2.5-0.5b", ("dpo", "dpo-lora")),
-    ):
-        for arm in arms:
-            assert (root / "recipes" / kind / arm / "poprisk.yaml").is_file()
+class Classifier(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 3)
 
-
-def classifier() -> torch.nn.Module:
-    layer = torch.nn.Linear(4, 3)
-
-    class Classifier(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = layer
-
-        def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-            logits = self.layer(x)
-            return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
-
-    return Classifier()
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        logits = self.layer(x)
+        return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
 def test_the_recorded_run_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     data = [{"x": torch.randn(4), "labels": i % 3} for i in range(32)]
-    run("output space", model=classifier(), train_data=data[:24], test_data=data[24:])
+    run("output space", model=Classifier(), train_data=data[:24], test_data=data[24:])
     recording = load_recording("seen")
     assert recording.steps == list(range(0, 31, 3)) and recording.rule == "gradient descent"
     assert recording.series["outputs"][0].shape == (24, 3)

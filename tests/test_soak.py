@@ -1,6 +1,5 @@
 """``scripts/soak_resume.py`` with three kills, one of them inside a save; and what it would see."""
 
-import importlib.util
 import json
 import re
 import shutil
@@ -8,13 +7,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-SCRIPT = Path(__file__).parents[1] / "scripts/soak_resume.py"
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+
+import soak_resume
 
 
 class Soak(NamedTuple):
@@ -26,7 +27,16 @@ class Soak(NamedTuple):
 @pytest.fixture(scope="module")
 def soak(tmp_path_factory: pytest.TempPathFactory) -> Soak:
     folder = tmp_path_factory.mktemp("soak") / "run"
-    command = [sys.executable, SCRIPT, "--kills", "3", "--seed", "0", "--output_dir", folder]
+    command = [
+        sys.executable,
+        soak_resume.__file__,
+        "--kills",
+        "3",
+        "--seed",
+        "0",
+        "--output_dir",
+        folder,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     logs = "".join(log.read_text()[-2000:] for log in folder.glob("*.log"))
     assert done.returncode in (0, 1) and not done.stderr, done.stdout + done.stderr + logs
@@ -85,12 +95,4 @@ def test_one_changed_bit_is_seen(
     whole = soak.folder / "whole/checkpoint-48"
     other = Path(shutil.copytree(soak.folder / "killed/checkpoint-48", tmp_path / "other"))
     change(other)
-    assert script().differences(whole, other) == found
-
-
-def script() -> Any:
-    spec = importlib.util.spec_from_file_location("soak_resume", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    assert soak_resume.differences(whole, other) == found

@@ -1,6 +1,8 @@
 """The same in TRL's trainers, and in trainers that are put behind the mixins."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +10,15 @@ import pytest
 import torch
 from losses import KINDS as LOSSES
 from losses import FirstGradient, gap, mt5
-from models import preferences, save_tiny_model, sequences, tiny_model, tiny_tokenizer
+from models import (
+    layout,
+    preferences,
+    tiny_model,
+    tiny_tokenizer,
+    trainer_of,
+    trl_trainer_of,
+)
 from peft import LoraConfig
-from test_trainer import QUIET
 from torch import Tensor
 from transformers import (
     MixtralConfig,
@@ -23,7 +31,6 @@ from transformers import (
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-import hf_poprisk
 from hf_poprisk import PopRiskArgumentsMixin, PopRiskMixin
 
 TOLERANCE = 5e-5
@@ -47,19 +54,11 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
-def first_step(
-    kind: str, model: Any, folder: Path, size: int, steps: int, optim: str = "poprisk_adamw", **options: Any
-) -> tuple[dict[str, Tensor], Any]:
-    """Of one of the TRL trainers."""
+def trained(make: Callable[..., Any], **options: Any) -> tuple[dict[str, Tensor], Any]:
+    """The first gradient, and the trainer after its only step."""
     torch.manual_seed(0)
-    grab, adapter = FirstGradient(), options.pop("peft_config", None)
-    options = {**QUIET, "max_steps": 1, "max_grad_norm": 0.0, "bf16": False, "optim": optim, **options}
-    options |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
-    args = getattr(hf_poprisk, f"PopRisk{kind}Config")(str(folder), **options)
-    data = sequences(8) if kind == "SFT" else preferences(8)
-    trainer = getattr(hf_poprisk, f"PopRisk{kind}Trainer")(
-        model, args=args, train_dataset=data, callbacks=[grab], peft_config=adapter
-    )
+    grab = FirstGradient()
+    trainer = make(callbacks=[grab], max_steps=1, max_grad_norm=0.0, **options)
     trainer.train()
     return grab.gradient, trainer
 
@@ -80,15 +79,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("layout", [(4, 1), (2, 2)], ids=str)
+@pytest.mark.parametrize("size", [4, 2])
 @pytest.mark.parametrize("family", ["qwen3", "mixtral"])
 @pytest.mark.parametrize("name", CASES)
 def test_the_gradient_is_the_stock_one(
-    name: str, family: str, layout: tuple[int, int], experts: dict[str, Path], tmp_path: Path
+    name: str, family: str, size: int, experts: dict[str, Path], tmp_path: Path
 ) -> None:
     kind, options = CASES[name]
-    ours, trainer = first_step(kind, str(experts[family]), tmp_path, *layout, **options)
-    stock, plain = first_step(kind, str(experts[family]), tmp_path, *layout, "adamw_torch", **options)
+    make = partial(trl_trainer_of, kind, str(experts[family]), tmp_path, **layout(size, 4), **options)
+    ours, trainer = trained(make)
+    stock, plain = trained(make, optim="adamw_torch")
     assert trainer._layers is None  # one by one
     assert gap(ours, stock) < TOLERANCE
     mine, theirs = (t.state.log_history[0] for t in (trainer, plain))
@@ -101,11 +101,12 @@ def test_the_gradient_is_the_stock_one(
 def test_a_router_loss_is_refused_whoever_asks_for_it(experts: dict[str, Path], tmp_path: Path) -> None:
     """TRL asks for it by an argument of the forward, the model by its config or that of its language part."""
     said = "router_aux_loss_coef balances the experts .*: set it to 0, or set per_device_train_batch_size=1"
+    model = str(experts["qwen3"])
     for kind in ("DPO", "SFT"):
         for options in ({}, {"router_aux_loss_coef": 0.5}, {"peft_config": EXPERT_LORA}):
             with pytest.raises(ValueError, match=said):
-                first_step(kind, str(experts["qwen3"]), tmp_path, 4, 1, **options)
-    first_step("DPO", str(experts["qwen3"]), tmp_path, 1, 4)
+                trl_trainer_of(kind, model, tmp_path, **layout(4), **options).train()
+    trl_trainer_of("DPO", model, tmp_path, **layout(1), max_steps=1).train()
     kind = LOSSES["experts: mixtral"]
     for nested in (False, True):
         model = kind.model()
@@ -113,11 +114,8 @@ def test_a_router_loss_is_refused_whoever_asks_for_it(experts: dict[str, Path], 
         if nested:
             config = type(model.config)(output_router_logits=True)
             model.config.get_text_config = lambda *_, config=config, **__: config
-        args = hf_poprisk.PopRiskTrainingArguments(
-            str(tmp_path), max_steps=1, **{**QUIET, "per_device_train_batch_size": 4}
-        )
         with pytest.raises(ValueError, match=said):
-            hf_poprisk.PopRiskTrainer(model, args=args, train_dataset=kind.data).train()
+            trainer_of(tmp_path, kind.data, model, **layout(4)).train()
 
 
 @dataclass
@@ -138,29 +136,17 @@ class MyCPOTrainer(PopRiskMixin, CPOTrainer):
     pass
 
 
-@pytest.mark.parametrize("layout", [(4, 1), (2, 2)], ids=str)
-@pytest.mark.parametrize(("config", "trainer"), [(MyORPOConfig, MyORPOTrainer), (MyCPOConfig, MyCPOTrainer)])
-def test_preference_trainers_behind_the_mixin(
-    config: Any, trainer: Any, layout: tuple[int, int], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("size", [4, 2])
+@pytest.mark.parametrize("kinds", [(MyORPOTrainer, MyORPOConfig), (MyCPOTrainer, MyCPOConfig)])
+def test_preference_trainers_behind_the_mixin(kinds: tuple[Any, Any], size: int, tmp_path: Path) -> None:
     """The collator gives a row per pair, and the model sees two."""
     found = []
     for optim in ("poprisk_adamw", "adamw_torch"):
-        grab, (size, steps) = FirstGradient(), layout
-        options = {**QUIET, "max_steps": 1, "max_grad_norm": 0.0, "bf16": False, "optim": optim}
-        options |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
-        run = trainer(
-            tiny_model(),
-            args=config(str(tmp_path), max_length=64, **options),
-            train_dataset=preferences(8),
-            processing_class=tiny_tokenizer(),
-            callbacks=[grab],
-        )
-        run.train()
-        found.append((grab.gradient, run.state.log_history[0]))
-    assert gap(found[0][0], found[1][0]) < TOLERANCE
-    assert found[0][1]["loss"] == pytest.approx(found[1][1]["loss"], rel=1e-5)
-    assert found[0][1]["poprisk/examples"] == 4
+        make = partial(trainer_of, tmp_path, preferences(8), tiny_model(), kinds, bf16=False, max_length=64)
+        found.append(trained(make, **layout(size, 4), processing_class=tiny_tokenizer(), optim=optim))
+    (ours, mine), (stock, theirs) = ((grad, t.state.log_history[0]) for grad, t in found)
+    assert gap(ours, stock) < TOLERANCE
+    assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5) and mine["poprisk/examples"] == 4
 
 
 @dataclass
@@ -177,13 +163,9 @@ def test_sequence_to_sequence_behind_both_mixins(name: str, tmp_path: Path) -> N
     kind, found = LOSSES[name], []
     for optim in ("poprisk_adamw", "adamw_torch"):
         torch.manual_seed(0)
-        grab = FirstGradient()
-        options = {**QUIET, "max_steps": 1, "max_grad_norm": 0.0, "optim": optim}
-        options |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
-        args = MySeq2SeqArguments(str(tmp_path), predict_with_generate=True, **options)
-        trainer = MySeq2SeqTrainer(kind.model(), args=args, train_dataset=kind.data, callbacks=[grab])
-        trainer.train()
-        found.append(grab.gradient)
+        kinds = MySeq2SeqTrainer, MySeq2SeqArguments
+        make = partial(trainer_of, tmp_path, kind.data, kind.model(), kinds, predict_with_generate=True)
+        found.append(trained(make, **layout(4), optim=optim)[0])
     assert gap(*found) < TOLERANCE
 
 
@@ -193,19 +175,18 @@ def test_dropout_does_not_stop_the_self_check(tmp_path: Path) -> None:
     states = []
     for size in (8, 1):  # the check is for several examples in a micro-batch
         torch.manual_seed(3)
-        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size}
-        args = hf_poprisk.PopRiskTrainingArguments(str(tmp_path), max_steps=1, **{**QUIET, **options})
-        trainer = hf_poprisk.PopRiskTrainer(mt5(dropout=0.3), args=args, train_dataset=kind.data)
+        trainer = trainer_of(tmp_path, kind.data, mt5(dropout=0.3), **layout(size), max_steps=1)
         trainer.train()
         states.append(torch.get_rng_state())
         assert trainer.model.training
     assert torch.equal(*states)  # eight examples drew what eight examples draw
 
 
-def test_packed_rows_need_not_be_two(tmp_path: Path) -> None:
+def test_packed_rows_need_not_be_two(llama_dir: Path, tmp_path: Path) -> None:
     """A step of one packed row holds several examples; unpacked it would be refused."""
-    folder = save_tiny_model(tmp_path / "model", "llama")
-    _, trainer = first_step("SFT", str(folder), tmp_path, 1, 1, packing=True, max_length=512)
+    make = partial(trl_trainer_of, "SFT", str(llama_dir), tmp_path, **layout(1, 1), max_steps=1)
+    trainer = make(packing=True, max_length=512)
+    trainer.train()
     assert trainer.state.log_history[0]["poprisk/examples"] == 8
     with pytest.raises(ValueError, match="a step of one example leaves nothing to hold out"):
-        first_step("SFT", str(folder), tmp_path, 1, 1)
+        make()

@@ -2,8 +2,6 @@
 
 import itertools
 import logging
-import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,47 +9,18 @@ import pytest
 import reference
 import torch
 import trl
-from datasets import Dataset
-from models import preferences, sequences, tiny_model, tiny_tokenizer, token_examples
+from models import QUIET as QUIET
+from models import layout, preferences, rows, sequences, tiny_model, trainer_of, trl_trainer_of
 from peft import LoraConfig
 from torch.utils.data import IterableDataset
-from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback
 
-import hf_poprisk
 from hf_poprisk import PopRiskMixin, PopRiskTrainer, PopRiskTrainingArguments
 from hf_poprisk.per_example.window import ExampleWindow
 
-QUIET: dict[str, Any] = {
-    "use_cpu": True,
-    "report_to": "none",
-    "save_strategy": "no",
-    "logging_steps": 1,
-    "disable_tqdm": True,
-    "learning_rate": 1e-3,
-    "train_sampling_strategy": "sequential",
-    "per_device_train_batch_size": 1,
-    "lr_scheduler_type": "constant",
-}
-
-
-def rows(count: int) -> list[dict[str, torch.Tensor]]:
-    return [{k: v[0] for k, v in example.items()} for example in token_examples(count)]
-
 
 def plain_trainer(tmp_path: Path, count: int = 8, **options: Any) -> PopRiskTrainer:
-    options = {"gradient_accumulation_steps": 4, "max_steps": 2, **QUIET, **options}
-    args = PopRiskTrainingArguments(str(tmp_path), **options)
-    return PopRiskTrainer(tiny_model(), args=args, train_dataset=rows(count), eval_dataset=rows(2))
-
-
-def trl_trainer(kind: str, model: str, tmp_path: Path, count: int = 8, **options: Any) -> Any:
-    config = getattr(hf_poprisk, f"PopRisk{kind}Config")
-    trainer = getattr(hf_poprisk, f"PopRisk{kind}Trainer")
-    peft_config = options.pop("peft_config", None)
-    options = {"gradient_accumulation_steps": 4, "max_steps": 2, **QUIET, **options}
-    args = config(str(tmp_path), bf16=False, **options)
-    data = sequences(count) if kind == "SFT" else preferences(count)
-    return trainer(model, args=args, train_dataset=data, peft_config=peft_config)
+    return trainer_of(tmp_path, rows(count), **{**layout(1, 4), "max_steps": 2, **options})
 
 
 class Record:
@@ -71,9 +40,7 @@ class Record:
         monkeypatch.setattr(ExampleWindow, "reduce", reduce)
 
 
-def textbook(
-    trainer: Any, windows: list[int], scale: Callable[[int], float]
-) -> list[list[dict[str, torch.Tensor]]]:
+def textbook(trainer: Any, windows: list[int], per_token: bool) -> list[list[dict[str, torch.Tensor]]]:
     """Per-example gradients of the first windows, by a loop over the trainer's own batches and loss."""
     trainer.create_optimizer()
     trainer.model.train()
@@ -82,21 +49,14 @@ def textbook(
     gradients = []
     for size in windows:
         batch = [trainer._prepare_inputs(next(batches)) for _ in range(size)]
-        tokens = (
-            sum(int((b["labels"][..., 1:] != -100).sum()) for b in batch) if "labels" in batch[0] else None
-        )
-        gradients.append(
-            reference.per_example_gradients(
-                params,
-                lambda b, tokens=tokens, size=size: (
-                    scale(size)
-                    * trainer.compute_loss(
-                        trainer.model, b, **({} if tokens is None else {"num_items_in_batch": tokens})
-                    )
-                ),
-                batch,
-            )
-        )
+        tokens = sum(int((b["labels"][..., 1:] != -100).sum()) for b in batch) if per_token else size
+
+        def loss(b: Any, tokens: int = tokens) -> torch.Tensor:
+            if per_token:
+                return trainer.compute_loss(trainer.model, b, num_items_in_batch=tokens)
+            return trainer.compute_loss(trainer.model, b) / tokens
+
+        gradients.append(reference.per_example_gradients(params, loss, batch))
     return gradients
 
 
@@ -106,23 +66,21 @@ def test_the_window_holds_the_textbook_sums(
 ) -> None:
     """Through the real training loop; a learning rate of 0 keeps the second, short window comparable."""
     record = Record(monkeypatch)
-    options: dict[str, Any] = {"learning_rate": 0.0, "max_steps": 2, "count": 6}
+    options: dict[str, Any] = {**layout(1, 4), "learning_rate": 0.0, "max_steps": 2}
     if kind == "Trainer":
-        trainer: Any = plain_trainer(tmp_path, **options)
+        trainer = trainer_of(tmp_path, rows(6), **options)
     else:
         if kind == "DPO-LoRA":
             options["peft_config"] = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
-        trainer = trl_trainer(kind.split("-")[0], str(llama_dir), tmp_path, **options)
+        data = sequences(6) if kind == "SFT" else preferences(6)
+        trainer = trl_trainer_of(kind.split("-")[0], str(llama_dir), tmp_path, data, **options)
     trainer.train()
     # mean over tokens of the window for language modelling, mean over pairs for preferences
-    per_token = kind in ("Trainer", "SFT")
-    gradients = textbook(trainer, [4, 2], lambda size: 1.0 if per_token else 1.0 / size)
+    gradients = textbook(trainer, [4, 2], per_token=kind in ("Trainer", "SFT"))
     assert [b for b, _ in record.windows] == [4, 2]
     for (_, sums), per_example in zip(record.windows, gradients, strict=True):
-        for name, (grad, sq_sum) in sums.items():
-            for got, expected in zip(
-                (grad, sq_sum), reference.grad_and_square_sums(per_example, name), strict=True
-            ):
+        for name, pair in sums.items():
+            for got, expected in zip(pair, reference.grad_and_square_sums(per_example, name), strict=True):
                 assert (got - expected).abs().max() <= 1e-5 * expected.abs().max() + 1e-30, name
         assert sum(int(q.count_nonzero()) for _, q in sums.values()) > 100
 
@@ -205,9 +163,7 @@ def test_a_window_that_runs_over_the_end_of_a_stream_counts_all_its_examples(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record = Record(monkeypatch)
-    args = PopRiskTrainingArguments(str(tmp_path), gradient_accumulation_steps=4, max_steps=2, **QUIET)
-    trainer = PopRiskTrainer(tiny_model(), args=args, train_dataset=Stream())
-    trainer.train()
+    trainer_of(tmp_path, Stream(), **layout(1, 4), max_steps=2).train()
     # the stock loop neither steps nor clears the fifth example's gradient: G and Q both keep it
     assert [b for b, _ in record.windows] == [4, 5]
 
@@ -226,9 +182,8 @@ def test_a_last_window_of_one_example_is_ungated_and_said_once(
 def test_logs_are_averages_over_the_interval_and_not_in_evaluations(tmp_path: Path) -> None:
     runs = {}
     for interval in (1, 4):
-        trainer = plain_trainer(
-            tmp_path, count=16, max_steps=4, logging_steps=interval, eval_strategy="steps", eval_steps=1
-        )
+        evaluation = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": rows(2)}
+        trainer = plain_trainer(tmp_path, count=16, max_steps=4, logging_steps=interval, **evaluation)
         trainer.train()  # evaluates inside the interval, where nothing may be taken away
         runs[interval] = trainer.state.log_history
     fine = [entry["poprisk/fraction_open"] for entry in runs[1] if "loss" in entry]
@@ -246,19 +201,6 @@ def test_logs_are_averages_over_the_interval_and_not_in_evaluations(tmp_path: Pa
     assert len(evaluations) == 4 and not any("poprisk" in key for entry in evaluations for key in entry)
 
 
-def test_report_to_receives_the_numbers(tmp_path: Path) -> None:
-    seen: list[dict[str, float]] = []
-
-    class Reporter(TrainerCallback):
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            seen.append(dict(logs))
-
-    trainer = plain_trainer(tmp_path)
-    trainer.add_callback(Reporter())
-    trainer.train()
-    assert "poprisk/fraction_open" in seen[0] and math.isfinite(seen[0]["poprisk/margin"])
-
-
 @pytest.mark.parametrize(
     ("lora", "kinds"),
     [
@@ -272,7 +214,9 @@ def test_adapters_are_gated_and_counted(
 ) -> None:
     config = LoraConfig(r=2, target_modules="all-linear", **lora)
     with caplog.at_level(logging.WARNING):
-        trainer = trl_trainer("DPO", str(llama_dir), tmp_path, peft_config=config)
+        trainer = trl_trainer_of(
+            "DPO", str(llama_dir), tmp_path, **layout(1, 4), max_steps=2, peft_config=config
+        )
         trainer.train()
     assert "population-risk gate: hard" in caplog.text and "4 examples per step" in caplog.text
     assert f"({kinds}), 0 trainable tensors ungated" in caplog.text
@@ -316,41 +260,16 @@ def test_gate_none_trains_as_adamw_does(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("estimator", ["ema", "group"])
 def test_the_other_estimators_take_larger_micro_batches(estimator: str, tmp_path: Path) -> None:
-    options = {**QUIET, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    args = PopRiskTrainingArguments(str(tmp_path), max_steps=2, poprisk_estimator=estimator, **options)
-    trainer = PopRiskTrainer(tiny_model(), args=args, train_dataset=rows(8))
+    trainer = trainer_of(tmp_path, **layout(2, 4), max_steps=2, poprisk_estimator=estimator)
     trainer.train()
     entry = trainer.state.log_history[0]
     assert 0 < entry["poprisk/fraction_open"] <= 1 and "poprisk/examples" not in entry
     assert ("poprisk/groups" in entry) == (estimator == "group")
 
 
-def test_classification(tmp_path: Path) -> None:
-    model = tiny_model()
-    model.save_pretrained(tmp_path / "model")
-    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", num_labels=2)
-    tokenizer = tiny_tokenizer()
-    data = Dataset.from_list(
-        [{**tokenizer(f"{'the' if i % 2 else 'gate'} {i}"), "labels": i % 2} for i in range(16)]
-    )
-    args = PopRiskTrainingArguments(str(tmp_path), max_steps=4, gradient_accumulation_steps=8, **QUIET)
-    trainer = PopRiskTrainer(classifier, args=args, train_dataset=data, processing_class=tokenizer)
-    before = classifier.score.weight.detach().clone()
-    trainer.train()
-    assert trainer.state.log_history[0]["poprisk/examples"] == 8
-    assert (classifier.score.weight != before).any()
-
-
 def test_checkpointing_and_bf16_autocast_run_gated(llama_dir: Path, tmp_path: Path) -> None:
-    args = hf_poprisk.PopRiskDPOConfig(
-        str(tmp_path),
-        bf16=True,
-        gradient_checkpointing=True,
-        gradient_accumulation_steps=4,
-        max_steps=2,
-        **QUIET,
-    )
-    trainer = hf_poprisk.PopRiskDPOTrainer(str(llama_dir), args=args, train_dataset=preferences(8))
+    options = {**layout(1, 4), "max_steps": 2, "bf16": True, "gradient_checkpointing": True}
+    trainer = trl_trainer_of("DPO", str(llama_dir), tmp_path, **options)
     trainer.train()
     assert 0.05 < trainer.state.log_history[0]["poprisk/fraction_open"] < 0.95
 
@@ -369,30 +288,14 @@ def test_no_hook_is_left_after_training(tmp_path: Path) -> None:
     assert trainer._poprisk_optimizer().needs_examples
 
 
-def test_resuming_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
-    options = {"count": 16, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
-    whole = plain_trainer(tmp_path / "whole", **options)
-    whole.train()
-    half = plain_trainer(tmp_path / "half", **options)
-    half.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    for p, w in zip(half.model.parameters(), whole.model.parameters(), strict=True):
-        assert torch.equal(p, w)
-
-
 def test_the_mixin_hides_nothing_of_the_stock_trainers() -> None:
     """Its own names are free in every class it stands before; TRL prints `_name` in model cards, say."""
-    overridden = {"create_optimizer", "train", "training_step", "compute_loss", "log", "push_to_hub"}
-    overridden |= {"get_optimizer_cls_and_kwargs", "create_model_card", "init_hf_repo"}
-    overridden |= {
-        "_save",
-        "_save_checkpoint",
-        "_save_rng_state",
-        "_load_optimizer_and_scheduler",
-        "_run_epoch",
-        "_load_best_model",
-    }
-    overridden |= {"_push_from_checkpoint", "_finish_current_push"}
-    overridden |= {"_clip_grad_norm", "get_train_dataloader", "get_batch_samples", "_prepare_inputs"}
+    overridden = set(
+        "create_optimizer train training_step compute_loss log push_to_hub get_optimizer_cls_and_kwargs "
+        "create_model_card init_hf_repo _save _save_checkpoint _save_rng_state _load_optimizer_and_scheduler "
+        "_run_epoch _load_best_model _push_from_checkpoint _finish_current_push _clip_grad_norm "
+        "get_train_dataloader get_batch_samples _prepare_inputs".split()
+    )
     own = {name for base in (PopRiskMixin, *PopRiskMixin.__bases__) for name in vars(base)} - overridden
     for stock in (Trainer, trl.DPOTrainer, trl.SFTTrainer, trl.RewardTrainer):
         assert not [name for name in own if not name.startswith("__") and hasattr(stock, name)]

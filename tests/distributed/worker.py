@@ -6,26 +6,29 @@ Rank 0 saves what it saw. Not a test module: ``test_layout.py`` launches it and 
 """
 
 import sys
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import conftest  # noqa: F401
+import pytest
 import reference
 import torch
 import torch.distributed as dist
 from datasets import Dataset
 from losses import KINDS as LOSSES
 from losses import FirstGradient, first_step, gap
-from models import preferences, sequences, tiny_model, token_examples
+from models import layout, preferences, rows, sequences, trainer_of, trl_trainer_of
 from peft import LoraConfig
+from test_checkpoints import assert_same
+from test_trainer import Record
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import hf_poprisk
 from hf_poprisk import PopRiskAdamW
-from hf_poprisk.per_example.window import ExampleWindow
 
 B, STEPS = 16, 3
 KINDS = ("Trainer", "DPO", "SFT", "Reward", "DPO-LoRA", "DPO-one-by-one", "DPO-audit")
@@ -39,56 +42,26 @@ MICRO_BATCHES = {1: (1, 4, 16), 2: (1, 4)}
 
 def build(kind: str, model_dir: str, world: int, micro_batch: int, **changes: Any) -> Any:
     """A trainer whose step t sees examples 16 t … 16 t + 15 in any layout."""
-    output_dir = changes.pop("output_dir", "unused")
-    options: dict[str, Any] = {
-        "per_device_train_batch_size": micro_batch,
-        "gradient_accumulation_steps": B // (world * micro_batch),
-        "max_steps": STEPS,
-        "learning_rate": 1e-3,
-        "lr_scheduler_type": "constant",
-        "train_sampling_strategy": "sequential",
-        "use_cpu": True,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "logging_steps": 1,
-        **changes,
-    }
+    folder = changes.pop("output_dir", "unused")
+    options = {**layout(micro_batch, B // world), "max_steps": STEPS, **changes}
     if kind == "Trainer":
-        rows = [{k: v[0] for k, v in example.items()} for example in token_examples(B * STEPS)]
-        args = hf_poprisk.PopRiskTrainingArguments(output_dir, **options)
-        return hf_poprisk.PopRiskTrainer(tiny_model(), args=args, train_dataset=rows)
+        return trainer_of(folder, rows(B * STEPS), **options)
     if kind == "DPO-audit":
         options |= {"poprisk_label_noise": "audit", "max_steps": 2 * STEPS}  # two epochs
-    name = kind.split("-")[0]
-    args = getattr(hf_poprisk, f"PopRisk{name}Config")(output_dir, bf16=False, **options)
-    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights="gaussian")
-    return getattr(hf_poprisk, f"PopRisk{name}Trainer")(
-        model_dir,
-        args=args,
-        train_dataset=sequences(B * STEPS) if kind == "SFT" else preferences(B * STEPS),
-        peft_config=lora if kind == "DPO-LoRA" else None,
-    )
+    if kind == "DPO-LoRA":
+        options["peft_config"] = LoraConfig(r=4, target_modules="all-linear", init_lora_weights="gaussian")
+    data = sequences(B * STEPS) if kind == "SFT" else preferences(B * STEPS)
+    return trl_trainer_of(kind.split("-")[0], model_dir, folder, data, **options)
 
 
 def run(kind: str, model_dir: str, world: int, micro_batch: int) -> dict[str, Any]:
     """b, G and Q of every window as the gate reads them, and the weights at the end."""
-    windows: list[Any] = []
-    original = ExampleWindow.reduce
-
-    def reduce(window: ExampleWindow) -> Any:
-        b, sq_sums = original(window)
-        windows.append((b, {window.names[p]: (p.grad.clone(), q.clone()) for p, q in sq_sums.items()}))
-        return b, sq_sums
-
     trainer = build(kind, model_dir, world, micro_batch)
     if kind.endswith("one-by-one"):
         trainer._prepare_layers = lambda optimizer: trainer._say_one_by_one("the test that wants it")
-    ExampleWindow.reduce = reduce
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        windows = Record(patch).windows
         trainer.train()
-    finally:
-        ExampleWindow.reduce = original
     weights = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
     found = {"windows": windows, "weights": weights, "logs": trainer.state.log_history}
     if trainer._label_noise is not None:
@@ -108,16 +81,13 @@ def away_from_stock(name: str, folder: Path) -> tuple[float, bool]:
 def uneven_packing(model_dir: str, folder: Path) -> tuple[float, list[float]]:
     """One rank's first packed row holds one sequence and the other's several: away from stock, and b."""
     lengths = [60] * 5 + [8, 7, 9, 8, 7, 9, 8] * 7
-    rows = [[(7 * i + k) % 200 + 3 for k in range(n)] for i, n in enumerate(lengths)]
-    data, found, counts = Dataset.from_dict({"input_ids": rows}), [], []
+    ids = [[(7 * i + k) % 200 + 3 for k in range(n)] for i, n in enumerate(lengths)]
+    data, found, counts = Dataset.from_dict({"input_ids": ids}), [], []
     for optim in ("poprisk_adamw", "adamw_torch"):
         grab = FirstGradient()
-        args = hf_poprisk.PopRiskSFTConfig(
-            str(folder), packing=True, max_length=60, bf16=False, use_cpu=True, report_to="none", optim=optim,
-            per_device_train_batch_size=1, gradient_accumulation_steps=2, max_steps=2, max_grad_norm=0.0,
-            save_strategy="no", disable_tqdm=True, logging_steps=1, learning_rate=0.0,
-        )  # fmt: skip
-        trainer = hf_poprisk.PopRiskSFTTrainer(model_dir, args=args, train_dataset=data, callbacks=[grab])
+        options = {**layout(1, 2), "packing": True, "max_length": 60, "max_steps": 2, "optim": optim}
+        options |= {"max_grad_norm": 0.0, "learning_rate": 0.0, "callbacks": [grab]}
+        trainer = trl_trainer_of("SFT", model_dir, folder, data, **options)
         trainer.train()
         found.append(grab.gradient)
         examples = [e["poprisk/examples"] for e in trainer.state.log_history if "poprisk/examples" in e]
@@ -125,7 +95,7 @@ def uneven_packing(model_dir: str, folder: Path) -> tuple[float, list[float]]:
     return gap(*found), counts
 
 
-def resumed_is_uninterrupted(kind: str, model_dir: str, folder: Path, world: int) -> dict[str, bool]:
+def resumed_is_uninterrupted(kind: str, model_dir: str, folder: Path, world: int) -> bool:
     """Three steps against two, a new trainer, and the third; every rank compares."""
     changes = {
         "output_dir": str(folder / f"resume-{kind}"),
@@ -134,21 +104,15 @@ def resumed_is_uninterrupted(kind: str, model_dir: str, folder: Path, world: int
         "train_sampling_strategy": "random",
         "lr_scheduler_type": "linear",
     }
-    seen = []
-    for resume in (None, f"{changes['output_dir']}/checkpoint-2"):
-        trainer = build(kind, model_dir, world, 4, **changes)
-        trainer.train(resume_from_checkpoint=resume)
-        state = trainer.optimizer.state_dict()["state"]
-        moments = {(i, n): torch.as_tensor(value) for i, e in state.items() for n, value in e.items()}
-        weights = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
-        seen.append((weights, moments, trainer.state.log_history[:STEPS]))
-    clocked = ("num_tokens", "total_flos")
-    histories = [[{k: v for k, v in e.items() if k not in clocked} for e in logs] for _, _, logs in seen]
-    same = {
-        part: all(torch.equal(value, seen[1][k][key]) for key, value in seen[0][k].items())
-        for k, part in enumerate(("weights", "moments"))
-    }
-    return {**same, "history": histories[0] == histories[1], "steps": len(histories[0]) == STEPS}
+    one, other = (build(kind, model_dir, world, 4, **changes) for _ in range(2))
+    one.train()
+    other.train(resume_from_checkpoint=f"{changes['output_dir']}/checkpoint-2")
+    same: list[Any] = [None] * world
+    with suppress(AssertionError):
+        assert_same(one, other)
+        same[dist.get_rank()] = other.state.global_step == STEPS
+    dist.all_gather_object(same, same[dist.get_rank()])
+    return all(same)
 
 
 class Branches(nn.Module):
@@ -185,12 +149,8 @@ def unused_on_one_rank(bucket_view: bool) -> float:
         before = {name: p.detach().clone() for name, p in params.items()}
         for micro in range(2):
             i = 2 * rank + micro
-            with optimizer.example():
-                if micro == 0:
-                    with ddp.no_sync():
-                        (ddp(inputs[i], uses[i]) / 2).backward()
-                else:
-                    (ddp(inputs[i], uses[i]) / 2).backward()
+            with optimizer.example(), ddp.no_sync() if micro == 0 else nullcontext():
+                (ddp(inputs[i], uses[i]) / 2).backward()
         optimizer.close_window()
         for name, p in params.items():
             q = reference.openness(torch.stack([h[name] for h in gradients]))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from models import preferences
+from models import SILENT, preferences
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import TrainerCallback
@@ -17,17 +17,7 @@ import hf_poprisk
 from hf_poprisk import PopRiskTrainer, PopRiskTrainingArguments
 from hf_poprisk.leave_one_out import INDEX
 
-QUIET: dict[str, Any] = {
-    "use_cpu": True,
-    "report_to": "none",
-    "save_strategy": "no",
-    "logging_steps": 1,
-    "disable_tqdm": True,
-    "lr_scheduler_type": "constant",
-    "poprisk_gate": "none",
-}
-
-
+QUIET: dict[str, Any] = {**SILENT, "poprisk_gate": "none"}
 LABELS = 3
 
 
