@@ -1,4 +1,4 @@
-"""Writes the generated parts of RESULTS.md, LABEL_NOISE.md and README from the results files.
+"""Writes the generated parts of RESULTS.md, LABEL_NOISE.md, README and the guide to output space.
 
     python recipes/experiments/page.py
 
@@ -16,12 +16,15 @@ import common
 import figure
 import gates
 import labels_tables
+import output_space
 import pandas as pd
 import self_influence
 from experiment import HERE, NAMES, Experiment, load, read, results_of
 from tables import arm_or_facet_table, best, digits, markdown, with_error
 
-PAGES = (HERE / "RESULTS.md", HERE / "LABEL_NOISE.md", HERE.parents[1] / "README.md")
+ROOT = HERE.parents[1]
+GUIDE = ROOT / "hf_poprisk" / "output_space" / "README.md"
+PAGES = (HERE / "RESULTS.md", HERE / "LABEL_NOISE.md", ROOT / "README.md", GUIDE)
 END = "<!-- end of the generated part -->"
 MARKED = re.compile(rf"(<!-- generated: [^>]*?, ([\w-]+) -->)\n.*?\n({END})", re.S)
 LABELS = ("labels_classes", "labels_pairs")
@@ -101,6 +104,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "self-influence": lambda: self_influence.table(rows_of("self_influence")[1]),
     "arms": lambda: labels_tables.tables(label_rows()),
     "summary": summary,
+    **{f"output_space_{kind}": lambda kind=kind: output_space.table(kind) for kind in output_space.KINDS},
     "labels": lambda: labels_tables.summary(label_rows(), OF_LABELS, SHOWN_OF_LABELS),
 }
 

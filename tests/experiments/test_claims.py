@@ -10,7 +10,7 @@ import pytest
 import torch
 from models import save_tiny_model
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPES = Path(__file__).parents[2] / "recipes"
 sys.path[:0] = [str(RECIPES), str(RECIPES / "experiments")]
 
 import common  # noqa: E402

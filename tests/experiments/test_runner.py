@@ -10,7 +10,7 @@ import filelock
 import pandas as pd
 import pytest
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPES = Path(__file__).parents[2] / "recipes"
 sys.path[:0] = [str(RECIPES), str(RECIPES / "experiments")]
 
 import common  # noqa: E402

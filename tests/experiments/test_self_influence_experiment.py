@@ -10,7 +10,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 from transformers import Trainer
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPES = Path(__file__).parents[2] / "recipes"
 sys.path[:0] = [str(RECIPES), str(RECIPES / "experiments")]
 
 import self_influence  # noqa: E402
