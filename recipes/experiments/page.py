@@ -60,14 +60,12 @@ def label_rows(seeds: range | None = None) -> pd.DataFrame:
 def section(name: str) -> str:
     """The tables of one experiment, and what they took."""
     experiment, rows = rows_of(name)
-    count, total = len(rows), len(experiment.cells())
-    return "\n\n".join(
-        [
-            f"`python recipes/experiments/run.py {name}`: {count} of {total} cells, "
-            f"{rows['seconds'].sum() / 60:.0f} minutes of one core.",
-            *(arm_or_facet_table(experiment, rows, report) for report in experiment.reports),
-        ]
+    took = (
+        f"`python recipes/experiments/run.py {name}`: {len(rows)} of {len(experiment.cells())} cells, "
+        f"{rows['seconds'].sum() / 60:.0f} minutes of one core."
     )
+    tables = (arm_or_facet_table(experiment, rows, report) for report in experiment.reports)
+    return "\n\n".join([took, *tables])
 
 
 def summary() -> str:
@@ -76,16 +74,10 @@ def summary() -> str:
     for name in CLAIMS:
         experiment, rows = rows_of(name)
         report = experiment.reports[0]
-        values = ["–"] * len(SHOWN)
+        values, places = ["–"] * len(SHOWN), digits(rows, report.result)
         if not experiment.facets:
-            values = [
-                with_error(
-                    best(rows[rows["arm"] == arm], experiment.grid, report),
-                    report.result,
-                    digits(rows, report.result),
-                )
-                for arm in SHOWN
-            ]
+            chosen = [best(rows[rows["arm"] == arm], experiment.grid, report) for arm in SHOWN]
+            values = [with_error(part, report.result, places) for part in chosen]
         what = report.result.removeprefix("test_").replace("_", " ")
         out.append([experiment.title, what, *values, experiment.verdict])
     report, rate = labels_tables.REPORT, labels_tables.RATE
