@@ -67,7 +67,7 @@ def paragraphs(text: str) -> Iterator[str]:
 def phrases(text: str, size: int = 8) -> set[tuple[str, ...]]:
     """Every run of ``size`` consecutive words."""
     words = text.split()
-    return {tuple(words[i : i + size]) for i in range(len(words) - size + 1)}
+    return set(zip(*(words[i:] for i in range(size)), strict=False))
 
 
 def docstrings(unseen: dict[str, list[str]]) -> list[str]:
@@ -92,11 +92,11 @@ def topics() -> dict[str, list[str]]:
     from pydoc_data.topics import topics as raw
 
     owner: dict[str, str] = {}
+    kept: dict[str, list[str]] = {}
     cleaned = {name: list(paragraphs(text)) for name, text in sorted(raw.items())}
     for name in sorted(cleaned, key=lambda n: (sum(map(len, cleaned[n])), n)):
         for paragraph in cleaned[name]:
             owner.setdefault(paragraph, name)
-    kept: dict[str, list[str]] = {}
     for paragraph, name in owner.items():
         kept.setdefault(name, []).append(paragraph)
     return kept
@@ -104,12 +104,9 @@ def topics() -> dict[str, list[str]]:
 
 def passages(paragraphs_: list[str]) -> list[tuple[str, str]]:
     """(prompt, continuation) from consecutive windows of a topic; the continuation starts with its space."""
-    words = " ".join(paragraphs_).split()
-    size, found = PROMPT_WORDS + COMPLETION_WORDS, []
-    for start in range(0, len(words) - size + 1, size):
-        cut = start + PROMPT_WORDS
-        found.append((" ".join(words[start:cut]), " " + " ".join(words[cut : start + size])))
-    return found
+    words, size = " ".join(paragraphs_).split(), PROMPT_WORDS + COMPLETION_WORDS
+    windows = [words[start : start + size] for start in range(0, len(words) - size + 1, size)]
+    return [(" ".join(w[:PROMPT_WORDS]), " " + " ".join(w[PROMPT_WORDS:])) for w in windows]
 
 
 def split_topics(found: dict[str, list[str]], wanted: dict[str, int], seed: int) -> dict[str, list[str]]:
@@ -134,15 +131,9 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=["<|pad|>", "<|end|>"],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
+    special, alphabet = ["<|pad|>", "<|end|>"], pre_tokenizers.ByteLevel.alphabet()
+    options = {"special_tokens": special, "initial_alphabet": alphabet, "show_progress": False}
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, **options))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<|pad|>", eos_token="<|end|>")
     tokenizer.model_max_length = 256
     tokenizer.chat_template = CHAT_TEMPLATE
@@ -153,20 +144,10 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """1.1 M parameters in float32."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            max_position_embeddings=256,
-            tie_word_embeddings=True,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            bos_token_id=None,
-        )
-    )
+    sizes = {"hidden_size": 128, "intermediate_size": 384, "max_position_embeddings": 256}
+    sizes |= {"num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": len(tokenizer)}
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **ids, bos_token_id=None, tie_word_embeddings=True))
 
 
 def token_stream(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> Tensor:
@@ -231,19 +212,14 @@ def sample(
     model.eval()
     sampled: list[str | None] = []
     bar = {"desc": f"Sampling for {label}", "unit": "batch", "leave": False, "disable": None}
+    # a fixed length: the end token would come before the last word too often
+    options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    options |= {"min_new_tokens": 40, "max_new_tokens": 40}
     for start in tqdm(range(0, len(prompts), 64), **bar):
         batch = tokenizer(prompts[start : start + 64], return_tensors="pt", padding=True)
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         with torch.no_grad():
-            out = model.generate(
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                min_new_tokens=40,  # the end token would come before the last word too often
-                max_new_tokens=40,
-            )
+            out = model.generate(**inputs, **options)
         for row in out[:, batch["input_ids"].shape[1] :]:
             text = tokenizer.decode(row, skip_special_tokens=True)
             words = text.split()[:COMPLETION_WORDS]
@@ -262,7 +238,7 @@ def make_pairs(
     assigned: dict[str, list[str]],
     wanted: dict[str, int],
     seed: int,
-) -> dict[str, list[dict[str, str]]]:
+) -> dict[str, list[dict[str, Any]]]:
     """Split → rows of prompt, chosen, rejected, topic; as many as wanted, where the text has as many.
 
     Raises:
@@ -271,45 +247,39 @@ def make_pairs(
     made: dict[str, list[dict[str, str]]] = {}
     for split in SPLITS:
         pool = [
-            (topic, prompt, chosen) for topic in assigned[split] for prompt, chosen in passages(found[topic])
+            {"prompt": prompt, "chosen": chosen, "rejected": None, "topic": topic}
+            for topic in assigned[split]
+            for prompt, chosen in passages(found[topic])
         ]
         random.Random(seed).shuffle(pool)
-        rejected: dict[int, str] = {}  # passage → the first sample of it that can be used
-        queue = list(range(len(pool)))
+        queue, missing = list(pool), wanted[split]
         for _ in range(20):  # rounds; passages without a usable sample come again, at the end
-            missing = wanted[split] - len(rejected)
             batch, queue = queue[:missing], queue[missing:]
             if not batch:
                 break
-            texts = sample(model, tokenizer, [pool[i][1] for i in batch], split)
-            for i, text in zip(batch, texts, strict=True):
-                if text is None or text == pool[i][2]:
-                    queue.append(i)
+            texts = sample(model, tokenizer, [row["prompt"] for row in batch], split)
+            for row, text in zip(batch, texts, strict=True):
+                if text is None or text == row["chosen"]:
+                    queue.append(row)
                 else:
-                    rejected[i] = text
-        rows = [
-            {"prompt": pool[i][1], "chosen": pool[i][2], "rejected": rejected[i], "topic": pool[i][0]}
-            for i in sorted(rejected)
-        ]
-        made[split] = rows
-        if len(made[split]) < 2:
-            sys.exit(f"prepare_tiny.py: error: only {len(made[split])} pairs for the {split} split.")
-        if len(made[split]) < wanted[split]:
-            logger.warning("%s: %d pairs of the %d wanted", split, len(made[split]), wanted[split])
+                    row["rejected"] = text
+                    missing -= 1
+        rows = made[split] = [row for row in pool if row["rejected"]]
+        if len(rows) < 2:
+            sys.exit(f"prepare_tiny.py: error: only {len(rows)} pairs for the {split} split.")
+        if missing:
+            logger.warning("%s: %d pairs of the %d wanted", split, len(rows), wanted[split])
     return made
 
 
-def write_data(folder: Path, pairs: dict[str, list[dict[str, str]]]) -> None:
+def write_data(folder: Path, pairs: dict[str, list[dict[str, Any]]]) -> None:
     from datasets import Dataset
 
     for split, rows in pairs.items():
-        detection = [
-            {"text": row["prompt"] + row[side], "label": int(side == "chosen")}
-            for row in rows
-            for side in ("chosen", "rejected")
-        ]
+        sides = (("chosen", 1), ("rejected", 0))
+        detection = [{"text": row["prompt"] + row[s], "label": label} for row in rows for s, label in sides]
         text = [{"text": row["prompt"] + row["chosen"]} for row in rows]
-        for name, content in (("preferences", rows), ("detection", detection), ("text", text)):
+        for name, content in {"preferences": rows, "detection": detection, "text": text}.items():
             (folder / name).mkdir(exist_ok=True)
             Dataset.from_list(content).to_parquet(folder / name / f"{split}.parquet")
 
@@ -326,9 +296,8 @@ def build(folder: Path, args: Namespace, docs: list[str], found: dict[str, list[
     disable_progress_bars()
     torch.set_num_threads(1)  # matrices this small gain nothing from a second one
     set_seed(args.seed)
-    wanted = dict(
-        zip(SPLITS, (args.num_train_pairs, args.num_eval_pairs, 2 * args.num_eval_pairs), strict=True)
-    )
+    wanted = {"train": args.num_train_pairs, "validation": args.num_eval_pairs}
+    wanted["test"] = 2 * args.num_eval_pairs
     logger.info("tokenizer: %d paragraphs of docstrings", len(docs))
     tokenizer = train_tokenizer(docs, args.vocab_size)
     model = new_model(tokenizer)
@@ -353,13 +322,11 @@ def build(folder: Path, args: Namespace, docs: list[str], found: dict[str, list[
 
 def install(temporary: Path, target: Path) -> None:
     """Put the finished folder in place; an older one goes only when the new one is there."""
-    if not target.exists():
-        temporary.replace(target)
-        return
     old = target.with_name(f".{target.name}-old-{os.getpid()}")
-    target.replace(old)
+    if target.exists():
+        target.replace(old)
     temporary.replace(target)
-    shutil.rmtree(old)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def sizes(folder: Path) -> dict[str, int]:
@@ -385,18 +352,11 @@ def parse(argv: list[str] | None) -> Namespace:
     parser.add_argument("--steps", type=int, default=400, help="pretraining steps of 32 × 64 tokens")
     parser.add_argument("--vocab_size", type=int, default=2048, help="of the tokenizer, at least 300")
     parser.add_argument("--num_train_pairs", type=int, default=512)
-    parser.add_argument(
-        "--num_eval_pairs", type=int, default=200, help="validation pairs; twice as many test"
-    )
+    parser.add_argument("--num_eval_pairs", type=int, default=200, help="of validation; twice as many test")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    for name, least in (
-        ("steps", 1),
-        ("vocab_size", 300),
-        ("num_train_pairs", 2),
-        ("num_eval_pairs", 2),
-        ("seed", 0),
-    ):
+    smallest = {"steps": 1, "vocab_size": 300, "num_train_pairs": 2, "num_eval_pairs": 2, "seed": 0}
+    for name, least in smallest.items():
         if getattr(args, name) < least:
             parser.error(f"--{name} must be at least {least}; got {getattr(args, name)}.")
     if args.output_dir.exists() and not (args.output_dir / "metadata.json").is_file():
@@ -432,12 +392,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"prepare_tiny.py: error: cannot write beside --output_dir {target}: {error.strerror}.")
     try:
         outcome = build(temporary, args, docs, found)
-        metadata = {
-            **made_from,
-            **outcome,
-            "files": sizes(temporary),
-            "python": platform.python_version(),
-        }
+        metadata = made_from | outcome
+        metadata |= {"files": sizes(temporary), "python": platform.python_version()}
         (temporary / "metadata.json").write_text(json.dumps(metadata, indent=2, sort_keys=True) + "\n")
         install(temporary, target)
         logger.info("%s: %s", target, ", ".join(f"{n} {s} pairs" for s, n in outcome["pairs"].items()))

@@ -1,20 +1,15 @@
 """Five kinds of training in output space: one of them again, what is read from a run, and the guide."""
 
 import re
-import sys
 from pathlib import Path
 
+import output_space
+import page
 import pandas as pd
 import pytest
 import torch
+from common import RecipeError
 from torch import nn
-
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "recipes"), str(ROOT / "recipes" / "experiments")]
-
-import output_space  # noqa: E402
-import page  # noqa: E402
-from common import RecipeError  # noqa: E402
 
 HAND_WRITTEN = {"0.25", "0.07", "99.8%", "131%"}  # settings, an error bar, more digits, of the last record
 
