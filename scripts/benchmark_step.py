@@ -40,7 +40,7 @@ from hf_poprisk.per_example.sinks import SelfInfluence
 VOCABULARY = 4096
 Step = Callable[[], None]
 Squares = Callable[[], dict[str, Tensor]]
-Arm = Callable[[argparse.Namespace], tuple[Step, Squares | None]]
+Made = tuple[Step, Squares | None, torch.optim.Optimizer | None]  # backward, sums; fused AdamW if None
 
 
 def build(args: argparse.Namespace) -> tuple[nn.Module, Tensor]:
@@ -76,30 +76,15 @@ def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.reshape(-1, VOCABULARY), ids[:, 1:].reshape(-1))
 
 
-def finished(backward: Step, optimizer: torch.optim.Optimizer) -> Step:
-    """A whole step around a backward."""
-
-    def step() -> None:
-        backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-def plain(args: argparse.Namespace, single: bool = False) -> tuple[Step, None]:
-    model, ids = build(args)
-    optimizer = torch.optim.AdamW(trainable(model).values(), fused=True)
-
+def plain(model: nn.Module, ids: Tensor, single: bool = False) -> Made:
     def backward() -> None:
         for rows in ids.split(1 if single else len(ids)):
             (loss_of(model, rows) * len(rows) / len(ids)).backward()
 
-    return finished(backward, optimizer), None
+    return backward, None, None
 
 
-def gated(args: argparse.Namespace, single: bool = False) -> tuple[Step, Squares]:
-    model, ids = build(args)
+def gated(model: nn.Module, ids: Tensor, single: bool = False) -> Made:
     optimizer = PopRiskAdamW(trainable(model).values())
     layers = None if single else BatchedGradients(model, optimizer.gated_parameters)
 
@@ -124,12 +109,11 @@ def gated(args: argparse.Namespace, single: bool = False) -> tuple[Step, Squares
         optimizer.zero_grad()
         return found
 
-    return finished(closed, optimizer), squares
+    return closed, squares, optimizer
 
 
-def judged(args: argparse.Namespace) -> tuple[Step, None]:
+def judged(model: nn.Module, ids: Tensor) -> Made:
     """The sums that judge labels, with the gate off."""
-    model, ids = build(args)
     optimizer = PopRiskAdamW(trainable(model).values(), gate="none")
     layers = BatchedGradients(model, trainable(model).values())
 
@@ -138,12 +122,11 @@ def judged(args: argparse.Namespace) -> tuple[Step, None]:
         with optimizer.batch(layers, Rows(len(ids), len(ids)), influence):
             loss_of(model, ids).backward()
 
-    return finished(backward, optimizer), None
+    return backward, None, optimizer
 
 
-def vmap(args: argparse.Namespace) -> tuple[Step, Squares]:
+def vmap(model: nn.Module, ids: Tensor) -> Made:
     """``torch.func``: all gradients side by side, then their sums, then fused AdamW."""
-    model, ids = build(args)
     params = trainable(model)
     frozen = {n: t for n, t in [*model.named_parameters(), *model.named_buffers()] if n not in params}
 
@@ -160,49 +143,45 @@ def vmap(args: argparse.Namespace) -> tuple[Step, Squares]:
             p.grad = grads[name].sum(0)
         return {name: h.square().sum(0) for name, h in grads.items()}
 
-    return finished(squares, torch.optim.AdamW(params.values(), fused=True)), squares
+    return squares, squares, None
 
 
-def opacus(args: argparse.Namespace) -> tuple[Step, Squares]:
+def opacus(model: nn.Module, ids: Tensor) -> Made:
     from opacus.grad_sample import GradSampleModule
 
-    model, ids = build(args)
     sampled = GradSampleModule(model, loss_reduction="mean", strict=False)
-    params = trainable(model)
 
     def squares() -> dict[str, Tensor]:
         loss_of(sampled, ids).backward()
         found = {}
-        for name, p in params.items():
+        for name, p in trainable(model).items():
             sample = getattr(p, "grad_sample", None)
             if isinstance(sample, Tensor):
                 found[name] = (sample / len(ids)).square().sum(0)
                 p.grad_sample = None
         return found
 
-    return finished(squares, torch.optim.AdamW(params.values(), fused=True)), squares
+    return squares, squares, None
 
 
-def backpack(args: argparse.Namespace) -> tuple[Step, Squares]:
+def backpack(model: nn.Module, ids: Tensor) -> Made:
     from backpack import backpack as context
     from backpack import extend
     from backpack.extensions import SumGradSquared
 
-    model, ids = build(args)
-    model, params = extend(model), trainable(model)
+    extended = extend(model)
 
     def squares() -> dict[str, Tensor]:
         with context(SumGradSquared()):
-            loss_of(model, ids).backward()
-        return {
-            n: vars(p).pop("sum_grad_squared") for n, p in params.items() if "sum_grad_squared" in vars(p)
-        }
+            loss_of(extended, ids).backward()
+        found = {n: vars(p).pop("sum_grad_squared", None) for n, p in trainable(model).items()}
+        return {n: sums for n, sums in found.items() if sums is not None}
 
-    return finished(squares, torch.optim.AdamW(params.values(), fused=True)), squares
+    return squares, squares, None
 
 
-PEERS: dict[str, Arm] = {"torch.func vmap": vmap, "Opacus": opacus, "BackPACK": backpack}
-ARMS: dict[str, Arm] = {
+PEERS: dict[str, Callable[..., Made]] = {"torch.func vmap": vmap, "Opacus": opacus, "BackPACK": backpack}
+ARMS: dict[str, Callable[..., Made]] = {
     "plain AdamW": plain,
     "plain, single examples": partial(plain, single=True),
     "gate, single examples": partial(gated, single=True),
@@ -210,6 +189,20 @@ ARMS: dict[str, Arm] = {
     "label noise, batched": judged,
     **PEERS,
 }
+
+
+def make(arm: str, args: argparse.Namespace) -> tuple[Step, Squares | None]:
+    """A whole step of an arm, and what forms its sums of squares."""
+    model, ids = build(args)
+    backward, squares, optimizer = ARMS[arm](model, ids)
+    optimizer = optimizer or torch.optim.AdamW(trainable(model).values(), fused=True)
+
+    def step() -> None:
+        backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, squares
 
 
 def error_of(squares: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
@@ -233,7 +226,7 @@ def print_memory(arm: str, settings: str) -> None:
     build(args)  # imports what it needs
     kernels_cpu.usable(torch.empty(0))  # and numba, where it is installed
     before = peak_resident()
-    step, _ = ARMS[arm](args)
+    step, _ = make(arm, args)
     for _ in range(3):
         step()
     print((peak_resident() - before) / 1024)
@@ -265,7 +258,7 @@ def measure(args: argparse.Namespace) -> None:
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     import reference
 
-    arms = {name: make for name, make in ARMS.items() if not (args.ours and name in PEERS)}
+    arms = [name for name in ARMS if not (args.ours and name in PEERS)]
     model, ids = build(args)
     gradients = reference.per_example_gradients(
         trainable(model), lambda row: loss_of(model, row) / len(ids), ids.split(1)
@@ -274,9 +267,9 @@ def measure(args: argparse.Namespace) -> None:
     del gradients
     steps: dict[str, Step] = {}
     errors: dict[str, str] = {}
-    for name, make in arms.items():
+    for name in arms:
         try:
-            step, squares = make(args)
+            step, squares = make(name, args)
             errors[name] = error_of(squares(), expected) if squares else ""
             step()
             steps[name] = step
@@ -304,7 +297,7 @@ def gflop(cell: argparse.Namespace) -> float:
 
 def growth(cell: argparse.Namespace) -> float:
     """The median ratio of the batched gate."""
-    steps = {name: ARMS[name](cell)[0] for name in ("plain AdamW", "gate, batched")}
+    steps = {name: make(name, cell)[0] for name in ("plain AdamW", "gate, batched")}
     for step in steps.values():
         step()
     ratio = statistics.median(interleaved(steps, cell.rounds)["gate, batched"])

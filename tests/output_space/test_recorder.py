@@ -73,19 +73,20 @@ class Changed(Regression):
         return found
 
 
-@pytest.mark.parametrize("optim", [*KINDS, "groups"])
+@pytest.mark.parametrize("optim", [*KINDS, "groups of sgd", "groups of adam"])
 def test_the_recorded_kernel_is_that_of_the_step_taken(tmp_path: Path, optim: str) -> None:
     """Without momentum a linear model's outputs move by −η K g: with Adam, the gate, a rate per group too."""
     data, test, model = examples(N), examples(M), Regression(nn.Linear(3, 1))
     settings = {"learning_rate": 0.05, "max_steps": 6, "adam_beta1": 0.0, "lr_scheduler_type": "linear"}
-    if optim == "groups":
-        groups = [{"params": [model.body.weight], "lr": 0.05}, {"params": [model.body.bias], "lr": 0.5}]
-        settings |= {"optimizers": (torch.optim.SGD(groups), None)}
-    else:
+    if optim in KINDS:
         settings |= {"optim": optim}
+    else:
+        groups = [{"params": [model.body.weight], "lr": 0.05}, {"params": [model.body.bias], "lr": 0.5}]
+        adam = torch.optim.Adam(groups, betas=(0.0, 0.999))
+        settings |= {"optimizers": (torch.optim.SGD(groups) if "sgd" in optim else adam, None)}
     run = train(tmp_path, model, data, recorder(data, test), **settings)
-    assert run.preconditioner == KINDS.get(optim, "none") and run.steps == list(range(7))
-    assert (run.rule == GRADIENT_DESCENT) == (optim in ("sgd", "groups"))
+    assert run.preconditioner == KINDS.get(optim, "adam" if "adam" in optim else "none")
+    assert run.steps == list(range(7)) and (run.rule == GRADIENT_DESCENT) == ("sgd" in optim)
     assert run.learning_rates == pytest.approx([0.05 * (1 - i / 6) for i in range(6)])
     for i, rate in enumerate(run.learning_rates):
         for kernel, outputs in (("kernel", "outputs"), ("cross_kernel", "test_outputs")):
