@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from hf_poprisk.command import UserError, one_line
 from hf_poprisk.leave_one_out import audit
-from hf_poprisk.output_space import cli as output_space
+from hf_poprisk.output_space import report as output_space
 
 
 def main(argv: Sequence[str] | None = None) -> None:

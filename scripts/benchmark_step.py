@@ -23,6 +23,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from hf_poprisk.per_example.sinks import SelfInfluence
 VOCABULARY = 4096
 Step = Callable[[], None]
 Squares = Callable[[], dict[str, Tensor]]
+Made = tuple[Step, Squares | None, torch.optim.Optimizer | None]  # backward, sums; fused AdamW if None
 
 
 def build(args: argparse.Namespace) -> tuple[nn.Module, Tensor]:
@@ -47,27 +49,20 @@ def build(args: argparse.Namespace) -> tuple[nn.Module, Tensor]:
 
     torch.manual_seed(0)
     if args.model == "llama":
-        config: Any = LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=args.width,
-            intermediate_size=8 * args.width // 3 // 16 * 16,
-            num_hidden_layers=6,
-            num_attention_heads=4,
-            tie_word_embeddings=False,
-        )
+        sizes = {"hidden_size": args.width, "intermediate_size": 8 * args.width // 3 // 16 * 16}
+        sizes |= {"num_hidden_layers": 6, "num_attention_heads": 4}
+        config: Any = LlamaConfig(vocab_size=VOCABULARY, **sizes, tie_word_embeddings=False)
     else:
-        config = GPT2Config(
-            vocab_size=VOCABULARY, n_embd=args.width, n_layer=6, n_head=4, attn_pdrop=0, embd_pdrop=0,
-            resid_pdrop=0, n_positions=4096,
-        )  # fmt: skip
+        sizes = {"n_embd": args.width, "n_layer": 6, "n_head": 4, "n_positions": 4096}
+        dropout = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0)
+        config = GPT2Config(vocab_size=VOCABULARY, **sizes, **dropout)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     if args.adapter == "lora":
         from peft import LoraConfig, get_peft_model
 
         targets = ["q_proj", "v_proj"] if args.model == "llama" else ["c_attn"]
-        model = get_peft_model(
-            model, LoraConfig(r=8, target_modules=targets, fan_in_fan_out=args.model == "gpt2")
-        )
+        lora = LoraConfig(r=8, target_modules=targets, fan_in_fan_out=args.model == "gpt2")
+        model = get_peft_model(model, lora)
     return model, torch.randint(0, VOCABULARY, (args.batch, args.tokens))
 
 
@@ -81,78 +76,31 @@ def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.reshape(-1, VOCABULARY), ids[:, 1:].reshape(-1))
 
 
-def plain(args: argparse.Namespace) -> tuple[Step, None]:
-    model, ids = build(args)
-    optimizer = torch.optim.AdamW(trainable(model).values(), fused=True)
+def plain(model: nn.Module, ids: Tensor, single: bool = False) -> Made:
+    def backward() -> None:
+        for rows in ids.split(1 if single else len(ids)):
+            (loss_of(model, rows) * len(rows) / len(ids)).backward()
 
-    def step() -> None:
-        loss_of(model, ids).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step, None
+    return backward, None, None
 
 
-def plain_micro_steps(args: argparse.Namespace) -> tuple[Step, None]:
-    model, ids = build(args)
-    optimizer = torch.optim.AdamW(trainable(model).values(), fused=True)
-
-    def step() -> None:
-        for row in ids.split(1):
-            (loss_of(model, row) / len(ids)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step, None
-
-
-def micro_steps(args: argparse.Namespace) -> tuple[Step, Squares]:
-    model, ids = build(args)
+def gated(model: nn.Module, ids: Tensor, single: bool = False) -> Made:
     optimizer = PopRiskAdamW(trainable(model).values())
+    layers = None if single else BatchedGradients(model, optimizer.gated_parameters)
 
     def backward() -> None:
+        if layers is not None:
+            with optimizer.batch(layers, Rows(len(ids), len(ids))):
+                loss_of(model, ids).backward()
+            return
         for row in ids.split(1):
             loss = loss_of(model, row) / len(ids)
             with optimizer.example():
                 loss.backward()
 
-    return _gated(model, optimizer, backward)
-
-
-def batched(args: argparse.Namespace) -> tuple[Step, Squares]:
-    model, ids = build(args)
-    optimizer = PopRiskAdamW(trainable(model).values())
-    layers = BatchedGradients(model, optimizer.gated_parameters)
-
-    def backward() -> None:
-        with optimizer.batch(layers, Rows(len(ids), len(ids))):
-            loss_of(model, ids).backward()
-
-    return _gated(model, optimizer, backward)
-
-
-def judged(args: argparse.Namespace) -> tuple[Step, None]:
-    """The sums that judge labels, with the gate off."""
-    model, ids = build(args)
-    optimizer = PopRiskAdamW(trainable(model).values(), gate="none")
-    layers = BatchedGradients(model, trainable(model).values())
-
-    def step() -> None:
-        influence = SelfInfluence(AdamMetric(optimizer), len(ids))
-        with optimizer.batch(layers, Rows(len(ids), len(ids)), influence):
-            loss_of(model, ids).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step, None
-
-
-def _gated(model: nn.Module, optimizer: PopRiskAdamW, backward: Step) -> tuple[Step, Squares]:
-    def step() -> None:
+    def closed() -> None:
         backward()
         optimizer.close_window()
-        optimizer.step()
-        optimizer.zero_grad()
 
     def squares() -> dict[str, Tensor]:
         backward()
@@ -161,25 +109,33 @@ def _gated(model: nn.Module, optimizer: PopRiskAdamW, backward: Step) -> tuple[S
         optimizer.zero_grad()
         return found
 
-    return step, squares
+    return closed, squares, optimizer
 
 
-def vmap(args: argparse.Namespace) -> tuple[Step, Squares]:
+def judged(model: nn.Module, ids: Tensor) -> Made:
+    """The sums that judge labels, with the gate off."""
+    optimizer = PopRiskAdamW(trainable(model).values(), gate="none")
+    layers = BatchedGradients(model, trainable(model).values())
+
+    def backward() -> None:
+        influence = SelfInfluence(AdamMetric(optimizer), len(ids))
+        with optimizer.batch(layers, Rows(len(ids), len(ids)), influence):
+            loss_of(model, ids).backward()
+
+    return backward, None, optimizer
+
+
+def vmap(model: nn.Module, ids: Tensor) -> Made:
     """``torch.func``: all gradients side by side, then their sums, then fused AdamW."""
-    from torch.func import functional_call, grad
-    from torch.func import vmap as func_vmap
-
-    model, ids = build(args)
     params = trainable(model)
-    optimizer = torch.optim.AdamW(params.values(), fused=True)
     frozen = {n: t for n, t in [*model.named_parameters(), *model.named_buffers()] if n not in params}
 
     def loss(weights: dict[str, Tensor], row: Tensor) -> Tensor:
         inputs = {"input_ids": row[None], "use_cache": False}
-        logits = functional_call(model, {**weights, **frozen}, kwargs=inputs).logits[0, :-1]
+        logits = torch.func.functional_call(model, {**weights, **frozen}, kwargs=inputs).logits[0, :-1]
         return nn.functional.cross_entropy(logits, row[1:]) / len(ids)
 
-    per_example = func_vmap(grad(loss), in_dims=(None, 0), randomness="different")
+    per_example = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0), randomness="different")
 
     def squares() -> dict[str, Tensor]:
         grads = per_example({n: p.detach() for n, p in params.items()}, ids)
@@ -187,77 +143,66 @@ def vmap(args: argparse.Namespace) -> tuple[Step, Squares]:
             p.grad = grads[name].sum(0)
         return {name: h.square().sum(0) for name, h in grads.items()}
 
-    return _summed(squares, optimizer), squares
+    return squares, squares, None
 
 
-def opacus(args: argparse.Namespace) -> tuple[Step, Squares]:
+def opacus(model: nn.Module, ids: Tensor) -> Made:
     from opacus.grad_sample import GradSampleModule
 
-    model, ids = build(args)
     sampled = GradSampleModule(model, loss_reduction="mean", strict=False)
-    params = trainable(model)
-    optimizer = torch.optim.AdamW(params.values(), fused=True)
 
     def squares() -> dict[str, Tensor]:
         loss_of(sampled, ids).backward()
         found = {}
-        for name, p in params.items():
+        for name, p in trainable(model).items():
             sample = getattr(p, "grad_sample", None)
             if isinstance(sample, Tensor):
                 found[name] = (sample / len(ids)).square().sum(0)
                 p.grad_sample = None
         return found
 
-    return _summed(squares, optimizer), squares
+    return squares, squares, None
 
 
-def backpack(args: argparse.Namespace) -> tuple[Step, Squares]:
+def backpack(model: nn.Module, ids: Tensor) -> Made:
     from backpack import backpack as context
     from backpack import extend
     from backpack.extensions import SumGradSquared
 
-    model, ids = build(args)
-    model, params = extend(model), trainable(model)
-    optimizer = torch.optim.AdamW(params.values(), fused=True)
+    extended = extend(model)
 
     def squares() -> dict[str, Tensor]:
         with context(SumGradSquared()):
-            loss_of(model, ids).backward()
-        found = {n: p.sum_grad_squared for n, p in params.items() if hasattr(p, "sum_grad_squared")}
-        for p in params.values():
-            if hasattr(p, "sum_grad_squared"):
-                del p.sum_grad_squared
-        return found
+            loss_of(extended, ids).backward()
+        found = {n: vars(p).pop("sum_grad_squared", None) for n, p in trainable(model).items()}
+        return {n: sums for n, sums in found.items() if sums is not None}
 
-    return _summed(squares, optimizer), squares
+    return squares, squares, None
 
 
-def _summed(squares: Squares, optimizer: torch.optim.Optimizer) -> Step:
+PEERS: dict[str, Callable[..., Made]] = {"torch.func vmap": vmap, "Opacus": opacus, "BackPACK": backpack}
+ARMS: dict[str, Callable[..., Made]] = {
+    "plain AdamW": plain,
+    "plain, single examples": partial(plain, single=True),
+    "gate, single examples": partial(gated, single=True),
+    "gate, batched": gated,
+    "label noise, batched": judged,
+    **PEERS,
+}
+
+
+def make(arm: str, args: argparse.Namespace) -> tuple[Step, Squares | None]:
+    """A whole step of an arm, and what forms its sums of squares."""
+    model, ids = build(args)
+    backward, squares, optimizer = ARMS[arm](model, ids)
+    optimizer = optimizer or torch.optim.AdamW(trainable(model).values(), fused=True)
+
     def step() -> None:
-        squares()
+        backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    return step
-
-
-ARMS: dict[str, Callable[[argparse.Namespace], tuple[Step, Squares | None]]] = {
-    "plain AdamW": plain,
-    "plain, single examples": plain_micro_steps,
-    "gate, single examples": micro_steps,
-    "gate, batched": batched,
-    "label noise, batched": judged,
-    "torch.func vmap": vmap,
-    "Opacus": opacus,
-    "BackPACK": backpack,
-}
-OURS = (
-    "plain AdamW",
-    "plain, single examples",
-    "gate, single examples",
-    "gate, batched",
-    "label noise, batched",
-)
+    return step, squares
 
 
 def error_of(squares: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
@@ -281,7 +226,7 @@ def print_memory(arm: str, settings: str) -> None:
     build(args)  # imports what it needs
     kernels_cpu.usable(torch.empty(0))  # and numba, where it is installed
     before = peak_resident()
-    step, _ = ARMS[arm](args)
+    step, _ = make(arm, args)
     for _ in range(3):
         step()
     print((peak_resident() - before) / 1024)
@@ -313,7 +258,7 @@ def measure(args: argparse.Namespace) -> None:
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     import reference
 
-    arms = {name: make for name, make in ARMS.items() if name in OURS or not args.ours}
+    arms = [name for name in ARMS if not (args.ours and name in PEERS)]
     model, ids = build(args)
     gradients = reference.per_example_gradients(
         trainable(model), lambda row: loss_of(model, row) / len(ids), ids.split(1)
@@ -322,9 +267,9 @@ def measure(args: argparse.Namespace) -> None:
     del gradients
     steps: dict[str, Step] = {}
     errors: dict[str, str] = {}
-    for name, make in arms.items():
+    for name in arms:
         try:
-            step, squares = make(args)
+            step, squares = make(name, args)
             errors[name] = error_of(squares(), expected) if squares else ""
             step()
             steps[name] = step
@@ -352,14 +297,12 @@ def gflop(cell: argparse.Namespace) -> float:
 
 def growth(cell: argparse.Namespace) -> float:
     """The median ratio of the batched gate."""
-    steps = {name: ARMS[name](cell)[0] for name in ("plain AdamW", "gate, batched")}
+    steps = {name: make(name, cell)[0] for name in ("plain AdamW", "gate, batched")}
     for step in steps.values():
         step()
     ratio = statistics.median(interleaved(steps, cell.rounds)["gate, batched"])
-    print(
-        f"| {cell.model} {cell.adapter} | {cell.width} | {cell.batch} | {cell.tokens} | {ratio:.2f} |",
-        flush=True,
-    )
+    row = [f"{cell.model} {cell.adapter}", cell.width, cell.batch, cell.tokens, f"{ratio:.2f}"]
+    print(f"| {' | '.join(map(str, row))} |", flush=True)
     return ratio
 
 
@@ -370,11 +313,9 @@ def report_growth(cells: list[tuple[argparse.Namespace, float]], path: str) -> N
     * per weight and step Q is decided on and multiplies the write: ``/ (tokens · batch)``;
     * per step there is Python around every layer: ``/ GFLOP`` of the step.
     """
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    axis = Figure().subplots()
     extra = torch.tensor([ratio - 1 for _, ratio in cells], dtype=torch.float64)
     terms = extra.new_tensor([[1 / c.tokens, 1 / (c.tokens * c.batch), 1 / gflop(c)] for c, _ in cells])
     factors = torch.linalg.lstsq(terms, extra[:, None], driver="gelsd").solution[:, 0]
@@ -390,13 +331,12 @@ def report_growth(cells: list[tuple[argparse.Namespace, float]], path: str) -> N
         lines.setdefault(name, []).append((cell.tokens, ratio, 1 + fit))
     for name, points in lines.items():
         tokens, measured, expected = zip(*sorted(points), strict=True)
-        (line,) = plt.plot(tokens, measured, marker="o", label=name)
-        plt.plot(tokens, expected, "--", color=line.get_color(), linewidth=0.8)
-    plt.xscale("log", base=2)
-    plt.xlabel("tokens per example")
-    plt.ylabel("CPU time of a step, plain AdamW = 1 (dashed: fit)")
-    plt.legend(fontsize=7)
-    plt.savefig(path, dpi=120, bbox_inches="tight")
+        (line,) = axis.plot(tokens, measured, marker="o", label=name)
+        axis.plot(tokens, expected, "--", color=line.get_color(), linewidth=0.8)
+    axis.set_xscale("log", base=2)
+    axis.set(xlabel="tokens per example", ylabel="CPU time of a step, plain AdamW = 1 (dashed: fit)")
+    axis.legend(fontsize=7)
+    axis.figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
 def main() -> None:
@@ -420,13 +360,10 @@ def main() -> None:
     if args.rounds < 3:
         parser.error(f"--rounds must be at least 3; got {args.rounds}.")
     torch.set_num_threads(1)
-    cells = []
-    grid = itertools.product(args.model, args.adapter, args.width, args.batch, args.tokens)
-    for model, adapter, width, batch, tokens in grid:
-        cell = argparse.Namespace(model=model, adapter=adapter, width=width, batch=batch, tokens=tokens)
-        cell.rounds, cell.ours = args.rounds, args.ours
-        if args.at_most is None or gflop(cell) <= args.at_most:
-            cells.append(cell)
+    axes = ("model", "adapter", "width", "batch", "tokens")
+    grid = itertools.product(*(getattr(args, axis) for axis in axes))
+    cells = [argparse.Namespace(**vars(args) | dict(zip(axes, point, strict=True))) for point in grid]
+    cells = [cell for cell in cells if args.at_most is None or gflop(cell) <= args.at_most]
     if args.plot:
         print("| model | width | batch | tokens | step |\n|---|---|---|---|---|")
         report_growth([(cell, growth(cell)) for cell in cells], args.plot)

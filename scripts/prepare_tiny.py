@@ -32,12 +32,9 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:  # torch and transformers are imported where they are used: the cache check is instant
-    from torch import Tensor
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
-
+# torch and transformers are imported where they are used: the cache check is instant
 logger = logging.getLogger("prepare_tiny")
 
 PROMPT_WORDS, COMPLETION_WORDS = 14, 12
@@ -64,10 +61,10 @@ def paragraphs(text: str) -> Iterator[str]:
             yield " ".join(words)
 
 
-def phrases(text: str, size: int = 8) -> set[tuple[str, ...]]:
-    """Every run of ``size`` consecutive words."""
+def phrases(text: str) -> set[tuple[str, ...]]:
+    """Every run of eight consecutive words."""
     words = text.split()
-    return {tuple(words[i : i + size]) for i in range(len(words) - size + 1)}
+    return set(zip(*(words[i:] for i in range(8)), strict=False))
 
 
 def docstrings(unseen: dict[str, list[str]]) -> list[str]:
@@ -92,11 +89,11 @@ def topics() -> dict[str, list[str]]:
     from pydoc_data.topics import topics as raw
 
     owner: dict[str, str] = {}
+    kept: dict[str, list[str]] = {}
     cleaned = {name: list(paragraphs(text)) for name, text in sorted(raw.items())}
     for name in sorted(cleaned, key=lambda n: (sum(map(len, cleaned[n])), n)):
         for paragraph in cleaned[name]:
             owner.setdefault(paragraph, name)
-    kept: dict[str, list[str]] = {}
     for paragraph, name in owner.items():
         kept.setdefault(name, []).append(paragraph)
     return kept
@@ -104,12 +101,9 @@ def topics() -> dict[str, list[str]]:
 
 def passages(paragraphs_: list[str]) -> list[tuple[str, str]]:
     """(prompt, continuation) from consecutive windows of a topic; the continuation starts with its space."""
-    words = " ".join(paragraphs_).split()
-    size, found = PROMPT_WORDS + COMPLETION_WORDS, []
-    for start in range(0, len(words) - size + 1, size):
-        cut = start + PROMPT_WORDS
-        found.append((" ".join(words[start:cut]), " " + " ".join(words[cut : start + size])))
-    return found
+    words, size = " ".join(paragraphs_).split(), PROMPT_WORDS + COMPLETION_WORDS
+    windows = [words[start : start + size] for start in range(0, len(words) - size + 1, size)]
+    return [(" ".join(w[:PROMPT_WORDS]), " " + " ".join(w[PROMPT_WORDS:])) for w in windows]
 
 
 def split_topics(found: dict[str, list[str]], wanted: dict[str, int], seed: int) -> dict[str, list[str]]:
@@ -127,49 +121,28 @@ def split_topics(found: dict[str, list[str]], wanted: dict[str, int], seed: int)
     return assigned
 
 
-def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def new_model(texts: list[str], vocab_size: int) -> tuple[Any, Any]:
+    """A tokenizer that fits the texts, and 1.1 M parameters in float32."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=["<|pad|>", "<|end|>"],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
+    special, alphabet = ["<|pad|>", "<|end|>"], pre_tokenizers.ByteLevel.alphabet()
+    options = {"special_tokens": special, "initial_alphabet": alphabet, "show_progress": False}
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, **options))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<|pad|>", eos_token="<|end|>")
     tokenizer.model_max_length = 256
     tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
+    sizes = {"hidden_size": 128, "intermediate_size": 384, "max_position_embeddings": 256}
+    sizes |= {"num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": len(tokenizer)}
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = LlamaConfig(**sizes, **ids, bos_token_id=None, tie_word_embeddings=True)
+    return tokenizer, LlamaForCausalLM(config)
 
 
-def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """1.1 M parameters in float32."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            max_position_embeddings=256,
-            tie_word_embeddings=True,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            bos_token_id=None,
-        )
-    )
-
-
-def token_stream(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> Tensor:
+def token_stream(texts: list[str], tokenizer: Any) -> Any:
     """All texts, each ended by the end token, as one row of ids, [tokens] int64."""
     import torch
 
@@ -177,7 +150,7 @@ def token_stream(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> Tensor
     return torch.tensor([token for row in ids for token in row])
 
 
-def pretrain(model: LlamaForCausalLM, stream: Tensor, steps: int, seed: int) -> None:
+def pretrain(model: Any, stream: Any, steps: int, seed: int) -> None:
     """AdamW with warm-up and a cosine, on random windows of the stream."""
     import torch
     from tqdm import tqdm
@@ -192,23 +165,17 @@ def pretrain(model: LlamaForCausalLM, stream: Tensor, steps: int, seed: int) -> 
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     model.train()
-    progress = tqdm(range(steps), desc="Pretraining", unit="step", disable=None)  # only on a terminal
-    for step in progress:
+    for _ in tqdm(range(steps), desc="Pretraining", unit="step", disable=None):  # only on a terminal
         starts = torch.randint(len(stream) - CONTEXT, (BATCH, 1), generator=generator)
         ids = stream[starts + torch.arange(CONTEXT)]
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
+        model(input_ids=ids, labels=ids).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if step % 20 == 0:
-            progress.set_postfix(loss=f"{loss.item():.2f}")
 
 
-def bits_per_character(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str]
-) -> float:
+def bits_per_character(model: Any, tokenizer: Any, texts: list[str]) -> float:
     """Cross-entropy of the texts under the model in bits, over their characters."""
     import torch
 
@@ -220,30 +187,21 @@ def bits_per_character(
     return nats / math.log(2) * len(stream) / sum(map(len, texts))
 
 
-def sample(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str], label: str
-) -> list[str | None]:
+def sample(model: Any, tokenizer: Any, prompts: list[str]) -> list[str | None]:
     """For each prompt a continuation at temperature 1, cut to its words; None where it cannot be used."""
     import torch
-    from tqdm import tqdm
 
     tokenizer.padding_side = "left"
     model.eval()
     sampled: list[str | None] = []
-    bar = {"desc": f"Sampling for {label}", "unit": "batch", "leave": False, "disable": None}
-    for start in tqdm(range(0, len(prompts), 64), **bar):
+    # a fixed length: the end token would come before the last word too often
+    options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    options |= {"min_new_tokens": 40, "max_new_tokens": 40}
+    for start in range(0, len(prompts), 64):
         batch = tokenizer(prompts[start : start + 64], return_tensors="pt", padding=True)
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         with torch.no_grad():
-            out = model.generate(
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                min_new_tokens=40,  # the end token would come before the last word too often
-                max_new_tokens=40,
-            )
+            out = model.generate(**inputs, **options)
         for row in out[:, batch["input_ids"].shape[1] :]:
             text = tokenizer.decode(row, skip_special_tokens=True)
             words = text.split()[:COMPLETION_WORDS]
@@ -255,67 +213,40 @@ def sample(
     return sampled
 
 
-def make_pairs(
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    found: dict[str, list[str]],
-    assigned: dict[str, list[str]],
-    wanted: dict[str, int],
-    seed: int,
-) -> dict[str, list[dict[str, str]]]:
-    """Split → rows of prompt, chosen, rejected, topic; as many as wanted, where the text has as many.
+def reject(model: Any, tokenizer: Any, pool: list[dict[str, Any]], wanted: int) -> list[dict[str, Any]]:
+    """Give rows a rejected completion, the first usable sample: as many as wanted, if there are as many."""
+    queue = list(pool)
+    for _ in range(20):  # rounds; passages without a usable sample come again, at the end
+        batch, queue = queue[:wanted], queue[wanted:]
+        if not batch:
+            break
+        texts = sample(model, tokenizer, [row["prompt"] for row in batch])
+        for row, text in zip(batch, texts, strict=True):
+            if text is None or text == row["chosen"]:
+                queue.append(row)
+            else:
+                row["rejected"] = text
+                wanted -= 1
+    return [row for row in pool if row["rejected"]]
+
+
+def write_data(folder: Path, split: str, rows: list[dict[str, Any]]) -> None:
+    from datasets import Dataset
+
+    sides = (("chosen", 1), ("rejected", 0))
+    detection = [{"text": row["prompt"] + row[s], "label": label} for row in rows for s, label in sides]
+    text = [{"text": row["prompt"] + row["chosen"]} for row in rows]
+    for name, content in {"preferences": rows, "detection": detection, "text": text}.items():
+        (folder / name).mkdir(exist_ok=True)
+        Dataset.from_list(content).to_parquet(folder / name / f"{split}.parquet")
+
+
+def build(folder: Path, args: Namespace, docs: list[str], found: dict[str, list[str]]) -> dict[str, Any]:
+    """Everything but metadata.json; returns what it should say of the outcome.
 
     Raises:
         SystemExit: a split is left with fewer than two pairs.
     """
-    made: dict[str, list[dict[str, str]]] = {}
-    for split in SPLITS:
-        pool = [
-            (topic, prompt, chosen) for topic in assigned[split] for prompt, chosen in passages(found[topic])
-        ]
-        random.Random(seed).shuffle(pool)
-        rejected: dict[int, str] = {}  # passage → the first sample of it that can be used
-        queue = list(range(len(pool)))
-        for _ in range(20):  # rounds; passages without a usable sample come again, at the end
-            missing = wanted[split] - len(rejected)
-            batch, queue = queue[:missing], queue[missing:]
-            if not batch:
-                break
-            texts = sample(model, tokenizer, [pool[i][1] for i in batch], split)
-            for i, text in zip(batch, texts, strict=True):
-                if text is None or text == pool[i][2]:
-                    queue.append(i)
-                else:
-                    rejected[i] = text
-        rows = [
-            {"prompt": pool[i][1], "chosen": pool[i][2], "rejected": rejected[i], "topic": pool[i][0]}
-            for i in sorted(rejected)
-        ]
-        made[split] = rows
-        if len(made[split]) < 2:
-            sys.exit(f"prepare_tiny.py: error: only {len(made[split])} pairs for the {split} split.")
-        if len(made[split]) < wanted[split]:
-            logger.warning("%s: %d pairs of the %d wanted", split, len(made[split]), wanted[split])
-    return made
-
-
-def write_data(folder: Path, pairs: dict[str, list[dict[str, str]]]) -> None:
-    from datasets import Dataset
-
-    for split, rows in pairs.items():
-        detection = [
-            {"text": row["prompt"] + row[side], "label": int(side == "chosen")}
-            for row in rows
-            for side in ("chosen", "rejected")
-        ]
-        text = [{"text": row["prompt"] + row["chosen"]} for row in rows]
-        for name, content in (("preferences", rows), ("detection", detection), ("text", text)):
-            (folder / name).mkdir(exist_ok=True)
-            Dataset.from_list(content).to_parquet(folder / name / f"{split}.parquet")
-
-
-def build(folder: Path, args: Namespace, docs: list[str], found: dict[str, list[str]]) -> dict[str, Any]:
-    """Everything but metadata.json; returns what it should say of the outcome."""
     import torch
     from datasets import disable_progress_bars
     from transformers import set_seed
@@ -326,40 +257,37 @@ def build(folder: Path, args: Namespace, docs: list[str], found: dict[str, list[
     disable_progress_bars()
     torch.set_num_threads(1)  # matrices this small gain nothing from a second one
     set_seed(args.seed)
-    wanted = dict(
-        zip(SPLITS, (args.num_train_pairs, args.num_eval_pairs, 2 * args.num_eval_pairs), strict=True)
-    )
-    logger.info("tokenizer: %d paragraphs of docstrings", len(docs))
-    tokenizer = train_tokenizer(docs, args.vocab_size)
-    model = new_model(tokenizer)
-    logger.info("model: %s parameters", f"{model.num_parameters():,}")
-    logger.info("pretraining: %d steps, a few minutes", args.steps)
+    wanted = {"train": args.num_train_pairs, "validation": args.num_eval_pairs}
+    wanted["test"] = 2 * args.num_eval_pairs
+    tokenizer, model = new_model(docs, args.vocab_size)
+    logger.info("pretraining %s parameters: %d steps, a few minutes", model.num_parameters(), args.steps)
     pretrain(model, token_stream(docs, tokenizer), args.steps, args.seed)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    reference_text = [paragraph for name in sorted(found) for paragraph in found[name]]
-    bits = bits_per_character(model, tokenizer, reference_text)
+    bits = bits_per_character(model, tokenizer, [text for name in sorted(found) for text in found[name]])
     logger.info("%.2f bits per character on the language reference, which it has not seen", bits)
     assigned = split_topics(found, wanted, args.seed)
-    pairs = make_pairs(model, tokenizer, found, assigned, wanted, args.seed)
-    write_data(folder, pairs)
+    counts: dict[str, int] = {}
+    for split, names in assigned.items():
+        pool = [
+            {"prompt": prompt, "chosen": chosen, "rejected": None, "topic": name}
+            for name in names
+            for prompt, chosen in passages(found[name])
+        ]
+        random.Random(args.seed).shuffle(pool)
+        rows = reject(model, tokenizer, pool, wanted[split])
+        counts[split] = len(rows)
+        if len(rows) < 2:
+            sys.exit(f"prepare_tiny.py: error: only {len(rows)} pairs for the {split} split.")
+        if len(rows) < wanted[split]:
+            logger.warning("%s: %d pairs of the %d wanted", split, len(rows), wanted[split])
+        write_data(folder, split, rows)
     return {
         "bits_per_character": bits,
         "parameters": model.num_parameters(),
         "topics": {split: len(names) for split, names in assigned.items()},
-        "pairs": {split: len(rows) for split, rows in pairs.items()},
+        "pairs": counts,
     }
-
-
-def install(temporary: Path, target: Path) -> None:
-    """Put the finished folder in place; an older one goes only when the new one is there."""
-    if not target.exists():
-        temporary.replace(target)
-        return
-    old = target.with_name(f".{target.name}-old-{os.getpid()}")
-    target.replace(old)
-    temporary.replace(target)
-    shutil.rmtree(old)
 
 
 def sizes(folder: Path) -> dict[str, int]:
@@ -371,32 +299,27 @@ def sizes(folder: Path) -> dict[str, int]:
 def is_current(target: Path, made_from: dict[str, Any]) -> bool:
     """Whether the folder was made by this script, on this text, with these settings, and is whole."""
     try:
-        metadata = json.loads((target / "metadata.json").read_text())
-    except ValueError:
+        metadata = dict(json.loads((target / "metadata.json").read_text()))
+    except (ValueError, TypeError):
         logger.warning("%s/metadata.json is damaged; making the folder again", target)
         return False
-    expected = {**made_from, "files": sizes(target)}
-    return isinstance(metadata, dict) and all(metadata.get(key) == value for key, value in expected.items())
+    return metadata | made_from | {"files": sizes(target)} == metadata
 
 
 def parse(argv: list[str] | None) -> Namespace:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/tiny"))
-    parser.add_argument("--steps", type=int, default=400, help="pretraining steps of 32 × 64 tokens")
-    parser.add_argument("--vocab_size", type=int, default=2048, help="of the tokenizer, at least 300")
-    parser.add_argument("--num_train_pairs", type=int, default=512)
-    parser.add_argument(
-        "--num_eval_pairs", type=int, default=200, help="validation pairs; twice as many test"
-    )
-    parser.add_argument("--seed", type=int, default=0)
+    options = {  # default, least, help
+        "steps": (400, 1, "pretraining steps of 32 × 64 tokens"),
+        "vocab_size": (2048, 300, "of the tokenizer, at least 300"),
+        "num_train_pairs": (512, 2, ""),
+        "num_eval_pairs": (200, 2, "validation pairs; twice as many test"),
+        "seed": (0, 0, ""),
+    }
+    for name, (default, _, text) in options.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=text)
     args = parser.parse_args(argv)
-    for name, least in (
-        ("steps", 1),
-        ("vocab_size", 300),
-        ("num_train_pairs", 2),
-        ("num_eval_pairs", 2),
-        ("seed", 0),
-    ):
+    for name, (_, least, _) in options.items():
         if getattr(args, name) < least:
             parser.error(f"--{name} must be at least {least}; got {getattr(args, name)}.")
     if args.output_dir.exists() and not (args.output_dir / "metadata.json").is_file():
@@ -424,7 +347,7 @@ def main(argv: list[str] | None = None) -> None:
     if target.exists() and is_current(target, made_from):
         logger.info("%s is up to date", target)
         return
-    temporary = target.with_name(f".{target.name}-new-{os.getpid()}")
+    temporary, old = (target.with_name(f".{target.name}-{age}-{os.getpid()}") for age in ("new", "old"))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
@@ -432,14 +355,13 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"prepare_tiny.py: error: cannot write beside --output_dir {target}: {error.strerror}.")
     try:
         outcome = build(temporary, args, docs, found)
-        metadata = {
-            **made_from,
-            **outcome,
-            "files": sizes(temporary),
-            "python": platform.python_version(),
-        }
+        metadata = made_from | outcome
+        metadata |= {"files": sizes(temporary), "python": platform.python_version()}
         (temporary / "metadata.json").write_text(json.dumps(metadata, indent=2, sort_keys=True) + "\n")
-        install(temporary, target)
+        if target.exists():
+            target.replace(old)  # which goes only when the new one is there
+        temporary.replace(target)
+        shutil.rmtree(old, ignore_errors=True)
         logger.info("%s: %s", target, ", ".join(f"{n} {s} pairs" for s, n in outcome["pairs"].items()))
     except KeyboardInterrupt:
         logger.error("interrupted: nothing was changed.")

@@ -8,7 +8,7 @@ Source: E. Litman and G. Guo, "A Theory of Generalization in Deep Learning", arX
 """
 
 from hf_poprisk.output_space.dynamics import Evolution, Split, cumulative, evolve, intervals, split
-from hf_poprisk.output_space.kernel import empirical_ntk, kernel_product, kernels
+from hf_poprisk.output_space.kernel import empirical_ntk, kernels
 from hf_poprisk.output_space.recorder import OutputSpaceCallback
 from hf_poprisk.output_space.recording import Recording, RecordingError, load_recording
 from hf_poprisk.output_space.tasks import ClassLogits, DPOMargin, SequenceLogProb, SquaredError, Task
@@ -28,7 +28,6 @@ __all__ = [
     "empirical_ntk",
     "evolve",
     "intervals",
-    "kernel_product",
     "kernels",
     "load_recording",
     "split",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_poprisk.output_space.dynamics import Split, intervals, nothing, split
+from hf_poprisk.output_space.dynamics import Evolution, Split, intervals, nothing, split
 from hf_poprisk.output_space.preconditioner import NONE
 from hf_poprisk.output_space.recording import Recording, RecordingError
 
@@ -24,13 +24,14 @@ class Analysis:
         losses, test_losses: Φ on the probe and on the test examples, [R].
         measured, predicted: the change of Φ from each record to the next, and −gᵀWg, [R − 1].
         displacement, transfer: the test outputs' way from the first record to each, real and −𝒢 g, [R, M].
-        splits: channel and reservoir of W from the first record to each, R of them.
+        evolutions, splits: from the first record to each, and channel and reservoir of their W; R of them.
         reservoir: direction → its share in the reservoir, [R]; ``initial error`` is g at the first record.
         visible: direction → ‖𝒢v‖ of its part in the reservoir over that of the whole, [R]: 0 where the
             reservoir is ker W, more where the spectrum is cut through.
         alignment: [R, r]: the mean squared cosine between the 1, 2, … r leading eigenvectors of the kernel at
             the first record and at each; 1 where the eigenspaces are the first ones, r/N for random ones.
         kernel_change: ‖K − K₀‖/‖K₀‖ of each record, Frobenius, [R].
+        gradients: g of each record, [R, N].
         stable: whether no step of SGD overshot a mode of the probe's loss.
     """
 
@@ -41,6 +42,7 @@ class Analysis:
     predicted: Tensor
     displacement: Tensor
     transfer: Tensor
+    evolutions: list[Evolution]
     splits: list[Split]
     reservoir: dict[str, Tensor]
     visible: dict[str, Tensor]
@@ -67,54 +69,56 @@ def analyse(recording: Recording) -> Analysis:
     Raises:
         RecordingError: nothing moved, or a Gramian is not finite, as steps were far too large.
     """
-    names = set(recording.series) - {"kernel", "cross_kernel", "curvatures"}
+    names = ("gradients", "test_outputs", "losses", "test_losses")
     series = {name: torch.stack(recording.series[name]).double() for name in names}
     g, outputs = series["gradients"].flatten(1), series["test_outputs"].flatten(1)
-    precision = recording.series["kernel"][0].dtype
-    whole = nothing(g.shape[1], outputs.shape[1])
-    directions = {"initial error": g[0], **recording.directions}
-    directions = {k: v.reshape(-1).double() for k, v in directions.items() if v.any()}
-    visible = {name: [0.0] for name in directions}
-    cuts, transfer, predicted = [split(whole.gramian, precision)], [whole.transfer @ g[0]], []
+    evolutions, predicted = [nothing(g.shape[1], outputs.shape[1])], []
     for i, part in enumerate(intervals(recording)):
-        whole = whole.then(part)
+        whole = evolutions[-1].then(part)
         if not bool(whole.gramian.isfinite().all() and whole.transfer.isfinite().all()):
             raise RecordingError(
                 f"from step {recording.steps[i]} to {recording.steps[i + 1]} the picture of a frozen kernel "
                 "diverges, as steps overshot: record more often, or train with a lower learning rate."
             )
-        predicted.append(-float(g[i] @ part.gramian @ g[i]))
-        cuts.append(split(whole.gramian, precision))
-        transfer.append(-(whole.transfer @ g[0]))
-        for name, v in directions.items():
-            hidden = cuts[-1].vectors[:, cuts[-1].channel :]
-            seen = whole.transfer @ torch.stack([hidden @ (hidden.T @ v), v], 1)
-            part, all_of_it = seen.norm(dim=0).tolist()
-            visible[name].append(part / all_of_it if all_of_it else 0.0)
-    if not whole.gramian.any():
+        evolutions.append(whole)
+        predicted.append(-(g[i] @ part.gramian @ g[i]))
+    if not evolutions[-1].gramian.any():
         raise RecordingError(
             "nothing moved between the first record and the last: train on, until a learning rate is above 0."
         )
+    splits = [split(whole.gramian, recording.series["kernel"][0].dtype) for whole in evolutions]
+    directions = {"initial error": g[0], **recording.directions}
+    directions = {name: v.reshape(-1).double() for name, v in directions.items() if v.any()}
     alignment, kernel_change = _turned(recording.series["kernel"])
     return Analysis(
         steps=torch.tensor(recording.steps),
         losses=series["losses"],
         test_losses=series["test_losses"],
         measured=series["losses"].diff(),
-        predicted=torch.tensor(predicted, dtype=torch.float64),
+        predicted=torch.stack(predicted),
         displacement=outputs - outputs[0],
-        transfer=torch.stack(transfer),
-        splits=cuts,
+        transfer=torch.stack([-(whole.transfer @ g[0]) for whole in evolutions]),
+        evolutions=evolutions,
+        splits=splits,
         reservoir={
-            name: torch.tensor([cut.reservoir_share(value) for cut in cuts])
-            for name, value in directions.items()
+            k: torch.tensor([cut.reservoir_share(v) for cut in splits]) for k, v in directions.items()
         },
-        visible={name: torch.tensor(values, dtype=torch.float64) for name, values in visible.items()},
+        visible={k: _visible(v, evolutions, splits) for k, v in directions.items()},
         alignment=alignment,
         kernel_change=kernel_change,
         gradients=g,
-        stable=whole.stable or recording.preconditioner != NONE,
+        stable=evolutions[-1].stable or recording.preconditioner != NONE,
     )
+
+
+def _visible(v: Tensor, evolutions: Sequence[Evolution], splits: Sequence[Split]) -> Tensor:
+    """``visible`` of one direction [N]."""
+    found = []
+    for whole, cut in zip(evolutions, splits, strict=True):
+        hidden = cut.vectors[:, cut.channel :]
+        part, all_of_it = (whole.transfer @ torch.stack([hidden @ (hidden.T @ v), v], 1)).norm(dim=0)
+        found.append(part / all_of_it if all_of_it else torch.zeros_like(part))
+    return torch.stack(found)
 
 
 def _turned(kernels: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

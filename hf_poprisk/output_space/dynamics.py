@@ -7,10 +7,9 @@ r(μ):
     gradient descent    r = Π_j (1 − η_j μ)      as it is: nothing is lost to the size of its steps
     flow                r = exp(−τ μ)            its limit of small steps: mini-batches, momentum, Adam (K_P)
 
-    φ = (1 − r)/μ             F = K^½ φ(M) K^½            Δu = −F g
-    ψ = (1 − r²)/(2μ)         W = K^½ ψ(M) K^½            ΔΦ = −gᵀW g
+    φ = (1 − r)/μ             P = 1 − B K^½ φ(M) K^½             g ← P g
+    ψ = (1 − r²)/(2μ)         W = K^½ ψ(M) K^½                   ΔΦ = −gᵀW g
     χ = (τ − φ)/μ             𝒢 = K_QS (τ − B K^½ χ(M) K^½)      ΔU_Q = −𝒢 g
-                              P = 1 − B F                 g ← P g
 
 Both rules share φ, ψ and χ: the sums over steps telescope to the integrals' form. So for a model linear in
 its parameters and a squared loss gradient descent is reproduced to rounding, however rarely it was recorded;
@@ -39,14 +38,12 @@ class Evolution:
 
     Attributes:
         propagator: P [N, N]: an output gradient, moved on.
-        displacement: F [N, N]: the probe's outputs move by −F g.
         gramian: W [N, N], symmetric: the loss falls by gᵀW g.
         transfer: 𝒢 [M, N]: the test outputs move by −𝒢 g.
         stable: whether no step overshot, ημ < 2: gradient descent's W ≥ 0 needs it, and a flow never sees it.
     """
 
     propagator: Tensor
-    displacement: Tensor
     gramian: Tensor
     transfer: Tensor
     stable: bool = True
@@ -56,7 +53,6 @@ class Evolution:
         p = self.propagator
         return Evolution(
             later.propagator @ p,
-            self.displacement + later.displacement @ p,
             self.gramian + p.T @ later.gramian @ p,
             self.transfer + later.transfer @ p,
             self.stable and later.stable,
@@ -65,8 +61,8 @@ class Evolution:
 
 def nothing(n: int, m: int) -> Evolution:
     """The evolution of no time."""
-    zero = torch.zeros(n, n, dtype=torch.float64)
-    return Evolution(torch.eye(n, dtype=torch.float64), zero, zero, torch.zeros(m, n, dtype=torch.float64))
+    one = torch.eye(n, dtype=torch.float64)
+    return Evolution(one, torch.zeros_like(one), one.new_zeros(m, n))
 
 
 def evolve(
@@ -88,15 +84,12 @@ def evolve(
     root = (vectors * values.sqrt()) @ vectors.T
     rates, modes = torch.linalg.eigh(root @ curvature @ root)
     basis = root @ modes  # K^½ V: every function of M stands between it and its transpose
-    rule_of = _descent if rule == GRADIENT_DESCENT else _flow
-    phi, psi, chi = rule_of(rates, learning_rates)
-    displacement = (basis * phi) @ basis.T
-    kept = sum(learning_rates) * torch.eye(len(values), dtype=torch.float64)
+    phi, psi, chi = (_descent if rule == GRADIENT_DESCENT else _flow)(rates, learning_rates)
+    one = torch.eye(len(values), dtype=torch.float64)
     return Evolution(
-        torch.eye(len(values), dtype=torch.float64) - curvature @ displacement,
-        displacement,
+        one - curvature @ (basis * phi) @ basis.T,
         (basis * psi) @ basis.T,
-        cross_kernel @ (kept - curvature @ (basis * chi) @ basis.T),
+        cross_kernel @ (sum(learning_rates) * one - curvature @ (basis * chi) @ basis.T),
         max(learning_rates, default=0.0) * float(rates.max()) < 2,
     )
 
@@ -134,11 +127,6 @@ def _phi2(x: Tensor) -> Tensor:
     return torch.where(small, series, (torch.expm1(-safe) + safe) / safe**2)
 
 
-def block_diagonal(blocks: Tensor) -> Tensor:
-    """[n, k, k] → [n·k, n·k]."""
-    return torch.block_diag(*blocks)
-
-
 def intervals(recording: Recording) -> Iterator[Evolution]:
     """The evolution from each record to the next, R − 1 of them.
 
@@ -152,7 +140,7 @@ def intervals(recording: Recording) -> Iterator[Evolution]:
         kernel, cross = (
             torch.lerp(series[name][i], series[name][i + 1], later) for name in ("kernel", "cross_kernel")
         )
-        curvature = block_diagonal((series["curvatures"][i] + series["curvatures"][i + 1]) / 2)
+        curvature = torch.block_diag(*(series["curvatures"][i] + series["curvatures"][i + 1]) / 2)
         yield evolve(kernel, cross, curvature, recording.learning_rates[first:last], recording.rule)
 
 

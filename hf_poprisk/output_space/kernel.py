@@ -16,9 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from hf_poprisk.output_space.tasks import Batch, Forward, Outputs
-
-_Row = tuple[int, int]  # which batch, and which of its outputs
+from hf_poprisk.output_space.tasks import Batch, Outputs
 
 
 def empirical_ntk(
@@ -60,25 +58,24 @@ def kernels(
 
     Arguments and errors are those of ``empirical_ntk``. The gradients of the two share their passes.
     """
-    with _Jacobian(model, outputs, scales).ready() as jacobian:
-        rows = jacobian.rows([*probe, *test])
-        n = sum(index < len(probe) for index, _ in rows)
-        if chunk < 1:
-            raise ValueError(f"chunk must be a number of outputs ≥ 1; got {chunk}.")
+    if chunk < 1:
+        raise ValueError(f"chunk must be a number of outputs ≥ 1; got {chunk}.")
+    with evaluating(model):
+        jacobian = _Jacobian(model, outputs, [*probe, *test], scales)
+        n, every = sum(index < len(probe) for index, _ in jacobian.rows), len(jacobian.rows)
         if n == 0:
             raise ValueError("the probe has no outputs: give at least one example.")
-        batches = [*probe, *test]
-        kernel = torch.zeros(len(rows), n, dtype=torch.float64)
+        kernel = torch.zeros(every, n, dtype=torch.float64)
         parts = [range(a, min(a + chunk, n)) for a in range(0, n, chunk)]
-        tests = [range(a, min(a + chunk, len(rows))) for a in range(n, len(rows), chunk)]
+        tests = [range(a, min(a + chunk, every)) for a in range(n, every, chunk)]
         first, there = parts.pop(0), None
         while True:
-            left = jacobian(batches, [rows[i] for i in first]) if there is None else there
+            left = jacobian(first) if there is None else there
             kernel[first.start : first.stop, first.start : first.stop] = (left @ left.T).double()
             there = None
             for part in [*tests, *parts]:  # the last of them is kept, and is the next one on the left
                 del there
-                there = jacobian(batches, [rows[i] for i in part])
+                there = jacobian(part)
                 block = (there @ left.T).double()
                 kernel[part.start : part.stop, first.start : first.stop] = block
                 if part.start < n:
@@ -89,100 +86,69 @@ def kernels(
             del left
 
 
-def kernel_product(
-    model: nn.Module,
-    probe: Sequence[Batch],
-    vector: Tensor,
-    outputs: Outputs,
-    test: Sequence[Batch] | None = None,
-    scales: Mapping[str, Tensor] | None = None,
-) -> Tensor:
-    """K v without K, in memory of one gradient; with ``test`` K_QS v.
-
-    Args:
-        vector: [N], over the probe's outputs in the order of ``empirical_ntk``.
-
-    Returns:
-        [N] float64, or [M] with ``test``.
-
-    Raises:
-        ValueError: a vector of another length; and as ``empirical_ntk``.
-    """
-    with _Jacobian(model, outputs, scales).ready() as jacobian:
-        rows = jacobian.rows(probe)
-        if vector.shape != (len(rows),):
-            raise ValueError(
-                f"the vector has shape {tuple(vector.shape)}; the probe has {len(rows)} outputs."
-            )
-        weights = torch.zeros(jacobian.size, dtype=jacobian.dtype, device=jacobian.device)
-        for row, value in zip(rows, vector.tolist(), strict=True):
-            weights += value * jacobian(probe, [row])[0]  # J is scaled by √P on either side
-        there = probe if test is None else test
-        products = [(jacobian(there, [row])[0] @ weights).double() for row in jacobian.rows(there)]
-        return torch.stack(products).cpu()
-
-
-def output_pull(
-    model: nn.Module, batches: Sequence[Batch], gradients: Sequence[Tensor], outputs: Outputs
-) -> Tensor:
+def output_pull(model: nn.Module, batches: Sequence[Batch], gradients: Tensor, outputs: Outputs) -> Tensor:
     """Jᵀ g, one backward per batch: the parameters' gradient of a loss whose gradient in the outputs is g.
 
     Args:
-        gradients: of each batch's outputs, [b, k].
+        gradients: of all outputs, [n, k].
 
     Returns:
         [P] over the trainable parameters in the model's order, of their precision, at least float32.
     """
-    with _Jacobian(model, outputs, None).ready() as jacobian:
-        return jacobian.transposed(batches, gradients)
-
-
-def evaluate(model: nn.Module, batches: Sequence[Batch], outputs: Outputs) -> list[Tensor]:
-    """The outputs [b, k] of every batch, in ``eval`` mode and without gradients."""
-    with evaluating(model), torch.no_grad():
-        return [outputs(model, batch) for batch in batches]
+    with evaluating(model):
+        jacobian = _Jacobian(model, outputs, batches)
+        parts = gradients.reshape(-1).split(jacobian.sizes)
+        return torch.stack([jacobian.pull(index, part) for index, part in enumerate(parts)]).sum(0)
 
 
 class _Jacobian:
-    """Rows of J √P."""
+    """J √P of the outputs of some batches, row by row.
 
-    def __init__(self, model: nn.Module, outputs: Outputs, scales: Mapping[str, Tensor] | None) -> None:
+    Attributes:
+        sizes: outputs of each batch.
+        rows: of each output its batch and its place there.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        outputs: Outputs,
+        batches: Sequence[Batch],
+        scales: Mapping[str, Tensor] | None = None,
+    ) -> None:
         # aliases, so that no hook of the model's own parameters is called and no .grad is written
         self._params = {
             name: p.detach().requires_grad_() for name, p in model.named_parameters() if p.requires_grad
         }
         if not self._params:
             raise ValueError("the model has no trainable parameter: set requires_grad on what is trained.")
-        self._model, self._outputs, self._scales = model, outputs, scales
-        params = list(self._params.values())
-        self.size, self.device = sum(p.numel() for p in params), params[0].device
+        self._model, self._outputs, self._batches = model, outputs, batches
+        params = self._params.values()
+        self._size, self._device = sum(p.numel() for p in params), next(iter(params)).device
         wide = any(p.dtype == torch.float64 for p in params)
-        self.dtype = torch.float64 if wide else torch.float32
-        self._roots: Tensor | None = None
+        self._dtype = torch.float64 if wide else torch.float32
+        self._roots: Tensor | float = 1.0
         if scales is not None:
-            flat = [scales[name].reshape(-1).to(self.device, self.dtype) for name in self._params]
+            flat = [scales[name].reshape(-1).to(self._device, self._dtype) for name in self._params]
             self._roots = torch.cat(flat).sqrt_()
-
-    @contextmanager
-    def ready(self) -> Iterator[_Jacobian]:
-        with evaluating(self._model):
-            yield self
-
-    def _forward(self) -> Forward:
-        return lambda *args, **kwargs: functional_call(self._model, self._params, args, kwargs)
-
-    def rows(self, batches: Sequence[Batch]) -> list[_Row]:
         with torch.no_grad():
-            sizes = [self._outputs(self._model, batch).numel() for batch in batches]
-        return [(index, j) for index, size in enumerate(sizes) for j in range(size)]
+            self.sizes = [outputs(model, batch).numel() for batch in batches]
+        self.rows = [(index, j) for index, size in enumerate(self.sizes) for j in range(size)]
+
+    def _values(self, index: int) -> Tensor:
+        """The outputs of a batch side by side, as a function of the aliases."""
+        return self._outputs(
+            lambda *args, **kwargs: functional_call(self._model, self._params, args, kwargs),
+            self._batches[index],
+        ).reshape(-1)
 
     @torch.enable_grad()
-    def __call__(self, batches: Sequence[Batch], rows: Sequence[_Row]) -> Tensor:
+    def __call__(self, picked: Sequence[int]) -> Tensor:
         """[rows, parameters]; an output that does not depend on a parameter has zeros there."""
         params, filled = list(self._params.values()), 0
-        found = torch.zeros(len(rows), self.size, dtype=self.dtype, device=self.device)
-        for index, group in groupby(rows, key=lambda row: row[0]):
-            values = self._outputs(self._forward(), batches[index]).reshape(-1)
+        found = torch.zeros(len(picked), self._size, dtype=self._dtype, device=self._device)
+        for index, group in groupby((self.rows[i] for i in picked), key=lambda row: row[0]):
+            values = self._values(index)
             for _, j in group:
                 grads = torch.autograd.grad(values[j], params, retain_graph=True, allow_unused=True)
                 start = 0
@@ -191,21 +157,16 @@ class _Jacobian:
                         found[filled, start : start + p.numel()] = grad.reshape(-1)
                     start += p.numel()
                 filled += 1
-        if self._roots is not None:
-            found *= self._roots
-        return found
+        return found.mul_(self._roots)
 
     @torch.enable_grad()
-    def transposed(self, batches: Sequence[Batch], vectors: Sequence[Tensor]) -> Tensor:
-        """Jᵀ v [parameters], v in one piece per batch and in the precision of the outputs."""
-        params = list(self._params.values())
-        total = torch.zeros(self.size, dtype=self.dtype, device=self.device)
-        for batch, vector in zip(batches, vectors, strict=True):
-            values = self._outputs(self._forward(), batch).reshape(-1)
-            grads = torch.autograd.grad(values, params, vector.reshape(-1).to(values), allow_unused=True)
-            pairs = zip(params, grads, strict=True)
-            total += torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1) for p, g in pairs])
-        return total
+    def pull(self, index: int, vector: Tensor) -> Tensor:
+        """Jᵀ v [parameters] of the outputs of one batch."""
+        values, params = self._values(index), list(self._params.values())
+        grads = torch.autograd.grad(
+            values, params, vector.to(values), allow_unused=True, materialize_grads=True
+        )
+        return torch.cat([grad.reshape(-1).to(self._dtype) for grad in grads])
 
 
 @contextmanager

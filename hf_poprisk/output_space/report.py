@@ -1,22 +1,72 @@
-"""One self-contained HTML page about a recorded run: the numbers in words, and the figures."""
+"""``hf-poprisk output-space RUN_DIR``: one self-contained HTML page about a recorded run."""
 
 from __future__ import annotations
 
+import argparse
 import base64
 import html
 import io
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from hf_poprisk.output_space.analysis import Analysis
-from hf_poprisk.output_space.plots import figures
-from hf_poprisk.output_space.recording import GRADIENT_DESCENT, Recording
+from hf_poprisk.command import folder_beside, need
+from hf_poprisk.output_space.analysis import Analysis, analyse
+from hf_poprisk.output_space.plots import FIGURES
+from hf_poprisk.output_space.recording import (
+    FILE_NAME,
+    GRADIENT_DESCENT,
+    Recording,
+    RecordingError,
+    load_recording,
+)
 
 _STYLE = """
 body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif }
 img { width: 100% } h2 { margin-top: 2.5rem } p, li { max-width: 48rem }
 """
+
+
+def add_command(commands: Any) -> None:
+    """Add ``output-space`` to the subparsers of ``hf-poprisk``."""
+    parser = commands.add_parser(
+        "output-space",
+        help="what a recorded run did in output space",
+        description="What a recorded run did in output space, as one HTML page with its figures inside.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", type=Path, metavar="RUN_DIR", help=f"an output folder with {FILE_NAME}")
+    parser.add_argument(
+        "--to", type=Path, metavar="FILE.html", help="where it goes (default: RUN_DIR/output_space.html)"
+    )
+    parser.set_defaults(execute=report)
+
+
+def report(args: argparse.Namespace) -> Path:
+    """Write the page and print its sentences.
+
+    Raises:
+        RecordingError: says in one sentence what is wrong; then nothing was written.
+    """
+    target = args.to or args.run / "output_space.html"
+    if target.suffix.lower() != ".html" or target.is_dir():
+        raise RecordingError(f"--to {target} must be a file that ends in .html.")
+    if not target.absolute().parent.is_dir() and args.to:
+        raise RecordingError(f"--to {target}: the folder {target.parent} does not exist.")
+    need("matplotlib", "the report")
+    recording = load_recording(args.run)
+    if len(recording.steps) < 2:
+        raise RecordingError(f"{args.run / FILE_NAME} has one record only: train at least one step.")
+    analysis = analyse(recording)
+    text = page(recording, analysis, f"{args.run.resolve().name} in output space")
+    with folder_beside(target) as folder:
+        (folder / target.name).write_text(text, encoding="utf-8")
+        (folder / target.name).replace(target)
+    for name, lines in sentences(recording, analysis).items():
+        print(*([f"\n{name}"] if name else []), *lines, sep="\n")
+    print(f"\nreport: {target}")
+    return target
 
 
 def sentences(recording: Recording, analysis: Analysis) -> dict[str, list[str]]:
@@ -83,30 +133,17 @@ def _in_reservoir(name: str, share: Tensor, analysis: Analysis) -> str:
 
 def page(recording: Recording, analysis: Analysis, title: str) -> str:
     """The HTML, with its figures inside."""
-    texts, parts = sentences(recording, analysis), []
-    drawn = figures(analysis)
-    for name, lines in texts.items():
+    parts, title = [], html.escape(title)
+    for name, lines in sentences(recording, analysis).items():
         parts += [f"<h2>{html.escape(name)}</h2>"] if name else []
         parts += [f"<p>{html.escape(line)}</p>" for line in lines]
         if name:
             buffer = io.BytesIO()
-            drawn[name].savefig(buffer, format="png", dpi=110)
+            FIGURES[name](analysis).savefig(buffer, format="png", dpi=110)
             data = base64.b64encode(buffer.getvalue()).decode()
             parts.append(f'<img alt="{html.escape(name)}" src="data:image/png;base64,{data}">')
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{_STYLE}</style>\n<h1>{html.escape(title)}</h1>\n" + "\n".join(parts) + "\n"
-        "<p>Definitions: E. Litman and G. Guo, A Theory of Generalization in Deep Learning, "
-        "arXiv:2605.01172.</p>"
-        "</html>\n"
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
+        f"<style>{_STYLE}</style>\n<h1>{title}</h1>\n" + "\n".join(parts) + "\n<p>Definitions: E. Litman and "
+        "G. Guo, A Theory of Generalization in Deep Learning, arXiv:2605.01172.</p></html>\n"
     )
-
-
-def write_page(path: Path, text: str) -> None:
-    """Beside its place, then renamed: a reader never sees half of it."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
 """Both gates beside AdamW and beside a random mask as dense, in every experiment: a line for each."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 
 import pandas as pd
 from experiment import NAMES, Experiment, Report, load, read, results_of
@@ -10,11 +10,11 @@ GATES = {"hard": "random-mask", "soft": "random-mask-soft"}  # and their masks
 PAIRS = [(gate, base) for gate in GATES for base in ("adamw", "its mask")]
 
 
-def overview(names: Iterable[str] = NAMES) -> str:
+def overview(names: Sequence[str] = NAMES) -> str:
     """Each arm at its own best settings, and how many of the intervals say that a gate is better or worse."""
     found = [
         line(title, rows, experiment, report)
-        for name, experiment in ((name, load(name)) for name in names)
+        for name, experiment in zip(names, map(load, names), strict=True)
         for report in experiment.reports
         if set(GATES) <= set(experiment.arms)
         for title, rows in parts(name, experiment, report)
@@ -50,15 +50,11 @@ def line(
     places, name = digits(rows, report.result), report.result
     arms = ("adamw", *GATES, *GATES.values())
     at_best = {arm: best(rows[rows["arm"] == arm], experiment.grid, report) for arm in arms}
-    entries, verdicts, seeds = [], [], set()
-    for gate, mask in GATES.items():
-        for base in ("adamw", mask):
-            chosen, other = at_best[gate], at_best[base]
-            entries.append(difference(chosen, other, name, places, report.ratio))
-            verdicts.append(verdict(chosen, other, report))
-            seeds.add(len(set(chosen["seed"]) & set(other["seed"])))
-    seeds = sorted(seeds - {0})
+    pairs = [(at_best[gate], at_best[base]) for gate, mask in GATES.items() for base in ("adamw", mask)]
+    entries = [difference(*pair, name, places, report.ratio) for pair in pairs]
+    seeds = sorted({len(set(chosen["seed"]) & set(base["seed"])) for chosen, base in pairs} - {0})
     few = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else str(*seeds)
+    verdicts = [verdict(*pair, report) for pair in pairs]
     return [title, with_error(at_best["adamw"], name, places), *entries, few], verdicts
 
 

@@ -12,7 +12,7 @@ import torch
 from experiment import Experiment, Report
 from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
-from training import GATES, Rows, fit, stopped_early
+from training import GATES, Rows, fit
 
 
 class Network(nn.Module):
@@ -61,21 +61,20 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
     @torch.no_grad()
     def measure(step: int) -> dict[str, float]:
         values = model(points, clean)["logits"].clamp(0, 1)
-        found = {
-            f"{name}_psnr": -10 * (values[rows] - clean[rows]).square().mean().log10().item()
-            for name, rows in sets.items()
-        }
-        if len(held):
-            found["held_error"] = (values[held] - noisy[held]).square().mean().item()
-        return found
+        found = {f"{name}_psnr": psnr(values[rows], clean[rows]) for name, rows in sets.items()}
+        return found | {"held": (values[held] - noisy[held]).square().mean().item()}
 
-    data = Rows(points=points[kept], labels=noisy[kept])
-    curves = stopped_early(fit(model, data, cell, measure), "held_error")
+    curves = fit(model, Rows(points=points[kept], labels=noisy[kept]), cell, measure)
     return {
         **{f"{name}_psnr": curves[f"{name}_psnr"][-1] for name in sets},
         "test_highest": max(curves["test_psnr"]),
-        "noisy_psnr": -10 * (noisy.clamp(0, 1) - clean).square().mean().log10().item(),
+        "noisy_psnr": psnr(noisy.clamp(0, 1), clean),
     }
+
+
+def psnr(values: Tensor, truth: Tensor) -> float:
+    """In dB, of values in [0, 1]."""
+    return -10 * (values - truth).square().mean().log10().item()
 
 
 EXPERIMENT = Experiment(
@@ -83,16 +82,8 @@ EXPERIMENT = Experiment(
     verdict="supported for the soft gate, by 0.2 dB; for more, only at equal learning rate, "
     "and a mask does more",
     run=run,
-    settings={
-        "size": 48,
-        "noise": 0.2,
-        "width": 96,
-        "features": 64,
-        "frequency": 3.0,
-        "examples_per_step": 256,
-        "steps": 1500,
-        "every": 50,
-    },
+    settings={"size": 48, "noise": 0.2, "width": 96, "features": 64, "frequency": 3.0}
+    | {"examples_per_step": 256, "steps": 1500, "every": 50},
     arms=GATES,
     grid={"learning_rate": [0.00005, 0.0001, 0.0002, 0.0003, 0.0005, 0.001, 0.003]},
     reports=[Report("validation_psnr", "test_psnr", "higher")],

@@ -1,4 +1,4 @@
-"""Writes the generated parts of RESULTS.md, LABEL_NOISE.md and README from the results files.
+"""Writes the generated parts of RESULTS.md, LABEL_NOISE.md, README and the guide to output space.
 
     python recipes/experiments/page.py
 
@@ -16,12 +16,15 @@ import common
 import figure
 import gates
 import labels_tables
+import output_space
 import pandas as pd
 import self_influence
 from experiment import HERE, NAMES, Experiment, load, read, results_of
 from tables import arm_or_facet_table, best, digits, markdown, with_error
 
-PAGES = (HERE / "RESULTS.md", HERE / "LABEL_NOISE.md", HERE.parents[1] / "README.md")
+ROOT = HERE.parents[1]
+GUIDE = ROOT / "hf_poprisk" / "output_space" / "README.md"
+PAGES = (HERE / "RESULTS.md", HERE / "LABEL_NOISE.md", ROOT / "README.md", GUIDE)
 END = "<!-- end of the generated part -->"
 MARKED = re.compile(rf"(<!-- generated: [^>]*?, ([\w-]+) -->)\n.*?\n({END})", re.S)
 LABELS = ("labels_classes", "labels_pairs")
@@ -57,14 +60,12 @@ def label_rows(seeds: range | None = None) -> pd.DataFrame:
 def section(name: str) -> str:
     """The tables of one experiment, and what they took."""
     experiment, rows = rows_of(name)
-    count, total = len(rows), len(experiment.cells())
-    return "\n\n".join(
-        [
-            f"`python recipes/experiments/run.py {name}`: {count} of {total} cells, "
-            f"{rows['seconds'].sum() / 60:.0f} minutes of one core.",
-            *(arm_or_facet_table(experiment, rows, report) for report in experiment.reports),
-        ]
+    took = (
+        f"`python recipes/experiments/run.py {name}`: {len(rows)} of {len(experiment.cells())} cells, "
+        f"{rows['seconds'].sum() / 60:.0f} minutes of one core."
     )
+    tables = (arm_or_facet_table(experiment, rows, report) for report in experiment.reports)
+    return "\n\n".join([took, *tables])
 
 
 def summary() -> str:
@@ -73,16 +74,10 @@ def summary() -> str:
     for name in CLAIMS:
         experiment, rows = rows_of(name)
         report = experiment.reports[0]
-        values = ["–"] * len(SHOWN)
+        values, places = ["–"] * len(SHOWN), digits(rows, report.result)
         if not experiment.facets:
-            values = [
-                with_error(
-                    best(rows[rows["arm"] == arm], experiment.grid, report),
-                    report.result,
-                    digits(rows, report.result),
-                )
-                for arm in SHOWN
-            ]
+            chosen = [best(rows[rows["arm"] == arm], experiment.grid, report) for arm in SHOWN]
+            values = [with_error(part, report.result, places) for part in chosen]
         what = report.result.removeprefix("test_").replace("_", " ")
         out.append([experiment.title, what, *values, experiment.verdict])
     report, rate = labels_tables.REPORT, labels_tables.RATE
@@ -101,6 +96,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "self-influence": lambda: self_influence.table(rows_of("self_influence")[1]),
     "arms": lambda: labels_tables.tables(label_rows()),
     "summary": summary,
+    **{f"output_space_{kind}": lambda kind=kind: output_space.table(kind) for kind in output_space.KINDS},
     "labels": lambda: labels_tables.summary(label_rows(), OF_LABELS, SHOWN_OF_LABELS),
 }
 

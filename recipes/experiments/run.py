@@ -14,6 +14,8 @@ import math
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,18 +77,8 @@ def run_cells(name: str, cells: list[Cell], path: Path, jobs: int) -> int:
         How many failed.
 
     Raises:
-        RecipeError: another process writes to the file, it is of something else, or a cell raised one.
+        RecipeError: the file is of something else, or a cell raised one.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = Path(tempfile.gettempdir(), f"{str(path.resolve()).replace('/', '+')}.lock")
-    try:
-        with filelock.FileLock(lock, timeout=0):
-            return _run_missing(name, cells, path, jobs)
-    except filelock.Timeout as error:
-        raise RecipeError(f"another run is writing to {path}: wait for its end.") from error
-
-
-def _run_missing(name: str, cells: list[Cell], path: Path, jobs: int) -> int:
     experiment, failed = load(name), 0
     rows = read(experiment, path)
     done = set(rows[list(experiment.axes)].itertuples(index=False, name=None))
@@ -99,13 +91,22 @@ def _run_missing(name: str, cells: list[Cell], path: Path, jobs: int) -> int:
                 failed += 1
                 tqdm.write(f"failed: {row['error']}", file=sys.stderr)
                 continue
-            rows = (
-                pd.concat([rows, pd.DataFrame([row])], ignore_index=True)
-                if len(rows)
-                else pd.DataFrame([row])
-            )
+            new = pd.DataFrame([row])
+            rows = pd.concat([rows, new], ignore_index=True) if len(rows) else new
             write(rows, path)
     return failed
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Hold a results file: a second run that writes to it is refused."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = Path(tempfile.gettempdir(), f"{str(path.resolve()).replace('/', '+')}.lock")
+    try:
+        with filelock.FileLock(lock, timeout=0):
+            yield
+    except filelock.Timeout as error:
+        raise RecipeError(f"another run is writing to {path}: wait for its end.") from error
 
 
 def write(rows: pd.DataFrame, path: Path) -> None:
@@ -149,7 +150,8 @@ def main(argv: list[str]) -> int:
         print(__doc__, *(f"{name:16} {load(name).title}" for name in NAMES), sep="\n")
         return 0
     name, experiment, chosen, path, jobs = parse(argv)
-    failed = run_cells(name, experiment.cells(chosen), path, jobs)
+    with alone(path):
+        failed = run_cells(name, experiment.cells(chosen), path, jobs)
     rows = read(experiment, path)
     for report in experiment.reports if len(rows) else ():
         print("", arm_or_facet_table(experiment, rows, report), sep="\n")

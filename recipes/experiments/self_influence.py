@@ -16,7 +16,6 @@ from typing import Any
 
 import common
 import labels_classes
-import labels_pairs
 import numpy as np
 import pandas as pd
 import torch
@@ -62,47 +61,33 @@ class OwnEffects(TrainerCallback):
 
 
 @torch.no_grad()
-def log_odds(trainer: Any, data: Sequence[Any], pairs: bool) -> tuple[np.ndarray, int]:
+def log_odds(trainer: Any, data: Sequence[Any]) -> tuple[np.ndarray, int]:
     """z of the labels of ``data``, [n], as the loss of the trainer sees them, and K."""
-    model, found, size = trainer.model.eval(), [], trainer.args.per_device_eval_batch_size
-    for start in range(0, len(data), size):
-        rows = [data[row] for row in range(start, min(start + size, len(data)))]
-        tap = LogOddsTap(pairs, lambda z, num_labels: torch.ones_like(z))
-        with tap:
-            trainer.compute_loss(model, trainer._prepare_inputs(trainer.data_collator(rows)))
-        found.append(tap.log_odds.cpu())
-    return torch.cat(found).double().numpy(), tap.num_labels
+    with LogOddsTap(False, lambda z, num_labels: torch.ones_like(z)) as tap:
+        trainer.compute_loss(trainer.model.eval(), trainer._prepare_inputs(trainer.data_collator(data)))
+    return tap.log_odds.cpu().double().numpy(), tap.num_labels
 
 
 def train(cell: Cell, left_out: np.ndarray) -> Run:
-    """One run, and its log-odds of the examples that were left out; of all, if none was.
-
-    Raises:
-        RecipeError: the trainer does without some of the examples.
-    """
-    pairs, judged = cell["data"] in labels_pairs.DATA, not len(left_out)
-    prepare = (labels_pairs if pairs else labels_classes).prepare
+    """One run, and its log-odds of the examples that were left out; of all, if none was."""
+    judged = not len(left_out)
     with tempfile.TemporaryDirectory() as folder:
-        setup = prepare(cell | {"poprisk_label_noise": "audit" if judged else "off"}, folder)
+        judging = {"poprisk_label_noise": "audit" if judged else "off"}
+        setup = labels_classes.prepare(cell | judging, folder)
         trainer, data = setup.trainer, setup.trainer.train_dataset
-        if len(data) != len(setup.mislabeled):
-            raise common.RecipeError(f"{cell['data']}: the trainer left out examples of its own.")
-        rows = np.arange(len(data)) if judged else left_out
+        everything = np.arange(len(data))
+        rows = everything if judged else left_out
         trainer.remove_callback(PrinterCallback)
         effects = OwnEffects(trainer)
         if judged:
             trainer.add_callback(effects)
         else:
-            trainer.train_dataset = chosen(data, np.setdiff1d(np.arange(len(data)), left_out))
+            trainer.train_dataset = [data[row] for row in np.setdiff1d(everything, left_out)]
         transformers.set_seed(cell["seed"])
         trainer.train()
-        z, num_labels = log_odds(trainer, chosen(data, rows), pairs)
+        z, num_labels = log_odds(trainer, [data[row] for row in rows])
     kept = trainer._label_noise.kept_share if judged else np.nan
     return Run(z, np.array(effects.seen), setup.mislabeled[rows], num_labels, kept)
-
-
-def chosen(data: Any, rows: np.ndarray) -> Any:
-    return data.select(rows) if hasattr(data, "select") else [data[row] for row in rows]
 
 
 def run(cell: Cell) -> dict[str, float | None]:

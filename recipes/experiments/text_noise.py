@@ -6,6 +6,7 @@ three splits.
 """
 
 import ast
+import itertools
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
 from experiment import Experiment, Report
-from training import GATES, Rows, fit, stopped_early
+from training import GATES, Rows, fit
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 LIBRARIES = ("tkinter", "asyncio", "email", "importlib")
@@ -37,16 +38,17 @@ def docstrings() -> DatasetDict:
                         texts.add(" ".join(words))
     rng, most = np.random.default_rng(0), sum(SIZES.values()) // len(LIBRARIES)
     rows = [
-        (text, label)
+        {"text": text, "label": label}
         for label, texts in enumerate(found.values())
         for text in rng.permutation(sorted(texts))[:most]
     ]
-    order, parts, start = rng.permutation(len(rows)), {}, 0
-    for name, size in SIZES.items():
-        mine = [rows[row] for row in order[start : start + size]]
-        parts[name] = Dataset.from_dict({"text": [t for t, _ in mine], "label": [label for _, label in mine]})
-        start += size
-    return DatasetDict(parts)
+    order = iter(rng.permutation(len(rows)))
+    return DatasetDict(
+        {
+            name: Dataset.from_list([rows[i] for i in itertools.islice(order, size)])
+            for name, size in SIZES.items()
+        }
+    )
 
 
 def run(cell: dict[str, Any]) -> dict[str, Any]:
@@ -58,10 +60,9 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
     data = common.load_splits(cell["dataset"], None, False) if cell["dataset"] else docstrings()
     tokenizer = AutoTokenizer.from_pretrained(cell["model"])
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    sets = {}
-    for name in ("train", "validation", "test"):
-        options = {"truncation": True, "max_length": cell["max_length"], "padding": "max_length"}
-        tokens = tokenizer(list(data[name]["text"]), return_tensors="pt", **options)
+    sets, form = {}, {"truncation": True, "max_length": cell["max_length"], "padding": "max_length"}
+    for name in SIZES:
+        tokens = tokenizer(list(data[name]["text"]), return_tensors="pt", **form)
         sets[name] = dict(tokens) | {"labels": torch.tensor(data[name]["label"])}
     rng, labels = np.random.default_rng(cell["seed"]), sets["train"]["labels"].numpy()
     n, classes = len(labels), int(labels.max()) + 1
@@ -89,12 +90,12 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
                 right += [batch.pop("labels") == model(**batch).logits.argmax(1)]
             found[f"{name}_accuracy"] = torch.cat(right).float().mean().item()
         if len(held):
-            found["held_loss"] = model(**pick(train, held)).loss.item()
+            found["held"] = model(**pick(train, held)).loss.item()
         model.train()
         return found
 
     options = cell | {"steps": cell["epochs"] * steps, "every": steps}
-    curves = stopped_early(fit(model, Rows(**pick(train, kept)), options, measure), "held_loss")
+    curves = fit(model, Rows(**pick(train, kept)), options, measure)
     return {f"{name}_accuracy": curves[f"{name}_accuracy"][-1] for name in sets}
 
 
@@ -106,14 +107,8 @@ EXPERIMENT = Experiment(
     title="Mislabeled texts: fine-tuning a language model as a classifier, 30 % mislabeled",
     verdict="not supported here",
     run=run,
-    settings={
-        "model": "outputs/tiny/model",
-        "dataset": None,
-        "max_length": 24,
-        "noise": 0.3,
-        "examples_per_step": 16,
-        "epochs": 6,
-    },
+    settings={"model": "outputs/tiny/model", "dataset": None, "max_length": 24, "noise": 0.3}
+    | {"examples_per_step": 16, "epochs": 6},
     arms={
         **{name: options for name, options in GATES.items() if name != "ema-soft"},
         "weight": {"poprisk_gate": "none", "poprisk_label_noise": "weight"},

@@ -80,14 +80,6 @@ class Watch(TrainerCallback):
                 self.curves[name].append(value)
 
 
-def stopped_early(curves: dict[str, list[float]], by: str) -> dict[str, list[float]]:
-    """The curves up to where ``by``, an error on held-out noisy data, is lowest; as they are without it."""
-    if by not in curves or np.isnan(curves[by]).all():
-        return curves
-    at = int(np.nanargmin(curves[by]))
-    return {name: values[: at + 1] for name, values in curves.items()}
-
-
 def fit(
     model: nn.Module,
     data: Rows,
@@ -100,7 +92,8 @@ def fit(
         options: of a cell; ``seed``, ``steps``, ``every`` (steps between two measurements; the last step is
             one of them), ``examples_per_step``, and whatever else is a training argument. ``random_mask``
             puts the control in the place of the gate.
-        measure: step → what is to be recorded then, or None to stop.
+        measure: step → what is to be recorded then, or None to stop. With ``held``, an error on noisy data
+            that are not trained on, the curves end where it is lowest.
 
     Returns:
         The recorded curves, ``step`` among them.
@@ -135,9 +128,11 @@ def fit(
             **dict.fromkeys(("logging_strategy", "eval_strategy", "save_strategy"), "no"),
             report_to="none",
         )
-        trainer = trainer_class(
-            model=model, args=args, train_dataset=data, data_collator=collate, callbacks=[watch]
-        )
+        trainer = trainer_class(model, args, data_collator=collate, train_dataset=data, callbacks=[watch])
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return dict(watch.curves)
+    curves = dict(watch.curves)
+    if not np.isfinite(curves.get("held", np.nan)).any():
+        return curves
+    stop = int(np.nanargmin(curves["held"])) + 1
+    return {name: values[:stop] for name, values in curves.items()}

@@ -1,20 +1,14 @@
 """The experiment self_influence: self-influences beside models that never saw the example."""
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import self_influence
+from common import RecipeError
 from sklearn.metrics import roc_auc_score
 from transformers import Trainer
-
-RECIPES = Path(__file__).parents[1] / "recipes"
-sys.path[:0] = [str(RECIPES), str(RECIPES / "experiments")]
-
-import self_influence  # noqa: E402
-from common import RecipeError  # noqa: E402
 
 CELL = self_influence.EXPERIMENT.options(
     {"arm": "adamw", "data": "digits", "noise": 0.3, "learning_rate": 3e-3, "epochs": 2, "seed": 0}

@@ -5,25 +5,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import common
+import double_descent
+import grokking_add
+import grokking_divide
+import image
 import numpy as np
+import pinn
 import pytest
+import text_noise
 import torch
+import training
+from experiment import load
 from models import save_tiny_model
 
-RECIPES = Path(__file__).parents[1] / "recipes"
-sys.path[:0] = [str(RECIPES), str(RECIPES / "experiments")]
-
-import common  # noqa: E402
-import double_descent  # noqa: E402
-import grokking_add  # noqa: E402
-import grokking_divide  # noqa: E402
-import image  # noqa: E402
-import pinn  # noqa: E402
-import text_noise  # noqa: E402
-import training  # noqa: E402
-from experiment import load  # noqa: E402
-
-from hf_poprisk import PopRiskAdamW  # noqa: E402
+from hf_poprisk import PopRiskAdamW
 
 SMALL = {  # options that make a run of an experiment a matter of a second
     "grokking_add": {"steps": 10, "every": 5, "p": 11, "examples_per_step": 16},
@@ -33,6 +29,12 @@ SMALL = {  # options that make a run of an experiment a matter of a second
     "double_descent": {"steps": 10, "every": 5, "num_train": 200},
     "text_noise": {"epochs": 2, "max_length": 4, "examples_per_step": 128},
 }
+
+
+def cell_of(name: str, **options: Any) -> dict[str, Any]:
+    """The options of an experiment's first cell, with others in place of some."""
+    experiment = load(name)
+    return experiment.options(experiment.cells()[0]) | SMALL[name] | options
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -80,7 +82,6 @@ def test_fit_trains_as_a_loop_of_its_own() -> None:
     """The same steps by hand with torch's AdamW: order of the rows, learning rate and decay arrive."""
     x, y = torch.randn(12, 64), torch.arange(12) % 10
     options = {"seed": 3, "steps": 6, "examples_per_step": 4, "learning_rate": 0.01, "weight_decay": 0.1}
-    torch.manual_seed(0)
     model, by_hand = double_descent.Network(8), double_descent.Network(8)
     by_hand.load_state_dict(model.state_dict())
     seen: list[Any] = []
@@ -101,36 +102,76 @@ def test_fit_trains_as_a_loop_of_its_own() -> None:
         torch.testing.assert_close(got, expected)
 
 
-def test_measuring_may_end_the_training() -> None:
-    options = {"seed": 0, "steps": 6, "every": 1, "examples_per_step": 4, "learning_rate": 0.01}
-    options |= {"poprisk_gate": "none"}
+OPTIONS = {"seed": 0, "steps": 6, "every": 1, "examples_per_step": 4, "learning_rate": 0.01}
+OPTIONS |= {"poprisk_gate": "none"}
+
+
+@pytest.mark.parametrize(
+    ("values", "steps"),
+    [
+        ({}, 6),
+        ({4: None}, 3),  # measuring may end the training
+        ({s: {"held": value} for s, value in enumerate((0.5, 0.3, math.nan, 0.2, 0.4, 0.3), 1)}, 4),
+        ({s: {"held": math.nan} for s in range(1, 7)}, 6),
+    ],
+)
+def test_what_is_measured_ends_a_run(values: dict[int, Any], steps: int) -> None:
     data = training.Rows(x=torch.randn(12, 64), labels=torch.arange(12) % 10)
-    curves = training.fit(double_descent.Network(4), data, options, lambda s: {} if s < 4 else None)
-    assert curves == {"step": [1, 2, 3]}
-    for changed, message in (
+    curves = training.fit(double_descent.Network(4), data, OPTIONS, lambda s: values.get(s, {}))
+    assert curves["step"] == list(range(1, steps + 1)) and len(curves.get("held", curves["step"])) == steps
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
         ({"steps": 5}, "steps=5 must be a multiple of every=2"),
         ({"examples_per_step": 13}, "examples_per_step=13 of 12 examples"),
         ({"random_mask": True}, "random_mask takes the place of a gate"),
-    ):
-        with pytest.raises(common.RecipeError, match=message):
-            training.fit(double_descent.Network(4), data, options | {"every": 2} | changed, lambda s: {})
+    ],
+)
+def test_a_training_that_cannot_be_is_refused(changed: dict[str, Any], message: str) -> None:
+    data = training.Rows(x=torch.randn(12, 64), labels=torch.arange(12) % 10)
+    with pytest.raises(common.RecipeError, match=message):
+        training.fit(double_descent.Network(4), data, OPTIONS | {"every": 2} | changed, lambda s: {})
+
+
+@pytest.mark.parametrize("script", [image, double_descent, pinn])
+def test_early_stopping_looks_at_noisy_data_that_were_kept_apart(
+    script: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, seen = script.__name__, []
+
+    def made_up_fit(model: Any, data: Any, options: Any, measure: Any) -> dict[str, list[float]]:
+        found = measure(options["every"])
+        seen.append((model, data, found.get("held", math.nan)))
+        return {"step": [1, 2], **{name: [0.1, 0.2] for name in found}}
+
+    monkeypatch.setattr(script, "fit", made_up_fit)
+    found = [script.run(cell_of(name, early=early)) for early in (False, True)]
+    result = "test_psnr" if script is image else "test_error"
+    assert [row[result] for row in found] == [0.2, 0.2]  # the last of what fit returns
+    (_, every, nothing), (model, fewer, value) = seen
+    assert len(fewer) == len(every) - len(every) // 10 and math.isnan(nothing)
+    first = [next(iter(data._columns.values())).reshape(len(data), -1).tolist() for data in (every, fewer)]
+    apart = every.__getitems__([i for i, row in enumerate(first[0]) if row not in first[1]])
+    if script is double_descent:
+        error = model(**apart)["loss"]
+    else:
+        points = (
+            torch.stack([apart["initial"], torch.zeros(len(apart["initial"]))], 1) if script is pinn else 0
+        )
+        values = model.u(points) if script is pinn else model(**apart)["logits"].clamp(0, 1)
+        error = (values - apart["labels"]).square().mean()
+    assert value == pytest.approx(error.item(), rel=1e-5)  # as noisy as they were given
+
+
+def never_trained(model: Any, data: Any, options: Any, measure: Any) -> dict[str, list[float]]:
+    return {"step": [options["every"]], **{name: [x] for name, x in measure(options["every"]).items()}}
 
 
 def test_quotients_are_modulo_p() -> None:
     pairs, quotient = grokking_divide.divisions(13)
     assert len(pairs) == 13 * 12 and torch.equal(quotient * pairs[:, 1] % 13, pairs[:, 0])
-
-
-def test_the_network_carries_the_derivatives_of_its_value() -> None:
-    model = pinn.Network(8, 2, 5.0).double()
-    point = torch.tensor([[0.3, -0.2]], dtype=torch.float64, requires_grad=True)
-    one = torch.tensor([[True]])
-    (expected,) = torch.autograd.grad(model.rows(point[:, None], one[0]).sum(), point)
-    rows = torch.stack(
-        [point.detach(), torch.eye(2, dtype=torch.float64)[:1], torch.eye(2, dtype=torch.float64)[1:]], 1
-    )
-    found = model.rows(rows, torch.tensor([True, False, False]))[0, 1:]
-    torch.testing.assert_close(found, expected[0])
 
 
 def test_the_loss_is_that_of_the_equation() -> None:
@@ -143,80 +184,23 @@ def test_the_loss_is_that_of_the_equation() -> None:
     zero, end = torch.zeros(20), torch.full((20,), 2 * math.pi)
     at_start = model.u(torch.stack([initial, zero], 1))
     left, right = (model.u(torch.stack([x, times], 1)) for x in (zero, end))
-    expected = (slope[:, 1] + 5.0 * slope[:, 0]) ** 2 + (at_start - labels) ** 2 + (left - right) ** 2
-    assert min(part.mean() for part in ((at_start - labels) ** 2, (left - right) ** 2)) > 1e-3
+    parts = [(slope[:, 1] + 5.0 * slope[:, 0]) ** 2, (at_start - labels) ** 2, (left - right) ** 2]
+    assert min(part.mean() for part in parts) > 1e-3
     found = model(interior, initial, labels, times)["loss"]
-    torch.testing.assert_close(found, expected.mean(), check_dtype=False, rtol=1e-5, atol=0)
-
-
-def cell_of(name: str, **options: Any) -> dict[str, Any]:
-    """The options of an experiment's first cell, with others in place of some."""
-    experiment = load(name)
-    return experiment.options(experiment.cells()[0]) | SMALL[name] | options
-
-
-def never_trained(model: Any, data: Any, options: Any, measure: Any) -> dict[str, list[float]]:
-    measured = measure(options["every"])
-    return {"step": [options["every"]], **{name: [value] for name, value in measured.items()}}
+    torch.testing.assert_close(found, sum(parts).mean(), check_dtype=False, rtol=1e-5, atol=0)
 
 
 def test_psnr_is_that_of_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image, "fit", never_trained)
     monkeypatch.setattr(image, "picture", lambda size: np.full((size, size), 0.25))
-    monkeypatch.setattr(
-        image.Network, "forward", lambda self, points, labels: {"logits": points[:, 0] * 0 + 0.35}
-    )
+    constant = {"logits": torch.tensor(0.35).expand(24 * 24)}
+    monkeypatch.setattr(image.Network, "forward", lambda self, points, labels: constant)
     found = image.run(cell_of("image"))
     assert found["test_psnr"] == pytest.approx(20.0, abs=1e-3)  # an error of 0.1
     assert found["noisy_psnr"] == pytest.approx(-20 * math.log10(0.18), abs=0.7)  # 0.2, cut at 0
-
-
-def test_the_picture_is_one() -> None:
+    monkeypatch.undo()
     grey = image.picture(24)
     assert grey.shape == (24, 24) and 0 <= grey.min() < 0.3 < 0.6 < grey.max() <= 1
-
-
-def test_early_stopping_looks_at_noisy_data_that_were_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    trained_on: list[Any] = []
-    looked_at: list[tuple[Any, float]] = []
-
-    def made_up_fit(model: Any, data: Any, options: Any, measure: Any) -> dict[str, list[float]]:
-        trained_on.append(data)
-        found = measure(options["every"])
-        looked_at.extend((model, value) for name, value in found.items() if name.startswith("held_"))
-        names = [name for name in found if name != "step"]
-        curves = {name: [0.1, 0.2, 0.3, 0.4] for name in names}
-        held = [name for name in names if name.startswith("held_")]
-        return {"step": [1, 2, 3, 4], **curves, **{name: [0.5, 0.3, float("nan"), 0.4] for name in held}}
-
-    for script, name, result in (
-        (image, "image", "test_psnr"),
-        (double_descent, "double_descent", "test_error"),
-        (pinn, "pinn", "test_error"),
-    ):
-        monkeypatch.setattr(script, "fit", made_up_fit)
-        plain, early = script.run(cell_of(name)), script.run(cell_of(name, early=True))
-        assert plain[result] == 0.4 and early[result] == 0.2, name
-        every, fewer = trained_on[-2:]
-        assert len(fewer) == len(every) - len(every) // 10, name
-        kept = {key_of(row) for row in next(iter(fewer._columns.values()))}
-        apart = [i for i, row in enumerate(next(iter(every._columns.values()))) if key_of(row) not in kept]
-        rows, (model, value) = every.__getitems__(apart), looked_at[-1]  # as noisy as they were given
-        if script is double_descent:
-            error = model(**rows)["loss"]
-        else:
-            start = torch.zeros(len(apart))
-            values = (
-                model.u(torch.stack([rows["initial"], start], 1))
-                if script is pinn
-                else model(**rows)["logits"].clamp(0, 1)
-            )
-            error = (values - rows["labels"]).square().mean()
-        assert value == pytest.approx(error.item(), rel=1e-5), name
-
-
-def key_of(row: torch.Tensor) -> tuple[float, ...]:
-    return tuple(row.flatten().tolist())
 
 
 def test_wrong_labels_are_as_many_as_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,17 +218,13 @@ def test_the_first_crossing_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[int] = []
 
     def crossing(model: Any, data: Any, options: Any, measure: Any) -> dict[str, list[float]]:
-        every = options["every"]
-        for step in range(every, 10 * every, every):
+        for step in range(5, 50, 5):
             steps.append(step)
-            right = step in (2 * every, 4 * every)
-            monkeypatch.setattr(model, "logits", lambda pairs, right=right: one_hot(pairs, right))
+            wrong = step not in (10, 20)
+            model.logits = lambda pairs, wrong=wrong: torch.eye(11)[(pairs.sum(1) + wrong) % 11]
             if measure(step) is None:
                 break
         return {}
-
-    def one_hot(pairs: torch.Tensor, right: bool) -> torch.Tensor:
-        return torch.nn.functional.one_hot((pairs.sum(1) + (not right)) % 11, 11).float()
 
     monkeypatch.setattr(grokking_add, "fit", crossing)
     found = grokking_add.run(cell_of("grokking_add"))
