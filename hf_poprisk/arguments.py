@@ -28,7 +28,7 @@ class PopRiskArgumentsMixin:
 
     # Of classes for certain trainers: what their losses add.
     _example_rules: ClassVar[tuple[Rule, ...]] = refusals.EXAMPLES
-    _label_rules: ClassVar[tuple[Rule, ...]] = (refusals.NO_PAIRS, *refusals.LABELS)
+    _label_rules: ClassVar[tuple[Rule, ...]] = refusals.LABELS
 
     # Redeclared as a string: the stock field is an Enum, which a command line could not extend.
     optim: str = field(
@@ -67,13 +67,12 @@ class PopRiskArgumentsMixin:
             "optimizers too."
         },
     )
-    poprisk_label_noise: Literal["off", "audit", "weight", "swap"] = field(
+    poprisk_label_noise: Literal["off", "audit", "weight"] = field(
         default="off",
         metadata={
-            "help": "Judge every label by its leave-one-out log-odds. audit: judge only. weight: weight an "
-            "example by the probability that its label is correct. swap: preference pairs only, train those "
-            "that look mislabeled the other way round, if their first visits were predicted well; else "
-            "weight them."
+            "help": "Judge every label by what the other examples say about it: preference pairs before the "
+            "first step, classes during training. audit: judge only. weight: weight an example by the "
+            "probability that its label is correct."
         },
     )
     poprisk_allow_change: bool = field(

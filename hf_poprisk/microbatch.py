@@ -78,9 +78,14 @@ class MicrobatchMixin:
     def _runs_an_example_alone(self) -> bool:
         return self._one_by_one is not None and self._one_by_one.alone
 
+    @property
+    def _judges_classes(self) -> bool:
+        """Whether labels are judged by the gradients of the examples of a step."""
+        return self._label_noise is not None and not self._preferences
+
     def _takes_examples(self, optimizer: PopRiskAdamW) -> bool:
         """Whether anything asks for the examples of a micro-batch; a group is a whole one."""
-        asked = optimizer.needs_examples or self._label_noise is not None
+        asked = optimizer.needs_examples or self._judges_classes
         return asked and self.args.poprisk_estimator != "group"
 
     def _layout(self, optimizer: PopRiskAdamW, inputs: Any) -> Layout | None:
@@ -229,7 +234,7 @@ class MicrobatchMixin:
 
     @property
     def _way_out(self) -> str:
-        grouping = ", or poprisk_estimator=group" * (self._label_noise is None)
+        grouping = ", or poprisk_estimator=group" * (not self._judges_classes)
         return f"set per_device_train_batch_size=1 and raise gradient_accumulation_steps{grouping}"
 
     def _check_count(self, count: int) -> None:
@@ -298,7 +303,7 @@ class MicrobatchMixin:
         if getattr(self.args, "use_liger_kernel", False):
             return self._say_one_by_one("use_liger_kernel=True")
         wanted = optimizer.gated_parameters
-        if self._label_noise is not None:
+        if self._judges_classes:
             wanted = [p for p in AdamMetric(optimizer).params if p.requires_grad]
         layers = BatchedGradients(model, wanted)
         if layers.uncovered:

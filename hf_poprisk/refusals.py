@@ -127,9 +127,3 @@ LABELS = (
     _hidden_by("label_smoothing_factor", lambda a: a.label_smoothing_factor, "set label_smoothing_factor=0"),
     STATIC_GRAPH,
 )
-NO_PAIRS = Rule(
-    LABEL_MODE,
-    lambda a: a.poprisk_label_noise == "swap",
-    "is for preference pairs",
-    "set poprisk_label_noise=weight",
-)

@@ -10,6 +10,7 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, S
 from trl.trainer import utils as trl_utils
 
 from hf_poprisk.arguments import PopRiskArgumentsMixin
+from hf_poprisk.leave_one_out.features import pair_log_odds, reward_log_odds
 from hf_poprisk.per_example import Capture
 from hf_poprisk.per_example.fused_head import head_by_example
 from hf_poprisk.refusals import EXAMPLES, LABEL_MODE, LABELS, Rule
@@ -18,29 +19,9 @@ from hf_poprisk.trainer import PopRiskMixin, takes_what
 _TAG = "poprisk"
 # These DPO losses sort across the batch, so no pair has a gradient of its own.
 _COUPLED_LOSSES = ("aot", "aot_unpaired")
-# −log σ(margin), and nothing else: the margin is the log-odds of the label.
-_LOG_ODDS_LOSSES = ("sigmoid", "sigmoid_norm")
-# These have no log σ of anything, so the margin in the other loss of a list stays the only one.
-_LOSSES_WITHOUT_LOG_ODDS = ("sft", "hinge", "ipo", "sppo_hard", "apo_zero", "apo_down")
-# An audit reads the margins and lets the loss be. With further terms in it, self-influence is that of
-# the whole loss, not of the margin alone; the first visits, which have none, are exact.
+# −log σ(margin), whose gradient a weight on the margin scales; others have further terms, or no margin.
+_MARGIN_LOSSES = ("sigmoid", "sigmoid_norm")
 _OR_AUDIT = ", or set poprisk_label_noise=audit"
-
-
-def _unreadable(args: Any) -> str:
-    """The losses, if it is not exactly one of them that has log-odds."""
-    judged = [name for name in args.loss_type if name in _LOG_ODDS_LOSSES]
-    others = [name for name in args.loss_type if name not in _LOG_ODDS_LOSSES]
-    readable = len(judged) == 1 and all(name in _LOSSES_WITHOUT_LOG_ODDS for name in others)
-    return "" if readable else ",".join(args.loss_type)
-
-
-_UNREADABLE = Rule(
-    LABEL_MODE,
-    _unreadable,
-    "needs a loss whose margin is the log-odds of the label, and loss_type={found} is not one",
-    f"use {' or '.join(_LOG_ODDS_LOSSES)}",
-)
 
 
 @dataclass
@@ -69,28 +50,21 @@ class PopRiskDPOConfig(PopRiskArgumentsMixin, DPOConfig):
     )
     _label_rules = (
         *LABELS,
-        _UNREADABLE,
-        _UNREADABLE._replace(
-            found=lambda a: a.poprisk_label_noise != "audit" and a.loss_type[1:] and ",".join(a.loss_type),
-            way_out=_UNREADABLE.way_out + _OR_AUDIT,
+        Rule(
+            LABEL_MODE,
+            lambda a: (
+                a.poprisk_label_noise == "weight"
+                and (len(a.loss_type) > 1 or a.loss_type[0] not in _MARGIN_LOSSES)
+                and ",".join(a.loss_type)
+            ),
+            "weights the margin of a pair, and loss_type={found} is not a function of it alone",
+            f"use {' or '.join(_MARGIN_LOSSES)}{_OR_AUDIT}",
         ),
         Rule(
             LABEL_MODE,
             lambda a: a.use_weighting and a.poprisk_label_noise != "audit",
             "weighs the pairs itself",
             f"set use_weighting=False{_OR_AUDIT}",
-        ),
-        Rule(
-            LABEL_MODE,
-            lambda a: a.sync_ref_model,
-            "compares margins to one reference model",
-            "set sync_ref_model=False",
-        ),
-        Rule(
-            LABEL_MODE,
-            lambda a: a.f_divergence_type == "js_divergence",
-            "cannot read f_divergence_type=js_divergence",
-            "use reverse_kl",
         ),
     )
 
@@ -145,6 +119,7 @@ class PopRiskDPOTrainer(_FusedHeadMixin, DPOTrainer):
 
     rows_per_example = 2  # chosen rows first, then rejected ones
     _preferences = True
+    label_log_odds = staticmethod(pair_log_odds)
     _config_class = PopRiskDPOConfig
     _tag_names = [*DPOTrainer._tag_names, _TAG]
 
@@ -169,17 +144,10 @@ class PopRiskRewardTrainer(PopRiskMixin, RewardTrainer):
 
     rows_per_example = 2  # chosen rows first, then rejected ones
     _preferences = True
+    label_log_odds = staticmethod(reward_log_odds)
     _config_class = PopRiskRewardConfig
     _tag_names = [*RewardTrainer._tag_names, _TAG]
 
     @takes_what(RewardTrainer.__init__)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-
-    def _check_judged(self, data: Any) -> None:
-        super()._check_judged(data)
-        if "margin" in (getattr(data, "column_names", None) or next(iter(data), {})):
-            raise ValueError(
-                "poprisk_label_noise judges pairs by the difference of their rewards, from which the column "
-                "margin would be taken: remove the column, or set poprisk_label_noise=off."
-            )

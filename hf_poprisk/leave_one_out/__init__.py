@@ -1,17 +1,22 @@
 """How likely each label is correct, by what the rest of the data says, and training with those weights.
 
-log_odds.py   where the log-odds of a label are found in a loss, and how an example is weighted
-judge.py      the rule during training: leave-one-out log-odds    <- read first
+regression.py leave-one-out log-odds from a regression on features of the examples    <- read first
+features.py   those features: gradients of the labels' log-odds, in the layers' eigenbases
+judgement.py  which features and which λ, chosen by held-out likelihood
 noise.py      the noise rate and its interval; from log-odds to probabilities
-weights.py    which estimate counts, when weights are given, when the estimate means little
+before.py     pairs, judged before the first step; during.py: classes, judged while the model is trained
+judge.py      what these two share; weights.py: when an estimate means little
+log_odds.py   where the log-odds of a label are found in a loss, and how an example is weighted
 table.py      ``judged.parquet``: a row per example, and what a resumed run needs
 index.py      which example is which, in a batch and from run to run
 mixin.py      its place in the trainers
 audit.py      ``hf-poprisk audit``: run.py, data.py, report.py, figure.py, copies.py
 """
 
+from hf_poprisk.leave_one_out.before import PairNoise
+from hf_poprisk.leave_one_out.during import ClassNoise
 from hf_poprisk.leave_one_out.index import INDEX
-from hf_poprisk.leave_one_out.judge import LABEL_NOISE_MODES, LabelNoise
+from hf_poprisk.leave_one_out.judge import LABEL_NOISE_MODES
 from hf_poprisk.leave_one_out.noise import NoiseFit, fit_noise
 from hf_poprisk.leave_one_out.table import TABLE_NAME, ExampleTable
 
@@ -19,8 +24,9 @@ __all__ = [
     "INDEX",
     "LABEL_NOISE_MODES",
     "TABLE_NAME",
+    "ClassNoise",
     "ExampleTable",
-    "LabelNoise",
+    "PairNoise",
     "NoiseFit",
     "fit_noise",
 ]

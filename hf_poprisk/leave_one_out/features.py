@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from hf_poprisk.per_example.basis import Features, measure_bases
 from hf_poprisk.per_example.factors import LinearFactors, linear_layers
-from hf_poprisk.per_example.layout import Rows
 
-NUM_FEATURES = 16384  # k
+MAX_FEATURES = 1 << 17  # k: what the buckets share is noise in the inner products, of the order of 1/√k
+FEWEST_FEATURES = 1 << 12
+MAX_NUMBERS = 1 << 27  # n · k, half a gigabyte
 NUM_FOR_BASES = 256  # examples that the bases are measured on
 
 
@@ -26,18 +27,18 @@ def label_features(
     batches: Callable[[int | None], Iterable[Any]],
     log_odds: Callable[[nn.Module, Any], Tensor],
     rows_per_example: int = 1,
-    num_features: int = NUM_FEATURES,
+    k: int = MAX_FEATURES,
     seed: int = 0,
 ) -> list[np.ndarray]:
     """Features of the gradients of the labels' log-odds, over all linear layers, in eval mode.
 
     Args:
         model: not wrapped; its weights and their ``requires_grad`` are left as they are.
-        batches: ``batches(count)`` iterates over micro-batches of the first ``count`` examples of this rank (of
-            all with None), the same ones in the same order each time.
+        batches: ``batches(count)`` iterates over micro-batches of the first ``count`` examples (of this
+            rank's share of them), or of all with None; the same ones in the same order each time.
         log_odds: (model, micro-batch) → z [N] with its graph.
         rows_per_example: of what the layers see; row j belongs to example j mod N.
-        num_features: k.
+        k: features of each part.
         seed: of the projection.
 
     Returns:
@@ -69,7 +70,7 @@ def label_features(
             names: tuple[list[str], list[str]] = ([], [])
             for name in bases:
                 names[layers[name] is not head].append(name)
-            parts = [Features({n: bases[n] for n in part}, num_features, seed) for part in names if part]
+            parts = [Features({n: bases[n] for n in part}, k, seed) for part in names if part]
             rows: list[list[Tensor]] = [[] for _ in parts]
 
             def see(name: str, a: Tensor, d: Tensor) -> None:
@@ -87,6 +88,11 @@ def label_features(
     if not all(np.isfinite(x).all() for x in features):
         raise ValueError("the gradients of the labels' log-odds are not finite: the model gives NaN or inf.")
     return features
+
+
+def num_features(n: int) -> int:
+    """k for n examples."""
+    return min(MAX_FEATURES, max(FEWEST_FEATURES, MAX_NUMBERS // n))
 
 
 def pair_log_odds(model: nn.Module, inputs: Any) -> Tensor:

@@ -1,7 +1,7 @@
 """What the rest of the data says about each label: which features, which λ, how many labels are mislabeled.
 
-Everything is chosen by how well the leave-one-out log-odds predict the observed labels under the two-part model of
-``noise.py``, its likelihood: no validation set, no noise rate told.
+Everything is chosen by how well the leave-one-out log-odds predict the observed labels, the likelihood of the
+two-part model of ``noise.py``: no validation set, no noise rate told.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def judge(parts: Sequence[np.ndarray], seed: int = 0) -> Judgement:
     p_correct, rounds = _p_correct(fit, log_odds), 1
     again = _second_round(features, ridge, p_correct, seed)
     if again is not None:
-        # its own likelihood is not held out, and its rate too low: those p were computed with all labels
+        # its own likelihood is not held out, and its rate too low: its weights were computed with all labels
         ridge, log_odds, second = again
         fit, rounds = replace(fit, tau=likelihood(log_odds, fit.rate)[0]), 2
         p_correct = _p_correct(fit, log_odds)
@@ -102,7 +102,7 @@ def _second_round(
 ) -> tuple[float, np.ndarray, NoiseFit] | None:
     """The regression weighted by p_correct, if that is a gain on examples that were left out of both rounds.
 
-    Cross-fitted: what is held out has no part in the weights either. A gain counts from its standard error on.
+    Cross-fitted: what is held out has no part in the weights either. A gain is more than its standard error.
     """
     found = max(_path(features, p_correct), key=lambda each: each[2].log_likelihood)
     folds = np.random.default_rng(seed).permutation(len(features)) % FOLDS

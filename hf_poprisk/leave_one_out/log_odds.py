@@ -16,8 +16,6 @@ from torch.autograd import Function
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-_MAX_LOG_ODDS = 80.0  # exp of more leaves float32
-
 
 class LogOddsTap(TorchFunctionMode):
     """While it is entered, the one loss that is computed gives up its log-odds and takes weights.
@@ -25,8 +23,7 @@ class LogOddsTap(TorchFunctionMode):
     Args:
         preferences: the loss is ``logsigmoid`` of [N] margins; otherwise it is ``cross_entropy`` of [N, K]
             logits.
-        sample_weight: (z, K) → [N] in [−1, 1]: the factor on example i's gradient; a negative one trains the
-            swapped pair by its absolute value.
+        sample_weight: (z, K) → [N]: the factor on example i's gradient.
 
     Attributes:
         log_odds: z, [N] float32, once the forward is done; None if no such loss was met. K-class:
@@ -68,9 +65,7 @@ class LogOddsTap(TorchFunctionMode):
 
     def _see(self, log_odds: Tensor) -> Tensor:
         self.log_odds = log_odds
-        weight = self._sample_weight(log_odds, self.num_labels)
-        # −log σ(z) has the slope −σ(−z) and the swapped pair's −log σ(−z) has +σ(z) = σ(−z)·eᶻ
-        return torch.where(weight < 0, weight * log_odds.clamp(max=_MAX_LOG_ODDS).exp(), weight)
+        return self._sample_weight(log_odds, self.num_labels)
 
 
 class LogOddsError(RuntimeError):

@@ -1,4 +1,4 @@
-"""The judge's place in a trainer: which examples a batch holds, when a step is booked, what is saved."""
+"""The judge's place in a trainer: when labels are judged, which examples a batch holds, what is saved."""
 
 from __future__ import annotations
 
@@ -12,9 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from hf_poprisk.adam_metric import AdamMetric
+from hf_poprisk.leave_one_out.before import PairNoise
+from hf_poprisk.leave_one_out.during import ClassNoise
+from hf_poprisk.leave_one_out.features import label_features, num_features
 from hf_poprisk.leave_one_out.index import INDEX, IndexCollator, IndexedBatch, Sample
 from hf_poprisk.leave_one_out.judge import LabelNoise
 from hf_poprisk.leave_one_out.log_odds import LogOddsError, LogOddsTap
@@ -38,7 +43,68 @@ class LabelNoiseMixin:
 
     def _new_judge(self, ids: np.ndarray | None, sample: Sample) -> LabelNoise:
         table = ExampleTable(ids, self.accelerator.device)
-        return LabelNoise(self.args.poprisk_label_noise, self._preferences, table, sample)
+        kind = PairNoise if self._preferences else ClassNoise
+        return kind(self.args.poprisk_label_noise, table, sample)
+
+    # -- before the first step --------------------------------------------------------------------------
+
+    def label_log_odds(self, model: torch.nn.Module, inputs: Any) -> Tensor:
+        """The log-odds of the pairs' labels but for a constant of each, [N], with their graph."""
+        raise NotImplementedError
+
+    def _judge_pairs(self) -> None:
+        """Judge the training set, each rank its share; they all come to the same result.
+
+        Raises:
+            ValueError: fewer than 50 pairs, or gradients that tell nothing.
+        """
+        judge, data, accelerator = self._label_noise, self.train_dataset, self.accelerator
+        model = accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        # as many on each rank, the first ones twice if need be
+        each = -(-len(data) // accelerator.num_processes)
+        mine = [
+            i % len(data)
+            for i in range(accelerator.process_index * each, (accelerator.process_index + 1) * each)
+        ]
+        collator, size = IndexCollator(self.data_collator), self.args.per_device_train_batch_size
+        index: list[Tensor] = []
+
+        def batches(count: int | None) -> Iterator[Any]:
+            part = mine if count is None else mine[: -(-count // accelerator.num_processes)]
+            loader = DataLoader(
+                Subset(data, part),
+                size,
+                collate_fn=collator,
+                generator=torch.Generator(),  # that of the training order is left alone
+            )
+            quiet = self.args.disable_tqdm or not self.is_local_process_zero()
+            for batch in tqdm(
+                loader, "Judging labels" if count is None else "Measuring gradients", disable=quiet
+            ):
+                batch, rows = self._separate_index(batch)
+                if count is None:
+                    index.append(rows)
+                yield self._prepare_inputs(batch)
+
+        with self.compute_loss_context_manager():
+            parts = label_features(
+                model, batches, self.label_log_odds, self.rows_per_example, num_features(len(data))
+            )
+        ids, *parts = (self._of_all_ranks(x).numpy() for x in (torch.cat(index), *parts))
+        ids, first = np.unique(ids, return_index=True)
+        found = judge.judge_all(ids, [x[first] for x in parts])
+        if self.is_world_process_zero():
+            doubt = "" if judge.doubt is None else f". This means little: {judge.doubt}"
+            below = int((found.p_correct < 0.5).sum())
+            logger.warning(f"{judge.found(0)}; {below} of {len(ids)} labels are below .5{doubt}.")
+
+    def _of_all_ranks(self, x: Any) -> Tensor:
+        x = torch.as_tensor(x)
+        return (
+            x
+            if self.accelerator.num_processes == 1
+            else self.accelerator.gather(x.to(self.args.device)).cpu()
+        )
 
     # -- data -------------------------------------------------------------------------------------------
 
@@ -67,6 +133,11 @@ class LabelNoiseMixin:
         """Take the index out of a batch: the batch, and the examples' rows in the table, [N]."""
         if self._label_noise is None:
             return inputs, None
+        inputs, index = self._separate_index(inputs)
+        return inputs, self._label_noise.table.rows(index)
+
+    @staticmethod
+    def _separate_index(inputs: Any) -> tuple[Any, Tensor]:
         index = None
         if isinstance(inputs, IndexedBatch):
             inputs, index = inputs
@@ -77,21 +148,20 @@ class LabelNoiseMixin:
                 f"poprisk_label_noise finds no {INDEX} in the batch: leave get_train_dataloader as it is, "
                 "or let its collator be an IndexCollator."
             )
-        return inputs, self._label_noise.table.rows(index)
-
-    def _check_judged(self, data: Any) -> None:
-        """Refuse training data from which the loss takes more than the pairs or the labels."""
+        return inputs, index
 
     @contextmanager
     def _judging(self, rows: Tensor | None, optimizer: Any) -> Iterator[SelfInfluence | None]:
         """The visit of some examples: their forward and backward go inside this block."""
-        if self._label_noise is None or rows is None:
+        if self._label_noise is None or rows is None or self._label_noise.weightless:
             yield None
             return
-        scaler = self.accelerator.scaler
-        scale = self._label_noise.clip_coefficient / self.accelerator.num_processes
-        scale = scale / (1.0 if scaler is None else scaler.get_scale())
-        influence = SelfInfluence(AdamMetric(optimizer, scale), len(rows))
+        influence = None
+        if not self._preferences:
+            scaler = self.accelerator.scaler
+            scale = self._label_noise.clip_coefficient / self.accelerator.num_processes
+            scale = scale / (1.0 if scaler is None else scaler.get_scale())
+            influence = SelfInfluence(AdamMetric(optimizer, scale), len(rows))
         # around the loss, and not in it: a subclass may have one of its own
         before, loss = vars(self).get("compute_loss"), self.compute_loss
         tap = self._label_noise.visit(rows, influence)
@@ -144,7 +214,7 @@ class LabelNoiseMixin:
 
     def _book_visits(self, open_share: Tensor | float) -> None:
         """At the end of a step's last backward, when the gate has decided."""
-        if self._label_noise is not None:
+        if self._label_noise is not None and not self._label_noise.weightless:
             self._label_noise.finish_step(self._gather, open_share)
 
     def _gather(self, rows: Tensor) -> Tensor:
@@ -181,9 +251,7 @@ class LabelNoiseMixin:
                     "passed once is not resumed where it was: take an earlier checkpoint, start over, or "
                     "train on a data set that is no stream."
                 )
-        elif self.args.poprisk_allow_change:
-            self._label_noise.untrained = False
-        else:
+        elif not self.args.poprisk_allow_change:
             raise ValueError(
                 f"{checkpoint} holds no {TABLE_NAME}: its examples were trained on without being judged, so "
                 "nothing is left out any more; set poprisk_label_noise=off, start over, or set "
@@ -201,12 +269,14 @@ class _Steps(TrainerCallback):
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step:
-            return
-        if self._trainer.model_init is not None:  # this is another model, which has seen nothing yet
-            self._trainer._start_over()
-        # a second call of train() counts its epochs anew, and keeps the scores
-        self._trainer._label_noise.restart_epochs()
+        trainer = self._trainer
+        if not state.global_step:
+            if trainer.model_init is not None:  # this is another model, which has seen nothing yet
+                trainer._start_over()
+            # a second call of train() counts its epochs anew, and keeps the scores
+            trainer._label_noise.restart_epochs()
+        if trainer._preferences and not trainer._label_noise.fits:
+            trainer._judge_pairs()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self._trainer._label_noise.table.streamed:
@@ -218,11 +288,8 @@ class _Steps(TrainerCallback):
             self._fit(state, len(judge.fits) + 1)
 
     def _fit(self, state: Any, epoch: float) -> None:
-        judge = self._trainer._label_noise
-        waiting = judge.judging_since is None
-        judge.maybe_fit(epoch, state.global_step)
-        if waiting and judge.judging_since is not None and state.is_world_process_zero:
-            judge.warn_at_start()
+        if not self._trainer._preferences:
+            self._trainer._label_noise.maybe_fit(epoch, state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.should_save:  # with or without save_model(), the scores are worth keeping
@@ -234,4 +301,5 @@ class _Steps(TrainerCallback):
                     f"{judge.found(state.global_step)}; `hf-poprisk audit {args.output_dir}` shows "
                     "the examples."
                 )
-            judge.warn_at_end(state.global_step)
+            if not self._trainer._preferences:
+                judge.warn_at_end(state.global_step)

@@ -47,7 +47,6 @@ class NoiseFit:
         log_likelihood: at (ε̂, τ̂), mean over the examples, in nats: how well labels are predicted.
         num_examples: how many examples it is a fit to.
         step, epoch: how far training was.
-        exact: most examples had been visited once, by a model that had not been trained on them.
     """
 
     rate: float
@@ -59,7 +58,6 @@ class NoiseFit:
     num_examples: int
     step: int = 0
     epoch: float = 0.0
-    exact: bool = False
 
     @property
     def capped(self) -> bool:

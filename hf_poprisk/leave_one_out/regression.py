@@ -4,8 +4,8 @@ Over the coefficients a of ``f_i = φ_iᵀ a``, with sample weights w,
 
     min_a  Σ_i w_i log(1 + exp(−f_i)) + (λ/2) |a|²
 
-is solved by Newton's method. To first order in leaving example i out (Rad and Maleki 2020, equation 9), the others
-give its label the log-odds
+is solved by Newton's method. To first order in leaving example i out (Rad and Maleki 2020, equation 9), the
+others give its label the log-odds
 
     ζ_i = f_i − w_i p_i h_i / (1 − w_i p_i (1 − p_i) h_i),   p_i = σ(−f_i),   h_i = φ_iᵀ (Φᵀ W Φ + λ I)⁻¹ φ_i.
 
@@ -23,10 +23,9 @@ _NEWTON_STEPS = 50
 
 def compact(features: np.ndarray) -> np.ndarray:
     """Features with the same inner products in no more than n dimensions; [n, k] → [n, min(n, k)] float64."""
-    features = features.astype(np.float64)
     if features.shape[1] <= len(features):
-        return features
-    values, vectors = eigh(features @ features.T)
+        return features.astype(np.float64)
+    values, vectors = eigh((features @ features.T).astype(np.float64))
     return vectors * np.sqrt(values.clip(0))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from hf_poprisk.command import need
 from hf_poprisk.leave_one_out.data import TRUTH, example_text
 from hf_poprisk.leave_one_out.run import Run
-from hf_poprisk.leave_one_out.weights import train_longer
+from hf_poprisk.leave_one_out.weights import TRAIN_LONGER
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -51,7 +51,7 @@ def report(
 
 def _rate(run: Run) -> list[str]:
     if run.fit is None:
-        return [f"Noise rate: not estimated, training was too short: {train_longer(run.preferences)}."]
+        return [f"Noise rate: not estimated, training was too short: {TRAIN_LONGER}."]
     p_correct, fit = run.p_correct[run.visited], run.fit
     below = p_correct < 0.5
     rate = f"{fit.rate:.1%}, 95% interval {fit.low:.1%} to {fit.high:.1%}"

@@ -11,7 +11,7 @@ from hf_poprisk.command import UserError
 from hf_poprisk.leave_one_out.index import Sample
 from hf_poprisk.leave_one_out.noise import NoiseFit
 from hf_poprisk.leave_one_out.table import TABLE_NAME, read_table
-from hf_poprisk.leave_one_out.weights import caveat, doubt, judged_by, train_longer
+from hf_poprisk.leave_one_out.weights import TRAIN_LONGER, caveat
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Run:
         if self.fit is None:
             raise UserError(
                 f"{self.folder} holds no estimate of the noise rate, because its training ended within the "
-                f"first epoch: {train_longer(self.preferences)}."
+                f"first epoch: {TRAIN_LONGER}."
             )
         return self.fit
 
@@ -89,8 +89,8 @@ def load_run(folder: str | Path) -> Run:
         folder,
         preferences,
         **kept,
-        fit=judged_by(fits, preferences) if fits else None,
-        doubt=doubt(fits, preferences, state["judging_since"]) if fits else None,
-        caveat=caveat(fits) if fits else None,
+        fit=fits[-1] if fits else None,
+        doubt=state["doubt"],
+        caveat=caveat(fits) if fits and not preferences else None,
         sample=state["sample"],
     )

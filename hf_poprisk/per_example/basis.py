@@ -1,9 +1,10 @@
 """The Kronecker eigenbasis of a layer's per-example gradients, and features of the examples in it.
 
-With ``H_i = D_iᵀ A_i`` the gradient of example i, the basis is the eigenvectors U_L of ``Σ H_i H_iᵀ`` and U_R of
-``Σ H_iᵀ H_i``; in it the gradient is ``H'_i = U_Lᵀ H_i U_R = (D_i U_L)ᵀ (A_i U_R)``: the factors are rotated, and
-H_i is never formed. V = mean (H'_i)², elementwise, gives Adam's preconditioner there, P = 1/(√V + δ·mean √V). (SOAP,
-arXiv 2409.11321; EKFAC, arXiv 1806.03884.)
+With ``H_i = D_iᵀ A_i`` the gradient of example i, the basis is the eigenvectors U_L of ``Σ H_i H_iᵀ`` and U_R
+of ``Σ H_iᵀ H_i``; in it the gradient is ``H'_i = U_Lᵀ H_i U_R = (D_i U_L)ᵀ (A_i U_R)``: the factors are
+rotated, and H_i is never formed. V = mean (H'_i)², elementwise, gives Adam's preconditioner there,
+P = 1/(√V + δ·mean √V).
+(SOAP, arXiv 2409.11321; EKFAC, arXiv 1806.03884.)
 
 A side longer than ``LONGEST``, a vocabulary, stays as it is.
 """
@@ -52,8 +53,8 @@ def measure_bases(run: Callable[[Callable[[str, Tensor, Tensor], None]], None]) 
     """The bases of some layers, from two passes over some examples.
 
     Args:
-        run: ``run(see)`` passes over the examples and calls ``see(name, A [N, tokens, in], D [N, tokens, out])`` for
-            every layer and micro-batch. Every rank must call it, each with examples of its own.
+        run: ``run(see)`` passes over the examples and calls ``see(name, A, D)`` per layer and micro-batch;
+            A: [N, tokens, in], D: [N, tokens, out]. Every rank must call it, with examples of its own.
 
     Returns:
         Name → basis, the same on every rank.
@@ -98,12 +99,12 @@ class Features:
 
     Args:
         bases: of the layers that are summed over.
-        k: buckets.
+        k: buckets; fewer if there are fewer coordinates.
         seed: of S.
     """
 
     def __init__(self, bases: Mapping[str, LayerBasis], k: int, seed: int = 0) -> None:
-        self._bases, self._k = bases, k
+        self._bases, self._k = bases, min(k, sum(b.second_moment.numel() for b in bases.values()))
         generator = torch.Generator().manual_seed(seed)
         self._offsets: dict[str, int] = {}
         self._scales: dict[str, Tensor] = {}  # ±P^½, [out · in]
@@ -111,7 +112,7 @@ class Features:
             root = basis.preconditioner().sqrt_().flatten()
             sign = torch.randint(0, 2, root.shape, generator=generator, dtype=torch.int8).to(root.device)
             self._scales[name] = root.mul_(sign.mul_(2).sub_(1))
-            self._offsets[name] = int(torch.randint(k, (), generator=generator))
+            self._offsets[name] = int(torch.randint(self._k, (), generator=generator))
         self._sum: Tensor | None = None
 
     def see(self, name: str, a: Tensor, d: Tensor) -> None:

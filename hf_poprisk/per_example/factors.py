@@ -1,8 +1,8 @@
 """The factors of every linear layer's per-example gradients, without any parameter's gradient.
 
-A linear layer's gradient is ``H_i = D_iᵀ A_i``, with A_i the layer's input of example i and D_i the gradient of its
-output. A backward that only goes through the activations yields both, whether the weight is trained, frozen,
-quantised or under an adapter, for about two thirds of the arithmetic of a training step.
+A linear layer's gradient is ``H_i = D_iᵀ A_i``, with A_i the layer's input of example i and D_i the gradient
+of its output. A backward that only goes through the activations yields both, whether the weight is trained,
+frozen, quantised or under an adapter, for about two thirds of the arithmetic of a training step.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class LinearFactors:
     Args:
         model: its parameters are frozen during the forward.
         layers: of it, name → layer.
-        see: is given a layer's name, A [N, tokens, in] and D [N, tokens, out] if z depends on the layer, in the
-            dtype of the activations. The rows of an example, and the calls of a layer that is called several times,
-            stand one after the other along the tokens.
+        see: is given a layer's name, A [N, tokens, in] and D [N, tokens, out], where z depends on it, in
+            the dtype of the activations. The rows of an example, and the calls of a layer that is called
+            several times, stand one after the other along the tokens.
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], see: See) -> None:
@@ -93,8 +93,8 @@ class LinearFactors:
         """[rows, …, width] as [N, tokens of all its rows, width]."""
         if x.shape[0] != self._num_rows:
             raise ValueError(
-                f"labels cannot be judged by the gradients of {name}: its input is {list(x.shape)}, which does "
-                f"not show the {self._num_rows} rows of the micro-batch."
+                f"labels cannot be judged by the gradients of {name}: its input is {list(x.shape)}, which "
+                f"does not show the {self._num_rows} rows of the micro-batch."
             )
         x = x.reshape(-1, self._num_examples, x[0].numel() // x.shape[-1], x.shape[-1])
         return x.transpose(0, 1).flatten(1, 2)

@@ -1,0 +1,60 @@
+"""Preference pairs are judged before training, by a regression on the model's own gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_poprisk.leave_one_out.judge import LabelNoise, Visit
+from hf_poprisk.leave_one_out.judgement import Judgement, judge
+from hf_poprisk.leave_one_out.weights import doubt_before
+
+
+class PairNoise(LabelNoise):
+    """Judges preference pairs once, before the first step; they keep the weights that they are given then."""
+
+    preferences = True
+
+    def judge_all(self, index: np.ndarray, parts: Sequence[np.ndarray]) -> Judgement:
+        """Judge pairs by their features.
+
+        Args:
+            index: ``example_index``, [n].
+            parts: as ``label_features`` gives them, [n, k] each.
+
+        Raises:
+            ValueError: see ``judge``.
+        """
+        found = judge(parts)
+        rows = self.table.rows(torch.from_numpy(index))
+        log_odds, weight = torch.from_numpy(found.log_odds), torch.from_numpy(found.p_correct)
+        self.table.visit(rows, log_odds=log_odds.to(rows.device), weight=weight.to(rows.device))
+        self.fits, self.judging_since = [found.fit], 0
+        return found
+
+    @property
+    def weightless(self) -> bool:
+        return self.mode == "audit"
+
+    @property
+    def doubt(self) -> str | None:
+        return doubt_before(self.fit)
+
+    def _judge(self, visit: Visit, log_odds: Tensor) -> None:
+        visit.log_odds = self.table.columns["log_odds"][visit.rows]
+        visit.weight = self.table.columns["weight"][visit.rows]
+
+    def finish_step(self, gather: Callable[[Tensor], Tensor], open_share: Tensor | float = 1.0) -> None:
+        visits, self._pending = self._pending, []
+        columns = [
+            torch.stack(
+                [x.to(self.table.device, torch.float64) for x in (v.rows, v.tap.log_odds, v.weight)], 1
+            )
+            for v in visits
+        ]
+        kept = self._gathered(gather, torch.cat(columns))
+        if kept is not None:
+            self._count(*kept[:, 1:].unbind(1))
