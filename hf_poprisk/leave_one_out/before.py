@@ -10,11 +10,14 @@ from torch import Tensor
 
 from hf_poprisk.leave_one_out.judge import LabelNoise, Visit
 from hf_poprisk.leave_one_out.judgement import Judgement, judge
-from hf_poprisk.leave_one_out.weights import doubt_before
+from hf_poprisk.leave_one_out.weights import competent, doubt_before
 
 
 class PairNoise(LabelNoise):
-    """Judges preference pairs once, before the first step; they keep the weights that they are given then."""
+    """Judges preference pairs once, before the first step; they keep the weights that they are given then.
+
+    All weights are 1 if the labels are predicted no better than by chance.
+    """
 
     preferences = True
 
@@ -31,8 +34,12 @@ class PairNoise(LabelNoise):
         found = judge(parts)
         rows = self.table.rows(torch.from_numpy(index))
         log_odds, weight = torch.from_numpy(found.log_odds), torch.from_numpy(found.p_correct)
+        self.fits = [found.fit]
+        if competent(found.fit):
+            self.judging_since = 0
+        else:  # by chance
+            weight = torch.ones_like(weight)
         self.table.visit(rows, log_odds=log_odds.to(rows.device), weight=weight.to(rows.device))
-        self.fits, self.judging_since = [found.fit], 0
         return found
 
     @property
