@@ -32,12 +32,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 PAIR = ("prompt", "chosen", "rejected")
-_READ = (
-    *PAIR,
-    "tools",
-    "chat_template_kwargs",
-    INDEX,
-)  # by the trainers; others may have a meaning in training
+# What the trainers read; other columns, such as margin, have a meaning in training alone.
+_READ = (*PAIR, "tools", "chat_template_kwargs", INDEX)
 
 
 def add_command(commands: Any) -> None:
@@ -270,7 +266,7 @@ def _load_model(args: argparse.Namespace) -> Any:
         missing = {key for key in missing if key.rpartition(".")[0].rpartition(".")[2] not in brought}
     if missing:
         raise UserError(
-            f"{args.model} cannot be judged by: it holds no {min(missing)}, which would be random."
+            f"labels cannot be judged by {args.model}: it holds no {min(missing)}, which would be random."
         )
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not parameter.isfinite().all():

@@ -160,6 +160,8 @@ def test_an_adapter_counts(llama_dir: Path, data: Path, tmp_path: Path, capsys: 
         scores.append(table(tmp_path / str(number))["log_odds"])
     # eigenvectors have any sign, so that the projection of several layers adds up to something else
     assert np.corrcoef(scores)[0, 1] > 0.97 > np.corrcoef(scores)[0, 2]
+    argv = (llama_dir, "--adapter", tmp_path / "adapter", "--reward", data, "--output_dir", tmp_path / "out")
+    assert refused(capsys, *argv).endswith("it holds no score.weight, which would be random.")
 
 
 def test_pairs_are_known_by_their_index(llama_dir: Path, tmp_path: Path, capsys: Any) -> None:
