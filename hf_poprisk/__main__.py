@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from hf_poprisk.command import UserError, one_line
-from hf_poprisk.leave_one_out import audit
+from hf_poprisk.leave_one_out import audit, judge_command
 from hf_poprisk.output_space import report as output_space
 
 
@@ -14,6 +14,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Carry out a command line; what a user can put right is one sentence and exit code 2."""
     parser = argparse.ArgumentParser("hf-poprisk", description="Training on population risk.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    judge_command.add_command(commands)
     audit.add_command(commands)
     output_space.add_command(commands)
     args = parser.parse_args(argv)

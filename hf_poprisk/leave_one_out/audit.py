@@ -26,7 +26,7 @@ def add_command(commands: Any) -> None:
         "audit", help="the labels that a run judged", description=__doc__, allow_abbrev=False
     )
     parser.add_argument("run", type=Path, metavar="RUN")
-    parser.add_argument("--dataset", metavar="NAME_OR_FOLDER", help="the training data, for the texts")
+    parser.add_argument("--dataset", metavar="NAME_OR_PATH", help="the training data, for the texts")
     parser.add_argument("--split", help="of the data set (default: train)")
     parser.add_argument("--config_name", metavar="C", help="configuration of the data set")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw a histogram")
@@ -40,6 +40,11 @@ def add_command(commands: Any) -> None:
         "with that probability as label_weight; or with those pairs reversed",
     )
     parser.add_argument("--to", type=Path, metavar="FOLDER", help="where --write writes, with save_to_disk")
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="let --write follow an estimate that means little, or whose interval includes zero",
+    )
     parser.set_defaults(execute=audit)
 
 
@@ -58,7 +63,7 @@ def audit(args: argparse.Namespace) -> None:
         if len(data) > len(rows):
             done += [f"{len(data) - len(rows)} rows of the data are not in the run."]
     if args.write:
-        check_write(run, data, rows, args.write)
+        check_write(run, data, rows, args.write, args.force)
     lines = report(run, data, rows, flips)
     if args.plot:
         plot(run, args.plot, flips)
@@ -78,6 +83,7 @@ def _check_options(args: argparse.Namespace) -> None:
     for wrong, sentence in (
         (args.to and not args.write, "--to has no effect without --write."),
         (args.write and not (args.to and args.dataset), "--write needs --dataset and --to FOLDER."),
+        (args.force and not args.write, "--force has no effect without --write."),
         (args.split is not None and not args.dataset, "--split has no effect without --dataset."),
         (args.config_name is not None and not args.dataset, "--config_name has no effect without --dataset."),
         (args.plot and args.plot.suffix.lower() != ".png", f"--plot {args.plot} must end in .png."),

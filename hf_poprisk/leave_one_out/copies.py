@@ -12,6 +12,7 @@ from hf_poprisk.command import UserError, folder_beside
 from hf_poprisk.leave_one_out.data import TRUTH
 from hf_poprisk.leave_one_out.index import INDEX
 from hf_poprisk.leave_one_out.run import Run
+from hf_poprisk.leave_one_out.weights import ALL_CLEAN
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -35,19 +36,31 @@ def row_weights(run: Run, data: Dataset, rows: np.ndarray) -> np.ndarray:
     return weights
 
 
-def check_write(run: Run, data: Dataset, rows: np.ndarray, kind: str) -> None:
-    """Refuse what ``write_data`` cannot do.
+def check_write(run: Run, data: Dataset, rows: np.ndarray, kind: str, force: bool = False) -> None:
+    """Refuse what ``write_data`` cannot do, or should not.
+
+    Args:
+        force: follow an estimate that means little, or by which all labels may be clean.
 
     Raises:
-        UserError: no estimate of the noise rate or one that means little, data without a column of the run,
-            no pairs to flip, nothing left, or a column that is there already.
+        UserError: no estimate of the noise rate or one that should not be followed, data without a column of
+            the run, no pairs to flip, nothing left, or a column that is there already.
     """
+    fit, forced = run.need_fit(), "--force writes it all the same"
     weights, columns = row_weights(run, data, rows), set(data.column_names)
     sampled = {column for row in run.sample.values() for column in row}
     added = {"weighted": "label_weight", "reflipped": "reflipped"}.get(kind)
     pairs = run.preferences and {"chosen", "rejected"} <= columns
     for wrong, sentence in (
-        (run.doubt is not None, f"would follow an estimate that means little: {run.doubt}"),
+        (
+            run.doubt is not None and not force,
+            f"would follow an estimate that means little: {run.doubt}; {forced}",
+        ),
+        (
+            fit.low < ALL_CLEAN and not force,
+            f"would follow an interval that includes zero ({fit.low:.1%} to {fit.high:.1%}): there may be no "
+            f"mislabeled label at all; {forced}",
+        ),
         (
             sampled and not sampled & columns,
             f"needs data with a column of those that the run was trained on ({', '.join(sorted(sampled))}): "
@@ -128,13 +141,16 @@ def _reflipped(data: Dataset, mislabeled: np.ndarray, cache: Path) -> Dataset:
     )
 
 
-def check_target(folder: Path) -> None:
+def check_target(folder: Path, option: str = "--to") -> None:
     """Refuse to write where something is.
+
+    Args:
+        option: that names the folder.
 
     Raises:
         UserError: a file, or a folder that is not empty.
     """
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"--to {folder} is a file: give a folder.")
+        raise UserError(f"{option} {folder} is a file: give a folder.")
     if folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"--to {folder} is not empty: give another folder.")
+        raise UserError(f"{option} {folder} is not empty: give another folder.")

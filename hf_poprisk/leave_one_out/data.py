@@ -16,16 +16,20 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 TRUTH = "is_flipped"  # the column that tells which labels are mislabeled, where somebody knows
+FILES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}  # and their loaders
 TEXT_LENGTH = 160  # characters of one column of an example
 
 
-def load_data(name: str, split: str | None = None, config: str | None = None) -> Dataset:
-    """A split by the data set's Hub name, or from a folder: of data files, or written by ``save_to_disk``.
+def load_data(
+    name: str, split: str | None = None, config: str | None = None, option: str = "--dataset"
+) -> Dataset:
+    """A split by the data set's Hub name, from a file, or from a folder of files or of ``save_to_disk``.
 
     Args:
-        name: of the data set, or its folder.
+        name: of the data set, or its file or folder.
         split: ``train`` if None; slices such as ``train[:512]`` work but for ``save_to_disk``.
         config: configuration of a data set on the Hub or of a folder with several.
+        option: by which the name was given, for messages.
 
     Returns:
         All of its columns, whatever format they were saved with.
@@ -33,35 +37,69 @@ def load_data(name: str, split: str | None = None, config: str | None = None) ->
     Raises:
         UserError: it is not there or cannot be read, or has no such split.
     """
-    need("datasets", "--dataset")
+    need("datasets", option)
     asked, split = split, split or "train"
     from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
     folder = Path(name).expanduser()
-    # such a path, which the Hub client would take for a repository, is a folder mistyped
-    looks_local = folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_local and not folder.is_dir():
-        raise UserError(f"--dataset {name} is not a folder.")
+    loader = _loader(name, folder, option)
+    if loader is not None and config is not None:
+        raise UserError(f"--config_name has no effect, because {name} is a single file.")
     saved = any((folder / file).is_file() for file in ("dataset_dict.json", "state.json"))
     try:
         if saved:
             data = load_from_disk(str(folder))
+        elif loader is not None:
+            data = load_dataset(loader, data_files=str(folder), split=split)
         else:
             path = str(folder) if folder.is_dir() else name
             data = load_dataset(path, config, split=split)
     except Exception as error:  # the loaders raise whatever their file systems and parsers do
         where = "" if folder.exists() else "is no folder here, and "
-        raise UserError(f"--dataset {name} {where}cannot be read ({one_line(error)}).") from error
+        raise UserError(f"{option} {name} {where}cannot be read ({one_line(error)}).") from error
     splits = isinstance(data, DatasetDict)
-    for option, value in (("--config_name", config), ("--split", None if splits else asked)):
+    for other, value in (("--config_name", config), ("--split", None if splits else asked)):
         if saved and value is not None:
-            raise UserError(f"{option} has no effect, because {name} was written by save_to_disk without it.")
+            raise UserError(f"{other} has no effect, because {name} was written by save_to_disk without it.")
     if splits and split not in data:
         raise UserError(f"{name} has no split {split}: it has {', '.join(data)}.")
     data = data[split] if splits else data
     if not isinstance(data, Dataset):
-        raise UserError(f"--dataset {name} is not a table of examples.")
+        raise UserError(
+            f"{option} {name} is no table of examples but a stream, which cannot be looked up: save it first."
+        )
     return data.with_format(None)
+
+
+def _loader(name: str, path: Path, option: str) -> str | None:
+    """What reads a single file; None for a folder or a name on the Hub.
+
+    Raises:
+        UserError: it is neither, by its looks.
+    """
+    if path.is_dir():
+        return None
+    loader = FILES.get(path.suffix.lower())
+    if path.is_file() and loader is None:
+        raise UserError(f"{option} {name} is not a file of a kind that is read: {', '.join(FILES)}.")
+    if loader is not None and not path.is_file():
+        raise UserError(f"{option} {name} is not there.")
+    # such a path, which the Hub client would take for a repository, is a folder mistyped
+    if loader is None and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise UserError(f"{option} {name} is not a folder.")
+    return loader
+
+
+def example_ids(data: Dataset) -> np.ndarray:
+    """The column ``example_index``, or the positions where there is none, [len(data)] integers.
+
+    Raises:
+        UserError: they are not unique integers.
+    """
+    ids = np.asarray(data[INDEX]) if INDEX in data.column_names else np.arange(len(data))
+    if not np.issubdtype(ids.dtype, np.integer) or ids.ndim != 1 or len(np.unique(ids)) != len(ids):
+        raise UserError(f"the column {INDEX} of the data must hold integers, each once.")
+    return ids
 
 
 def find_rows(data: Dataset, run: Run) -> np.ndarray:
@@ -70,9 +108,7 @@ def find_rows(data: Dataset, run: Run) -> np.ndarray:
     Raises:
         UserError: an example is not in the data, or the data are recognisably others.
     """
-    ids = np.asarray(data[INDEX]) if INDEX in data.column_names else np.arange(len(data))
-    if not np.issubdtype(ids.dtype, np.integer) or ids.ndim != 1 or len(np.unique(ids)) != len(ids):
-        raise UserError(f"the column {INDEX} of the data must hold integers, each once.")
+    ids = example_ids(data)
     if INDEX not in data.column_names and len(data) != len(run.index):
         raise UserError(
             f"the data have {len(data)} rows and the run {len(run.index)} examples, so positions do not tell "

@@ -22,6 +22,7 @@ from hf_poprisk.leave_one_out.during import ClassNoise
 from hf_poprisk.leave_one_out.features import label_features, num_features, spread
 from hf_poprisk.leave_one_out.index import INDEX, IndexCollator, IndexedBatch, Sample
 from hf_poprisk.leave_one_out.judge import LabelNoise
+from hf_poprisk.leave_one_out.judgement import Judgement
 from hf_poprisk.leave_one_out.log_odds import LogOddsError, LogOddsTap
 from hf_poprisk.leave_one_out.table import TABLE_NAME, ExampleTable, is_judged
 from hf_poprisk.per_example import SelfInfluence
@@ -53,7 +54,14 @@ class LabelNoiseMixin:
         raise NotImplementedError
 
     def _judge_pairs(self) -> None:
-        """Judge the training set, each rank its share; they all come to the same result.
+        found, judge = self.judge_labels(), self._label_noise
+        if self.is_world_process_zero():
+            doubt = "" if judge.doubt is None else f". This means little: {judge.doubt}"
+            below = int((found.p_correct < 0.5).sum())
+            logger.warning(f"{judge.found(0)}; {below} of {len(found.p_correct)} labels are below .5{doubt}.")
+
+    def judge_labels(self) -> Judgement:
+        """Judge the pairs of the training set, each rank its share; they all come to the same result.
 
         Raises:
             ValueError: fewer than 50 pairs, or gradients that tell nothing.
@@ -93,11 +101,7 @@ class LabelNoiseMixin:
         parts = label_features(model, batches, log_odds, self.rows_per_example, num_features(len(data)))
         ids, *parts = (self._of_all_ranks(x).numpy() for x in (torch.cat(index), *parts))
         ids, first = np.unique(ids, return_index=True)
-        found = judge.judge_all(ids, [x[first] for x in parts])
-        if self.is_world_process_zero():
-            doubt = "" if judge.doubt is None else f". This means little: {judge.doubt}"
-            below = int((found.p_correct < 0.5).sum())
-            logger.warning(f"{judge.found(0)}; {below} of {len(ids)} labels are below .5{doubt}.")
+        return judge.judge_all(ids, [x[first] for x in parts])
 
     def _of_all_ranks(self, x: Any) -> Tensor:
         x = torch.as_tensor(x)

@@ -34,7 +34,8 @@ def report(
         UserError: flips without scikit-learn.
     """
     visited, what = int(run.visited.sum()), "preference pairs" if run.preferences else "examples"
-    never = f" ({len(run.index) - visited} more were never trained on)" * (visited < len(run.index))
+    seen = "judged" if run.preferences else "trained on"
+    never = f" ({len(run.index) - visited} more were never {seen})" * (visited < len(run.index))
     lines = [f"{run.folder}: {visited} {what}{never}", *_rate(run)]
     if flips is not None and run.fit is not None:
         lines += _truth(run, flips)

@@ -110,6 +110,15 @@ class ExampleTable:
         n = len(self)
         return self.columns["log_odds"][:n][self.visits[:n] > 0].cpu().numpy()
 
+    def _ranks(self) -> tuple[np.ndarray, np.ndarray]:
+        """0 is the most suspicious, [n] int64; and which were not visited and have none, [n] bool."""
+        n = len(self)
+        unknown = self.visits[:n].cpu().numpy() == 0
+        order = np.lexsort((self.columns["log_odds"][:n].cpu().numpy(), unknown))
+        ranks = np.empty(n, np.int64)
+        ranks[order] = np.arange(n)
+        return ranks, unknown
+
     def save(self, path: Path, p_correct: np.ndarray, state: dict[str, Any]) -> None:
         """Write the table; a reader never sees half of it. Needs ``pyarrow``.
 
@@ -124,6 +133,8 @@ class ExampleTable:
         columns: dict[str, Any] = {"index": self.ids.numpy(), "p_correct": p_correct.astype(np.float32)}
         columns |= {"visits": self.visits[:n].cpu().numpy()}
         columns |= {name: column[:n].cpu().numpy() for name, column in self.columns.items()}
+        ranks, unknown = self._ranks()
+        columns["rank"] = pa.array(ranks, mask=unknown)
         table = pa.table(columns).replace_schema_metadata({_STATE: json.dumps(state, allow_nan=False)})
         temporary = path.with_name(f"_{path.name}.{os.getpid()}")  # pushes leave out _*
         try:
