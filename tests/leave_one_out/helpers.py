@@ -59,6 +59,16 @@ def prefer(kind: str, folder: str | Path, tmp_path: Path, data: Any = None, **op
     return trl_trainer_of(kind, str(folder), tmp_path, preferences(60) if data is None else data, **settings)
 
 
+def planted(count: int = 61) -> tuple[Dataset, np.ndarray]:
+    """Pairs that differ by a word, and which of them are swapped."""
+    flips = np.random.default_rng(0).random(count) < 0.25
+    words = ("signal keeps pointing the same way", "noise has no sign that holds")
+    rows = [words[::-1] if flip else words for flip in flips]
+    prompts = preferences(count)["prompt"][:]
+    chosen, rejected = ([f" {row[side]}" for row in rows] for side in (0, 1))
+    return Dataset.from_dict({"prompt": prompts, "chosen": chosen, "rejected": rejected}), flips
+
+
 def weights(trainer: Any) -> dict[str, Tensor]:
     return {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
 

@@ -15,19 +15,9 @@ from torch.nn import functional as F
 
 from hf_poprisk.leave_one_out import INDEX
 from hf_poprisk.leave_one_out.table import read_table
-from leave_one_out.helpers import first_gradients, prefer, same, weights
+from leave_one_out.helpers import first_gradients, planted, prefer, same, weights
 
 N = 61
-
-
-def planted(count: int = N) -> tuple[Dataset, np.ndarray]:
-    """Pairs that differ by a word, and which of them are swapped."""
-    flips = np.random.default_rng(0).random(count) < 0.25
-    words = ("signal keeps pointing the same way", "noise has no sign that holds")
-    rows = [words[::-1] if flip else words for flip in flips]
-    prompts = preferences(count)["prompt"][:]
-    chosen, rejected = ([f" {row[side]}" for row in rows] for side in (0, 1))
-    return Dataset.from_dict({"prompt": prompts, "chosen": chosen, "rejected": rejected}), flips
 
 
 def lora(**options: Any) -> LoraConfig:
