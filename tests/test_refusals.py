@@ -110,7 +110,8 @@ BREAKS: dict[str, list[dict[str, Any]]] = {
     "set use_liger_kernel=False": [{"use_liger_kernel": True}],
     "set label_smoothing_factor=0": [{"label_smoothing_factor": 0.1}],
     "use sigmoid or sigmoid_norm, or set poprisk_label_noise=audit": [
-        {"loss_type": loss} for loss in ("ipo", ["sigmoid", "sft"])
+        {"loss_type": loss}
+        for loss in ("ipo", "robust", ["sigmoid", "sft"], ["sft", "sigmoid"], ["sigmoid", "sigmoid_norm"])
     ],
     "set use_weighting=False, or set poprisk_label_noise=audit": [{"use_weighting": True}],
     "set poprisk_label_noise=off, or train with DPO, a reward model or a classifier": [{}],

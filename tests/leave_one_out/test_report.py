@@ -7,11 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sklearn.calibration import calibration_curve
 
 from hf_poprisk.__main__ import main
 from hf_poprisk.leave_one_out import ClassNoise, ExampleTable, NoiseFit
-from hf_poprisk.leave_one_out.run import load_run
 from leave_one_out.judged import CHANCE, FIT, FITS, WRONG, N, command, log_odds, posterior, refused, save_run
 
 EARLY = replace(FIT, epoch=1.75)
@@ -47,24 +45,6 @@ def test_the_audit_gives_the_reason_that_training_gave(
 def test_pairs_that_tell_little_are_named(tmp_path: Path, capsys: Any, fit: NoiseFit, says: str) -> None:
     out = command(capsys, save_run(tmp_path / "run", fits=[fit]))
     assert says in out and ("Noise rate: open" in out) == (fit is not FIT)
-
-
-def two_part(n: int, tau: float, rate: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """ζ of pairs whose labels follow the model of the fit exactly, and which labels are wrong."""
-    generator = np.random.default_rng(seed)
-    margin = generator.normal(0, 2.5, n)
-    clean = generator.random(n) < 1 / (1 + np.exp(-tau * margin))
-    wrong = generator.random(n) < rate
-    return np.where(clean != wrong, margin, -margin), wrong
-
-
-def test_p_correct_is_calibrated_on_data_of_the_model(tmp_path: Path) -> None:
-    """Correct means: not replaced."""
-    zeta, wrong = two_part(6000, 1.5, 0.25)
-    p_correct = load_run(save_run(tmp_path / "run", zeta, fits=[FIT])).p_correct
-    observed, predicted = calibration_curve(~wrong, p_correct, n_bins=10, strategy="quantile")
-    error = np.sqrt(predicted * (1 - predicted) / 600)
-    assert (np.abs(predicted - observed) < 4 * error + 1e-3).all()
 
 
 def test_report_without_data(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

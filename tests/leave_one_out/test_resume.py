@@ -165,8 +165,3 @@ def test_an_interrupted_step_leaves_no_visit(tmp_path: Path) -> None:
     trainer.args.num_train_epochs = 1
     trainer.train()
     assert trainer._label_noise.table.visits.tolist() == [1] * 24
-
-
-def test_the_scores_are_left_without_save_model(tmp_path: Path) -> None:
-    classify(tmp_path, examples(), poprisk_label_noise="audit", num_train_epochs=2).train()
-    assert len(read_table(tmp_path)[1]["fits"]) == 5
