@@ -29,18 +29,18 @@ def judged(trainer: Any) -> Any:
     return trainer._label_noise
 
 
-def pair_margin(kind: str, model: nn.Module, batch: dict[str, Tensor], i: int) -> Tensor:
-    """Of the i-th pair, alone: what its loss is −log σ of, where the model is its own reference."""
+def pair_log_odds(kind: str, model: nn.Module, batch: dict[str, Tensor], i: int) -> Tensor:
+    """Of the i-th pair, each of its rows alone and without padding."""
     size, values = len(batch["input_ids"]) // 2, []
     for row in (i, i + size):
-        ids = batch["input_ids"][row, batch["attention_mask"][row].bool()]
+        kept = batch["attention_mask"][row].bool()
+        ids = batch["input_ids"][row, kept]
         logits = model(input_ids=ids[None]).logits[0]
         if kind == "Reward":
             values.append(logits[0])
             continue
-        told = batch["completion_mask"][row, batch["attention_mask"][row].bool()][1:].bool()
-        log_p = logits.log_softmax(-1)[:-1].gather(1, ids[1:, None])[:, 0][told].sum()
-        values.append(0.1 * (log_p - log_p.detach()))
+        log_p = logits.log_softmax(-1)[:-1].gather(1, ids[1:, None])[:, 0]
+        values.append(log_p[batch["completion_mask"][row, kept][1:].bool()].sum())
     return values[0] - values[1]
 
 
@@ -66,8 +66,12 @@ def test_weights_act_from_the_first_step(
     trainer.model.zero_grad()
     w, z = [], []
     for batch, index in batches:
+        judged_by = trainer.label_log_odds(trainer.model, batch)
         for i, row in enumerate(judge.table.rows(index)):
-            z.append(pair_margin(kind, trainer.model, batch, i))
+            z.append(pair_log_odds(kind, trainer.model, batch, i))
+            assert judged_by[i].item() == pytest.approx(z[-1].item(), rel=1e-4, abs=1e-5)
+            if kind == "DPO":  # the model is its own reference
+                z[-1] = 0.1 * (z[-1] - z[-1].detach())
             w.append(judge.table.columns["weight"][row])
             (-w[-1] * F.logsigmoid(z[-1]) / 4).backward()
     for name, p in trainer.model.named_parameters():
@@ -109,7 +113,7 @@ def test_swapped_pairs_are_found(
         ("DPO", {"use_weighting": True}),
         ("DPO", {"sync_ref_model": True, "ref_model_sync_steps": 2}),
         ("DPO", {"f_divergence_type": "js_divergence"}),
-        ("DPO", {"peft_config": lora(lora_dropout=0.3)}),
+        ("DPO", {"peft_config": lora(lora_dropout=0.3), "disable_dropout": False}),
         ("Reward", {"center_rewards_coefficient": 0.1}),
     ],
     ids=["gate", "ipo", "sft", "weighting", "sync", "js", "dropout", "centred"],
@@ -197,7 +201,8 @@ def test_weights_in_bf16(llama_dir: Path, tmp_path: Path) -> None:
 def test_judging_leaves_the_model_and_chance_as_they_were(
     training: bool, llama_dir: Path, tmp_path: Path
 ) -> None:
-    options = {"poprisk_label_noise": "audit", "peft_config": lora(lora_dropout=0.5)}
+    options = {"poprisk_label_noise": "audit", "disable_dropout": False}
+    options["peft_config"] = lora(lora_dropout=0.5)
     trainer = prefer("DPO", llama_dir, tmp_path, preferences(N), **options)
     model = trainer.model.train(training)
 
