@@ -55,7 +55,7 @@ def test_warnings_say_what_the_numbers_are_not_worth(
     [
         (FIT, None),
         (GUESS, "predict labels hardly better than by chance: more pairs, or a model that knows the task"),
-        (replace(FIT, high=0.435), "leave the noise rate open (0.100 to 0.435): more pairs may tell"),
+        (replace(FIT, low=0.2, high=0.435), "leave the noise rate open (0.200 to 0.435): more pairs may"),
         (replace(FIT, low=0.05, high=0.4), "leave the noise rate open (0.050 to 0.400): more pairs may tell"),
     ],
 )
