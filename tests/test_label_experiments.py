@@ -27,7 +27,7 @@ import run  # noqa: E402
 import shuffled_words  # noqa: E402
 import training  # noqa: E402
 
-from hf_poprisk.leave_one_out import LabelNoise  # noqa: E402
+from hf_poprisk.leave_one_out import ClassNoise  # noqa: E402
 
 CLASSES, PAIRS = labels_classes.EXPERIMENT, labels_pairs.EXPERIMENT
 
@@ -98,7 +98,7 @@ def test_controls_of_judging_are_what_they_are_called(
     weights = torch.tensor([0.1, 0.2, 0.3])
     visit, judge = SimpleNamespace(rows=torch.arange(3)), object.__new__(labels_arms.ShuffledWeights)
     monkeypatch.setattr(
-        LabelNoise, "sample_weight", lambda self, visit, *_: setattr(visit, "weight", weights)
+        ClassNoise, "sample_weight", lambda self, visit, *_: setattr(visit, "weight", weights)
     )
     assert judge.sample_weight(visit, None, 2).tolist() == pytest.approx([0.3, 0.1, 0.2])
 

@@ -105,16 +105,15 @@ BREAKS: dict[str, list[dict[str, Any]]] = {
     "padding_free=True": [{"padding_free": True, "per_device_train_batch_size": 2}],
     "packing_strategy={a.packing_strategy}": [{"packing": True, "packing_strategy": "wrapped"}],
     # of the label noise, by their ways out
-    "set poprisk_label_noise=weight": [{"poprisk_label_noise": "swap"}],
     "set poprisk_estimator=example": [{"poprisk_estimator": "group"}],
     "set torch_compile=False": [{"torch_compile": True}],
     "set use_liger_kernel=False": [{"use_liger_kernel": True}],
     "set label_smoothing_factor=0": [{"label_smoothing_factor": 0.1}],
-    "use sigmoid or sigmoid_norm": [{"loss_type": "ipo"}],
-    "use sigmoid or sigmoid_norm, or set poprisk_label_noise=audit": [{"loss_type": ["sigmoid", "sft"]}],
+    "use sigmoid or sigmoid_norm, or set poprisk_label_noise=audit": [
+        {"loss_type": loss}
+        for loss in ("ipo", "robust", ["sigmoid", "sft"], ["sft", "sigmoid"], ["sigmoid", "sigmoid_norm"])
+    ],
     "set use_weighting=False, or set poprisk_label_noise=audit": [{"use_weighting": True}],
-    "set sync_ref_model=False": [{"sync_ref_model": True}],
-    "use reverse_kl": [{"f_divergence_type": "js_divergence"}],
     "set poprisk_label_noise=off, or train with DPO, a reward model or a classifier": [{}],
     "remove center_rewards_coefficient, or set poprisk_label_noise=audit": [
         {"center_rewards_coefficient": 0.1}

@@ -138,7 +138,10 @@ def _eigenvectors(side: Tensor | None) -> Tensor | None:
     """By falling eigenvalue, the same on every rank."""
     if side is None:
         return None
-    vectors = torch.linalg.eigh(_summed(side).double())[1].flip(1).to(side.dtype).contiguous()
+    side = _summed(side)
+    if not side.isfinite().all():
+        raise ValueError("the gradients of the labels' log-odds are not finite: the model gives NaN or inf.")
+    vectors = torch.linalg.eigh(side.double())[1].flip(1).to(side.dtype).contiguous()
     if dist.is_available() and dist.is_initialized():
         dist.broadcast(vectors, 0)  # signs are free
     return vectors

@@ -7,10 +7,10 @@ from common import RecipeError
 from torch import Tensor
 from training import GATES
 
-from hf_poprisk.leave_one_out import LabelNoise
+from hf_poprisk.leave_one_out import ClassNoise
 
 
-class ShuffledWeights(LabelNoise):
+class ShuffledWeights(ClassNoise):
     """Control: each example gets the weight of its neighbour in the (shuffled) micro-batch."""
 
     def sample_weight(self, visit: Any, log_odds: Tensor, num_labels: int) -> Tensor:
@@ -21,7 +21,7 @@ class ShuffledWeights(LabelNoise):
         return visit.weight
 
 
-class NothingHeldOut(LabelNoise):
+class NothingHeldOut(ClassNoise):
     """Control: the effect of an example's own steps is never subtracted, C = 0."""
 
     def sample_weight(self, visit: Any, log_odds: Tensor, num_labels: int) -> Tensor:
@@ -29,7 +29,7 @@ class NothingHeldOut(LabelNoise):
         return super().sample_weight(visit, log_odds, num_labels)
 
 
-class DropTold(LabelNoise):
+class DropTold(ClassNoise):
     """From the second epoch on without the share, told, with the largest mean loss of the epochs before."""
 
     told = 0.0  # the share of mislabeled examples
@@ -47,7 +47,7 @@ class DropTold(LabelNoise):
         return visit.weight
 
 
-class RightOnly(LabelNoise):
+class RightOnly(ClassNoise):
     """The most that judging could give: told which examples are mislabeled, it trains on none of them."""
 
     def sample_weight(self, visit: Any, log_odds: Tensor, num_labels: int) -> Tensor:

@@ -14,7 +14,7 @@ from training import RandomMaskAdamW
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from hf_poprisk import PopRiskEarlyStoppingCallback
-from hf_poprisk.leave_one_out import LabelNoise
+from hf_poprisk.leave_one_out.judge import LabelNoise
 
 HELD_OUT = 0.1  # of the training examples: for early stopping, and for validation where a recipe has none
 
@@ -61,7 +61,7 @@ def trainer_class(base: Any, cell: Cell, mislabeled: np.ndarray) -> Any:
             plain = super()._new_judge(*args)
             if "judge" not in cell:
                 return plain
-            judge = cell["judge"](plain.mode, plain.preferences, plain.table, plain.sample)
+            judge = cell["judge"](plain.mode, plain.table, plain.sample)
             judge.told, judge.mislabeled = cell["noise"], torch.from_numpy(mislabeled).to(plain.table.device)
             judge.never_seen = len(plain.table) - len(self.train_dataset)
             return judge

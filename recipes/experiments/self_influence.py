@@ -26,6 +26,7 @@ from tables import markdown
 from transformers import PrinterCallback, TrainerCallback
 
 from hf_poprisk.leave_one_out import fit_noise
+from hf_poprisk.leave_one_out.during import KEPT
 from hf_poprisk.leave_one_out.log_odds import LogOddsTap
 
 COLUMNS = {  # results → headings; nats, and shares of the squared effects
@@ -86,7 +87,7 @@ def train(cell: Cell, left_out: np.ndarray) -> Run:
         transformers.set_seed(cell["seed"])
         trainer.train()
         z, num_labels = log_odds(trainer, [data[row] for row in rows])
-    kept = trainer._label_noise.kept_share if judged else np.nan
+    kept = KEPT if judged else np.nan
     return Run(z, np.array(effects.seen), setup.mislabeled[rows], num_labels, kept)
 
 

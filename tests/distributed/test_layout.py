@@ -119,7 +119,8 @@ def test_two_processes_resume_to_the_uninterrupted_run(kind: str, saved: dict[in
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_rank_knows_every_examples_scores(layout: tuple[int, int], saved: dict[int, Any]) -> None:
     world, micro_batch = layout
-    one, two = saved[1]["kinds"]["DPO-audit", 1], saved[world]["kinds"]["DPO-audit", micro_batch]
+    kind = "classes-audit"
+    one, two = saved[1]["kinds"][kind, 1], saved[world]["kinds"][kind, micro_batch]
     assert one["table"]["visits"].tolist() == two["table"]["visits"].tolist() == [2] * (B * STEPS)
     for name, column in one["table"].items():
         # a gate that flips at a tie moves a weight by one learning rate, and the log-odds with it
@@ -129,6 +130,21 @@ def test_every_rank_knows_every_examples_scores(layout: tuple[int, int], saved: 
     assert one["table"]["self_influence"].std() > 0.02  # of a gate that opens about a third
     assert [fit.step for fit in one["fits"]] == [fit.step for fit in two["fits"]]
     assert one["fits"][-1].rate == pytest.approx(two["fits"][-1].rate, abs=0.05)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_pairs_are_judged_and_weighted_alike(layout: tuple[int, int], saved: dict[int, Any]) -> None:
+    """Of an odd number, which two processes share with one of them twice."""
+    world, micro_batch = layout
+    one, two = saved[1]["kinds"]["DPO-weight", 1], saved[world]["kinds"]["DPO-weight", micro_batch]
+    assert two["table"]["index"].tolist() == list(range(61)) and two["table"]["visits"].tolist() == [1] * 61
+    for name in ("log_odds", "weight"):
+        column = one["table"][name]
+        torch.testing.assert_close(two["table"][name], column, rtol=0.05, atol=0.02, msg=name)
+        assert column.std() > 0.1
+    for a, b in zip(one["logs"][:STEPS], two["logs"][:STEPS], strict=True):
+        for name in ("poprisk/weight_mean", "poprisk/loss_weighted"):
+            assert a[name] == pytest.approx(b[name], abs=0.02)
 
 
 class ThreeRanks:

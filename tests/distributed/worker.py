@@ -18,6 +18,7 @@ import reference
 import torch
 import torch.distributed as dist
 from datasets import Dataset
+from leave_one_out.helpers import Classifier, examples, planted
 from losses import KINDS as LOSSES
 from losses import FirstGradient, first_step, gap
 from models import layout, preferences, rows, sequences, trainer_of, trl_trainer_of
@@ -31,7 +32,7 @@ import hf_poprisk
 from hf_poprisk import PopRiskAdamW
 
 B, STEPS = 16, 3
-KINDS = ("Trainer", "DPO", "SFT", "Reward", "DPO-LoRA", "DPO-one-by-one", "DPO-audit")
+KINDS = ("Trainer", "DPO", "SFT", "Reward", "DPO-LoRA", "DPO-one-by-one", "classes-audit", "DPO-weight")
 STOCK = (
     *("token mean: mt5", "ctc sum: hubert", "class weights: vit", "class weights: bert", "penalty: vit"),
     *("experts: mixtral", "contrastive: bert", "adapter: adalora", "adapter: prompt"),
@@ -46,8 +47,11 @@ def build(kind: str, model_dir: str, world: int, micro_batch: int, **changes: An
     options = {**layout(micro_batch, B // world), "max_steps": STEPS, **changes}
     if kind == "Trainer":
         return trainer_of(folder, rows(B * STEPS), **options)
-    if kind == "DPO-audit":
+    if kind == "classes-audit":
         options |= {"poprisk_label_noise": "audit", "max_steps": 2 * STEPS}  # two epochs
+        return trainer_of(folder, examples(B * STEPS), Classifier(), **{**options, "learning_rate": 1e-2})
+    if kind == "DPO-weight":  # an odd number of pairs
+        return trl_trainer_of("DPO", model_dir, folder, planted()[0], poprisk_label_noise="weight", **options)
     if kind == "DPO-LoRA":
         options["peft_config"] = LoraConfig(r=4, target_modules="all-linear", init_lora_weights="gaussian")
     data = sequences(B * STEPS) if kind == "SFT" else preferences(B * STEPS)
@@ -66,7 +70,7 @@ def run(kind: str, model_dir: str, world: int, micro_batch: int) -> dict[str, An
     found = {"windows": windows, "weights": weights, "logs": trainer.state.log_history}
     if trainer._label_noise is not None:
         table = trainer._label_noise.table
-        found["table"] = {"visits": table.visits, **table.columns}
+        found["table"] = {"index": table.ids, "visits": table.visits, **table.columns}
         found["fits"] = trainer._label_noise.fits
     return found
 

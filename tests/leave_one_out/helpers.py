@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from models import SILENT, preferences
+from models import SILENT, preferences, trl_trainer_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import TrainerCallback
 
-import hf_poprisk
 from hf_poprisk import PopRiskTrainer, PopRiskTrainingArguments
 from hf_poprisk.leave_one_out import INDEX
 
@@ -55,12 +54,19 @@ def classify(tmp_path: Path, data: Any, model: nn.Module | None = None, **option
 
 
 def prefer(kind: str, folder: str | Path, tmp_path: Path, data: Any = None, **options: Any) -> Any:
-    settings = {"per_device_train_batch_size": 4, "num_train_epochs": 3, "learning_rate": 1e-3}
-    args = getattr(hf_poprisk, f"PopRisk{kind}Config")(
-        str(tmp_path), bf16=False, gradient_checkpointing=False, **{**settings, **QUIET, **options}
-    )
-    trainer = getattr(hf_poprisk, f"PopRisk{kind}Trainer")
-    return trainer(str(folder), args=args, train_dataset=preferences(16) if data is None else data)
+    settings = {"per_device_train_batch_size": 4, "learning_rate": 1e-3, "gradient_checkpointing": False}
+    settings |= {"train_sampling_strategy": "random", **QUIET, **options}
+    return trl_trainer_of(kind, str(folder), tmp_path, preferences(60) if data is None else data, **settings)
+
+
+def planted(count: int = 61) -> tuple[Dataset, np.ndarray]:
+    """Pairs that differ by a word, and which of them are swapped."""
+    flips = np.random.default_rng(0).random(count) < 0.25
+    words = ("signal keeps pointing the same way", "noise has no sign that holds")
+    rows = [words[::-1] if flip else words for flip in flips]
+    prompts = preferences(count)["prompt"][:]
+    chosen, rejected = ([f" {row[side]}" for row in rows] for side in (0, 1))
+    return Dataset.from_dict({"prompt": prompts, "chosen": chosen, "rejected": rejected}), flips
 
 
 def weights(trainer: Any) -> dict[str, Tensor]:
@@ -93,8 +99,7 @@ def judged_from(trainer: Any, fits_at: int) -> None:
         if step >= fits_at and judge.fits:
             judge.judging_since = judge.judging_since or step
             # tiny models predict nothing
-            sure = replace(judge.fits[-1], rate=0.4, low=0.4, high=0.42, log_likelihood=-0.5, exact=True)
-            judge.fits[0], judge.fits[-1] = sure, replace(sure, rate=0.1)
+            judge.fits[-1] = replace(judge.fits[-1], rate=0.1, log_likelihood=-0.5)
 
     judge.maybe_fit = maybe_fit
 

@@ -11,19 +11,18 @@ import torch
 from datasets import Dataset
 
 from hf_poprisk.__main__ import main
-from hf_poprisk.leave_one_out import ExampleTable, LabelNoise, NoiseFit
+from hf_poprisk.leave_one_out import ClassNoise, ExampleTable, NoiseFit, PairNoise
 
 N = 60
 WRONG = np.arange(N) % 4 == 1  # a quarter of the labels
 FIT = NoiseFit(0.25, 0.15, 0.33, 1.5, 2, -0.55, N, step=48, epoch=3.0)
-# the likelihood has all but stopped rising
+CHANCE = replace(FIT, log_likelihood=-math.log(2))  # predicts nothing
+# of classes: the likelihood has all but stopped rising
 FITS = [
-    NoiseFit(0.35, 0.2, 0.42, 1.0, 2, -0.65, N, 16, 1.0, exact=True),
+    NoiseFit(0.35, 0.2, 0.42, 1.0, 2, -0.65, N, 16, 1.0),
     NoiseFit(0.3, 0.2, 0.4, 1.2, 2, -0.555, N, 32, 2.0),
     FIT,
 ]
-JUDGED_BY = replace(FIT, rate=0.35, low=0.2, high=0.42)  # as the first estimate, which is above the last
-CHANCE = replace(FITS[0], log_likelihood=-math.log(2))  # predicts nothing
 
 
 def log_odds() -> np.ndarray:
@@ -36,21 +35,21 @@ def save_run(
     folder: Path,
     scores: np.ndarray | None = None,
     ids: np.ndarray | None = None,
-    fits: list[NoiseFit] = FITS,
-    mode: str = "weight",
+    fits: list[NoiseFit] | None = None,
     preferences: bool = True,
     since: int | None = 32,
     never: tuple[int, ...] = (),
     sample: Any = None,
 ) -> Path:
-    """What training leaves; the rows ``never`` were not visited."""
+    """What training leaves, of pairs or of classes; the rows ``never`` were not visited."""
     scores = log_odds() if scores is None else scores.astype(np.float32)
     table = ExampleTable(np.arange(len(scores)) if ids is None else ids)
-    judge = LabelNoise(mode, preferences, table, sample)
+    judge = (PairNoise if preferences else ClassNoise)("weight", table, sample)
+    judge.fits = list(fits if fits is not None else [FIT] if preferences else FITS)
+    judge.judging_since = 0 if preferences else since
     rows = torch.tensor([i for i in range(len(scores)) if i not in never])
     z = torch.from_numpy(scores)[rows]
-    table.visit(rows, log_odds=z)
-    judge.fits, judge.judging_since = list(fits), since
+    table.visit(rows, log_odds=z, weight=judge.fit.p_correct(z) if judge.fits else torch.ones_like(z))
     folder.mkdir(exist_ok=True)
     judge.save(folder)
     return folder
@@ -90,7 +89,7 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: Any) -> str:
     return err.removeprefix("hf-poprisk audit: error: ").strip()
 
 
-def posterior(zeta: float, fit: NoiseFit = JUDGED_BY) -> float:
+def posterior(zeta: float, fit: NoiseFit = FIT) -> float:
     """By the formula, one label at a time."""
     c = math.log(fit.num_labels - 1)
     q = 1 / (1 + math.exp(-(fit.tau * (zeta + c) - c)))

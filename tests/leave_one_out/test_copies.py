@@ -15,7 +15,7 @@ from hf_poprisk.leave_one_out.index import take_sample
 from hf_poprisk.leave_one_out.noise import MAX_RATE
 from leave_one_out.judged import (
     CHANCE,
-    FITS,
+    FIT,
     WRONG,
     N,
     command,
@@ -48,7 +48,7 @@ def test_weighted(tmp_path: Path, saved: Path, capsys: Any) -> None:
     (tmp_path / "to").mkdir()  # empty: allowed
     _, data = written(capsys, run, saved, "weighted", tmp_path / "to")
     expected = [posterior(float(z)) for z in log_odds()]
-    expected[2] = 0.65
+    expected[2] = 0.75
     np.testing.assert_allclose(data["label_weight"][:], expected, rtol=1e-6)
     assert data.features["label_weight"].dtype == "float32"
     assert data.remove_columns(["label_weight", INDEX])[:] == pairs()[:]
@@ -94,7 +94,7 @@ def test_written_rows_are_found_by_their_index(tmp_path: Path, capsys: Any) -> N
     data = datasets.concatenate_datasets([pairs().add_column(INDEX, ids).select(order), more])
     data.save_to_disk(tmp_path / "data")
     _, data = written(capsys, run, tmp_path / "data", "weighted", tmp_path / "to")
-    expected = [posterior(float(log_odds()[i])) for i in order] + [0.65]
+    expected = [posterior(float(log_odds()[i])) for i in order] + [0.75]
     np.testing.assert_allclose(data["label_weight"][:], expected, rtol=1e-6)
 
 
@@ -115,12 +115,12 @@ def test_what_cannot_be_written(run: Path, saved: Path, tmp_path: Path, capsys: 
     assert "with columns chosen and rejected" in sentence("reflipped", data=tmp_path / "half")
     pairs().add_column("margin", [1.0] * N).save_to_disk(tmp_path / "margin")
     assert "cannot turn the column margin round" in sentence("reflipped", data=tmp_path / "margin")
-    capped = NoiseFit(MAX_RATE, 0.3, MAX_RATE, 0.1, 2, -0.5, N)
+    capped = [NoiseFit(MAX_RATE, 0.3, MAX_RATE, 0.1, 2, -0.5, N)]
     for name, options, why in (
-        ("guess", {"fits": [CHANCE]}, "predicted hardly better than by chance"),
-        ("capped", {"fits": [capped], "preferences": False}, "at its limit of 0.45"),
-        ("open", {"fits": [replace(FITS[0], high=0.44), *FITS[1:]]}, "leave the noise rate open"),
-        ("waiting", {"since": None}, "predicted better and better until the end"),
+        ("guess", {"fits": [CHANCE]}, "predict labels hardly better than by chance"),
+        ("open", {"fits": [replace(FIT, high=0.44)]}, "leave the noise rate open"),
+        ("capped", {"fits": capped, "preferences": False}, "at its limit of 0.45"),
+        ("waiting", {"since": None, "preferences": False}, "predicted better and better until the end"),
     ):
         unsure = save_run(tmp_path / name, **options)
         said = sentence("weighted", unsure)

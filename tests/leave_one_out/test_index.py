@@ -9,10 +9,9 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from hf_poprisk import PopRiskTrainer, PopRiskTrainingArguments
 from hf_poprisk.leave_one_out import INDEX
 from hf_poprisk.leave_one_out.index import IndexCollator, first_difference, take_sample, with_index
-from leave_one_out.helpers import QUIET, Classifier, classify, examples
+from leave_one_out.helpers import Classifier, classify, examples
 
 
 def test_an_index_of_the_users_is_kept() -> None:
@@ -45,20 +44,15 @@ def test_a_sample_knows_rows_in_another_order() -> None:
     assert first_difference(one, take_sample(spoiled, np.array(spoiled[INDEX])))[1] == "labels"
 
 
-def test_evaluation_sees_no_index(tmp_path: Path) -> None:
+@pytest.mark.parametrize("remove_unused_columns", [True, False])
+def test_evaluation_sees_no_index(remove_unused_columns: bool, tmp_path: Path) -> None:
     data = Dataset.from_list([{"x": e["x"].tolist(), "labels": int(e["labels"])} for e in examples()])
-    data = data.add_column(INDEX, list(range(24)))
-    args = PopRiskTrainingArguments(
-        str(tmp_path),
-        poprisk_label_noise="audit",
-        eval_strategy="epoch",
-        num_train_epochs=1,
-        per_device_train_batch_size=4,
-        **QUIET,
-    )
-    trainer = PopRiskTrainer(Classifier(), args=args, train_dataset=data.shuffle(1), eval_dataset=data)
+    options = {"poprisk_label_noise": "audit", "num_train_epochs": 1}
+    data = data.add_column(INDEX, list(range(24))).shuffle(1)
+    trainer = classify(tmp_path, data, remove_unused_columns=remove_unused_columns, **options)
     trainer.train()
-    assert math.isfinite(trainer.evaluate()["eval_loss"])
+    assert math.isfinite(trainer.evaluate(data)["eval_loss"])
+    assert math.isfinite(trainer.evaluate(trainer.train_dataset)["eval_loss"])
     assert trainer._label_noise.table.visits.sum() == 24
 
 
@@ -77,12 +71,3 @@ def test_an_index_of_the_models_own_is_left_to_it_without_label_noise(tmp_path: 
 def test_an_index_hidden_by_a_format_is_read() -> None:
     data = Dataset.from_dict({"a": [1, 2], INDEX: [4, 9]}).with_format("torch", columns=["a"])
     assert with_index(data)[1].tolist() == [4, 9]
-
-
-def test_an_evaluation_on_the_training_set(tmp_path: Path) -> None:
-    data = Dataset.from_list([{"x": e["x"].tolist(), "labels": int(e["labels"])} for e in examples()])
-    trainer = classify(
-        tmp_path, data, poprisk_label_noise="audit", remove_unused_columns=False, num_train_epochs=1
-    )
-    trainer.train()
-    assert math.isfinite(trainer.evaluate(trainer.train_dataset)["eval_loss"])

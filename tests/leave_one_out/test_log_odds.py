@@ -39,16 +39,6 @@ def test_a_weight_multiplies_the_examples_gradient(preferences_: bool) -> None:
     assert tap.num_labels == (2 if preferences_ else 4)
 
 
-def test_a_negative_weight_trains_the_swapped_pair() -> None:
-    z = torch.tensor([-3.0, 0.0, 2.0, 30.0, 70.0], dtype=torch.float64, requires_grad=True)
-    factor = torch.tensor([-1.0, -0.5, 0.25, -0.3, -0.2], dtype=torch.float64)
-    swapped = torch.where(factor < 0, -F.logsigmoid(-z), -F.logsigmoid(z))
-    (expected,) = torch.autograd.grad((factor.abs() * swapped).sum(), z)
-    with LogOddsTap(True, lambda z, k: factor):
-        (got,) = torch.autograd.grad(-F.logsigmoid(z).sum(), z)
-    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-12)
-
-
 @pytest.mark.parametrize(
     ("loss", "preferences_", "message"),
     [

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import Trainer
 
 from hf_poprisk import PopRiskMixin, PopRiskTrainer, PopRiskTrainingArguments
-from leave_one_out.helpers import LABELS, Classifier, examples
+from leave_one_out.helpers import Classifier, examples
 
 
 class OwnLoss(PopRiskTrainer):
@@ -95,20 +95,14 @@ def test_whoever_computes_the_loss_and_whatever_the_items_are(mode: str, tmp_pat
 
 
 @pytest.mark.parametrize("mode", ["audit", "weight"])
-@pytest.mark.parametrize("trainer", [PopRiskTrainer, OwnLoss])
+@pytest.mark.parametrize(
+    ("model", "trainer"), [(Classifier, PopRiskTrainer), (Convolved, PopRiskTrainer), (Convolved, OwnLoss)]
+)
 def test_one_by_one_the_scores_are_those_of_single_examples(
-    trainer: type[Any], mode: str, tmp_path: Path
+    model: type[nn.Module], trainer: type[Any], mode: str, tmp_path: Path
 ) -> None:
     """The labels are read off the loss of the whole micro-batch, and not off those of its examples."""
     data = examples(24, wrong=0.25)
-    several = scores(tmp_path, trainer, data, model=Convolved, mode=mode)
-    assert_same(several, scores(tmp_path, trainer, data, model=Convolved, mode=mode, size=1))
-
-
-def test_a_loss_that_is_no_cross_entropy_is_refused(tmp_path: Path) -> None:
-    class Squared(OwnLoss):
-        def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Tensor:
-            return F.mse_loss(model(inputs["x"])["logits"], F.one_hot(inputs["labels"], LABELS).float())
-
-    with pytest.raises(ValueError, match="needs a loss that is the mean cross-entropy .*it computes none"):
-        scores(tmp_path, Squared, examples(24))
+    several = scores(tmp_path, trainer, data, model=model, mode=mode)
+    assert several[0]["self_influence"].min() > 0
+    assert_same(several, scores(tmp_path, trainer, data, model=model, mode=mode, size=1))

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 from test_trainer import Scaler
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import TrainerCallback
 
 from hf_poprisk.leave_one_out.log_odds import class_log_odds
 from hf_poprisk.leave_one_out.table import read_table
-from leave_one_out.helpers import LABELS, Classifier, classify, examples, judged_from, weights
+from leave_one_out.helpers import Classifier, classify, examples, judged_from, weights
 
 
 @pytest.mark.parametrize("gate", ["none", "hard"])
@@ -78,33 +78,6 @@ def test_the_table_follows_the_textbook(tmp_path: Path) -> None:
     ):
         torch.testing.assert_close(got.columns[name].double(), expected, rtol=1e-4, atol=1e-6, msg=name)
     assert (own.abs() > 1e-3).all()
-
-
-def test_one_by_one_where_a_layer_hides_its_per_example_gradients(tmp_path: Path) -> None:
-    class Odd(Classifier):
-        def __init__(self) -> None:
-            super().__init__()
-            self.scale = nn.Parameter(torch.ones(LABELS))
-
-        def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-            logits = self.net(x) * self.scale
-            return {"loss": F.cross_entropy(logits, labels), "logits": logits}
-
-    seen = []
-    for model in (Odd(), Classifier()):
-        trainer = classify(
-            tmp_path,
-            examples(),
-            model,
-            poprisk_label_noise="audit",
-            train_sampling_strategy="sequential",
-            num_train_epochs=1,
-        )
-        trainer.train()
-        assert (trainer._layers is None) == isinstance(model, Odd)
-        seen.append(trainer._label_noise.table)
-    torch.testing.assert_close(seen[0].columns["log_odds"][:4], seen[1].columns["log_odds"][:4])
-    assert seen[0].visits.tolist() == [1] * 24 and (seen[0].columns["self_influence"] > 0).all()
 
 
 def test_wrong_labels_are_found(tmp_path: Path) -> None:

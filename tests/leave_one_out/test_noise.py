@@ -31,14 +31,6 @@ def test_the_fit_finds_the_rate_and_the_scale(rate: float, labels: int) -> None:
             assert 1 - wrong[inside].mean() == pytest.approx(weight[inside].mean(), abs=0.06)
 
 
-def test_the_interval_covers_the_rate() -> None:
-    inside = [
-        fit.low <= 0.25 <= fit.high
-        for fit in (fit_noise(drawn(600, 0.25, 2, seed=seed)[0]) for seed in range(40))
-    ]
-    assert 33 <= sum(inside) <= 40
-
-
 @pytest.mark.parametrize("labels", [2, 5])
 def test_the_rate_is_the_posterior_median(labels: int) -> None:
     """Against plain sums over a fine grid that takes every example as it is."""
@@ -137,13 +129,8 @@ def test_what_is_explained_is_none_at_chance_and_all_where_every_label_is_sure()
     assert nobody.explained == 1.0
 
 
-@pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
-def test_small_log_odds_are_fitted_as_large_ones_are(scale: float) -> None:
-    """Early in training all are small; an interval stands where τ ends at its limit too."""
+def test_where_tau_ends_at_its_limit_there_is_an_interval() -> None:
     rng = np.random.default_rng(3)
-    z = np.where(rng.random(512) < 0.33, -1, 1) * (np.abs(rng.normal(size=512)) + 0.2)
-    fit, same = fit_noise(scale * z), fit_noise(z)
-    assert fit.rate == pytest.approx(same.rate, abs=0.01) and fit.low == pytest.approx(same.low, abs=0.01)
     sure = fit_noise(3e-3 * np.where(rng.permutation(512) < 160, -1.0, 1.0) * np.geomspace(1e-3, 1, 512))
     assert sure.tau > 1e4 and sure.rate == pytest.approx(160 / 512, abs=0.05)
     assert 0.02 < sure.rate - sure.low < 0.1

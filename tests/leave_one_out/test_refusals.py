@@ -2,75 +2,14 @@
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import Trainer
 
-import hf_poprisk
 from hf_poprisk import PopRiskTrainingArguments
 from leave_one_out.helpers import QUIET, Classifier, classify, examples, same, weights
-
-WEIGHING = [{"poprisk_label_noise": "weight"}, {"poprisk_label_noise": "swap"}]
-
-
-@pytest.mark.parametrize(
-    ("kind", "options", "message"),
-    [
-        ("", {"poprisk_label_noise": "maybe"}, "poprisk_label_noise must be one of off, audit, weight, swap"),
-        ("", {"poprisk_label_noise": "swap"}, "is for preference pairs: set poprisk_label_noise=weight"),
-        ("", {"label_smoothing_factor": 0.1}, "set label_smoothing_factor=0"),
-        ("", {"torch_compile": True}, "set torch_compile=False"),
-        ("", {"optim": "adamw_torch"}, "has no effect with optim=adamw_torch"),
-        ("", {"poprisk_estimator": "group", "poprisk_gate": "hard"}, "set poprisk_estimator=example"),
-        ("DPO", {"loss_type": ["ipo"]}, "loss_type=ipo is not one: use sigmoid or sigmoid_norm"),
-        ("DPO", {"loss_type": ["sft"]}, "loss_type=sft is not one: use sigmoid or sigmoid_norm\\.$"),
-        ("DPO", {"loss_type": ["sigmoid", "robust"]}, "loss_type=sigmoid,robust is not one: .*_norm\\.$"),
-        ("DPO", {"loss_type": ["sigmoid", "aot"]}, "loss_type=sigmoid,aot is not one: .*_norm\\.$"),
-        ("DPO", {"loss_type": ["sigmoid", "sigmoid_norm"]}, "loss_type=sigmoid,sigmoid_norm is not one"),
-        *(
-            (
-                "DPO",
-                {"loss_type": ["sigmoid", "sft"], **mode},
-                "is not one: .*, or set poprisk_label_noise=audit",
-            )
-            for mode in WEIGHING
-        ),
-        *(
-            ("DPO", {"use_weighting": True, **mode}, "=False, or set poprisk_label_noise=audit")
-            for mode in WEIGHING
-        ),
-        ("DPO", {"sync_ref_model": True}, "set sync_ref_model=False"),
-        ("DPO", {"f_divergence_type": "js_divergence"}, "use reverse_kl"),
-        ("DPO", {"use_liger_kernel": True}, "set use_liger_kernel=False"),
-        *(
-            (
-                "Reward",
-                {"center_rewards_coefficient": 0.1, **mode},
-                "remove center_rewards_coefficient, or set",
-            )
-            for mode in WEIGHING
-        ),
-        ("SFT", {}, "judges labels, and a sequence has none"),
-    ],
-)
-def test_what_cannot_be_judged_is_refused(
-    kind: str, options: dict[str, Any], message: str, tmp_path: Path
-) -> None:
-    config = getattr(hf_poprisk, f"PopRisk{kind}Config") if kind else PopRiskTrainingArguments
-    quiet = {k: v for k, v in QUIET.items() if k != "poprisk_gate"}
-    bf16 = {"bf16": False} if kind else {}
-    settings = {
-        "poprisk_label_noise": "audit",
-        "gradient_accumulation_steps": 4,
-        **quiet,
-        **bf16,
-        **options,
-    }
-    with pytest.raises(ValueError, match=message):
-        config(str(tmp_path), **settings).check_training()
 
 
 def test_a_loss_without_log_odds_is_refused_before_a_step(tmp_path: Path) -> None:

@@ -12,44 +12,24 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from hf_poprisk.leave_one_out import TABLE_NAME, ExampleTable, LabelNoise, NoiseFit
+from hf_poprisk.leave_one_out import TABLE_NAME, ClassNoise, ExampleTable, NoiseFit
 from hf_poprisk.leave_one_out.judge import Visit
 from hf_poprisk.leave_one_out.run import load_run
-from leave_one_out.judged import CHANCE, FIT, FITS, N, command, log_odds, posterior, refused, save_run
-
-
-def test_posterior_of_visited_and_of_other_examples(tmp_path: Path) -> None:
-    fit = NoiseFit(0.2, 0.1, 0.3, 1.2, 5, -1.0, N)
-    run = load_run(save_run(tmp_path / "run", fits=[FIT, fit], preferences=False, never=(3, 7)))
-    expected = [0.8 if i in (3, 7) else posterior(float(z), fit) for i, z in enumerate(log_odds())]
-    np.testing.assert_allclose(run.p_correct, expected, rtol=1e-6)
+from leave_one_out.judged import FIT, N, command, log_odds, posterior, refused, save_run
 
 
 @pytest.mark.parametrize(
-    ("fits", "preferences", "rate"),
-    [
-        (FITS, True, 0.35),
-        ([replace(FITS[0], rate=0.22), FIT], True, 0.25),
-        ([replace(FITS[0], exact=False), FIT], True, 0.25),
-        ([CHANCE, FIT], True, 0.35),
-        ([FITS[0], replace(FIT, rate=0.01, low=0.0)], True, 0.35),
-        ([FIT], True, 0.25),
-        (FITS, False, 0.25),
-    ],
+    ("preferences", "fit"), [(True, FIT), (False, NoiseFit(0.2, 0.1, 0.3, 1.2, 5, -1.0, N))]
 )
-def test_labels_are_judged_at_the_rate_of_training(
-    tmp_path: Path, fits: list[NoiseFit], preferences: bool, rate: float
-) -> None:
-    run = load_run(save_run(tmp_path / "run", fits=fits, preferences=preferences, never=(3,)))
-    expected = [posterior(float(z), replace(FIT, rate=rate)) for z in log_odds()]
-    expected[3] = 1 - rate
+def test_labels_are_judged_as_in_training(tmp_path: Path, preferences: bool, fit: NoiseFit) -> None:
+    """And where an example was not visited, nothing but the rate is known of it."""
+    run = load_run(save_run(tmp_path / "run", fits=[FIT, fit], preferences=preferences, never=(3, 7)))
+    expected = [1 - fit.rate if i in (3, 7) else posterior(float(z), fit) for i, z in enumerate(log_odds())]
     np.testing.assert_allclose(run.p_correct, expected, rtol=1e-6)
-    # the same as in training
-    judge = LabelNoise("weight", preferences, ExampleTable(np.arange(N)))
-    judge.fits, judge.judging_since = fits, 16
-    visit = Visit(torch.arange(N), None)
-    judge.sample_weight(visit, torch.from_numpy(log_odds()), 2)
-    np.testing.assert_allclose(run.p_correct[run.visited], visit.weight[run.visited], rtol=1e-5)
+    judge = ClassNoise("weight", ExampleTable(np.arange(N)))
+    judge.fits, judge.judging_since, visit = [replace(fit, log_likelihood=-0.5)], 16, Visit(torch.arange(N))
+    weight = judge.sample_weight(visit, torch.from_numpy(log_odds()), 2)
+    np.testing.assert_allclose(run.p_correct[run.visited], weight[run.visited], rtol=1e-5)
 
 
 def test_folders_that_are_not_of_a_run(run: Path, tmp_path: Path, capsys: Any) -> None:
