@@ -2,7 +2,8 @@
 
 MODEL is a causal language model, or with --reward a reward model; a Hub name or a folder. DATASET is a Hub
 name, a folder, or a .parquet, .jsonl, .json or .csv file, with the columns chosen and rejected, and prompt if
-it is apart from them. OUT will hold judged.parquet, which hf-poprisk audit reads. If the data have a bool
+it is apart from them. OUT will hold judged.parquet, which hf-poprisk audit reads, and report.html, a page to
+look through the suspicious rows. If the data have a bool
 column is_flipped that tells which labels are mislabeled, the scores are compared with it.
 """
 
@@ -12,6 +13,7 @@ import argparse
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +26,7 @@ from hf_poprisk.leave_one_out.data import TRUTH, example_ids, find_rows, known_f
 from hf_poprisk.leave_one_out.figure import plot
 from hf_poprisk.leave_one_out.index import INDEX
 from hf_poprisk.leave_one_out.judgement import FEWEST
+from hf_poprisk.leave_one_out.page import write_page
 from hf_poprisk.leave_one_out.report import report
 from hf_poprisk.leave_one_out.run import load_run
 from hf_poprisk.leave_one_out.table import TABLE_NAME
@@ -31,6 +34,7 @@ from hf_poprisk.leave_one_out.table import TABLE_NAME
 if TYPE_CHECKING:
     from datasets import Dataset
 
+PAGE_NAME = "report.html"
 PAIR = ("prompt", "chosen", "rejected")
 # What the trainers read; other columns, such as margin, have a meaning in training alone.
 _READ = (*PAIR, "tools", "chat_template_kwargs", INDEX)
@@ -102,11 +106,13 @@ def judge(args: argparse.Namespace) -> None:
         noise = _judged(args, data, tokenizer, temporary / "trainer")
         (temporary / "judged").mkdir()
         noise.save(temporary / "judged")
+        run = load_run(temporary / "judged")
+        rows = find_rows(data, run)
+        write_page(temporary / "judged" / PAGE_NAME, replace(run, folder=args.output_dir), data, rows)
         (temporary / "judged").replace(out)
-    run = load_run(args.output_dir)
-    rows = find_rows(data, run)
+    run = replace(run, folder=args.output_dir)
     flips = known_flips(data, rows)
-    done = ["", f"judged labels: {args.output_dir / TABLE_NAME}"]
+    done = ["", f"judged labels: {args.output_dir / TABLE_NAME}", f"page: {args.output_dir / PAGE_NAME}"]
     if args.plot:
         plot(run, args.plot, flips)
         done += [f"figure: {args.plot}"]

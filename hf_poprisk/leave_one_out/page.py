@@ -72,7 +72,8 @@ def summary(run: Run) -> list[str]:
         precision = f"{1 - p_correct[below].mean():.0%} of these are expected to be mislabeled"
         lines += [f"Precision at the suggested cut, .5: {precision}, and the others to be right."]
     if count < len(run.index):
-        lines += [f"{len(run.index) - count:,} more were never trained on, and are not shown."]
+        done = "judged" if run.preferences else "trained on"
+        lines += [f"{len(run.index) - count:,} more were never {done}, and are not shown."]
     shown = f"the {MAX_ROWS:,} most suspicious of {count:,}" if count > MAX_ROWS else f"all {count:,}"
     return [
         *lines,

@@ -114,10 +114,14 @@ def test_flipped_pairs_are_found(
     assert np.array_equal(np.argsort(found["rank"]), np.argsort(found["log_odds"], kind="stable"))
     assert found["p_correct"][np.argsort(found["rank"])].tolist() == sorted(found["p_correct"])
     report, _, files = printed.partition("\n\njudged labels: ")
-    assert files == f"{out}/judged.parquet\nfigure: {figure}\n" and figure.read_bytes()[1:4] == b"PNG"
+    assert (
+        files == f"{out}/judged.parquet\npage: {out}/report.html\nfigure: {figure}\n"
+        and figure.read_bytes()[1:4] == b"PNG"
+    )
     assert report + "\n" == run(capsys, out, "--dataset", data, command="audit")
     assert "60 preference pairs\nNoise rate: " in report and "; AUROC " in report
-    assert list(out.iterdir()) == [out / "judged.parquet"]
+    assert sorted(file.name for file in out.iterdir()) == ["judged.parquet", "report.html"]
+    assert learnable()["chosen"][7].strip() in (out / "report.html").read_text()
 
 
 def test_it_is_what_an_audit_in_training_finds_without_its_reference(

@@ -78,7 +78,7 @@ def test_report_with_truth(tmp_path: Path, saved: Path, capsys: pytest.CaptureFi
     above = log_odds()[seen & ~WRONG][:, None], log_odds()[seen & WRONG]
     auroc = (above[0] > above[1]).mean()
     assert 0 < recall < 1 and auroc < 1  # the example has something to miss
-    assert "58 preference pairs (2 more were never trained on)" in out
+    assert "58 preference pairs (2 more were never judged)" in out
     assert (
         f"Known to be mislabeled (is_flipped): {(WRONG & seen).sum()} of 58. Below .5: precision "
         f"{precision:.1%}, recall {recall:.1%}; AUROC {auroc:.3f}." in out

@@ -88,7 +88,7 @@ def test_what_is_saved(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "checkpoint-6", tmp_path / "checkpoint-12"):
         table = Dataset.from_parquet(str(folder / TABLE_NAME), keep_in_memory=True)
         assert table.column_names == [
-            *("index", "p_correct", "visits", "log_odds", "weight", "self_influence", "loss_mean")
+            *("index", "p_correct", "visits", "log_odds", "weight", "self_influence", "loss_mean", "rank")
         ]
         assert table["index"][:] == list(range(24)) and all(0 <= p <= 1 for p in table["p_correct"])
     state = read_table(tmp_path)[1]
