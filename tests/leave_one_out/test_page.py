@@ -15,7 +15,7 @@ from hf_poprisk.leave_one_out import page
 from hf_poprisk.leave_one_out.data import find_rows, whole_text
 from hf_poprisk.leave_one_out.page import write_page
 from hf_poprisk.leave_one_out.run import load_run
-from leave_one_out.judged import FITS, N, command, log_odds, message, pairs, posterior, refused, save_run
+from leave_one_out.judged import FIT, FITS, N, command, log_odds, message, pairs, posterior, refused, save_run
 
 HOSTILE = [
     "</script><img src=x onerror=alert(1)>",
@@ -88,12 +88,12 @@ def test_the_headline_and_the_histogram(tmp_path: Path) -> None:
     below = p < 0.5
     rate, labels, precision, never, shown = found.paragraphs
     assert (
-        rate.startswith("Noise rate: about 35.0% ")
-        and "between 20.0% and 42.0% with a probability of 95%." in rate
+        rate.startswith("Noise rate: about 25.0% ")
+        and "between 15.0% and 33.0% with a probability of 95%." in rate
     )
     assert labels.startswith(f"Labels below .5: {below.sum()} of 58 ({below.mean():.1%})")
     assert f"cut, .5: {1 - p[below].mean():.0%} of these" in precision
-    assert never.startswith("2 more were never trained on") and "all 58, with" in shown
+    assert never.startswith("2 more were never judged") and "all 58, with" in shown
     bars = [attrs for tag, attrs in found.elements if tag == "rect"]
     counts = [int(re.search(r": (\d+) labels", text)[1]) for text in found.texts["title"][1:]]
     assert counts == np.histogram(p, 20, (0, 1))[0].tolist()
@@ -105,13 +105,17 @@ def test_the_headline_and_the_histogram(tmp_path: Path) -> None:
 
 
 def test_an_estimate_that_means_little_is_named(tmp_path: Path) -> None:
-    save_run(tmp_path / "run", fits=[replace(FITS[0], high=0.44), *FITS[1:]])
+    save_run(tmp_path / "run", fits=[replace(FIT, high=0.44)])
     found = written(tmp_path, pairs())
     assert found.paragraphs[0].startswith("Noise rate: open. ")
-    assert "leave the noise rate open (0.200 to 0.440)" in found.paragraphs[0]
-    assert "about 35" not in found.source
-    save_run(tmp_path / "run", fits=FITS[:2])
-    assert written(tmp_path, pairs()).paragraphs[1].startswith("But labels were still predicted better")
+    assert "leave the noise rate open (0.150 to 0.440)" in found.paragraphs[0]
+    assert "about 25" not in found.source
+    save_run(tmp_path / "run", fits=FITS[:2], preferences=False)
+    assert (
+        written(tmp_path, Dataset.from_dict({"text": ["text"] * N, "label": [0] * N}))
+        .paragraphs[1]
+        .startswith("But labels were still predicted better")
+    )
 
 
 @pytest.mark.parametrize("pairs_of_texts", [True, False])
