@@ -7,10 +7,10 @@ from common import RecipeError
 from torch import Tensor
 from training import GATES
 
-from hf_poprisk.leave_one_out import LabelNoise
+from hf_poprisk.leave_one_out import ClassNoise, PairNoise
 
 
-class ShuffledWeights(LabelNoise):
+class ShuffledWeights(ClassNoise):
     """Control: each example gets the weight of its neighbour in the (shuffled) micro-batch."""
 
     def sample_weight(self, visit: Any, log_odds: Tensor, num_labels: int) -> Tensor:
@@ -21,7 +21,7 @@ class ShuffledWeights(LabelNoise):
         return visit.weight
 
 
-class NothingHeldOut(LabelNoise):
+class NothingHeldOut(ClassNoise):
     """Control: the effect of an example's own steps is never subtracted, C = 0."""
 
     def sample_weight(self, visit: Any, log_odds: Tensor, num_labels: int) -> Tensor:
@@ -29,7 +29,7 @@ class NothingHeldOut(LabelNoise):
         return super().sample_weight(visit, log_odds, num_labels)
 
 
-class DropTold(LabelNoise):
+class DropTold(ClassNoise):
     """From the second epoch on without the share, told, with the largest mean loss of the epochs before."""
 
     told = 0.0  # the share of mislabeled examples
@@ -47,13 +47,31 @@ class DropTold(LabelNoise):
         return visit.weight
 
 
-class RightOnly(LabelNoise):
+class RightOnly(ClassNoise):
     """The most that judging could give: told which examples are mislabeled, it trains on none of them."""
 
     def sample_weight(self, visit: Any, log_odds: Tensor, num_labels: int) -> Tensor:
         super().sample_weight(visit, log_odds, num_labels)
         visit.weight = (~self.mislabeled[visit.rows]).float()
         return visit.weight
+
+
+class RightPairs(PairNoise):
+    """The same for pairs."""
+
+    def judge_all(self, *args: Any) -> Any:
+        found = super().judge_all(*args)
+        self.table.columns["weight"] = (~self.mislabeled).float()
+        return found
+
+
+class DropPairs(PairNoise):
+    """Without the pairs that are more likely mislabeled than clean, in place of weights."""
+
+    def judge_all(self, *args: Any) -> Any:
+        found = super().judge_all(*args)
+        self.table.columns["weight"].round_()
+        return found
 
 
 def judged(mode: str, gate: str = "none", **more: Any) -> dict[str, Any]:
@@ -68,10 +86,18 @@ ARMS: dict[str, dict[str, Any]] = {
     "adamw-early-loss": {"poprisk_gate": "none", "early": "loss"},
     "adamw-risk": {"poprisk_gate": "none", "poprisk_risk": True},
     **{name: GATES[name] for name in ("hard", "soft", "random-mask", "random-mask-soft")},
+}
+CLASS_ARMS = {
     "drop-told": judged("audit", judge=DropTold),
     "weight": judged("weight"),
     "weight+soft": judged("weight", "soft"),
     "weight-shuffled": judged("weight", judge=ShuffledWeights),
     "weight-C0": judged("weight", judge=NothingHeldOut),
     "right-only": judged("audit", judge=RightOnly),
+}
+PAIR_ARMS = {
+    "weight": judged("weight"),
+    "weight+soft": judged("weight", "soft"),
+    "drop": judged("weight", judge=DropPairs),
+    "right-only": judged("weight", judge=RightPairs),
 }

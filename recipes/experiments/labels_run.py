@@ -14,7 +14,7 @@ from training import RandomMaskAdamW
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from hf_poprisk import PopRiskEarlyStoppingCallback
-from hf_poprisk.leave_one_out import LabelNoise
+from hf_poprisk.leave_one_out.judge import LabelNoise
 
 HELD_OUT = 0.1  # of the training examples: for early stopping, and for validation where a recipe has none
 
@@ -61,7 +61,7 @@ def trainer_class(base: Any, cell: Cell, mislabeled: np.ndarray) -> Any:
             plain = super()._new_judge(*args)
             if "judge" not in cell:
                 return plain
-            judge = cell["judge"](plain.mode, plain.preferences, plain.table, plain.sample)
+            judge = cell["judge"](plain.mode, plain.table, plain.sample)
             judge.told, judge.mislabeled = cell["noise"], torch.from_numpy(mislabeled).to(plain.table.device)
             judge.never_seen = len(plain.table) - len(self.train_dataset)
             return judge
@@ -118,7 +118,11 @@ def run_cell(cell: Cell, prepare: Callable[[Cell, str], Setup]) -> dict[str, flo
         "test_accuracy_best": max(s["accuracy"] for s in curve["test"]) if "test" in curve else None,
         "test_kl_per_token": final["test"].get("kl_per_token"),
         "mislabeled_fitted": final.get("mislabeled", {}).get("accuracy"),
-        "noise_rate": judge.fit.rate if judge is not None and judge.fits else None,
+        **{
+            name: getattr(judge.fit, field) if judge is not None and judge.fits else None
+            for name, field in (("noise_rate", "rate"), ("noise_rate_low", "low"), ("noise_rate_high", "high"))
+        },
+        "below_half": float((judge.p_correct() < 0.5).mean()) if judge is not None and judge.fits else None,
         "auroc_suspicion": aurocs.get("suspicion"),
         "auroc_loss_mean": aurocs.get("loss_mean"),
         "steps": trainer.state.global_step,
