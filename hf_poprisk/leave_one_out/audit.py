@@ -15,6 +15,7 @@ from hf_poprisk.command import UserError
 from hf_poprisk.leave_one_out.copies import WRITES, check_target, check_write, write_data
 from hf_poprisk.leave_one_out.data import find_rows, known_flips, load_data
 from hf_poprisk.leave_one_out.figure import plot
+from hf_poprisk.leave_one_out.page import write_page
 from hf_poprisk.leave_one_out.report import report
 from hf_poprisk.leave_one_out.run import load_run
 
@@ -29,6 +30,9 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--split", help="of the data set (default: train)")
     parser.add_argument("--config_name", metavar="C", help="configuration of the data set")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw a histogram")
+    parser.add_argument(
+        "--page", type=Path, metavar="FILE.html", help="write a page to look through the suspicious rows"
+    )
     parser.add_argument(
         "--write",
         choices=WRITES,
@@ -59,6 +63,9 @@ def audit(args: argparse.Namespace) -> None:
     if args.plot:
         plot(run, args.plot, flips)
         done += [f"figure: {args.plot}"]
+    if args.page:
+        write_page(args.page, run, data, rows)
+        done += [f"page: {args.page}"]
     if args.write:
         count = write_data(run, data, rows, args.write, args.to)
         verb = {"filtered": "dropped", "weighted": "below .5", "reflipped": "reversed"}[args.write]
@@ -74,6 +81,8 @@ def _check_options(args: argparse.Namespace) -> None:
         (args.split is not None and not args.dataset, "--split has no effect without --dataset."),
         (args.config_name is not None and not args.dataset, "--config_name has no effect without --dataset."),
         (args.plot and args.plot.suffix.lower() != ".png", f"--plot {args.plot} must end in .png."),
+        (args.page and not args.dataset, "--page needs --dataset."),
+        (args.page and args.page.suffix.lower() != ".html", f"--page {args.page} must end in .html."),
     ):
         if wrong:
             raise UserError(sentence)

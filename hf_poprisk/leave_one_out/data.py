@@ -129,8 +129,19 @@ def example_text(example: dict[str, Any], features: Any) -> dict[str, str]:
         example: one row of the data set.
         features: of the data set; names class labels.
     """
+    shown = whole_text(example, features, TEXT_LENGTH)
+    return {name: shorten(value or "", TEXT_LENGTH) for name, value in shown.items()}
+
+
+def whole_text(example: dict[str, Any], features: Any, length: int) -> dict[str, str | None]:
+    """The columns of an example that a person would read, whole; None where there is none.
+
+    Args:
+        example, features: as for ``example_text``.
+        length: how many characters will be shown; what pairs begin with in common leaves half of it.
+    """
     if {"chosen", "rejected"} <= example.keys():
-        shown = _pair_text(example)
+        shown = _pair_text(example, length)
     else:
         texts = [name for name in ("text", "sentence") if name in example]
         # others than the usual names: whatever is text
@@ -141,10 +152,10 @@ def example_text(example: dict[str, Any], features: Any) -> dict[str, str]:
                 label = example[name]
                 named = hasattr(features[name], "int2str") and label is not None and label >= 0
                 shown[name] = features[name].int2str(label) if named else str(label)
-    return {name: shorten(value, TEXT_LENGTH) for name, value in shown.items()}
+    return {name: None if not text and example.get(name) is None else text for name, text in shown.items()}
 
 
-def _pair_text(example: dict[str, Any]) -> dict[str, str]:
+def _pair_text(example: dict[str, Any], length: int) -> dict[str, str]:
     """What both completions begin with is the prompt, and would hide where they differ."""
     prompt, chosen, rejected = example.get("prompt"), example["chosen"], example["rejected"]
     if isinstance(chosen, list) and isinstance(rejected, list):
@@ -153,7 +164,7 @@ def _pair_text(example: dict[str, Any]) -> dict[str, str]:
         chosen, rejected = chosen[same:], rejected[same:]
     chosen, rejected = _content(chosen), _content(rejected)
     same = chosen.rfind(" ", 0, _num_same(chosen, rejected) + 1) + 1
-    if same > TEXT_LENGTH // 2 and chosen != rejected:
+    if same > length // 2 and chosen != rejected:
         prompt = chosen[:same] if prompt is None else prompt
         chosen, rejected = f"… {chosen[same:]}", f"… {rejected[same:]}"
     prompts = {} if prompt is None else {"prompt": _content(prompt)}

@@ -21,6 +21,8 @@ from leave_one_out.judged import command, refused
         (["--split", "train"], "--split has no effect without --dataset."),
         (["--config_name", "x"], "--config_name has no effect without --dataset."),
         (["--plot", "figure.pdf"], "--plot figure.pdf must end in .png."),
+        (["--page", "page.html"], "--page needs --dataset."),
+        (["--page", "page.txt", "--dataset", "x"], "--page page.txt must end in .html."),
     ],
 )
 def test_options_are_refused_before_any_work(
@@ -88,5 +90,5 @@ def test_help_names_every_option(capsys: Any) -> None:
         main(["audit", "--help"])
     out = capsys.readouterr().out
     assert stopped.value.code == 0
-    for option in ("--dataset", "--split", "--config_name", "--plot", "--write", "--to"):
+    for option in ("--dataset", "--split", "--config_name", "--plot", "--page", "--write", "--to"):
         assert re.search(rf"^  {option} .*\n? *\w", out, re.M)

@@ -1,0 +1,200 @@
+"""The factors of per-example gradients against autograd, one example at a time."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from models import adapted, tiny_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hf_poprisk.per_example.basis import Features, LayerBasis, measure_bases
+from hf_poprisk.per_example.factors import LinearFactors, linear_layers
+
+N, ROWS = 3, 2  # examples, rows of each
+
+
+def batch(model: nn.Module) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(model.config.vocab_size, (N * ROWS, 5), generator=generator)
+
+
+def z_of(model: nn.Module, ids: Tensor, count: int) -> Tensor:
+    """Row j belongs to example j mod N; [N]."""
+    logits = model(input_ids=ids).logits
+    return logits.square().mean((1, 2)).view(-1, count).sum(0)
+
+
+def seen(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
+    """Layer → H of every example, [N, out, in]."""
+    found: dict[str, Tensor] = {}
+
+    def see(name: str, a: Tensor, d: Tensor) -> None:
+        assert name not in found
+        found[name] = torch.bmm(d.mT, a)
+
+    factors = LinearFactors(model, linear_layers(model), see)
+    with factors.forward():
+        z = z_of(model, ids, N)
+    factors.backward(z, ROWS)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("adapter", ["full", "lora"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_factors_multiply_to_the_gradients(kind: str, adapter: str, frozen: bool) -> None:
+    model = adapted(tiny_model(kind, dtype=torch.float64), adapter).eval()
+    if frozen:
+        model.requires_grad_(False)
+    needed = {name: p.requires_grad for name, p in model.named_parameters()}
+    ids = batch(model)
+    found = seen(model, ids)
+    assert needed == {name: p.requires_grad for name, p in model.named_parameters()}
+    assert all(p.grad is None for p in model.parameters())
+    layers = linear_layers(model)
+    assert found.keys() == layers.keys() and not any("lora_" in name for name in found)
+    for i in range(N):
+        weights = {name: layer.weight.requires_grad_() for name, layer in layers.items()}
+        z = z_of(model, ids[i::N], 1).sum()
+        for (name, weight), h in zip(
+            weights.items(), torch.autograd.grad(z, list(weights.values())), strict=True
+        ):
+            expected = h if isinstance(layers[name], nn.Linear) else h.T  # Conv1D
+            if weight is model.get_input_embeddings().weight:  # tied: the lookups are no part of the layer
+                continue
+            torch.testing.assert_close(found[name][i], expected)
+
+
+class Twice(nn.Module):
+    """A layer that is called twice, once of no consequence, and followed by what works in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.other = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.layer(x), inplace=True)
+        self.other(x)
+        return self.layer(y).sum(-1) + self.layer(y).detach().sum(-1)
+
+
+def test_a_layer_may_be_called_several_times_or_for_nothing() -> None:
+    torch.manual_seed(0)
+    model, x = Twice().double(), torch.randn(N, 4, dtype=torch.float64)
+    found: dict[str, Tensor] = {}
+    factors = LinearFactors(
+        model, linear_layers(model), lambda n, a, d: found.update({n: torch.bmm(d.mT, a)})
+    )
+    with factors.forward():
+        z = model(x)
+    factors.backward(z)
+    assert found.keys() == {"layer"}
+    for i in range(N):
+        (expected,) = torch.autograd.grad(model(x[i : i + 1]).sum(), [model.layer.weight])
+        torch.testing.assert_close(found["layer"][i], expected)
+
+
+class Flat(Twice):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.reshape(-1, 4)).view(len(x), -1).sum(1)
+
+
+def test_a_layer_that_hides_the_rows_is_named() -> None:
+    model = Flat()
+    factors = LinearFactors(model, linear_layers(model), lambda *_: None)
+    with factors.forward():
+        z = model(torch.randn(N, 2, 4))
+    with pytest.raises(
+        ValueError, match=r"gradients of layer: its input is \[6, 4\], which does not show the 3"
+    ):
+        factors.backward(z)
+
+
+def run_of(factors: dict[str, tuple[Tensor, Tensor]]) -> Callable[[Any], None]:
+    """Passes over the examples of some layers two at a time."""
+
+    def run(see: Any) -> None:
+        for name, (a, d) in factors.items():
+            for i in range(0, len(a), 2):
+                see(name, a[i : i + 2], d[i : i + 2])
+
+    return run
+
+
+def random_factors(n: int = 6) -> dict[str, tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"wide": (5, 7, 3), "tall": (4, 2, 6)}  # tokens, in, out
+    return {
+        name: (torch.randn(n, t, i, generator=generator), torch.randn(n, t, o, generator=generator))
+        for name, (t, i, o) in sizes.items()
+    }
+
+
+def test_the_basis_is_that_of_the_materialised_gradients() -> None:
+    factors = random_factors()
+    bases = measure_bases(run_of(factors))
+    for name, (a, d) in factors.items():
+        h = d.mT @ a
+        basis = bases[name]
+        for vectors, side in ((basis.left, (h @ h.mT).sum(0)), (basis.right, (h.mT @ h).sum(0))):
+            diagonal = vectors.T @ side @ vectors
+            torch.testing.assert_close(diagonal, diagonal.diagonal().diag(), atol=1e-3, rtol=0)
+            assert (diagonal.diagonal().diff() <= 1e-3).all()  # the leading ones first
+            torch.testing.assert_close(vectors.T @ vectors, torch.eye(len(vectors)), atol=1e-5, rtol=0)
+        rotated = basis.left.T @ h @ basis.right
+        torch.testing.assert_close(basis.rotate(a, d), rotated, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(basis.second_moment, rotated.square().mean(0), atol=1e-3, rtol=1e-4)
+        root = rotated.square().mean(0).sqrt()
+        torch.testing.assert_close(basis.preconditioner(), 1 / (root + 1e-3 * root.mean()), rtol=1e-3, atol=0)
+
+
+def test_a_long_side_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_poprisk.per_example.basis.LONGEST", 5)
+    bases = measure_bases(run_of(random_factors()))
+    assert bases["wide"].right is None and bases["wide"].left.shape == (3, 3)
+    assert bases["tall"].left is None and bases["tall"].right.shape == (2, 2)
+    a, d = random_factors()["wide"]
+    torch.testing.assert_close(bases["wide"].rotate(a, d), bases["wide"].left.T @ d.mT @ a)
+
+
+def exact(bases: dict[str, LayerBasis], factors: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
+    """The Gram matrix of P^½ H'."""
+    roots = [
+        (bases[name].rotate(a, d) * bases[name].preconditioner().sqrt()).flatten(1)
+        for name, (a, d) in factors.items()
+    ]
+    whole = torch.cat(roots, 1)
+    return whole @ whole.T
+
+
+def test_projected_features_have_the_inner_products_on_average() -> None:
+    factors = random_factors()
+    bases = measure_bases(run_of(factors))
+
+    def gram(k: int, seed: int) -> Tensor:
+        features = Features(bases, k, seed)
+        run_of({name: (a[:2], d[:2]) for name, (a, d) in factors.items()})(features.see)
+        rows = features.take()
+        assert rows.shape == (2, k)
+        return rows @ rows.T
+
+    expected = exact(bases, factors)[:2, :2]
+    drawn = torch.stack([gram(8, seed) for seed in range(800)])
+    error = drawn.std(0) / 800**0.5
+    assert ((drawn.mean(0) - expected).abs() < 4 * error).all()
+    assert drawn.std(0).min() > 0  # k is small enough to matter
+    torch.testing.assert_close(gram(8, 5), gram(8, 5), rtol=0, atol=0)
+
+
+def test_with_a_bucket_for_every_coordinate_they_are_exact() -> None:
+    factors = {"wide": random_factors()["wide"]}
+    bases = measure_bases(run_of(factors))
+    features = Features(bases, 1000)
+    a, d = factors["wide"]
+    features.see("wide", a, d)
+    features.see("another layer", a, d)  # not asked for
+    rows = features.take()
+    assert rows.shape == (6, 21)
+    torch.testing.assert_close(rows @ rows.T, exact(bases, factors), rtol=1e-4, atol=1e-5)
