@@ -6,7 +6,7 @@ other, and which one the held-out likelihood says beforehand (``regression.py``)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hf_poprisk.per_example.basis import Features, measure_bases
 from hf_poprisk.per_example.factors import LinearFactors, linear_layers
+from hf_poprisk.per_example.undisturbed import mode, undisturbed
 
 MAX_FEATURES = 1 << 17  # k: what the buckets share is noise in the inner products, of the order of 1/√k
 FEWEST_FEATURES = 1 << 12
@@ -33,9 +34,9 @@ def label_features(
     """Features of the gradients of the labels' log-odds, over all linear layers, in eval mode.
 
     Args:
-        model: not wrapped; its weights and their ``requires_grad`` are left as they are.
-        batches: ``batches(count)`` iterates over micro-batches of the first ``count`` examples (of this
-            rank's share of them), or of all with None; the same ones in the same order each time.
+        model: not wrapped; left as it is.
+        batches: ``batches(count)`` iterates over micro-batches of some ``count`` examples of all ranks, those
+            that are this rank's, or over all of this rank's with None; the same ones each time.
         log_odds: (model, micro-batch) → z [N] with its graph.
         rows_per_example: of what the layers see; row j belongs to example j mod N.
         k: features of each part.
@@ -60,34 +61,35 @@ def label_features(
             factors.backward(z, rows_per_example)
             done()
 
-    training = model.training
-    model.eval()
-    try:
-        with torch.enable_grad():
-            bases = measure_bases(lambda see: run(see, NUM_FOR_BASES))
-            get_head = getattr(model, "get_output_embeddings", None)
-            head = get_head() if get_head is not None else None
-            names: tuple[list[str], list[str]] = ([], [])
-            for name in bases:
-                names[layers[name] is not head].append(name)
-            parts = [Features({n: bases[n] for n in part}, k, seed) for part in names if part]
-            rows: list[list[Tensor]] = [[] for _ in parts]
+    with undisturbed(model, model.parameters()), mode(model, False), torch.enable_grad():
+        bases = measure_bases(lambda see: run(see, NUM_FOR_BASES))
+        get_head = getattr(model, "get_output_embeddings", None)
+        head = get_head() if get_head is not None else None
+        names: tuple[list[str], list[str]] = ([], [])
+        for name in bases:
+            names[layers[name] is not head].append(name)
+        parts = [Features({n: bases[n] for n in part}, k, seed) for part in names if part]
+        rows: list[list[Tensor]] = [[] for _ in parts]
 
-            def see(name: str, a: Tensor, d: Tensor) -> None:
-                for part in parts:
-                    part.see(name, a, d)
+        def see(name: str, a: Tensor, d: Tensor) -> None:
+            for part in parts:
+                part.see(name, a, d)
 
-            def done() -> None:
-                for part, found in zip(parts, rows, strict=True):
-                    found.append(part.take().cpu())
+        def done() -> None:
+            for part, found in zip(parts, rows, strict=True):
+                found.append(part.take().cpu())
 
-            run(see, None, done)
-    finally:
-        model.train(training)
+        run(see, None, done)
     features = [torch.cat(found).numpy() for found in rows]
     if not all(np.isfinite(x).all() for x in features):
         raise ValueError("the gradients of the labels' log-odds are not finite: the model gives NaN or inf.")
     return features
+
+
+def spread(items: Sequence[int], count: int) -> list[int]:
+    """``count`` of the items, evenly spread: data may be sorted."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 def num_features(n: int) -> int:

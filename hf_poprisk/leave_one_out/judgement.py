@@ -6,7 +6,7 @@ two-part model of ``noise.py``: no validation set, no noise rate told.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -54,13 +54,9 @@ def judge(parts: Sequence[np.ndarray], seed: int = 0) -> Judgement:
     n = len(parts[0])
     if n < FEWEST:
         raise ValueError(f"{n} examples are too few to judge labels by: it takes {FEWEST} or more.")
-    units = [_unit(x) for x in parts]
-    candidates: dict[int | None, np.ndarray] = dict(enumerate(units))
-    if len(units) > 1:
-        candidates[None] = np.concatenate(units, 1) / np.sqrt(len(units))
     first = [
         (fit.log_likelihood, part, features, ridge, log_odds, fit)
-        for part, features in ((part, compact(x)) for part, x in candidates.items())
+        for part, features in _candidates([_unit(x) for x in parts])
         for ridge, log_odds, fit in _path(features)
     ]
     _, part, features, ridge, log_odds, fit = max(first, key=lambda found: found[0])
@@ -72,6 +68,20 @@ def judge(parts: Sequence[np.ndarray], seed: int = 0) -> Judgement:
         fit, rounds = replace(fit, tau=likelihood(log_odds, fit.rate)[0]), 2
         p_correct = _p_correct(fit, log_odds)
     return Judgement(log_odds, p_correct, fit, part, ridge, rounds)
+
+
+def _candidates(units: Sequence[np.ndarray]) -> Iterator[tuple[int | None, np.ndarray]]:
+    """Each part of the features, and all of them together, in no more than n dimensions; [n, m] float64."""
+    n, several = len(units[0]), len(units) > 1
+    if n < max(x.shape[1] for x in units):
+        grams = [x @ x.T for x in units]
+        yield from ((part, compact(gram)) for part, gram in enumerate(grams))
+        if several:
+            yield None, compact(np.mean(grams, 0))
+    else:
+        yield from ((part, x.astype(np.float64)) for part, x in enumerate(units))
+        if several:
+            yield None, np.concatenate(units, 1).astype(np.float64) / np.sqrt(len(units))
 
 
 def _unit(x: np.ndarray) -> np.ndarray:

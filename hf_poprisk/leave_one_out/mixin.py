@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from hf_poprisk.adam_metric import AdamMetric
 from hf_poprisk.leave_one_out.before import PairNoise
 from hf_poprisk.leave_one_out.during import ClassNoise
-from hf_poprisk.leave_one_out.features import label_features, num_features
+from hf_poprisk.leave_one_out.features import label_features, num_features, spread
 from hf_poprisk.leave_one_out.index import INDEX, IndexCollator, IndexedBatch, Sample
 from hf_poprisk.leave_one_out.judge import LabelNoise
 from hf_poprisk.leave_one_out.log_odds import LogOddsError, LogOddsTap
@@ -70,7 +70,7 @@ class LabelNoiseMixin:
         index: list[Tensor] = []
 
         def batches(count: int | None) -> Iterator[Any]:
-            part = mine if count is None else mine[: -(-count // accelerator.num_processes)]
+            part = mine if count is None else spread(mine, -(-count // accelerator.num_processes))
             loader = DataLoader(
                 Subset(data, part),
                 size,
@@ -86,10 +86,11 @@ class LabelNoiseMixin:
                     index.append(rows)
                 yield self._prepare_inputs(batch)
 
-        with self.compute_loss_context_manager():
-            parts = label_features(
-                model, batches, self.label_log_odds, self.rows_per_example, num_features(len(data))
-            )
+        def log_odds(model: torch.nn.Module, inputs: Any) -> Tensor:
+            with self.compute_loss_context_manager():  # autocast is for the forward alone
+                return self.label_log_odds(model, inputs)
+
+        parts = label_features(model, batches, log_odds, self.rows_per_example, num_features(len(data)))
         ids, *parts = (self._of_all_ranks(x).numpy() for x in (torch.cat(index), *parts))
         ids, first = np.unique(ids, return_index=True)
         found = judge.judge_all(ids, [x[first] for x in parts])
@@ -100,11 +101,9 @@ class LabelNoiseMixin:
 
     def _of_all_ranks(self, x: Any) -> Tensor:
         x = torch.as_tensor(x)
-        return (
-            x
-            if self.accelerator.num_processes == 1
-            else self.accelerator.gather(x.to(self.args.device)).cpu()
-        )
+        if self.accelerator.num_processes == 1:
+            return x
+        return self.accelerator.gather(x.to(self.args.device)).cpu()
 
     # -- data -------------------------------------------------------------------------------------------
 

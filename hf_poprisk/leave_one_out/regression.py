@@ -21,11 +21,9 @@ from scipy.special import expit
 _NEWTON_STEPS = 50
 
 
-def compact(features: np.ndarray) -> np.ndarray:
-    """Features with the same inner products in no more than n dimensions; [n, k] → [n, min(n, k)] float64."""
-    if features.shape[1] <= len(features):
-        return features.astype(np.float64)
-    values, vectors = eigh((features @ features.T).astype(np.float64))
+def compact(gram: np.ndarray) -> np.ndarray:
+    """Features with these inner products, [n, n] → [n, n] float64."""
+    values, vectors = eigh(gram.astype(np.float64))
     return vectors * np.sqrt(values.clip(0))
 
 

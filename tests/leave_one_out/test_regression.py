@@ -5,9 +5,9 @@ import pytest
 from scipy.optimize import minimize
 from sklearn.metrics import roc_auc_score
 
-from hf_poprisk.leave_one_out.judgement import judge
+from hf_poprisk.leave_one_out.judgement import _candidates, judge
 from hf_poprisk.leave_one_out.noise import fit_noise, likelihood
-from hf_poprisk.leave_one_out.regression import compact, leave_one_out
+from hf_poprisk.leave_one_out.regression import leave_one_out
 
 
 def drawn(n: int = 60, m: int = 12, seed: int = 0) -> np.ndarray:
@@ -49,11 +49,15 @@ def test_a_swapped_pair_has_the_opposite_log_odds_from_the_same_others() -> None
 
 
 @pytest.mark.parametrize("k", [5, 200])
-def test_compact_features_have_the_same_inner_products(k: int) -> None:
-    x = drawn(30, k).astype(np.float32)
-    small = compact(x)
-    assert small.shape == (30, min(30, k)) and small.dtype == np.float64
-    np.testing.assert_allclose(small @ small.T, x @ x.T, atol=1e-3)
+def test_candidates_have_the_inner_products_of_the_parts_and_of_all(k: int) -> None:
+    one, other = (drawn(30, k, seed).astype(np.float32) for seed in (0, 1))
+    found = dict(_candidates([one, other]))
+    assert found.keys() == {0, 1, None} and all(x.dtype == np.float64 for x in found.values())
+    grams = {0: one @ one.T, 1: other @ other.T, None: (one @ one.T + other @ other.T) / 2}
+    for part, x in found.items():
+        assert x.shape[1] <= 30
+        np.testing.assert_allclose(x @ x.T, grams[part], atol=1e-3)
+    assert dict(_candidates([one])).keys() == {0}
 
 
 def labelled(n: int, noise: float, signal: float = 3.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
