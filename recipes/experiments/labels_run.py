@@ -120,7 +120,11 @@ def run_cell(cell: Cell, prepare: Callable[[Cell, str], Setup]) -> dict[str, flo
         "mislabeled_fitted": final.get("mislabeled", {}).get("accuracy"),
         **{
             name: getattr(judge.fit, field) if judge is not None and judge.fits else None
-            for name, field in (("noise_rate", "rate"), ("noise_rate_low", "low"), ("noise_rate_high", "high"))
+            for name, field in (
+                ("noise_rate", "rate"),
+                ("noise_rate_low", "low"),
+                ("noise_rate_high", "high"),
+            )
         },
         "below_half": float((judge.p_correct() < 0.5).mean()) if judge is not None and judge.fits else None,
         "auroc_suspicion": aurocs.get("suspicion"),
