@@ -20,6 +20,7 @@ NAMES = (  # the order of the pages
     "pinn",
     "text_noise",
     "labels_classes",
+    "labels_judged",
     "labels_pairs",
     "self_influence",
 )

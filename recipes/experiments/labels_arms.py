@@ -7,7 +7,7 @@ from common import RecipeError
 from torch import Tensor
 from training import GATES
 
-from hf_poprisk.leave_one_out import ClassNoise
+from hf_poprisk.leave_one_out import ClassNoise, PairNoise
 
 
 class ShuffledWeights(ClassNoise):
@@ -56,6 +56,24 @@ class RightOnly(ClassNoise):
         return visit.weight
 
 
+class RightPairs(PairNoise):
+    """The same for pairs."""
+
+    def judge_all(self, *args: Any) -> Any:
+        found = super().judge_all(*args)
+        self.table.columns["weight"] = (~self.mislabeled).float()
+        return found
+
+
+class DropPairs(PairNoise):
+    """Without the pairs that are more likely mislabeled than clean, in place of weights."""
+
+    def judge_all(self, *args: Any) -> Any:
+        found = super().judge_all(*args)
+        self.table.columns["weight"].round_()
+        return found
+
+
 def judged(mode: str, gate: str = "none", **more: Any) -> dict[str, Any]:
     return {"poprisk_gate": gate, "poprisk_label_noise": mode, **more}
 
@@ -68,10 +86,18 @@ ARMS: dict[str, dict[str, Any]] = {
     "adamw-early-loss": {"poprisk_gate": "none", "early": "loss"},
     "adamw-risk": {"poprisk_gate": "none", "poprisk_risk": True},
     **{name: GATES[name] for name in ("hard", "soft", "random-mask", "random-mask-soft")},
+}
+CLASS_ARMS = {
     "drop-told": judged("audit", judge=DropTold),
     "weight": judged("weight"),
     "weight+soft": judged("weight", "soft"),
     "weight-shuffled": judged("weight", judge=ShuffledWeights),
     "weight-C0": judged("weight", judge=NothingHeldOut),
     "right-only": judged("audit", judge=RightOnly),
+}
+PAIR_ARMS = {
+    "weight": judged("weight"),
+    "weight+soft": judged("weight", "soft"),
+    "drop": judged("weight", judge=DropPairs),
+    "right-only": judged("weight", judge=RightPairs),
 }

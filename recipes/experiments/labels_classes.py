@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import transformers
 from experiment import Cell, Experiment, Report
-from labels_arms import ARMS
+from labels_arms import ARMS, CLASS_ARMS
 from labels_run import Setup, hold_out, run_cell, trainer_class, training_arguments
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -127,7 +127,7 @@ EXPERIMENT = Experiment(
     verdict="the gate gains what a random mask gains; judging labels gains 2 to 7 points",
     run=lambda cell: run_cell(cell, prepare),
     settings={"epochs": 20},
-    arms=ARMS,
+    arms={**ARMS, **CLASS_ARMS},
     facets={"data": list(DATA), "noise": [0.0, 0.2, 0.3, 0.4]},
     grid={"learning_rate": [0.0001, 0.0003, 0.001, 0.0015, 0.003, 0.01]},
     reports=[Report("validation_accuracy", "test_accuracy", "higher")],

@@ -15,7 +15,7 @@ import shuffled_words
 import transformers
 from datasets import Dataset
 from experiment import Cell, Experiment, Report
-from labels_arms import ARMS, judged
+from labels_arms import ARMS, PAIR_ARMS
 from labels_run import HELD_OUT, Setup, hold_out, run_cell, trainer_class, training_arguments
 
 
@@ -125,7 +125,7 @@ EXPERIMENT = Experiment(
     settings={"epochs": 4},
     arms={
         **ARMS,
-        "swap": judged("swap"),
+        **PAIR_ARMS,
         "robust": {"poprisk_gate": "none", "losses": lambda noise: {"robust": 1.0}},
         "conservative": {"poprisk_gate": "none", "losses": conservative},
         "ipo": {"poprisk_gate": "none", "losses": lambda noise: {"ipo": 1.0}},

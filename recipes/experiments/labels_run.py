@@ -118,7 +118,15 @@ def run_cell(cell: Cell, prepare: Callable[[Cell, str], Setup]) -> dict[str, flo
         "test_accuracy_best": max(s["accuracy"] for s in curve["test"]) if "test" in curve else None,
         "test_kl_per_token": final["test"].get("kl_per_token"),
         "mislabeled_fitted": final.get("mislabeled", {}).get("accuracy"),
-        "noise_rate": judge.fit.rate if judge is not None and judge.fits else None,
+        **{
+            name: getattr(judge.fit, field) if judge is not None and judge.fits else None
+            for name, field in (
+                ("noise_rate", "rate"),
+                ("noise_rate_low", "low"),
+                ("noise_rate_high", "high"),
+            )
+        },
+        "below_half": float((judge.p_correct() < 0.5).mean()) if judge is not None and judge.fits else None,
         "auroc_suspicion": aurocs.get("suspicion"),
         "auroc_loss_mean": aurocs.get("loss_mean"),
         "steps": trainer.state.global_step,

@@ -7,6 +7,7 @@ import labels_classes
 import labels_pairs
 import pandas as pd
 from experiment import Report
+from labels_judged import NOISE
 from tables import best, difference, facet_table, markdown, mean, paired
 
 REPORT = Report("validation_accuracy", "test_accuracy", "higher")
@@ -18,7 +19,7 @@ AIMS = (
 TABLES = {  # by what the arms do
     "Judging": ("adamw", "weight", "weight+soft", "drop-told", "right-only"),
     "Controls of judging": ("adamw", "weight-shuffled", "weight-C0"),
-    "For pairs only": ("adamw", "swap", "robust", "conservative", "ipo"),
+    "For pairs only": ("adamw", "robust", "conservative", "ipo"),
     "The gates and their masks": ("adamw", "hard", "random-mask", "soft", "random-mask-soft", "ema-soft"),
     "Early stopping": ("adamw", "adamw-early", "adamw-early-loss", "adamw-risk"),
 }
@@ -63,6 +64,53 @@ def aims(rows: pd.DataFrame) -> str:
             ]
         )
     return markdown(AIMS.split(" | "), lines)
+
+
+def pairs(rows: pd.DataFrame, before: pd.DataFrame) -> str:
+    """Pairs at every rate that ``weight`` was run at, the other arms with its seeds.
+
+    Args:
+        rows: of pairs.
+        before: of version 0.2.0, which judged pairs during training.
+    """
+    out = []
+    past = before[before["arm"].isin(["weight", "drop-told"])]
+    known = pd.concat([rows, past.assign(arm=past["arm"] + " 0.2.0")])
+    arms = ("adamw", "soft", "weight", "right-only", "weight 0.2.0", "drop-told 0.2.0")
+    for (data, noise, rate), found in known.groupby(["data", "noise", "learning_rate"]):
+        of = {arm: found[found["arm"] == arm] for arm in arms}
+        weight = of["weight"]
+        if not len(weight):
+            continue
+        same = {arm: part[part["seed"].isin(weight["seed"])] for arm, part in of.items()}
+        values = [
+            mean(part, "test_accuracy") + f" ({len(part)})" * (0 < len(part) < len(weight))
+            for part in same.values()
+        ]
+        out.append(
+            [data, f"{100 * noise:g} %", f"{rate:g}", str(len(weight)), *values]
+            + [difference(weight, same["adamw"], "test_accuracy"), mean(weight, "test_kl_per_token", 2)]
+        )
+    heads = "data | flipped | learning rate | seeds | AdamW | soft gate | weight | told which | weight 0.2.0 "
+    heads += "| drop-told 0.2.0 | weight − AdamW [95 %] | KL of weight"
+    return markdown(heads.split(" | "), out)
+
+
+def judged(rows: pd.DataFrame) -> str:
+    """How well pairs are judged before training."""
+    out = []
+    for _, row in rows.iterrows():
+        for noise in NOISE:
+            of = {
+                name: row[f"{name}_{100 * noise:g}"]
+                for name in ("rate", "low", "high", "error", "auroc", "auroc_least", "below_half")
+            }
+            area = f"{of['auroc']:.3f} ({of['auroc_least']:.3f})" if noise else "–"
+            rate = f"{of['rate']:.3f} [{of['low']:.3f}, {of['high']:.3f}]"
+            below = f"{100 * of['below_half']:.1f} %"
+            out.append([row["data"], f"{100 * noise:g} %", rate, f"{of['error']:.3f}", area, below])
+    heads = "data | flipped | estimated rate [95 %] | largest error | AUROC (least) | below .5"
+    return markdown(heads.split(" | "), out)
 
 
 def best_epoch(adamw: pd.DataFrame) -> pd.DataFrame:

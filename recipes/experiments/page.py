@@ -28,7 +28,8 @@ PAGES = (HERE / "RESULTS.md", HERE / "LABEL_NOISE.md", ROOT / "README.md", GUIDE
 END = "<!-- end of the generated part -->"
 MARKED = re.compile(rf"(<!-- generated: [^>]*?, ([\w-]+) -->)\n.*?\n({END})", re.S)
 LABELS = ("labels_classes", "labels_pairs")
-CLAIMS = [name for name in NAMES if name not in (*LABELS, "self_influence")]  # of the source
+CLAIMS = [name for name in NAMES if name not in (*LABELS, "labels_judged", "self_influence")]  # of the source
+IN_TRAINING = HERE / "results" / "labels_pairs_0.2.csv"  # of version 0.2.0, which judged pairs in training
 FRESH = range(5, 10)  # seeds that nobody had seen while the rule was made
 SHOWN = ("adamw", "hard", "soft", "random-mask")  # the arms in README, for the gate
 SHOWN_OF_LABELS = ("adamw", "adamw-early", "soft", "drop-told", "weight+soft", "weight")  # of labels
@@ -95,6 +96,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "fresh": lambda: labels_tables.aims(label_rows(FRESH)),
     "self-influence": lambda: self_influence.table(rows_of("self_influence")[1]),
     "arms": lambda: labels_tables.tables(label_rows()),
+    "pairs": lambda: labels_tables.pairs(rows_of("labels_pairs")[1], pd.read_csv(IN_TRAINING)),
+    "judged": lambda: labels_tables.judged(rows_of("labels_judged")[1]),
     "summary": summary,
     **{f"output_space_{kind}": lambda kind=kind: output_space.table(kind) for kind in output_space.KINDS},
     "labels": lambda: labels_tables.summary(label_rows(), OF_LABELS, SHOWN_OF_LABELS),
