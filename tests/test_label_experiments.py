@@ -21,8 +21,9 @@ import common  # noqa: E402
 import dpo  # noqa: E402
 import labels_arms  # noqa: E402
 import labels_classes  # noqa: E402
+import labels_judged  # noqa: E402
 import labels_pairs  # noqa: E402
-import labels_run  # noqa: E402
+import labels_tables  # noqa: E402
 import run  # noqa: E402
 import shuffled_words  # noqa: E402
 import training  # noqa: E402
@@ -101,6 +102,9 @@ def test_controls_of_judging_are_what_they_are_called(
         ClassNoise, "sample_weight", lambda self, visit, *_: setattr(visit, "weight", weights)
     )
     assert judge.sample_weight(visit, None, 2).tolist() == pytest.approx([0.3, 0.1, 0.2])
+    weights = weights[:1]
+    with pytest.raises(common.RecipeError, match="two examples or more in every forward"):
+        judge.sample_weight(visit, None, 2)
 
     told = object.__new__(labels_arms.DropTold)
     told.told, told.table = 0.4, SimpleNamespace()
@@ -121,15 +125,6 @@ def test_controls_of_judging_are_what_they_are_called(
     visit, seen = SimpleNamespace(rows=torch.arange(3)), torch.tensor([1.0, 2.0, 3.0])
     judge.sample_weight(visit, seen, 10)
     assert torch.equal(visit.log_odds, seen)
-
-
-def test_a_neighbour_takes_two(recipe: Path, tmp_path: Path) -> None:
-    alone = tmp_path / "one.yaml"
-    settings = yaml.safe_load(recipe.read_text())
-    settings |= {"per_device_train_batch_size": 1, "output_dir": str(tmp_path / "out")}
-    alone.write_text(yaml.safe_dump(settings))
-    with pytest.raises(common.RecipeError, match="two examples or more in every forward"):
-        PAIRS.run(cell(PAIRS, alone, "weight-shuffled", 0.3, 1e-3, 0, 1))
 
 
 def test_a_mask_has_the_density_of_its_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,9 +236,9 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def train_pairs() -> Dataset:
-    """42 pairs that all differ, the last two with prompts longer than the recipe's ``max_length``."""
+    """72 pairs that all differ, the last two with prompts longer than the recipe's ``max_length``."""
     long = preferences(2, 300).map(lambda row: {"prompt": " ".join([row["prompt"]] * 40)})
-    every = concatenate_datasets([preferences(40), long])
+    every = concatenate_datasets([preferences(70), long])
     return every.map(
         lambda row, i: {"prompt": f"{i} {row['prompt']}", "chosen": f"{row['chosen']} {i}"}, with_indices=True
     )
@@ -255,7 +250,7 @@ def rewritten(path: Path, to: Path, **changed: Any) -> Path:
 
 
 def test_a_recipe_of_ones_own_is_data(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = ["--arm", "adamw-early", "swap", "--learning_rate", "2e-3", "--noise", "0.3", "--seed", "0"]
+    options = ["--arm", "adamw-early", "weight", "--learning_rate", "2e-3", "--noise", "0.3", "--seed", "0"]
     out, sizes, prepare = tmp_path / "mine.csv", [], labels_pairs.prepare
 
     def watched(cell: Any, folder: str) -> Any:
@@ -267,10 +262,10 @@ def test_a_recipe_of_ones_own_is_data(recipe: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(labels_pairs, "prepare", watched)
     assert run.main(["labels_pairs", "--data", str(recipe), *options, "--out", str(out)]) == 0
     assert not (recipe.parent / "out").exists()
-    plain = {"train": 35, "validation": 5, "test": 6, "mislabeled": 11}  # of 42, 5 and two that are too long
-    assert sizes == [plain | {"train": 31, "mislabeled": 9, "held": 4}, plain]
+    plain = {"train": 63, "validation": 7, "test": 6, "mislabeled": 19}  # of 72, 8 and two that are too long
+    assert sizes == [plain | {"train": 57, "mislabeled": 17, "held": 6}, plain]
     rows = pd.read_csv(out)
-    assert rows["arm"].tolist() == ["adamw-early", "swap"] and (rows["test_kl_per_token"] > 0).all()
+    assert rows["arm"].tolist() == ["adamw-early", "weight"] and (rows["test_kl_per_token"] > 0).all()
     assert rows["noise_rate"].isna().tolist() == [True, False]
 
 
@@ -311,16 +306,32 @@ def is_clean(row: dict[str, str], clean: dict[str, str]) -> bool:
     return row["chosen"].removesuffix("<|end|>") == clean[row["prompt"]]
 
 
-def test_pairs_that_are_too_long_are_not_waited_for(
-    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    one = cell(PAIRS, recipe, "drop-told", 0.3, 3e-3, 0, 2)
-    trainer = labels_pairs.prepare(one, str(tmp_path / "run")).trainer
-    trainer.train()
-    table = trainer._label_noise.table
-    assert sorted(table.visits.tolist()) == [0] * 2 + [2] * 35 and (table.columns["weight"] == 0).sum() == 11
-    monkeypatch.setattr(labels_run, "roc_auc_score", lambda mislabeled, score: len(mislabeled))
-    assert PAIRS.run(one)["auroc_loss_mean"] == 35
+def test_pairs_are_told_or_dropped_before_training(recipe: Path, tmp_path: Path) -> None:
+    found = {}
+    for arm in ("weight", "drop", "right-only"):
+        one = cell(PAIRS, recipe, arm, 0.3, 3e-3, 0, 1)
+        setup = labels_pairs.prepare(one, str(tmp_path / arm))
+        setup.trainer.train()
+        table = setup.trainer._label_noise.table
+        judged = table.visits > 0
+        assert judged.sum() == len(setup.trainer.train_dataset) == len(table) - 1  # one is too long
+        found[arm] = table.columns["weight"][judged]
+        mislabeled = setup.mislabeled[judged.numpy()]
+    assert torch.equal(found["drop"], found["weight"].round())
+    assert torch.equal(found["right-only"], torch.from_numpy(~mislabeled).float())
+    assert found["weight"].unique().numel() > 10
+
+
+def test_pairs_are_judged_at_every_share_of_flips(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(120, 20)) + 1.5  # all of one sign, mostly: clean
+    monkeypatch.setattr(labels_judged, "features", lambda cell: [x.astype(np.float32)])
+    row = labels_judged.run({"data": "dpo", "seed": 0})
+    assert row["rate_0"] < 0.02 and row["below_half_0"] == 0
+    for noise in (10, 20, 30):
+        assert row[f"auroc_least_{noise}"] > 0.97 and row[f"error_{noise}"] < 0.15
+        assert row[f"low_{noise}"] < noise / 100 < row[f"high_{noise}"]
+    assert "| dpo | 20 % | 0.2" in labels_tables.judged(pd.DataFrame([{"data": "dpo", **row}]))
 
 
 @pytest.mark.parametrize(
