@@ -71,12 +71,12 @@ def pairs(rows: pd.DataFrame, before: pd.DataFrame) -> str:
 
     Args:
         rows: of pairs.
-        before: of version 0.2.0, which judged pairs during training.
+        before: of an earlier version, which judged pairs during training.
     """
     out = []
     past = before[before["arm"].isin(["weight", "drop-told"])]
-    known = pd.concat([rows, past.assign(arm=past["arm"] + " 0.2.0")])
-    arms = ("adamw", "soft", "weight", "right-only", "weight 0.2.0", "drop-told 0.2.0")
+    known = pd.concat([rows, past.assign(arm=past["arm"] + " in training")])
+    arms = ("adamw", "soft", "weight", "right-only", "weight in training", "drop-told in training")
     for (data, noise, rate), found in known.groupby(["data", "noise", "learning_rate"]):
         of = {arm: found[found["arm"] == arm] for arm in arms}
         weight = of["weight"]
@@ -91,8 +91,8 @@ def pairs(rows: pd.DataFrame, before: pd.DataFrame) -> str:
             [data, f"{100 * noise:g} %", f"{rate:g}", str(len(weight)), *values]
             + [difference(weight, same["adamw"], "test_accuracy"), mean(weight, "test_kl_per_token", 2)]
         )
-    heads = "data | flipped | learning rate | seeds | AdamW | soft gate | weight | told which | weight 0.2.0 "
-    heads += "| drop-told 0.2.0 | weight − AdamW [95 %] | KL of weight"
+    heads = "data | flipped | learning rate | seeds | AdamW | soft gate | weight | told which | in training "
+    heads += "| drop-told | weight − AdamW [95 %] | KL of weight"
     return markdown(heads.split(" | "), out)
 
 

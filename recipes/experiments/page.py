@@ -29,7 +29,7 @@ END = "<!-- end of the generated part -->"
 MARKED = re.compile(rf"(<!-- generated: [^>]*?, ([\w-]+) -->)\n.*?\n({END})", re.S)
 LABELS = ("labels_classes", "labels_pairs")
 CLAIMS = [name for name in NAMES if name not in (*LABELS, "labels_judged", "self_influence")]  # of the source
-IN_TRAINING = HERE / "results" / "labels_pairs_0.2.csv"  # of version 0.2.0, which judged pairs in training
+IN_TRAINING = HERE / "results" / "labels_pairs_in_training.csv"  # of an earlier version
 FRESH = range(5, 10)  # seeds that nobody had seen while the rule was made
 SHOWN = ("adamw", "hard", "soft", "random-mask")  # the arms in README, for the gate
 SHOWN_OF_LABELS = ("adamw", "adamw-early", "soft", "drop-told", "weight+soft", "weight")  # of labels
@@ -43,8 +43,7 @@ OF_THE_GATE = {  # data → verdict, of the lines in README with 30 % mislabeled
 OF_LABELS = (  # data and share of mislabeled examples
     *(("digits", noise) for noise in (0.2, 0.3, 0.4)),
     *(("gauss6", 0.3), ("gauss10", 0.3), ("digits", 0.0), ("digits-class", 0.2)),
-    *(("dpo-words", noise) for noise in (0.2, 0.3, 0.4)),
-    *(("dpo-words-lora", 0.3), ("dpo", 0.3)),
+    *(("dpo-words", 0.3), ("dpo", 0.3)),
 )
 
 
