@@ -49,7 +49,7 @@ def judge(parts: Sequence[np.ndarray], seed: int = 0) -> Judgement:
         seed: of the folds.
 
     Raises:
-        ValueError: fewer than 50 examples, or features that do not differ.
+        ValueError: fewer than 50 examples, features that are not finite, or that do not differ.
     """
     n = len(parts[0])
     if n < FEWEST:
@@ -86,6 +86,8 @@ def _candidates(units: Sequence[np.ndarray]) -> Iterator[tuple[int | None, np.nd
 
 def _unit(x: np.ndarray) -> np.ndarray:
     """Every example's features to length 1."""
+    if not np.isfinite(x).all():  # asked here, where every rank has all of them
+        raise ValueError("the gradients of the labels' log-odds are not finite: the model gives NaN or inf.")
     lengths = np.linalg.norm(x, axis=1, keepdims=True)
     if not lengths.any() or (x == x[0]).all():
         raise ValueError("all examples have the same gradients, so none says anything about another's label.")

@@ -137,3 +137,7 @@ def test_what_cannot_be_judged_is_refused() -> None:
         judge([drawn(49)])
     with pytest.raises(ValueError, match="all examples have the same gradients"):
         judge([np.ones((60, 8), np.float32)])
+    unfinished = drawn(60)
+    unfinished[3, 1] = np.nan
+    with pytest.raises(ValueError, match="not finite: the model gives NaN or inf"):
+        judge([drawn(60), unfinished])
