@@ -331,7 +331,9 @@ def test_pairs_are_judged_at_every_share_of_flips(monkeypatch: pytest.MonkeyPatc
     for noise in (10, 20, 30):
         assert row[f"auroc_least_{noise}"] > 0.97 and row[f"error_{noise}"] < 0.15
         assert row[f"low_{noise}"] < noise / 100 < row[f"high_{noise}"]
-    assert "| dpo | 20 % | 0.2" in labels_tables.judged(pd.DataFrame([{"data": "dpo", **row}]))
+    assert f"| dpo | 20 % | {row['rate_20']:.3f} [" in labels_tables.judged(
+        pd.DataFrame([{"data": "dpo", **row}])
+    )
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ class PairNoise(LabelNoise):
     """
 
     preferences = True
+    _num_copies = 0
 
     def judge_all(self, index: np.ndarray, parts: Sequence[np.ndarray]) -> Judgement:
         """Judge pairs by their features.
@@ -34,7 +36,7 @@ class PairNoise(LabelNoise):
         found = judge(parts)
         rows = self.table.rows(torch.from_numpy(index))
         log_odds, weight = torch.from_numpy(found.log_odds), torch.from_numpy(found.p_correct)
-        self.fits = [found.fit]
+        self.fits, self._num_copies = [found.fit], found.num_copies
         if competent(found.fit):
             self.judging_since = 0
         else:  # by chance
@@ -48,7 +50,7 @@ class PairNoise(LabelNoise):
 
     @property
     def doubt(self) -> str | None:
-        return doubt_before(self.fit)
+        return doubt_before(self.fit, self._num_copies)
 
     def _judge(self, visit: Visit, log_odds: Tensor) -> None:
         visit.log_odds = self.table.columns["log_odds"][visit.rows]
@@ -65,3 +67,10 @@ class PairNoise(LabelNoise):
         kept = self._gathered(gather, torch.cat(columns))
         if kept is not None:
             self._count(*kept[:, 1:].unbind(1))
+
+    def _state(self) -> dict[str, Any]:
+        return {**super()._state(), "num_copies": self._num_copies}
+
+    def _set_state(self, state: dict[str, Any]) -> None:
+        super()._set_state(state)
+        self._num_copies = state["num_copies"]

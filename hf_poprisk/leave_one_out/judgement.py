@@ -6,7 +6,7 @@ two-part model of ``noise.py``: no validation set, no noise rate told.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,6 +17,7 @@ from hf_poprisk.leave_one_out.regression import compact, leave_one_out
 
 RIDGES = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1)
 FEWEST = 50  # examples
+NOTHING = 1e-3  # of the median length: what is shorter is rounding
 FOLDS = 5  # of the test whether a second round is a gain
 
 
@@ -31,6 +32,7 @@ class Judgement:
         part: which features were used: an index into those given, or None for all of them together.
         ridge: λ.
         rounds: 2 if the regression was weighted by what a first one gave.
+        num_copies: examples that others have the same features as.
     """
 
     log_odds: np.ndarray
@@ -39,6 +41,7 @@ class Judgement:
     part: int | None
     ridge: float
     rounds: int
+    num_copies: int
 
 
 def judge(parts: Sequence[np.ndarray], seed: int = 0) -> Judgement:
@@ -54,9 +57,12 @@ def judge(parts: Sequence[np.ndarray], seed: int = 0) -> Judgement:
     n = len(parts[0])
     if n < FEWEST:
         raise ValueError(f"{n} examples are too few to judge labels by: it takes {FEWEST} or more.")
+    units = {part: unit for part, x in enumerate(parts) if (unit := _unit(x)) is not None}
+    if not units:
+        raise ValueError("all examples have the same gradients, so none says anything about another's label.")
     first = [
         (fit.log_likelihood, part, features, ridge, log_odds, fit)
-        for part, features in _candidates([_unit(x) for x in parts])
+        for part, features in _candidates(units)
         for ridge, log_odds, fit in _path(features)
     ]
     _, part, features, ridge, log_odds, fit = max(first, key=lambda found: found[0])
@@ -67,31 +73,41 @@ def judge(parts: Sequence[np.ndarray], seed: int = 0) -> Judgement:
         ridge, log_odds, second = again
         fit, rounds = replace(fit, tau=likelihood(log_odds, fit.rate)[0]), 2
         p_correct = _p_correct(fit, log_odds)
-    return Judgement(log_odds, p_correct, fit, part, ridge, rounds)
+    return Judgement(log_odds, p_correct, fit, part, ridge, rounds, _num_copies(next(iter(units.values()))))
 
 
-def _candidates(units: Sequence[np.ndarray]) -> Iterator[tuple[int | None, np.ndarray]]:
+def _candidates(units: Mapping[int, np.ndarray]) -> Iterator[tuple[int | None, np.ndarray]]:
     """Each part of the features, and all of them together, in no more than n dimensions; [n, m] float64."""
-    n, several = len(units[0]), len(units) > 1
-    if n < max(x.shape[1] for x in units):
-        grams = [x @ x.T for x in units]
-        yield from ((part, compact(gram)) for part, gram in enumerate(grams))
-        if several:
-            yield None, compact(np.mean(grams, 0))
+    n, width = next(iter(units.values())).shape
+    if n < width:
+        grams = {part: x @ x.T for part, x in units.items()}
+        yield from ((part, compact(gram)) for part, gram in grams.items())
+        if len(units) > 1:
+            yield None, compact(np.mean(list(grams.values()), 0))
     else:
-        yield from ((part, x.astype(np.float64)) for part, x in enumerate(units))
-        if several:
-            yield None, np.concatenate(units, 1).astype(np.float64) / np.sqrt(len(units))
+        yield from ((part, x.astype(np.float64)) for part, x in units.items())
+        if len(units) > 1:
+            yield None, np.concatenate(list(units.values()), 1).astype(np.float64) / np.sqrt(len(units))
 
 
-def _unit(x: np.ndarray) -> np.ndarray:
-    """Every example's features to length 1."""
+def _unit(x: np.ndarray) -> np.ndarray | None:
+    """Every example's features to length 1; None if they do not differ.
+
+    Of an example without a gradient, such as a pair of twice the same text, they are zero, not its rounding.
+    """
     if not np.isfinite(x).all():  # asked here, where every rank has all of them
         raise ValueError("the gradients of the labels' log-odds are not finite: the model gives NaN or inf.")
     lengths = np.linalg.norm(x, axis=1, keepdims=True)
     if not lengths.any() or (x == x[0]).all():
-        raise ValueError("all examples have the same gradients, so none says anything about another's label.")
-    return x / np.where(lengths > 0, lengths, 1)
+        return None
+    return x / np.where(lengths > NOTHING * np.median(lengths[lengths > 0]), lengths, np.inf)
+
+
+def _num_copies(unit: np.ndarray) -> int:
+    """Examples whose features, not zero, are those of an earlier one, up to rounding."""
+    drawn = unit @ np.random.default_rng(0).normal(size=(unit.shape[1], 4)).astype(np.float32)
+    drawn = drawn[np.abs(drawn).any(1)]
+    return len(drawn) - len(np.unique(np.round(drawn, 3), axis=0))
 
 
 def _path(

@@ -11,6 +11,7 @@ from hf_poprisk.leave_one_out.noise import MAX_RATE, NoiseFit
 # competent to judge, and what it has not learned yet would pass for mislabeled.
 STILL_LEARNING = 0.01
 OPEN_WIDTH = 0.3  # of an interval that tells little; that of a flat posterior is .43
+COPIES = 0.01  # of the pairs: with more of them the rate comes out too low
 ALL_CLEAN = 0.01  # a lower end of the interval below it: there may be no mislabeled label at all
 TRAIN_LONGER = "set num_train_epochs to three or more"
 
@@ -24,12 +25,17 @@ def competent(fit: NoiseFit) -> bool:
     return fit.explained > 0.1 and 2 * fit.num_examples * gain > 3.84
 
 
-def doubt_before(fit: NoiseFit) -> str | None:
+def doubt_before(fit: NoiseFit, num_copies: int = 0) -> str | None:
     """Why an estimate before training means little, a sentence without its end; None if it does not."""
     if not competent(fit):
         return (
             "the model's gradients predict labels hardly better than by chance: more pairs, or a model that "
             "knows the task better, may tell"
+        )
+    if num_copies > COPIES * fit.num_examples:
+        return (
+            f"{num_copies} pairs are copies of others, which confirm their labels whatever they are: judge "
+            "the data without them"
         )
     if fit.open_ended or fit.high - fit.low > OPEN_WIDTH:
         return f"the pairs leave the noise rate open ({fit.low:.3f} to {fit.high:.3f}): more pairs may tell"

@@ -44,6 +44,7 @@ class LinearFactors:
         self._inputs: dict[str, list[Tensor]] = {}
         self._grads: dict[str, dict[int, Tensor]] = {}
         self._num_examples = self._num_rows = 0
+        self._lengths: set[int] = set()  # of the rows, in tokens
 
     @contextmanager
     def forward(self) -> Iterator[None]:
@@ -72,6 +73,8 @@ class LinearFactors:
             return None  # of a reference model, say
         calls = self._inputs.setdefault(name, [])
         calls.append(args[0].detach())
+        if args[0].dim() == 3:
+            self._lengths.add(args[0].shape[1])
         if not output.requires_grad:  # all that comes before it is frozen
             output = output.detach().requires_grad_().clone()  # what follows may work in place
         output.register_hook(partial(self._before, name, len(calls) - 1))
@@ -91,6 +94,8 @@ class LinearFactors:
 
     def _by_example(self, name: str, x: Tensor) -> Tensor:
         """[rows, …, width] as [N, tokens of all its rows, width]."""
+        if x.dim() == 2 and x.shape[0] in {self._num_rows * length for length in self._lengths}:
+            x = x.reshape(self._num_rows, -1, x.shape[-1])  # the tokens of all rows, one after the other
         if x.shape[0] != self._num_rows:
             raise ValueError(
                 f"labels cannot be judged by the gradients of {name}: its input is {list(x.shape)}, which "

@@ -8,6 +8,7 @@ from sklearn.metrics import roc_auc_score
 from hf_poprisk.leave_one_out.judgement import _candidates, judge
 from hf_poprisk.leave_one_out.noise import fit_noise, likelihood
 from hf_poprisk.leave_one_out.regression import leave_one_out
+from hf_poprisk.leave_one_out.weights import doubt_before
 
 
 def drawn(n: int = 60, m: int = 12, seed: int = 0) -> np.ndarray:
@@ -51,13 +52,13 @@ def test_a_swapped_pair_has_the_opposite_log_odds_from_the_same_others() -> None
 @pytest.mark.parametrize("k", [5, 200])
 def test_candidates_have_the_inner_products_of_the_parts_and_of_all(k: int) -> None:
     one, other = (drawn(30, k, seed).astype(np.float32) for seed in (0, 1))
-    found = dict(_candidates([one, other]))
+    found = dict(_candidates({0: one, 1: other}))
     assert found.keys() == {0, 1, None} and all(x.dtype == np.float64 for x in found.values())
     grams = {0: one @ one.T, 1: other @ other.T, None: (one @ one.T + other @ other.T) / 2}
     for part, x in found.items():
         assert x.shape[1] <= 30
         np.testing.assert_allclose(x @ x.T, grams[part], atol=1e-3)
-    assert dict(_candidates([one])).keys() == {0}
+    assert dict(_candidates({1: one})).keys() == {1}
 
 
 def labelled(n: int, noise: float, signal: float = 3.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -130,6 +131,24 @@ def test_the_likeliest_scale_is_that_of_the_grid() -> None:
     fit = fit_noise(z)
     tau, each = likelihood(z, fit.rate)
     assert each.mean() >= fit.log_likelihood - 1e-3 and abs(np.log(tau / fit.tau)) < 0.3
+
+
+def test_an_example_without_a_gradient_is_not_judged_by_its_rounding() -> None:
+    features, _ = labelled(200, 0.2)
+    features[:5] = 1e-6 * np.random.default_rng(0).normal(size=features[:5].shape)
+    nothing = np.zeros_like(features)  # a part of the model that has no gradient at all
+    found = judge([nothing, features])
+    np.testing.assert_allclose(found.log_odds[:5], 0, atol=1e-12)
+    np.testing.assert_allclose(found.p_correct[:5], 1 - found.fit.rate)
+    assert found.part == 1 and found.num_copies == 0
+
+
+def test_copies_are_counted_and_doubted() -> None:
+    features, _ = labelled(100, 0.3)
+    found = judge([np.concatenate([features, features[:20]])])
+    assert found.num_copies == 20
+    assert doubt_before(found.fit, 20).startswith("20 pairs are copies of others")
+    assert "copies" not in (doubt_before(found.fit, 1) or "")
 
 
 def test_what_cannot_be_judged_is_refused() -> None:

@@ -97,15 +97,33 @@ def test_a_layer_may_be_called_several_times_or_for_nothing() -> None:
 
 
 class Flat(Twice):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x.reshape(-1, 4)).view(len(x), -1).sum(1)
+    """OPT and some experts see the tokens of all rows, one after the other."""
+
+    def forward(self, x: Tensor, seen: bool = True) -> Tensor:
+        x = self.other(x) if seen else x
+        return self.layer(x.reshape(-1, 4)).tanh().view(len(x), -1).sum(1)
+
+
+def test_tokens_of_all_rows_may_stand_one_after_the_other() -> None:
+    torch.manual_seed(0)
+    model, x = Flat().double(), torch.randn(N, 2, 4, dtype=torch.float64)
+    found: dict[str, Tensor] = {}
+    factors = LinearFactors(
+        model, linear_layers(model), lambda n, a, d: found.update({n: torch.bmm(d.mT, a)})
+    )
+    with factors.forward():
+        z = model(x)
+    factors.backward(z)
+    for i in range(N):
+        (expected,) = torch.autograd.grad(model(x[i : i + 1]).sum(), [model.layer.weight])
+        torch.testing.assert_close(found["layer"][i], expected)
 
 
 def test_a_layer_that_hides_the_rows_is_named() -> None:
     model = Flat()
     factors = LinearFactors(model, linear_layers(model), lambda *_: None)
     with factors.forward():
-        z = model(torch.randn(N, 2, 4))
+        z = model(torch.randn(N, 2, 4), seen=False)
     with pytest.raises(
         ValueError, match=r"gradients of layer: its input is \[6, 4\], which does not show the 3"
     ):
