@@ -6,7 +6,8 @@ other, and which one the held-out likelihood says beforehand (``regression.py``)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,12 @@ from hf_poprisk.per_example.basis import Features, measure_bases
 from hf_poprisk.per_example.factors import LinearFactors, linear_layers
 from hf_poprisk.per_example.undisturbed import mode, undisturbed
 
+logger = logging.getLogger(__name__)
+
 MAX_FEATURES = 1 << 17  # k: what the buckets share is noise in the inner products, of the order of 1/√k
 FEWEST_FEATURES = 1 << 12
 MAX_NUMBERS = 1 << 27  # n · k, half a gigabyte
+HALF = 0.5  # of the weights: with less, say so
 NUM_FOR_BASES = 256  # examples that the bases are measured on
 
 
@@ -52,6 +56,11 @@ def label_features(
     layers = linear_layers(model)
     if not layers:
         raise ValueError("the model has no linear layer, and labels are judged by the gradients of those.")
+    if (share := _share(model, layers)) < HALF:
+        logger.warning(
+            f"labels are judged by the gradients of linear layers, which hold {share:.0%} of the model's "
+            "weights but for its embeddings: stacked experts and convolutions have no part in it."
+        )
 
     def run(see: Any, count: int | None, done: Callable[[], None] = lambda: None) -> None:
         for batch in batches(count):
@@ -88,6 +97,14 @@ def spread(items: Sequence[int], count: int) -> list[int]:
     """``count`` of the items, evenly spread: data may be sorted."""
     count = min(count, len(items))
     return [items[i * len(items) // count] for i in range(count)]
+
+
+def _share(model: nn.Module, layers: Mapping[str, nn.Module]) -> float:
+    """Of the matrices of a model, embeddings aside, what the layers hold."""
+    held = {p for module in layers.values() for p in module.parameters(recurse=False)}
+    tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)} - held
+    sizes = {p: p.numel() for p in set(model.parameters()) - tables if p.dim() > 1}
+    return sum(n for p, n in sizes.items() if p in held) / max(sum(sizes.values()), 1)
 
 
 def num_features(n: int) -> int:

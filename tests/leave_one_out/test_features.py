@@ -1,0 +1,26 @@
+"""Which examples and which weights the features are made of."""
+
+import pytest
+import torch
+from models import tiny_model
+from torch import nn
+
+from hf_poprisk.leave_one_out.features import _share, num_features, spread
+from hf_poprisk.per_example.factors import linear_layers
+
+
+def test_weights_that_have_no_part_are_said() -> None:
+    experts = nn.ModuleDict({"router": nn.Linear(4, 2), "embedding": nn.Embedding(50, 4)})
+    experts.register_parameter("stacked", nn.Parameter(torch.randn(2, 4, 10)))
+    assert _share(experts, linear_layers(experts)) == pytest.approx(8 / 88)
+    assert _share(tiny_model("llama"), linear_layers(tiny_model("llama"))) == 0.0  # layers of another model
+    model = tiny_model("llama", tied=True)
+    assert _share(model, linear_layers(model)) == 1.0
+
+
+def test_examples_for_the_bases_are_from_all_of_the_data() -> None:
+    assert spread(range(10), 4) == [0, 2, 5, 7] and spread(range(3), 8) == [0, 1, 2]
+
+
+def test_features_fit_half_a_gigabyte() -> None:
+    assert [num_features(n) for n in (100, 1024, 10_000, 1_000_000)] == [1 << 17, 1 << 17, 13421, 4096]
