@@ -80,9 +80,8 @@ class Twice(nn.Module):
         return self.layer(y).sum(-1) + self.layer(y).detach().sum(-1)
 
 
-def test_a_layer_may_be_called_several_times_or_for_nothing() -> None:
-    torch.manual_seed(0)
-    model, x = Twice().double(), torch.randn(N, 4, dtype=torch.float64)
+def check_layer(model: nn.Module, x: Tensor) -> set[str]:
+    """Compare ``layer`` with autograd, example by example; returns the layers that were seen."""
     found: dict[str, Tensor] = {}
     factors = LinearFactors(
         model, linear_layers(model), lambda n, a, d: found.update({n: torch.bmm(d.mT, a)})
@@ -90,10 +89,16 @@ def test_a_layer_may_be_called_several_times_or_for_nothing() -> None:
     with factors.forward():
         z = model(x)
     factors.backward(z)
-    assert found.keys() == {"layer"}
     for i in range(N):
         (expected,) = torch.autograd.grad(model(x[i : i + 1]).sum(), [model.layer.weight])
         torch.testing.assert_close(found["layer"][i], expected)
+    return set(found)
+
+
+def test_a_layer_may_be_called_several_times_or_for_nothing() -> None:
+    torch.manual_seed(0)
+    model, x = Twice().double(), torch.randn(N, 4, dtype=torch.float64)
+    assert check_layer(model, x) == {"layer"}
 
 
 class Flat(Twice):
@@ -107,16 +112,7 @@ class Flat(Twice):
 def test_tokens_of_all_rows_may_stand_one_after_the_other() -> None:
     torch.manual_seed(0)
     model, x = Flat().double(), torch.randn(N, 2, 4, dtype=torch.float64)
-    found: dict[str, Tensor] = {}
-    factors = LinearFactors(
-        model, linear_layers(model), lambda n, a, d: found.update({n: torch.bmm(d.mT, a)})
-    )
-    with factors.forward():
-        z = model(x)
-    factors.backward(z)
-    for i in range(N):
-        (expected,) = torch.autograd.grad(model(x[i : i + 1]).sum(), [model.layer.weight])
-        torch.testing.assert_close(found["layer"][i], expected)
+    assert check_layer(model, x) == {"layer", "other"}
 
 
 def test_a_layer_that_hides_the_rows_is_named() -> None:
