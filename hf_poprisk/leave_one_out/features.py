@@ -6,6 +6,7 @@ other, and which one the held-out likelihood says beforehand (``regression.py``)
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -115,13 +116,22 @@ def num_features(n: int) -> int:
 def pair_log_odds(model: nn.Module, inputs: Any) -> Tensor:
     """log p(chosen) − log p(rejected), [N], for rows [chosen…, rejected…] as TRL's DPO collates them."""
     skipped = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
-    logits = model(**{k: v for k, v in inputs.items() if k not in skipped}, use_cache=False).logits
-    mask = inputs["completion_mask"][:, 1:]
+    inputs, mask = {k: v for k, v in inputs.items() if k not in skipped}, inputs["completion_mask"]
+    # logits of the completions alone: of a short answer the head would be most of the work
+    first = max(int(mask.any(0).int().argmax()), 1)
+    mask, labels = mask[:, first:], inputs["input_ids"][:, first:, None]
+    if _keeps_logits(model):
+        inputs["logits_to_keep"] = mask.shape[1] + 1
+    logits = model(**inputs, use_cache=False).logits
     logits = logits[:, -mask.shape[1] - 1 : -1]  # behind the virtual tokens of prompt-learning adapters
-    labels = inputs["input_ids"][:, 1:, None]
     log_probs = logits.float().log_softmax(-1).gather(-1, labels)[..., 0]
     chosen, rejected = (log_probs * mask).sum(1).chunk(2)
     return chosen - rejected
+
+
+def _keeps_logits(model: nn.Module) -> bool:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # under an adapter
+    return "logits_to_keep" in inspect.signature(base.forward).parameters
 
 
 def reward_log_odds(model: nn.Module, inputs: Any) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -79,6 +79,8 @@ class LabelNoiseMixin:
 
         def batches(count: int | None) -> Iterator[Any]:
             part = mine if count is None else spread(mine, -(-count // accelerator.num_processes))
+            # rows of one length need no padding; the longest first, which may not fit
+            part = sorted(part, key=lambda i: _length(data[i]), reverse=True)
             loader = DataLoader(
                 Subset(data, part),
                 size,
@@ -265,6 +267,12 @@ class LabelNoiseMixin:
         judge = self._label_noise
         ids = None if judge.table.streamed else judge.table.ids.numpy()
         self._label_noise = self._new_judge(ids, judge.sample)
+
+
+def _length(example: Any) -> int:
+    """Tokens of an example."""
+    values = example.values() if isinstance(example, Mapping) else ()
+    return sum(len(value) for value in values if isinstance(value, list | Tensor))
 
 
 class _Steps(TrainerCallback):

@@ -1,12 +1,14 @@
 """The Kronecker eigenbasis of a layer's per-example gradients, and features of the examples in it.
 
-With ``H_i = D_iᵀ A_i`` the gradient of example i, the basis is the eigenvectors U_L of ``Σ H_i H_iᵀ`` and U_R
-of ``Σ H_iᵀ H_i``; in it the gradient is ``H'_i = U_Lᵀ H_i U_R = (D_i U_L)ᵀ (A_i U_R)``: the factors are
-rotated, and H_i is never formed. V = mean (H'_i)², elementwise, gives Adam's preconditioner there,
+With ``H_i = D_iᵀ A_i`` the gradient of example i, the basis is the leading eigenvectors U_L of ``Σ H_i H_iᵀ``
+and U_R of ``Σ H_iᵀ H_i``; in it the gradient is ``H'_i = U_Lᵀ H_i U_R = (D_i U_L)ᵀ (A_i U_R)``: the factors
+are rotated, and H_i is never formed. V = mean (H'_i)², elementwise, gives Adam's preconditioner there,
 P = 1/(√V + δ·mean √V).
 (SOAP, arXiv 2409.11321; EKFAC, arXiv 1806.03884.)
 
-A side longer than ``LONGEST``, a vocabulary, stays as it is.
+The other directions are left out. Few examples have a part in them, which P would make as large as what they
+have in common. Of a long side, a vocabulary, the leading ones are found from a sketch (Nyström's
+approximation; Tropp et al., arXiv 1706.05736, algorithm 3).
 """
 
 from __future__ import annotations
@@ -18,33 +20,31 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-LONGEST = 2048  # sides that are rotated
+LEADING = 256  # directions of a side
+SKETCH = 2 * LEADING  # columns of the sketch of a side that is longer
 DAMPING = 1e-3  # δ
 
 
 @dataclass
 class LayerBasis:
-    """Of one layer [out, in].
+    """Of one layer [out, in]; l and r are the directions that are kept of its sides.
 
     Attributes:
-        left: U_L, [out, out]; None where it stays.
-        right: U_R, [in, in]; None where it stays.
-        second_moment: V, [out, in] float32.
+        left: U_L, [out, l].
+        right: U_R, [in, r].
+        second_moment: V, [l, r] float32.
     """
 
-    left: Tensor | None
-    right: Tensor | None
+    left: Tensor
+    right: Tensor
     second_moment: Tensor
 
     def rotate(self, a: Tensor, d: Tensor) -> Tensor:
-        """H' of some examples, [N, out, in] float32; a: [N, tokens, in], d: [N, tokens, out]."""
-        a, d = a.float(), d.float()
-        d = d if self.left is None else d @ self.left
-        a = a if self.right is None else a @ self.right
-        return torch.bmm(d.mT, a)
+        """H' of some examples, [N, l, r] float32; a: [N, tokens, in], d: [N, tokens, out]."""
+        return torch.bmm((d.float() @ self.left).mT, a.float() @ self.right)
 
     def preconditioner(self) -> Tensor:
-        """P, [out, in]."""
+        """P, [l, r]."""
         root = self.second_moment.sqrt()
         return 1.0 / (root + DAMPING * root.mean()).clamp(min=torch.finfo(root.dtype).tiny)
 
@@ -59,23 +59,22 @@ def measure_bases(run: Callable[[Callable[[str, Tensor, Tensor], None]], None]) 
     Returns:
         Name → basis, the same on every rank.
     """
-    sides: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+    sides: dict[str, list[Tensor]] = {}
+    test_matrix = _TestMatrices()
 
     def see_sides(name: str, a: Tensor, d: Tensor) -> None:
         a, d = a.float(), d.float()
         if name not in sides:
-            left, right = (
-                x.new_zeros(x.shape[-1], x.shape[-1]) if x.shape[-1] <= LONGEST else None for x in (d, a)
-            )
-            sides[name] = left, right
-        left, right = sides[name]
-        if left is not None:  # Σ_i D_iᵀ (A_i A_iᵀ D_i)
-            left.addmm_(d.flatten(0, 1).T, (a @ a.mT @ d).flatten(0, 1))
-        if right is not None:
-            right.addmm_(a.flatten(0, 1).T, (d @ d.mT @ a).flatten(0, 1))
+            widths = d.shape[-1], a.shape[-1]
+            sides[name] = [d.new_zeros(width, min(width, SKETCH)) for width in widths]
+        left, right = sides[name]  # Σ_i D_iᵀ A_i A_iᵀ D_i Ω, and the same of the other side
+        left.addmm_(d.flatten(0, 1).T, (a @ a.mT @ test_matrix.times(d)).flatten(0, 1))
+        right.addmm_(a.flatten(0, 1).T, (d @ d.mT @ test_matrix.times(a)).flatten(0, 1))
 
     run(see_sides)
-    rotations = {name: tuple(map(_eigenvectors, pair)) for name, pair in sorted(sides.items())}
+    rotations = {
+        name: tuple(_leading(x, test_matrix.of(x)) for x in pair) for name, pair in sorted(sides.items())
+    }
     sides.clear()
     moments: dict[str, Tensor] = {}
     counts = dict.fromkeys(rotations, 0)
@@ -107,7 +106,7 @@ class Features:
         self._bases, self._k = bases, min(k, sum(b.second_moment.numel() for b in bases.values()))
         generator = torch.Generator().manual_seed(seed)
         self._offsets: dict[str, int] = {}
-        self._scales: dict[str, Tensor] = {}  # ±P^½, [out · in]
+        self._scales: dict[str, Tensor] = {}  # ±P^½, [l · r]
         for name, basis in bases.items():
             root = basis.preconditioner().sqrt_().flatten()
             sign = torch.randint(0, 2, root.shape, generator=generator, dtype=torch.int8).to(root.device)
@@ -134,14 +133,43 @@ class Features:
         return found
 
 
-def _eigenvectors(side: Tensor | None) -> Tensor | None:
-    """By falling eigenvalue, the same on every rank."""
-    if side is None:
-        return None
-    side = _summed(side)
-    if not side.isfinite().all():
+class _TestMatrices:
+    """Ω of every side that is longer than a sketch has columns; the same on every rank."""
+
+    def __init__(self) -> None:
+        self._drawn: dict[int, Tensor] = {}
+
+    def of(self, sketch: Tensor) -> Tensor | None:
+        """[length, columns]; None stands for the identity."""
+        length = len(sketch)
+        if length > SKETCH and length not in self._drawn:
+            generator = torch.Generator().manual_seed(length)
+            self._drawn[length] = torch.randn(length, SKETCH, generator=generator).to(sketch.device)
+        return self._drawn.get(length)
+
+    def times(self, x: Tensor) -> Tensor:
+        """x Ω, [N, tokens, columns], of x [N, tokens, length]."""
+        omega = self.of(x[0, 0])
+        return x if omega is None else x @ omega
+
+
+def _leading(sketch: Tensor, omega: Tensor | None) -> Tensor:
+    """Leading eigenvectors of S, from S Ω [length, columns]; the same on every rank."""
+    sketch = _summed(sketch)
+    if not sketch.isfinite().all():
         raise ValueError("the gradients of the labels' log-odds are not finite: the model gives NaN or inf.")
-    vectors = torch.linalg.eigh(side.double())[1].flip(1).to(side.dtype).contiguous()
+    y = sketch.double()
+    if omega is None:
+        vectors = torch.linalg.eigh(y)[1].flip(1)
+    else:
+        omega = omega.double()
+        shift = float(torch.finfo(sketch.dtype).eps * y.norm())  # makes Ωᵀ S Ω positive definite
+        y = y + shift * omega
+        core = omega.T @ y
+        values, basis = torch.linalg.eigh((core + core.T) / 2)
+        root = y @ (basis / values.clamp(min=shift + torch.finfo(y.dtype).tiny).sqrt())  # S ≈ root rootᵀ
+        vectors = torch.linalg.svd(root, full_matrices=False)[0]
+    vectors = vectors[:, :LEADING].to(sketch.dtype).contiguous()
     if dist.is_available() and dist.is_initialized():
         dist.broadcast(vectors, 0)  # signs are free
     return vectors

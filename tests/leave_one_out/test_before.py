@@ -69,7 +69,7 @@ def test_weights_act_from_the_first_step(
         judged_by = trainer.label_log_odds(trainer.model, batch)
         for i, row in enumerate(judge.table.rows(index)):
             z.append(pair_log_odds(kind, trainer.model, batch, i))
-            assert judged_by[i].item() == pytest.approx(z[-1].item(), rel=1e-4, abs=1e-5)
+            assert judged_by[i].item() == pytest.approx(z[-1].item(), abs=1e-4)
             if kind == "DPO":  # the model is its own reference
                 z[-1] = 0.1 * (z[-1] - z[-1].detach())
             w.append(judge.table.columns["weight"][row])

@@ -127,7 +127,8 @@ def test_flipped_pairs_are_found(
 def test_it_is_what_an_audit_in_training_finds_without_its_reference(
     llama_dir: Path, data: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = prefer("DPO", llama_dir, tmp_path / "trainer", learnable(), poprisk_label_noise="audit")
+    options = {"poprisk_label_noise": "audit", "per_device_train_batch_size": 4}
+    trainer = prefer("DPO", llama_dir, tmp_path / "trainer", learnable(), **options)
     expected = trainer.judge_labels()
     calls = {"__init__": 0, "forward": 0}
     for name in calls:
@@ -142,8 +143,8 @@ def test_it_is_what_an_audit_in_training_finds_without_its_reference(
     # one model, which passes over 60 pairs twice for the bases and once for the features
     assert calls == {"__init__": 1, "forward": 3 * 15}
     found = table(tmp_path / "out")
-    np.testing.assert_allclose(found["log_odds"], expected.log_odds, rtol=1e-5)
-    np.testing.assert_allclose(found["p_correct"], expected.p_correct, rtol=1e-5)
+    np.testing.assert_allclose(found["log_odds"], expected.log_odds, rtol=1e-4)
+    np.testing.assert_allclose(found["p_correct"], expected.p_correct, rtol=1e-4)
     assert "warning" not in capsys.readouterr().err.lower()
 
 

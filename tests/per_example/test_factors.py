@@ -1,6 +1,7 @@
 """The factors of per-example gradients against autograd, one example at a time."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -164,13 +165,32 @@ def test_the_basis_is_that_of_the_materialised_gradients() -> None:
         torch.testing.assert_close(basis.preconditioner(), 1 / (root + 1e-3 * root.mean()), rtol=1e-3, atol=0)
 
 
-def test_a_long_side_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_poprisk.per_example.basis.LONGEST", 5)
-    bases = measure_bases(run_of(random_factors()))
-    assert bases["wide"].right is None and bases["wide"].left.shape == (3, 3)
-    assert bases["tall"].left is None and bases["tall"].right.shape == (2, 2)
-    a, d = random_factors()["wide"]
-    torch.testing.assert_close(bases["wide"].rotate(a, d), bases["wide"].left.T @ d.mT @ a)
+def test_the_other_directions_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = measure_bases(run_of(random_factors()))
+    monkeypatch.setattr("hf_poprisk.per_example.basis.LEADING", 2)
+    for name, basis in measure_bases(run_of(random_factors())).items():
+        torch.testing.assert_close(basis.left, whole[name].left[:, :2])
+        torch.testing.assert_close(basis.right, whole[name].right[:, :2])
+        torch.testing.assert_close(basis.second_moment, whole[name].second_moment[:2, :2])
+
+
+def test_the_leading_directions_of_a_long_side_come_from_a_sketch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_poprisk.per_example.basis.LEADING", 4)
+    monkeypatch.setattr("hf_poprisk.per_example.basis.SKETCH", 8)
+    generator = torch.Generator().manual_seed(0)
+    draw = partial(torch.randn, generator=generator)
+    d = draw(6, 5, 3) @ draw(3, 40)  # of rank 3: the sketch is exact
+    a = draw(6, 5, 50) * torch.arange(1, 51) ** -1.5
+    basis = measure_bases(run_of({"layer": (a, d)}))["layer"]
+    assert basis.left.shape == (40, 4) and basis.right.shape == (50, 4)
+    h = d.mT @ a
+    for vectors, side, missed in (
+        (basis.left[:, :3], (h @ h.mT).sum(0), 1e-5),
+        (basis.right, (h.mT @ h).sum(0), 0.02),
+    ):
+        torch.testing.assert_close(vectors.T @ vectors, torch.eye(vectors.shape[1]), atol=1e-5, rtol=0)
+        most = torch.linalg.eigvalsh(side.double()).flip(0)[: vectors.shape[1]].sum()
+        assert torch.trace(vectors.T @ side @ vectors) > (1 - missed) * most
 
 
 def exact(bases: dict[str, LayerBasis], factors: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
