@@ -15,10 +15,14 @@ import torch
 from hf_poprisk.leave_one_out.noise import NoiseFit, fit_noise, likelihood
 from hf_poprisk.leave_one_out.regression import compact, leave_one_out
 
-RIDGES = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1)
+RIDGES = (300.0, 100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1)
 FEWEST = 50  # examples
 NOTHING = 1e-3  # of the median length: what is shorter is rounding
 FOLDS = 5  # of the test whether a second round is a gain
+
+
+# part, features, λ, leave-one-out log-odds, and their two-part model
+_Fitted = tuple[int | None, np.ndarray, float, np.ndarray, NoiseFit]
 
 
 @dataclass(frozen=True)
@@ -60,12 +64,13 @@ def judge(parts: Sequence[np.ndarray], seed: int = 0) -> Judgement:
     units = {part: unit for part, x in enumerate(parts) if (unit := _unit(x)) is not None}
     if not units:
         raise ValueError("all examples have the same gradients, so none says anything about another's label.")
-    first = [
-        (fit.log_likelihood, part, features, ridge, log_odds, fit)
-        for part, features in _candidates(units)
-        for ridge, log_odds, fit in _path(features)
-    ]
-    _, part, features, ridge, log_odds, fit = max(first, key=lambda found: found[0])
+    part, features, ridge, log_odds, fit = _simplest(
+        [
+            (part, features, ridge, log_odds, fit)
+            for part, features in _candidates(units)
+            for ridge, log_odds, fit in _path(features)
+        ]
+    )
     p_correct, rounds = _p_correct(fit, log_odds), 1
     again = _second_round(features, ridge, p_correct, seed)
     if again is not None:
@@ -76,18 +81,34 @@ def judge(parts: Sequence[np.ndarray], seed: int = 0) -> Judgement:
     return Judgement(log_odds, p_correct, fit, part, ridge, rounds, _num_copies(next(iter(units.values()))))
 
 
+def _simplest(found: list[_Fitted]) -> _Fitted:
+    """The first of those that predict the labels as well as the best does, but for a standard error.
+
+    The one-standard-error rule (Hastie, Tibshirani and Friedman 2009, section 7.10): of many, the likeliest
+    one is often lucky.
+    """
+    scores = [likelihood(log_odds, fit.rate)[1] for *_, log_odds, fit in found]
+    best = max(scores, key=np.mean)
+    return next(each for each, score in zip(found, scores, strict=True) if not _gains(best - score))
+
+
+def _gains(difference: np.ndarray) -> bool:
+    """Whether the mean is above zero by more than its standard error."""
+    return bool(difference.mean() > difference.std(ddof=1) / np.sqrt(len(difference)))
+
+
 def _candidates(units: Mapping[int, np.ndarray]) -> Iterator[tuple[int | None, np.ndarray]]:
-    """Each part of the features, and all of them together, in no more than n dimensions; [n, m] float64."""
+    """All parts of the features together, and each of them, in no more than n dimensions; [n, m] float64."""
     n, width = next(iter(units.values())).shape
     if n < width:
         grams = {part: x @ x.T for part, x in units.items()}
-        yield from ((part, compact(gram)) for part, gram in grams.items())
         if len(units) > 1:
             yield None, compact(np.mean(list(grams.values()), 0))
+        yield from ((part, compact(gram)) for part, gram in grams.items())
     else:
-        yield from ((part, x.astype(np.float64)) for part, x in units.items())
         if len(units) > 1:
             yield None, np.concatenate(list(units.values()), 1).astype(np.float64) / np.sqrt(len(units))
+        yield from ((part, x.astype(np.float64)) for part, x in units.items())
 
 
 def _unit(x: np.ndarray) -> np.ndarray | None:
@@ -128,9 +149,9 @@ def _p_correct(fit: NoiseFit, log_odds: np.ndarray) -> np.ndarray:
 def _second_round(
     features: np.ndarray, ridge: float, p_correct: np.ndarray, seed: int
 ) -> tuple[float, np.ndarray, NoiseFit] | None:
-    """The regression weighted by p_correct, if that is a gain on examples that were left out of both rounds.
+    """The regression weighted by p_correct, if that is better on examples that were left out of both rounds.
 
-    Cross-fitted: what is held out has no part in the weights either. A gain is more than its standard error.
+    Cross-fitted: what is held out has no part in the weights either.
     """
     found = max(_path(features, p_correct), key=lambda each: each[2].log_likelihood)
     folds = np.random.default_rng(seed).permutation(len(features)) % FOLDS
@@ -142,5 +163,4 @@ def _second_round(
         scores[0, folds == fold] = held @ a
         scores[1, folds == fold] = held @ leave_one_out(rest, found[0], weights)[1]
     first, second = (likelihood(score)[1] for score in scores)
-    gain = second - first
-    return found if gain.mean() > gain.std(ddof=1) / np.sqrt(len(gain)) else None
+    return found if second.mean() > first.mean() else None

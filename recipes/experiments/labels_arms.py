@@ -59,10 +59,30 @@ class RightOnly(ClassNoise):
 class RightPairs(PairNoise):
     """The same for pairs."""
 
-    def judge_all(self, *args: Any) -> Any:
-        found = super().judge_all(*args)
-        self.table.columns["weight"] = (~self.mislabeled).float()
-        return found
+    judges = False
+
+    def _judge(self, visit: Any, log_odds: Tensor) -> None:
+        super()._judge(visit, log_odds)
+        visit.weight = (~self.mislabeled[visit.rows]).float()
+
+
+class EM(PairNoise):
+    """Expectation-maximization by the trained model's own margins, as in RE-PO (arXiv 2509.24159).
+
+    E: w = P(the label is correct), by the margin and the rate. M: the rate follows the mean of 1 − w, and the
+    loss is −w log σ(z) − (1 − w) log σ(−z), whose slope is (w − σ(z))/σ(−z) times that of −log σ(z). Our own
+    reading of it; the rate begins at .1, and moves by a tenth of the way per step.
+    """
+
+    judges = False
+    rate = 0.1
+
+    def _judge(self, visit: Any, log_odds: Tensor) -> None:
+        super()._judge(visit, log_odds)
+        right, wrong = torch.sigmoid(log_odds.double()), torch.sigmoid(-log_odds.double())
+        w = (1 - self.rate) * right / ((1 - self.rate) * right + self.rate * wrong)
+        visit.weight = ((w - right) / wrong).float()
+        self.rate += 0.1 * len(w) / self.examples_per_step * float((1 - w).mean() - self.rate)
 
 
 class DropPairs(PairNoise):
@@ -100,4 +120,5 @@ PAIR_ARMS = {
     "weight+soft": judged("weight", "soft"),
     "drop": judged("weight", judge=DropPairs),
     "right-only": judged("weight", judge=RightPairs),
+    "em": judged("weight", judge=EM),
 }

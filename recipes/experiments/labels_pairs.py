@@ -1,12 +1,12 @@
 """Preference pairs with swapped labels: DPO as ``recipes/dpo.py`` does it.
 
-``data`` is one of ``DATA``, by a YAML file of ``recipes/tiny``, or the path of such a file of your own, which
+``data`` is one of ``DATA``, by a YAML file of ``recipes``, or the path of such a file of your own, which
 says all that a cell and its arm do not: model, adapter, data, batch, schedule. Its test split is the test
 set. Where it names no validation split, 10 % of the training pairs, drawn by the seed, become one, with
 their labels as they are.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import common
@@ -21,18 +21,26 @@ from labels_run import HELD_OUT, Setup, hold_out, run_cell, trainer_class, train
 
 @dataclass(frozen=True)
 class Pairs:
-    recipe: str = "dpo"  # folder of recipes/tiny
+    recipe: str = "tiny/dpo/poprisk.yaml"
     easier: bool = False  # pairs that are easily told apart, see shuffled_words.py
     noise: str = "random"  # else on ``ties``, which half of the pairs then are, or a ``group``
+    options: dict[str, Any] = field(default_factory=dict)  # in place of the recipe's
+    count: int | None = None  # training pairs
 
 
+LORA = "tiny/dpo-lora/poprisk.yaml"
+REAL = "smollm2-135m/dpo-lora.yaml"  # needs python scripts/prepare_real.py
 DATA = {
     "dpo": Pairs(),
-    "dpo-lora": Pairs("dpo-lora"),
+    "dpo-lora": Pairs(LORA),
     "dpo-words": Pairs(easier=True),
-    "dpo-words-lora": Pairs("dpo-lora", easier=True),
+    "dpo-words-lora": Pairs(LORA, easier=True),
     "dpo-words-ties": Pairs(easier=True, noise="ties"),
     "dpo-words-group": Pairs(easier=True, noise="group"),
+    "sentiment": Pairs(
+        REAL, options={"dataset_name": "outputs/real/sentiment", "num_train_epochs": 1}, count=600
+    ),
+    "writing": Pairs(REAL, options={"num_train_epochs": 1}, count=600),
 }
 
 TITLES = {
@@ -52,7 +60,7 @@ def arguments(cell: Cell, folder: str) -> tuple[Any, ...]:
     import dpo  # here, because TRL is slow to import
 
     known = cell["data"] in DATA
-    path = common.ROOT / "tiny" / DATA[cell["data"]].recipe / "poprisk.yaml" if known else cell["data"]
+    path = common.ROOT / DATA[cell["data"]].recipe if known else cell["data"]
     losses = cell.get("losses", lambda noise: {"sigmoid": 1.0})(cell["noise"])
     options = training_arguments(cell, folder) | {
         "optim": "poprisk_adamw",
@@ -60,7 +68,7 @@ def arguments(cell: Cell, folder: str) -> tuple[Any, ...]:
         "flip_seed": cell["seed"],
         "label_smoothing": cell["noise"] if "robust" in losses else 0,
         "push_to_hub": False,
-        **({"num_train_epochs": cell["epochs"]} if known else {}),
+        **({"num_train_epochs": cell["epochs"], **DATA[cell["data"]].options} if known else {}),
     }
     argv = [str(item) for name, value in options.items() for item in (f"--{name}", value)]
     argv += ["--loss_type", *losses, "--loss_weights", *map(str, losses.values())]
@@ -95,6 +103,7 @@ def prepare(cell: Cell, folder: str) -> Setup:
         parts = train.train_test_split(HELD_OUT, seed=seed)
         train, held_out["validation"] = parts["train"], parts["test"]
     data = DATA.get(cell["data"], Pairs())
+    train = train.select(range(data.count or len(train)))
     if data.easier:
         ties = 0.5 if data.noise == "ties" else 0.0
         train = shuffled_words.easier(train, ties, seed)

