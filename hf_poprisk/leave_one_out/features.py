@@ -130,7 +130,9 @@ def pair_log_odds(model: nn.Module, inputs: Any) -> Tensor:
 
 
 def _keeps_logits(model: nn.Module) -> bool:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # under an adapter
+    base: Any = model
+    if hasattr(base, "get_base_model"):  # under an adapter
+        base = base.get_base_model()
     return "logits_to_keep" in inspect.signature(base.forward).parameters
 
 

@@ -30,8 +30,8 @@ class IndexCollator:
 
     def __call__(self, features: list[Any]) -> Any:
         if all(isinstance(feature, _IndexedItem) for feature in features):
-            items, index = zip(*features, strict=True)
-            batch = self.collator(list(items))
+            index = [feature.index for feature in features]
+            batch = self.collator([feature.item for feature in features])
         elif all(isinstance(feature, Mapping) and INDEX in feature for feature in features):
             index = [int(feature[INDEX]) for feature in features]
             batch = self.collator([{k: v for k, v in f.items() if k != INDEX} for f in features])
@@ -48,12 +48,12 @@ class IndexCollator:
 
 class IndexedBatch(NamedTuple):
     batch: Any  # no mapping
-    index: Tensor  # [N]
+    index: Tensor  # type: ignore[assignment]  # [N]; not tuple.index
 
 
 class _IndexedItem(NamedTuple):
     item: Any  # no mapping: an image and its label, for instance
-    index: int
+    index: int  # type: ignore[assignment]
 
 
 class _Indexed(torch.utils.data.Dataset):

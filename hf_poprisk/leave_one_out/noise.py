@@ -106,7 +106,7 @@ def fit_noise(log_odds: np.ndarray, num_labels: int = 2, step: int = 0, epoch: f
     z, counts = _binned(z, scale)
     bounds = np.array([[0.0, MAX_RATE], [math.log(lowest), math.log(highest)]])
     for _ in range(3):  # closer and closer to where the posterior is
-        rates, log_taus = (np.linspace(*ends, _GRID) for ends in bounds)
+        rates, log_taus = (np.linspace(low, high, _GRID) for low, high in bounds)
         total = _log_likelihood(rates, np.exp(log_taus), z, counts, num_labels)
         for axis, values in enumerate((rates, log_taus)):
             near = np.flatnonzero((total > total.max() - _NEGLIGIBLE).any(1 - axis))
