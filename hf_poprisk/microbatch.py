@@ -297,8 +297,7 @@ class MicrobatchMixin:
     def _find_layers(self, optimizer: PopRiskAdamW) -> None:
         """The layers for one backward, or why there is none."""
         model = self.accelerator.unwrap_model(self.model)
-        in_place = any(module._compiled_call_impl is not None for module in model.modules())
-        self._compiled = bool(self.args.torch_compile) or in_place
+        self._compiled = bool(self.args.torch_compile) or is_compiled_in_place(model)
         if self._compiled:
             what = "torch_compile=True" if self.args.torch_compile else "model.compile()"
             return self._say_one_by_one(f"{what}, and not compiled")
@@ -324,6 +323,11 @@ class MicrobatchMixin:
         logger.warning(
             f"population-risk gate: the examples of a micro-batch are taken one by one, because of: {reason}."
         )
+
+
+def is_compiled_in_place(model: nn.Module) -> bool:
+    """Whether ``model.compile()`` was called, of the model or of a part."""
+    return any(module._compiled_call_impl is not None for module in model.modules())
 
 
 def _itself(tensor: Any, *_: Any, **__: Any) -> Any:

@@ -15,16 +15,16 @@ from torch.utils.data import IterableDataset
 
 from hf_poprisk.leave_one_out.index import IndexMixin
 from hf_poprisk.leave_one_out.table import ExampleTable
-from hf_poprisk.microbatch import check_batch_norm
+from hf_poprisk.microbatch import check_batch_norm, is_compiled_in_place
 from hf_poprisk.per_example.examples import NotSeparable, copied, find_layout
-from hf_poprisk.per_example.layout import Packed
+from hf_poprisk.per_example.layout import Layout, Packed
 from hf_poprisk.per_example.self_check import some_examples
 from hf_poprisk.per_example.undisturbed import mode, undisturbed
-from hf_poprisk.per_example.weighted import OutputWeights, PastOutputs
+from hf_poprisk.per_example.weighted import NotASum, OutputWeights
 
 logger = logging.getLogger(__name__)
 ONE_BY_ONE = "set per_device_train_batch_size=1 and raise gradient_accumulation_steps"
-_FROM_OUTPUTS = "let the loss be a function of what the model returns"
+_A_SUM = "let the loss be a sum over examples of what the model returns for each"
 
 
 def take_weights(data: Any, column: str) -> tuple[Any, np.ndarray]:
@@ -89,7 +89,13 @@ class SampleWeightMixin(IndexMixin):
                 f"{option} was set without a training set: give train_dataset when the trainer is built."
             )
         self._check_launch(option, "no poprisk_weight_column")
+        self._output_weights = None  # a second training may be of another model
         model = self.accelerator.unwrap_model(self.model)
+        if is_compiled_in_place(model):
+            raise ValueError(
+                f"{option} weights the model's outputs for an example, which model.compile() hides: leave it "
+                f"uncompiled, or {without}."
+            )
         if self._balances_experts(model):
             raise ValueError(
                 "router_aux_loss_coef adds a term to the loss that is of no example, where "
@@ -114,27 +120,45 @@ class SampleWeightMixin(IndexMixin):
             unwrapped = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             self._output_weights = OutputWeights(unwrapped, self.rows_per_example)
         with self._refusing():
-            if len(index) > 1 and not self._output_weights.learned:
-                self._learn_outputs(model, inputs, len(index), num_items_in_batch)
+            if len(index) > 1:
+                layout = self._layout_of(inputs, len(index))
+                if not self._output_weights.learned:
+                    self._learn_outputs(model, inputs, layout, num_items_in_batch)
         weights = self._weights.columns["weight"][self._weights.rows(index)]
-        return self._around_loss(partial(self._weighted, weights))
+        return self._weighted(weights)
 
-    def _weighted(self, weights: Tensor, loss: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        with self._output_weights.recorded() as outputs:
-            result = loss(*args, **kwargs)
-        with self._refusing():
-            value = result[0] if isinstance(result, tuple) else result
-            self._output_weights.weigh(outputs, value, weights)
-        return result
+    @contextmanager
+    def _weighted(self, weights: Tensor) -> Iterator[None]:
+        called = False
 
-    def _learn_outputs(self, model: nn.Module, inputs: Any, count: int, num_items_in_batch: Any) -> None:
-        """Ask two neighbours of the micro-batch, the first ones with a finite loss, where examples are."""
-        unwrapped, outputs = self._output_weights._model, self._output_weights
-        layout = find_layout(
-            inputs, self.rows_per_example, getattr(unwrapped, "main_input_name", "input_ids")
-        )
+        def around(loss: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            nonlocal called
+            called = True
+            with self._output_weights.recorded() as outputs:
+                result = loss(*args, **kwargs)
+            with self._refusing():
+                value = result[0] if isinstance(result, tuple) else result
+                self._output_weights.weigh(outputs, value, weights)
+            return result
+
+        with self._around_loss(around):
+            yield
+        if not called:
+            raise ValueError(
+                f"poprisk_weight_column weights the loss of compute_loss, which the training_step of "
+                f"{type(self).__name__} does not call: let it, or remove poprisk_weight_column."
+            )
+
+    def _layout_of(self, inputs: Any, count: int) -> Layout:
+        main_input = getattr(self._output_weights.model, "main_input_name", "input_ids")
+        layout = find_layout(inputs, self.rows_per_example, main_input)
         if isinstance(layout, Packed) or layout.num_examples != count:
             raise NotSeparable(f"{layout} for {count} examples")
+        return layout
+
+    def _learn_outputs(self, model: nn.Module, inputs: Any, layout: Layout, num_items_in_batch: Any) -> None:
+        """Ask two neighbours of the micro-batch, the first ones with a finite loss, where examples are."""
+        unwrapped, outputs = self._output_weights.model, self._output_weights
 
         def loss(examples: list[int]) -> Tensor:
             batch, _ = some_examples(inputs, layout, examples, unwrapped)
@@ -148,7 +172,7 @@ class SampleWeightMixin(IndexMixin):
             undisturbed(unwrapped, unwrapped.parameters()),
             mode(unwrapped, training=False),
         ):
-            for i in range(count - 1):
+            for i in range(layout.num_examples - 1):
                 outputs.learn(partial(loss, [i, i + 1]), partial(loss, [i]), 0.1 if low else 1e-3)
                 if outputs.learned:
                     return
@@ -159,7 +183,7 @@ class SampleWeightMixin(IndexMixin):
         try:
             yield
         except NotSeparable as error:
-            way_out = _FROM_OUTPUTS if isinstance(error, PastOutputs) else ONE_BY_ONE
+            way_out = _A_SUM if isinstance(error, NotASum) else ONE_BY_ONE
             raise ValueError(
                 f"poprisk_weight_column={self.args.poprisk_weight_column} cannot weight the examples of this "
                 f"loss ({error}): {way_out}, or remove poprisk_weight_column."

@@ -28,14 +28,12 @@ Place = tuple[int, str]  # a call of the model within the loss, and where in its
 Outputs = dict[Place, Tensor]
 _Edge = tuple[Any, int]  # a node of the graph, and which of its outputs
 _NOTHING = 1e-4  # what counts as rounding, in units of what it stands beside
-_COPY = (
-    "ToCopyBackward0"  # accelerate gives a copy in float32, and a loss of the model's own is of the original
-)
+_COPY = "ToCopyBackward0"  # what accelerate gives in float32; a loss of the model's own is of the original
 _COMPARES = "the loss compares the examples with each other"
 
 
-class PastOutputs(NotSeparable):
-    """The loss is not computed from the model's outputs alone; other micro-batches do not help."""
+class NotASum(NotSeparable):
+    """The loss is no sum over the examples of what the model gives for each; other layouts do not help."""
 
 
 class OutputWeights:
@@ -47,7 +45,7 @@ class OutputWeights:
     """
 
     def __init__(self, model: nn.Module, rows_per_example: int = 1) -> None:
-        self._model, self._rows = model, rows_per_example
+        self.model, self._rows = model, rows_per_example
         self._axes: dict[Place, int] | None = None  # where the examples are in what the loss is computed from
 
     @property
@@ -70,7 +68,7 @@ class OutputWeights:
                     outputs[calls, "".join(map(str, path))] = x
             calls += 1
 
-        handle = self._model.register_forward_hook(see)
+        handle = self.model.register_forward_hook(see)
         try:
             yield outputs
         finally:
@@ -85,7 +83,7 @@ class OutputWeights:
             weights: one per example of the micro-batch, [N] float.
 
         Raises:
-            PastOutputs: the loss reaches a parameter by another way.
+            NotASum: the loss reaches a parameter past them.
             NotSeparable: outputs of another shape.
         """
         if not loss.requires_grad:
@@ -108,7 +106,7 @@ class OutputWeights:
         """The outputs that the graph of a loss, followed from its end, meets first.
 
         Raises:
-            PastOutputs: it ends in a parameter without meeting one, or one is computed from another.
+            NotASum: it ends in a parameter without meeting one, or one is computed from another.
         """
         places: dict[_Edge, Place] = {}
         for place, x in outputs.items():
@@ -118,12 +116,12 @@ class OutputWeights:
                     places.setdefault(x.grad_fn.next_functions[0], place)
         met, leaves = _follow([(loss.grad_fn, loss.output_nr)], places)
         if leaves or not met:
-            names: dict[Tensor, str] = {p: name for name, p in self._model.named_parameters()}
+            names: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
             what = next((names[p] for p in leaves if p in names), "a tensor that is no parameter")
-            raise PastOutputs(f"the loss reaches {what} by another way than the outputs of single examples")
+            raise NotASum(f"the loss reaches {what} by another way than the outputs of single examples")
         twice = len({places[edge] for edge in met}) < len(met)
         if twice or len(met) > 1 and any(_follow(node.next_functions, met)[0] for node, _ in met):
-            raise PastOutputs("the loss is computed from outputs of the model and from what they are made of")
+            raise NotASum("the loss is computed from outputs of the model and from what they are made of")
         return {places[node, nr]: GradientEdge(node, nr) for node, nr in met}
 
     # -- once per run ------------------------------------------------------------------------------------
@@ -139,7 +137,8 @@ class OutputWeights:
             tolerance: how far its outputs may be from those that it has alone, in units of their norm.
 
         Raises:
-            NotSeparable: they cannot.
+            NotASum: they cannot.
+            NotSeparable: they cannot in a micro-batch of several examples.
         """
         with self.recorded() as outputs:
             loss = two()
@@ -166,7 +165,7 @@ class OutputWeights:
             if (
                 mine[slope_alone == 0].norm() > _NOTHING * mine.norm()
             ):  # alone there is nothing to compare with
-                raise NotSeparable(_COMPARES)
+                raise NotASum(_COMPARES)
             axes[place] = slot.axis
         self._check_sum(list(met.values()), slopes, list(axes.values()))
         self._axes = axes
@@ -192,7 +191,7 @@ class OutputWeights:
             for which in (one, other)
         )
         if not mixed <= _NOTHING * own:
-            raise NotSeparable(_COMPARES)
+            raise NotASum(_COMPARES)
 
 
 def _follow(start: Any, until: Any) -> tuple[list[_Edge], list[Tensor]]:
