@@ -47,8 +47,12 @@ def take_weights(data: Any, column: str) -> tuple[Any, np.ndarray]:
         raise ValueError(f"{option} is no column of the training set: take one of {', '.join(names)}.")
     values = np.asarray(data.with_format(None)[column])
     if values.ndim != 1 or not np.issubdtype(values.dtype, np.number):
-        raise ValueError(f"{option} holds {values.dtype} and not one number per example: convert the column.")
-    weights = values.astype(np.float32)
+        raise ValueError(
+            f"{option} holds {values.dtype} and not one number per example: convert it, and fill what is "
+            "missing."
+        )
+    with np.errstate(over="ignore"):  # of what float32 does not hold, which is no weight
+        weights = values.astype(np.float32)
     wrong = np.flatnonzero(~np.isfinite(weights) | (weights < 0))
     if len(wrong):
         raise ValueError(

@@ -36,7 +36,7 @@ def inputs(count: int) -> Tensor:
 def run(
     shape: Callable[..., Any], loss: Callable[[Any, int], Tensor], count: int = N
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The weighted gradient in one backward, and the textbook's. loss: (outputs, N) → scalar, a mean over N."""
+    """The weighted gradient in one backward, and the textbook's; loss: (outputs, N) → a mean over N."""
     net, x = Net(shape), inputs(count)
     outputs_weights, params = OutputWeights(net), dict(net.named_parameters())
     if count > 1:
@@ -65,7 +65,10 @@ RIGHT: dict[str, tuple[Callable[..., Any], Callable[..., Tensor]]] = {
     "tokens first": (lambda h, o: o.transpose(0, 1), squares),
     "rows and tokens on one axis": (lambda h, o: o.flatten(0, 1), squares),
     "two of one layer": (lambda h, o: o.split([2, 3], -1), squares),
-    "only the last one is used": (lambda h, o: {"hidden": h, "logits": o}, lambda x, n: squares(x["logits"], n)),
+    "only the last one is used": (
+        lambda h, o: {"hidden": h, "logits": o},
+        lambda x, n: squares(x["logits"], n),
+    ),
     "linear": (lambda h, o: o, lambda x, n: x.sum() / n),
     "cornered": (lambda h, o: o, lambda x, n: F.relu(0.1 - x).sum() / n),
     "the model's own": (
@@ -89,7 +92,11 @@ def test_the_gradient_is_the_weighted_sum(name: str, count: int) -> None:
 
 
 WRONG: dict[str, tuple[Callable[..., Any], Callable[..., Tensor], str]] = {
-    "no outputs": (lambda h, o: {"loss": squares(o, len(o))}, lambda x, n: x["loss"], "reaches .* another way"),
+    "no outputs": (
+        lambda h, o: {"loss": squares(o, len(o))},
+        lambda x, n: x["loss"],
+        "reaches .* another way",
+    ),
     "a number": (lambda h, o: o.sum(), lambda x, n: x / n, "reaches .* another way"),
     "both layers": (lambda h, o: {"h": h, "o": o}, squares, "from what they are made of"),
     "both precisions": (
