@@ -115,12 +115,11 @@ class OutputWeights:
                 if x.grad_fn.name() == _COPY:
                     places.setdefault(x.grad_fn.next_functions[0], place)
         met, leaves = _follow([(loss.grad_fn, loss.output_nr)], places)
-        if leaves or not met:
+        if leaves:
             names: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
             what = next((names[p] for p in leaves if p in names), "a tensor that is no parameter")
             raise NotASum(f"the loss reaches {what} by another way than the outputs of single examples")
-        twice = len({places[edge] for edge in met}) < len(met)
-        if twice or len(met) > 1 and any(_follow(node.next_functions, met)[0] for node, _ in met):
+        if len(met) > 1 and any(_follow(node.next_functions, met)[0] for node, _ in met):
             raise NotASum("the loss is computed from outputs of the model and from what they are made of")
         return {places[node, nr]: GradientEdge(node, nr) for node, nr in met}
 
@@ -162,9 +161,8 @@ class OutputWeights:
             if not (part_of(whole, slot, layout, 0) - one).norm() <= tolerance * one.norm():
                 raise NotSeparable(f"outputs{place[1]} of an example depends on the others")
             mine = part_of(slope.detach(), slot, layout, 0)
-            if (
-                mine[slope_alone == 0].norm() > _NOTHING * mine.norm()
-            ):  # alone there is nothing to compare with
+            beside = mine[slope_alone == 0]  # alone there is nothing to compare with
+            if beside.norm() > _NOTHING * mine.norm():
                 raise NotASum(_COMPARES)
             axes[place] = slot.axis
         self._check_sum(list(met.values()), slopes, list(axes.values()))
