@@ -29,6 +29,7 @@ class PopRiskArgumentsMixin:
     # Of classes for certain trainers: what their losses add.
     _example_rules: ClassVar[tuple[Rule, ...]] = refusals.EXAMPLES
     _label_rules: ClassVar[tuple[Rule, ...]] = refusals.LABELS
+    _weight_rules: ClassVar[tuple[Rule, ...]] = refusals.WEIGHTS
 
     # Redeclared as a string: the stock field is an Enum, which a command line could not extend.
     optim: str = field(
@@ -73,6 +74,13 @@ class PopRiskArgumentsMixin:
             "help": "Judge every label by what the other examples say about it: preference pairs before the "
             "first step, classes during training. audit: judge only. weight: weight an example by the "
             "probability that its label is correct."
+        },
+    )
+    poprisk_weight_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "A column of the training set with a number of zero or more per example, by which its "
+            "loss is multiplied, with any optimizer; what a step is divided by stays as it is."
         },
     )
     poprisk_allow_change: bool = field(
@@ -171,10 +179,15 @@ class PopRiskArgumentsMixin:
             if value not in choices:
                 allowed = ", ".join(filter(None, choices))
                 raise ValueError(f"{_PREFIX}{name} must be one of {allowed}; got {value!r}.")
+        column = self.poprisk_weight_column
+        if column is not None and not (isinstance(column, str) and column):
+            raise ValueError(f"poprisk_weight_column must be the name of a column; got {column!r}.")
         if self.optim == OPTIM:
             return
+        others = {"hub_access", "risk", "weight_column"}  # not of this optimizer
+        others |= {"allow_change"} if column else set()
         for name, spec in self.__dataclass_fields__.items():
-            if name in (f"{_PREFIX}hub_access", f"{_PREFIX}risk"):  # not of this optimizer
+            if name.removeprefix(_PREFIX) in others:
                 continue
             if name.startswith(_PREFIX) and getattr(self, name) != spec.default:
                 raise ValueError(
@@ -223,6 +236,9 @@ class PopRiskArgumentsMixin:
         self._check_output_dir()
         if self.poprisk_risk:
             refuse(refusals.WHOLE_PARAMETERS, self, of="poprisk_risk=true", without="poprisk_risk=false")
+        if self.poprisk_weight_column is not None:
+            words = {"of": "poprisk_weight_column", "without": "no poprisk_weight_column"}
+            refuse((*self._weight_rules, *refusals.WHOLE_PARAMETERS), self, **words)
         if self.optim != OPTIM:
             return
         refuse(refusals.OPTIMIZER, self)

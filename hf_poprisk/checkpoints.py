@@ -18,7 +18,16 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from hf_poprisk.arguments import OPTIM
-from hf_poprisk.record import CONFIG_NAME, Record, changes, digest, load_record, make_config, write_record
+from hf_poprisk.record import (
+    CONFIG_NAME,
+    Record,
+    changed_weights,
+    changes,
+    digest,
+    load_record,
+    make_config,
+    write_record,
+)
 from hf_poprisk.statistics import GateStatistics
 
 logger = logging.getLogger(__name__)
@@ -141,9 +150,12 @@ class CheckpointMixin:
         record = load_record(checkpoint)
         if not holds_weights_only(Path(checkpoint)):
             self._check_same_parameters(checkpoint, record)
-        if self.args.optim != OPTIM or self.args.poprisk_allow_change:
+        if self.args.poprisk_allow_change or self.args.optim != OPTIM and self._weights is None:
             return
-        changed = changes(record.config, self._record(), self.args.ignore_data_skip)
+        if self.args.optim == OPTIM:
+            changed = changes(record.config, self._record(), self.args.ignore_data_skip)
+        else:
+            changed = changed_weights(record.config, self._record())
         if changed:
             raise ResumeError(
                 f"resuming from {checkpoint} would change {', '.join(changed)}: set it back, or set "

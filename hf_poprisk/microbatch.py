@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from transformers.trainer_utils import has_length
 from hf_poprisk.adam_metric import AdamMetric
 from hf_poprisk.optimizer import PopRiskAdamW
 from hf_poprisk.per_example import BatchedGradients, Capture, Layout, Packed, Rows, SelfInfluence
-from hf_poprisk.per_example.examples import NotSeparable, find_layout, like
+from hf_poprisk.per_example.examples import NotSeparable, copied, find_layout
 from hf_poprisk.per_example.one_by_one import OneByOne
 from hf_poprisk.per_example.self_check import SelfCheck, Verdict, some_examples
 from hf_poprisk.per_example.undisturbed import mode
@@ -40,14 +40,16 @@ class MicrobatchMixin:
 
     def _gated_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any) -> torch.Tensor:
         optimizer = self._poprisk_optimizer()
+        inputs, index = self._take_index(inputs)
+        weighting = self._weighting(model, inputs, index, num_items_in_batch)
         if optimizer is None:
-            return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
-        inputs, rows = self._take_rows(inputs)
+            with weighting:
+                return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
         layout = self._layout(optimizer, inputs)
         if layout is not None and self._takes_several(layout) and not self._paths_checked:
             self._check_paths(optimizer, model, inputs, num_items_in_batch, layout)
         step = partial(super().training_step, model, inputs, num_items_in_batch)  # type: ignore[misc]
-        with self._judging(rows, optimizer) as sink:
+        with weighting, self._judging(index, optimizer) as sink:
             if layout is None or layout.num_examples == 1 or not self._paths_checked:
                 with optimizer.example(sink):
                     loss = step()
@@ -163,7 +165,7 @@ class MicrobatchMixin:
 
         def backward(batch: Any) -> float:
             with self.compute_loss_context_manager():
-                batch = self._prepare_inputs(_copied(batch))
+                batch = self._prepare_inputs(copied(batch))
                 loss = self.compute_loss(model, batch, num_items_in_batch=num_items_in_batch)
             loss.backward()
             return float(loss.detach())
@@ -289,14 +291,13 @@ class MicrobatchMixin:
                 "router_aux_loss_coef balances the experts over the examples of a micro-batch: set it to 0, "
                 f"or {self._way_out}."
             )
-        _check_batch_norm(model, self._way_out)
+        check_batch_norm(model, self._way_out)
         self._find_layers(optimizer)
 
     def _find_layers(self, optimizer: PopRiskAdamW) -> None:
         """The layers for one backward, or why there is none."""
         model = self.accelerator.unwrap_model(self.model)
-        in_place = any(module._compiled_call_impl is not None for module in model.modules())
-        self._compiled = bool(self.args.torch_compile) or in_place
+        self._compiled = bool(self.args.torch_compile) or is_compiled_in_place(model)
         if self._compiled:
             what = "torch_compile=True" if self.args.torch_compile else "model.compile()"
             return self._say_one_by_one(f"{what}, and not compiled")
@@ -324,20 +325,16 @@ class MicrobatchMixin:
         )
 
 
-def _copied(batch: Any) -> Any:
-    """A loss may take things out of the batch that it is given, or scale them in place."""
-    if isinstance(batch, Mapping):
-        return like(batch, {name: _copied(value) for name, value in batch.items()})
-    if isinstance(batch, list | tuple):
-        return like(batch, [_copied(value) for value in batch])
-    return batch.clone() if isinstance(batch, torch.Tensor) else batch
+def is_compiled_in_place(model: nn.Module) -> bool:
+    """Whether ``model.compile()`` was called, of the model or of a part."""
+    return any(module._compiled_call_impl is not None for module in model.modules())
 
 
 def _itself(tensor: Any, *_: Any, **__: Any) -> Any:
     return tensor
 
 
-def _check_batch_norm(model: nn.Module, way_out: str) -> None:
+def check_batch_norm(model: nn.Module, way_out: str) -> None:
     """Refuse what makes an example depend on the others in its micro-batch, and not in eval mode."""
     with mode(model, training=True):  # a model may keep its norms in eval mode
         for name, module in model.named_modules():

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from huggingface_hub import snapshot_download
 from transformers.trainer_utils import has_length
 
@@ -102,13 +103,18 @@ def make_config(args: Any, **of_run: Any) -> dict[str, Any]:
     }
 
 
-def describe_data(dataset: Any) -> dict[str, Any]:
-    """How many examples there are, and how many labels were altered on purpose (column ``is_flipped``)."""
+def describe_data(dataset: Any, weights: np.ndarray | None = None) -> dict[str, Any]:
+    """How many examples there are, and how many labels were altered on purpose (column ``is_flipped``).
+
+    Args:
+        weights: of the examples, if they have some, [n] float32; told from others by a digest.
+    """
     examples = len(dataset) if has_length(dataset) else None
     columns, altered = getattr(dataset, "column_names", None), None
     if examples is not None and isinstance(columns, list) and "is_flipped" in columns:
         altered = sum(map(bool, dataset["is_flipped"]))
-    return {"examples": examples, "altered_labels": altered}
+    digest = {} if weights is None else {"weights": hashlib.sha256(weights.tobytes()).hexdigest()[:16]}
+    return {"examples": examples, "altered_labels": altered, **digest}
 
 
 def digest(names: list[str]) -> dict[str, Any]:
@@ -134,7 +140,13 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], other_data: bool 
     had, has = before["data"]["examples"], now["data"]["examples"]
     if None not in (had, has) and had != has and not other_data:
         found.append(f"the number of training examples from {had} to {has}")
-    return found
+    return found + changed_weights(before, now)
+
+
+def changed_weights(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What a run would change in the examples' weights by going on from another's record, in words."""
+    same = before["data"].get("weights") == now["data"].get("weights")
+    return [] if same else ["the weights of the examples (poprisk_weight_column)"]
 
 
 def write_record(
@@ -223,7 +235,8 @@ _CONFIG: dict[str, Any] = {
     "layout": {"processes": int, "gradient_accumulation_steps": int, "per_device_train_batch_size": int},
     "steps": int,  # optimizer steps taken
     "weights_step": int,  # that the weights are of: another one after load_best_model_at_end
-    "data": {"examples": (int, None), "altered_labels": (int, None)},  # labels changed on purpose
+    # labels changed on purpose; a digest of the sample weights
+    "data": {"examples": (int, None), "altered_labels": (int, None), "weights": (str, None)},
     "trainable": ({"tensors": int, "names": str}, None),  # when the run began
     "versions": {str: str},  # of packages
 }

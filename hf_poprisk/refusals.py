@@ -127,3 +127,25 @@ LABELS = (
     _hidden_by("label_smoothing_factor", lambda a: a.label_smoothing_factor, "set label_smoothing_factor=0"),
     STATIC_GRAPH,
 )
+
+# What weights of the examples need: to see single ones in the model's outputs.
+WEIGHT_COLUMN = "poprisk_weight_column={a.poprisk_weight_column}"
+
+
+def joins(setting: str, found: Callable[[Any], Any], way_out: str) -> Rule:
+    """A setting that leaves no outputs to be weighted example by example."""
+    return Rule(
+        WEIGHT_COLUMN, found, f"weights the model's outputs for an example, which {setting} hides", way_out
+    )
+
+
+WEIGHTS = (
+    Rule(
+        WEIGHT_COLUMN,
+        lambda a: a.poprisk_label_noise != "off",
+        "gives the weights that poprisk_label_noise={a.poprisk_label_noise} is to find",
+        "set poprisk_label_noise=off, or remove poprisk_weight_column",
+    ),
+    joins("torch_compile=True", lambda a: a.torch_compile, "set torch_compile=False"),
+    joins("use_liger_kernel=True", lambda a: a.use_liger_kernel, "set use_liger_kernel=False"),
+)

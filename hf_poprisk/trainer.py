@@ -24,6 +24,7 @@ from hf_poprisk.options import matching
 from hf_poprisk.per_example.examples import take_example as take_example
 from hf_poprisk.record import describe_data
 from hf_poprisk.risk import RiskMeter, no_moments
+from hf_poprisk.sample_weights import SampleWeightMixin, take_weights
 
 logger = logging.getLogger(__name__)
 _P = ParamSpec("_P")
@@ -42,7 +43,7 @@ def takes_what(stock: Callable[_P, None]) -> Callable[[Callable[..., None]], Cal
     return decorate
 
 
-class PopRiskMixin(MicrobatchMixin, HubMixin, CheckpointMixin, LabelNoiseMixin):
+class PopRiskMixin(MicrobatchMixin, HubMixin, CheckpointMixin, SampleWeightMixin, LabelNoiseMixin):
     """Stands before a ``Trainer`` class in the bases and gates its optimizer.
 
     ``optim="poprisk_adamw"`` in the arguments turns it on; with any other optimizer the trainer is the
@@ -67,14 +68,17 @@ class PopRiskMixin(MicrobatchMixin, HubMixin, CheckpointMixin, LabelNoiseMixin):
         wanted: type[Any] = self._config_class or PopRiskArgumentsMixin
         if not isinstance(config, wanted):
             raise self._wrong_config(config)
-        data, ids = call.arguments.get("train_dataset"), None
+        data, ids, weights = call.arguments.get("train_dataset"), None, None
         judged = data is not None and config.poprisk_label_noise != "off"
         if data is not None:
             config.check_training()
             if has_length(data) and len(data) == 0:
                 raise ValueError("train_dataset is empty: give it at least one example.")
-            self._check_label_weight(data, call.arguments.get("model"))
-            self._training_data = describe_data(data)
+            self._check_label_weight(data, call.arguments.get("model"), config)
+            if config.poprisk_weight_column is not None:
+                unweighted, weights = take_weights(data, config.poprisk_weight_column)
+                call.arguments["train_dataset"], ids = with_index(unweighted)
+            self._training_data = describe_data(data, weights)
         if judged:
             check_datasets_installed()
             call.arguments["train_dataset"], ids = with_index(data)
@@ -104,10 +108,14 @@ class PopRiskMixin(MicrobatchMixin, HubMixin, CheckpointMixin, LabelNoiseMixin):
             )
         if judged:
             self._start_label_noise(ids, sample)
+        if weights is not None:
+            self._start_weights(ids, weights)
 
-    def _check_label_weight(self, data: Any, model: Any) -> None:
+    def _check_label_weight(self, data: Any, model: Any, config: Any) -> None:
         """Refuse the weights that the audit writes where no loss reads them."""
         if "label_weight" not in (getattr(data, "column_names", None) or ()):
+            return
+        if config.poprisk_weight_column == "label_weight":
             return
         known = ("hf_poprisk", "transformers", "trl")
         losses = (c for c in type(self).__mro__ if "compute_loss" in vars(c))
@@ -116,9 +124,8 @@ class PopRiskMixin(MicrobatchMixin, HubMixin, CheckpointMixin, LabelNoiseMixin):
         if own_loss or forward and "label_weight" in inspect.signature(forward).parameters:
             return
         raise ValueError(
-            f"{type(self).__name__} does not read the column label_weight: remove it, train with "
-            "poprisk_label_noise=weight, take the copy that hf-poprisk audit --write filtered "
-            "makes, or read it in a compute_loss of your own."
+            f"{type(self).__name__} does not read the column label_weight: train with "
+            "poprisk_weight_column=label_weight, remove it, or read it in a compute_loss of your own."
         )
 
     def _wrong_config(self, config: Any, why: str = "") -> TypeError:
@@ -180,6 +187,7 @@ class PopRiskMixin(MicrobatchMixin, HubMixin, CheckpointMixin, LabelNoiseMixin):
             self._check_copies()
         if self._risk is not None:
             self._check_launch("poprisk_risk=true", "poprisk_risk=false")
+        self._check_weights()
         self._say_without_gate()
         return super().train(*args, **kwargs)  # type: ignore[misc]
 

@@ -13,7 +13,7 @@ from hf_poprisk.arguments import PopRiskArgumentsMixin
 from hf_poprisk.leave_one_out.features import pair_log_odds, reward_log_odds
 from hf_poprisk.per_example import Capture
 from hf_poprisk.per_example.fused_head import head_by_example
-from hf_poprisk.refusals import EXAMPLES, LABEL_MODE, LABELS, Rule
+from hf_poprisk.refusals import EXAMPLES, LABEL_MODE, LABELS, WEIGHTS, Rule, joins
 from hf_poprisk.trainer import PopRiskMixin, takes_what
 
 _TAG = "poprisk"
@@ -48,6 +48,16 @@ class PopRiskDPOConfig(PopRiskArgumentsMixin, DPOConfig):
             "set padding_free=False or per_device_train_batch_size=1",
         ),
     )
+    _weight_rules = (
+        *WEIGHTS,
+        Rule(
+            "loss_type={found}",
+            lambda a: next((name for name in a.loss_type if name in _COUPLED_LOSSES), None),
+            "compares the pairs of a batch with each other, so a pair has no loss to be weighted",
+            "use another loss_type, such as sigmoid, or remove poprisk_weight_column",
+        ),
+        joins("padding_free=True", lambda a: a.padding_free, "set padding_free=False"),
+    )
     _label_rules = (
         *LABELS,
         Rule(
@@ -81,6 +91,11 @@ class PopRiskSFTConfig(PopRiskArgumentsMixin, SFTConfig):
             "cuts sequences, and the parts of one are no examples of their own",
             "set packing_strategy=bfd, or poprisk_estimator=group to gate on packed rows",
         ),
+    )
+    _weight_rules = (
+        *WEIGHTS,
+        joins("packing=True", lambda a: a.packing, "set packing=False"),
+        joins("padding_free=True", lambda a: a.padding_free, "set padding_free=False"),
     )
     _label_rules = (
         Rule(

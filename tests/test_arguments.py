@@ -335,6 +335,17 @@ KEYS = r"optim_args has {!r}; .* comma-separated list of key=value, each key onc
         ),
         ({"poprisk_ema_alpha": 0.5}, "poprisk_ema_alpha has no effect with poprisk_estimator='example'"),
         ({"poprisk_hub_access": "yes"}, "poprisk_hub_access must be one of auto, manual; got 'yes'"),
+        *(
+            (
+                {"poprisk_weight_column": name},
+                f"poprisk_weight_column must be the name of a column; got {name!r}",
+            )
+            for name in ("", 3, True)
+        ),
+        (
+            {"optim": "adamw_torch", "poprisk_allow_change": True},  # of what, without the gate and weights
+            "poprisk_allow_change=True has no effect with optim=adamw_torch",
+        ),
         ({"poprisk_gate": "soft", "optim_args": "gate=none"}, "sets gate=none and poprisk_gate is 'soft'"),
         *(
             ({"optim_args": text}, KEYS.format(item))

@@ -102,9 +102,8 @@ class WeightedModel(nn.Module):
 def test_label_weights_that_nothing_reads_are_refused(noise: str, tmp_path: Path, llama_dir: Path) -> None:
     data = preferences(8).add_column("label_weight", [1.0] * 8)
     sentence = (
-        r"Trainer does not read the column label_weight: remove it, train with poprisk_label_noise=weight, "
-        "take the copy that hf-poprisk audit --write filtered makes, or read it in a compute_loss of your "
-        r"own\.$"
+        "Trainer does not read the column label_weight: train with poprisk_weight_column=label_weight, "
+        r"remove it, or read it in a compute_loss of your own\.$"
     )
     for kind in ("DPO", "Reward"):
         args = getattr(hf_poprisk, f"PopRisk{kind}Config")(

@@ -115,6 +115,10 @@ BREAKS: dict[str, list[dict[str, Any]]] = {
     ],
     "set use_weighting=False, or set poprisk_label_noise=audit": [{"use_weighting": True}],
     "set poprisk_label_noise=off, or train with DPO, a reward model or a classifier": [{}],
+    # of the weights
+    "set poprisk_label_noise=off, or remove poprisk_weight_column": [{"poprisk_label_noise": "audit"}],
+    "set packing=False": [{"packing": True}],
+    "set padding_free=False": [{"padding_free": True}],
     "remove center_rewards_coefficient, or set poprisk_label_noise=audit": [
         {"center_rewards_coefficient": 0.1}
     ],
@@ -139,8 +143,17 @@ LABEL_CASES = [
     for fields in BREAKS[rule.way_out if rule.setting == refusals.LABEL_MODE else rule.setting]
 ]
 
+WEIGHT_CASES = [
+    (rule, config_class, {"poprisk_weight_column": "w", **way, **fields})
+    for config_class in TRAINERS
+    for rule in (*config_class._weight_rules, *refusals.WHOLE_PARAMETERS)
+    for fields in BREAKS[rule.way_out if rule.setting == refusals.WEIGHT_COLUMN else rule.setting]
+    for way in ({}, STOCK)
+    if way == {} or "poprisk_label_noise" not in fields  # which has no effect there
+]
 
-@pytest.mark.parametrize(("rule", "config_class", "fields"), [*GATE_CASES, *LABEL_CASES])
+
+@pytest.mark.parametrize(("rule", "config_class", "fields"), [*GATE_CASES, *LABEL_CASES, *WEIGHT_CASES])
 def test_every_row_refuses_before_a_model_is_loaded(
     rule: refusals.Rule, config_class: type[Any], fields: dict[str, Any], make: Make, tmp_path: Path
 ) -> None:
@@ -148,7 +161,9 @@ def test_every_row_refuses_before_a_model_is_loaded(
     with pytest.raises(ValueError) as caught:
         args.check_training()
     said = str(caught.value)
-    assert said == str(rule.error(args, **args._our_words))
+    of_weights = {"of": "poprisk_weight_column", "without": "no poprisk_weight_column"}
+    weighted = args.poprisk_weight_column is not None
+    assert said == str(rule.error(args, **(of_weights if weighted else args._our_words)))
     assert said.endswith(".") and "\n" not in said and "{" not in said and ": " in said
     with pytest.raises(ValueError) as caught:
         build_trainer(args, tmp_path)

@@ -37,7 +37,7 @@ def add_command(commands: Any) -> None:
         "--write",
         choices=WRITES,
         help="write a copy of the data: without the rows whose label is correct with a probability below .5; "
-        "with that probability as label_weight; or with those pairs reversed",
+        "with that probability as label_weight, for poprisk_weight_column; or with those pairs reversed",
     )
     parser.add_argument("--to", type=Path, metavar="FOLDER", help="where --write writes, with save_to_disk")
     parser.add_argument(

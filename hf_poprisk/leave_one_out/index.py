@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,12 +23,16 @@ Sample = dict[str, dict[str, str]]  # index → column → hash of the value
 class IndexCollator:
     """A data collator that lets the examples' index through as a tensor, [N] int64.
 
+    Args:
+        collator: of the examples without it.
+        option: that asks for the index, for messages.
+
     Raises:
         ValueError: features without it.
     """
 
-    def __init__(self, collator: Any) -> None:
-        self.collator = collator
+    def __init__(self, collator: Any, option: str = "poprisk_label_noise") -> None:
+        self.collator, self.option = collator, option
 
     def __call__(self, features: list[Any]) -> Any:
         if all(isinstance(feature, _IndexedItem) for feature in features):
@@ -37,7 +43,7 @@ class IndexCollator:
             batch = self.collator([{k: v for k, v in f.items() if k != INDEX} for f in features])
         else:
             raise ValueError(
-                f"poprisk_label_noise finds no {INDEX} in the training examples: a stream needs a column of "
+                f"{self.option} finds no {INDEX} in the training examples: a stream needs a column of "
                 "that name with an integer of its own for every example, and a transform must keep it."
             )
         if not isinstance(batch, MutableMapping):
@@ -96,6 +102,63 @@ def with_index(dataset: Any) -> tuple[Any, np.ndarray | None]:
     if not np.issubdtype(ids.dtype, np.integer) or ids.ndim != 1:
         raise ValueError(f"the column {INDEX} must hold integers; it holds {ids.dtype}.")
     return dataset, ids.astype(np.int64)
+
+
+class IndexMixin:
+    """Carries the index through a trainer's training batches, and no others; part of ``PopRiskMixin``."""
+
+    _index_for: str | None = None  # the option that asks for it
+
+    def get_train_dataloader(self) -> Any:
+        if self._index_for is None:
+            return super().get_train_dataloader()  # type: ignore[misc]
+        # the index is of the training batches only: an evaluation has nothing to do with it
+        collator, self.data_collator = self.data_collator, IndexCollator(self.data_collator, self._index_for)
+        self._set_signature_columns_if_needed()
+        columns = self._signature_columns
+        self._signature_columns = [*columns, INDEX]
+        try:
+            return super().get_train_dataloader()  # type: ignore[misc]
+        finally:
+            self.data_collator, self._signature_columns = collator, columns
+
+    def _take_index(self, inputs: Any) -> tuple[Any, Tensor | None]:
+        """Take the index out of a training batch: the batch, and the index, [N], if one is asked for."""
+        return (inputs, None) if self._index_for is None else self._separate_index(inputs)
+
+    def _separate_index(self, inputs: Any) -> tuple[Any, Tensor]:
+        index = None
+        if isinstance(inputs, IndexedBatch):
+            inputs, index = inputs
+        elif isinstance(inputs, MutableMapping):
+            index = inputs.pop(INDEX, None)
+        if index is None:
+            raise ValueError(
+                f"{self._index_for} finds no {INDEX} in the batch: leave get_train_dataloader as it is, "
+                "or let its collator be an IndexCollator."
+            )
+        return inputs, index
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        if isinstance(inputs, IndexedBatch):
+            inputs = inputs.batch
+        prepared = super()._prepare_inputs(inputs)  # type: ignore[misc]
+        if self._index_for is not None and isinstance(prepared, MutableMapping):
+            prepared.pop(INDEX, None)  # an evaluation on the training set
+        return prepared
+
+    @contextmanager
+    def _around_loss(self, around: Callable[..., Any]) -> Iterator[None]:
+        """Let ``around(compute_loss, …)`` be the loss inside this block: a subclass may have its own."""
+        before, loss = vars(self).get("compute_loss"), self.compute_loss
+        self.compute_loss = partial(around, loss)
+        try:
+            yield
+        finally:
+            if before is None:
+                del self.compute_loss
+            else:
+                self.compute_loss = before
 
 
 def check_datasets_installed() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from hf_poprisk.adam_metric import AdamMetric
 from hf_poprisk.leave_one_out.before import PairNoise
 from hf_poprisk.leave_one_out.during import ClassNoise
 from hf_poprisk.leave_one_out.features import label_features, num_features, spread
-from hf_poprisk.leave_one_out.index import INDEX, IndexCollator, IndexedBatch, Sample
+from hf_poprisk.leave_one_out.index import IndexCollator, IndexMixin, Sample
 from hf_poprisk.leave_one_out.judge import LabelNoise
 from hf_poprisk.leave_one_out.judgement import Judgement
 from hf_poprisk.leave_one_out.log_odds import LogOddsError, LogOddsTap
@@ -30,7 +30,7 @@ from hf_poprisk.per_example import SelfInfluence
 logger = logging.getLogger(__name__)
 
 
-class LabelNoiseMixin:
+class LabelNoiseMixin(IndexMixin):
     """``poprisk_label_noise`` for a trainer; part of ``PopRiskMixin``."""
 
     _preferences = False  # an example is a preference pair
@@ -39,6 +39,7 @@ class LabelNoiseMixin:
 
     def _start_label_noise(self, ids: np.ndarray | None, sample: Sample) -> None:
         """After the trainer is built; ids as ``with_index`` gave them."""
+        self._index_for = "poprisk_label_noise"
         self._label_noise = self._new_judge(ids, sample)
         self.add_callback(_Steps(self))
 
@@ -113,19 +114,6 @@ class LabelNoiseMixin:
 
     # -- data -------------------------------------------------------------------------------------------
 
-    def get_train_dataloader(self) -> Any:
-        if self._label_noise is None:
-            return super().get_train_dataloader()  # type: ignore[misc]
-        # the index is of the training batches only: an evaluation has nothing to do with it
-        collator, self.data_collator = self.data_collator, IndexCollator(self.data_collator)
-        self._set_signature_columns_if_needed()
-        columns = self._signature_columns
-        self._signature_columns = [*columns, INDEX]
-        try:
-            return super().get_train_dataloader()  # type: ignore[misc]
-        finally:
-            self.data_collator, self._signature_columns = collator, columns
-
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, *args: Any) -> Any:
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, *args)  # type: ignore[misc]
         # a stream says only now how long it is, and training may end within a pass
@@ -134,54 +122,26 @@ class LabelNoiseMixin:
 
     # -- a micro-step -----------------------------------------------------------------------------------
 
-    def _take_rows(self, inputs: Any) -> tuple[Any, Tensor | None]:
-        """Take the index out of a batch: the batch, and the examples' rows in the table, [N]."""
-        if self._label_noise is None:
-            return inputs, None
-        inputs, index = self._separate_index(inputs)
-        return inputs, self._label_noise.table.rows(index)
-
-    @staticmethod
-    def _separate_index(inputs: Any) -> tuple[Any, Tensor]:
-        index = None
-        if isinstance(inputs, IndexedBatch):
-            inputs, index = inputs
-        elif isinstance(inputs, MutableMapping):
-            index = inputs.pop(INDEX, None)
-        if index is None:
-            raise ValueError(
-                f"poprisk_label_noise finds no {INDEX} in the batch: leave get_train_dataloader as it is, "
-                "or let its collator be an IndexCollator."
-            )
-        return inputs, index
-
     @contextmanager
-    def _judging(self, rows: Tensor | None, optimizer: Any) -> Iterator[SelfInfluence | None]:
-        """The visit of some examples: their forward and backward go inside this block."""
-        if self._label_noise is None or rows is None or self._label_noise.weightless:
+    def _judging(self, index: Tensor | None, optimizer: Any) -> Iterator[SelfInfluence | None]:
+        """The visit of some examples, by their index, [N]: forward and backward go inside this block."""
+        if self._label_noise is None or index is None or self._label_noise.weightless:
             yield None
             return
-        influence = None
+        rows, influence = self._label_noise.table.rows(index), None
         if not self._preferences:
             scaler = self.accelerator.scaler
             scale = self._label_noise.clip_coefficient / self.accelerator.num_processes
             scale = scale / (1.0 if scaler is None else scaler.get_scale())
             influence = SelfInfluence(AdamMetric(optimizer, scale), len(rows))
-        # around the loss, and not in it: a subclass may have one of its own
-        before, loss = vars(self).get("compute_loss"), self.compute_loss
         tap = self._label_noise.visit(rows, influence)
         tap.asleep = self._runs_an_example_alone
-        self.compute_loss = partial(self._tapped, tap, loss)
         try:
-            yield influence
+            with self._around_loss(partial(self._tapped, tap)):
+                yield influence
         except BaseException:
             self._label_noise.abandon()
             raise
-        finally:
-            if before is None:
-                del self.compute_loss
-            else:
-                self.compute_loss = before
 
     def _runs_an_example_alone(self) -> bool:
         return False
@@ -199,14 +159,6 @@ class LabelNoiseMixin:
                 f"and this one is not ({error}): set poprisk_label_noise=off."
             ) from error
         return result
-
-    def _prepare_inputs(self, inputs: Any) -> Any:
-        if isinstance(inputs, IndexedBatch):
-            inputs = inputs.batch
-        prepared = super()._prepare_inputs(inputs)  # type: ignore[misc]
-        if self._label_noise is not None and isinstance(prepared, MutableMapping):
-            prepared.pop(INDEX, None)  # an evaluation on the training set
-        return prepared
 
     def _clip_grad_norm(self, model: Any) -> Any:
         norm = super()._clip_grad_norm(model)  # type: ignore[misc]

@@ -16,6 +16,7 @@ every term is the example's ``h_i``, shown to the sinks while it is in the cache
     examples.py     where the examples of a collated micro-batch are, and how one is taken out
     one_by_one.py   the examples backpropagated alone, whatever the loss (joined.py: their outputs)
     self_check.py   is what the sinks are shown the stock gradient? undisturbed.py: asked without a trace
+    weighted.py     a weight on each example's gradient, at the model's outputs
     factors.py      D_i and A_i of every linear layer, without a gradient of any parameter
     basis.py        the Kronecker eigenbasis of a layer's per-example gradients, features in it
     kernels_cpu.py kernels_gpu.py   the inner loops

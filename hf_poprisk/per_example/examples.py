@@ -237,6 +237,15 @@ def _take_packed(inputs: Any, layout: Packed, examples: Sequence[int]) -> Any:
     return part(inputs)
 
 
+def copied(batch: Any) -> Any:
+    """A loss may take things out of the batch that it is given, or scale them in place."""
+    if isinstance(batch, Mapping):
+        return like(batch, {name: copied(value) for name, value in batch.items()})
+    if isinstance(batch, list | tuple):
+        return like(batch, [copied(value) for value in batch])
+    return batch.clone() if isinstance(batch, Tensor) else batch
+
+
 def _select(value: Tensor, axis: int, rows: Sequence[int]) -> Tensor:
     if len(rows) == 1:
         return value.narrow(axis, rows[0], 1)

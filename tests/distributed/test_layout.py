@@ -16,7 +16,7 @@ from hf_poprisk.per_example import window as windows
 
 ROOT = Path(__file__).parents[2]
 B, STEPS = 16, 3
-KINDS = ("Trainer", "DPO", "SFT", "Reward", "DPO-LoRA", "DPO-one-by-one")
+KINDS = ("Trainer", "DPO", "SFT", "Reward", "DPO-LoRA", "DPO-one-by-one", "DPO-column", "SFT-column")
 LAYOUTS = [(1, 4), (1, 16), (2, 1), (2, 4)]  # processes, examples per backward; compared with (1, 1)
 
 
@@ -90,6 +90,16 @@ def test_weights_after_three_steps_agree(kind: str, layout: tuple[int, int], sav
         assert a["poprisk/examples"] == b["poprisk/examples"] == B
         assert a["poprisk/fraction_open"] == pytest.approx(b["poprisk/fraction_open"], abs=1e-3)
         assert a["poprisk/margin"] == pytest.approx(b["poprisk/margin"], abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["DPO", "SFT"])
+def test_a_column_of_weights_is_used_on_two_processes(kind: str, saved: dict[int, Any]) -> None:
+    """As on one, above, and as ``test_sample_weights.py`` compares with the textbook."""
+    for micro_batch in (1, 4):
+        (_, plain), *_ = saved[2]["kinds"][kind, micro_batch]["windows"]
+        (_, weighted), *_ = saved[2]["kinds"][f"{kind}-column", micro_batch]["windows"]
+        assert max(first_difference(grad, weighted[name][0]) for name, (grad, _) in plain.items()) > 0.1
+    assert saved[2]["column"] < 5e-5  # without the gate
 
 
 def test_the_comparison_would_see_a_forgotten_average(saved: dict[int, Any]) -> None:

@@ -33,6 +33,7 @@ from hf_poprisk import PopRiskAdamW
 
 B, STEPS = 16, 3
 KINDS = ("Trainer", "DPO", "SFT", "Reward", "DPO-LoRA", "DPO-one-by-one", "classes-audit", "DPO-weight")
+KINDS += ("DPO-column", "SFT-column")
 STOCK = (
     *("token mean: mt5", "ctc sum: hubert", "class weights: vit", "class weights: bert", "penalty: vit"),
     *("experts: mixtral", "contrastive: bert", "adapter: adalora", "adapter: prompt"),
@@ -54,7 +55,10 @@ def build(kind: str, model_dir: str, world: int, micro_batch: int, **changes: An
         return trl_trainer_of("DPO", model_dir, folder, planted()[0], poprisk_label_noise="weight", **options)
     if kind == "DPO-LoRA":
         options["peft_config"] = LoraConfig(r=4, target_modules="all-linear", init_lora_weights="gaussian")
-    data = sequences(B * STEPS) if kind == "SFT" else preferences(B * STEPS)
+    data = sequences(B * STEPS) if kind.startswith("SFT") else preferences(B * STEPS)
+    if kind.endswith("column"):
+        data = data.add_column("w", [i % 7 / 3 for i in range(len(data))])
+        options["poprisk_weight_column"] = "w"
     return trl_trainer_of(kind.split("-")[0], model_dir, folder, data, **options)
 
 
@@ -80,6 +84,18 @@ def away_from_stock(name: str, folder: Path) -> tuple[float, bool]:
     ours, trainer = first_step(LOSSES[name], folder, 2, 2)
     stock, _ = first_step(LOSSES[name], folder, 2, 2, "adamw_torch")
     return gap(ours, stock), trainer._layers is not None
+
+
+def away_without_gate(kind: str, model_dir: str, world: int) -> float:
+    """How far the weighted gradient of a step without the gate is from the one with it."""
+    found = []
+    for optim in ("poprisk_adamw", "adamw_torch"):
+        grab = FirstGradient()
+        trainer = build(kind, model_dir, world, 4, optim=optim, max_grad_norm=0.0, max_steps=1)
+        trainer.add_callback(grab)
+        trainer.train()
+        found.append(grab.gradient)
+    return gap(*found)
 
 
 def uneven_packing(model_dir: str, folder: Path) -> tuple[float, list[float]]:
@@ -202,6 +218,7 @@ def main() -> None:
         saved["unused"] = {view: unused_on_one_rank(view) for view in (False, True)}
         saved["nan"] = nan_on_one_rank()
         saved["packing"] = uneven_packing(model_dir, Path(out).parent / "packing")
+        saved["column"] = away_without_gate("DPO-column", model_dir, world)
         saved["stock"] = {name: away_from_stock(name, Path(out).parent / "stock") for name in STOCK}
         folder = Path(out).parent
         saved["resume"] = {k: resumed_is_uninterrupted(k, model_dir, folder, world) for k in RESUMED}
