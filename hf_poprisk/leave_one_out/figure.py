@@ -20,7 +20,7 @@ def plot(run: Run, path: Path, flips: np.ndarray | None = None) -> None:
     Raises:
         UserError: the run has no estimate, or matplotlib is missing.
     """
-    fit = run.need_fit()
+    fit = run.fit
     need("matplotlib", "--plot")
     from matplotlib.figure import Figure
 
