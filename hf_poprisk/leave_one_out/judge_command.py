@@ -181,9 +181,8 @@ def _check_pairs(data: Dataset, name: str) -> None:
     columns = set(data.column_names)
     if not {"chosen", "rejected"} <= columns:
         raise UserError(
-            f"{name} has no columns chosen and rejected (it has {', '.join(sorted(columns))}): preference "
-            "pairs are judged before training, and labelled classes in it, by PopRiskTrainer with "
-            "poprisk_label_noise=audit."
+            f"{name} has no columns chosen and rejected (it has {', '.join(sorted(columns))}): labelled "
+            "classes are judged by PopRiskTrainer with poprisk_label_noise=audit."
         )
     if columns & {"image", "images"}:
         raise UserError(f"{name} holds images, and judge reads texts alone.")

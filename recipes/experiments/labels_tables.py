@@ -18,7 +18,7 @@ AIMS = (
 )
 TABLES = {  # by what the arms do
     "Judging": ("adamw", "weight", "weight+soft", "drop-told", "right-only"),
-    "Controls of judging": ("adamw", "weight-shuffled", "weight-C0"),
+    "Controls of judging": ("adamw", "weight-shuffled"),
     "For pairs only": ("adamw", "robust", "conservative", "ipo"),
     "The gates and their masks": ("adamw", "hard", "random-mask", "soft", "random-mask-soft", "ema-soft"),
     "Early stopping": ("adamw", "adamw-early", "adamw-early-loss", "adamw-risk"),

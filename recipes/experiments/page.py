@@ -18,7 +18,6 @@ import gates
 import labels_tables
 import output_space
 import pandas as pd
-import self_influence
 from experiment import HERE, NAMES, Experiment, load, read, results_of
 from tables import arm_or_facet_table, best, digits, markdown, with_error
 
@@ -28,7 +27,7 @@ PAGES = (HERE / "RESULTS.md", HERE / "LABEL_NOISE.md", ROOT / "README.md", GUIDE
 END = "<!-- end of the generated part -->"
 MARKED = re.compile(rf"(<!-- generated: [^>]*?, ([\w-]+) -->)\n.*?\n({END})", re.S)
 LABELS = ("labels_classes", "labels_pairs")
-CLAIMS = [name for name in NAMES if name not in (*LABELS, "labels_judged", "self_influence")]  # of the source
+CLAIMS = [name for name in NAMES if name not in (*LABELS, "labels_judged")]  # of the source
 IN_TRAINING = HERE / "results" / "labels_pairs_in_training.csv"  # of an earlier version
 FRESH = range(5, 10)  # seeds that nobody had seen while the rule was made
 SHOWN = ("adamw", "hard", "soft", "random-mask")  # the arms in README, for the gate
@@ -93,7 +92,6 @@ PARTS: dict[str, Callable[[], str]] = {
     **{name: lambda name=name: section(name) for name in CLAIMS},
     "aims": lambda: labels_tables.aims(label_rows()),
     "fresh": lambda: labels_tables.aims(label_rows(FRESH)),
-    "self-influence": lambda: self_influence.table(rows_of("self_influence")[1]),
     "arms": lambda: labels_tables.tables(label_rows()),
     "pairs": lambda: labels_tables.pairs(rows_of("labels_pairs")[1], pd.read_csv(IN_TRAINING)),
     "judged": lambda: labels_tables.judged(rows_of("labels_judged")[1]),

@@ -216,7 +216,7 @@ def test_conversations_and_pairs_that_are_too_long(tmp_path: Path, capsys: Any) 
 def test_options_reach_the_model(
     llama_dir: Path, data: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def look(model: Any, batches: Any, *args: Any) -> None:
+    def look(model: Any, batches: Any, *args: Any, **kwargs: Any) -> None:
         batch = next(iter(batches(None)))
         raise ValueError(f"{model.dtype} {list(batch['input_ids'].shape)}.")
 
@@ -453,14 +453,14 @@ def test_copies_by_an_estimate_that_says_little_take_force(
         ),
         ("chance", CHANCE, "would follow an estimate that means little: the model's gradients"),
     ):
-        judged = save_run(tmp_path / name, fits=[fit])
+        judged = save_run(tmp_path / name, fit=fit)
         argv = (judged, "--dataset", saved, "--write", kind, "--to", tmp_path / f"{name}-copy")
         sentence = refused(capsys, *argv, command="audit")
         assert says in sentence and sentence.endswith("; --force writes it all the same.")
         assert not (tmp_path / f"{name}-copy").exists()
         run(capsys, *argv, "--force", command="audit")
         assert (tmp_path / f"{name}-copy" / "dataset_info.json").is_file()
-    sure = save_run(tmp_path / "sure", fits=[replace(FIT, low=0.011, high=0.2)])
+    sure = save_run(tmp_path / "sure", fit=replace(FIT, low=0.011, high=0.2))
     run(capsys, sure, "--dataset", saved, "--write", kind, "--to", tmp_path / "copy", command="audit")
     assert "--force has no effect" in refused(capsys, sure, "--force", command="audit")
 
