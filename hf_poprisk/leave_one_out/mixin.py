@@ -232,9 +232,9 @@ class LabelNoiseMixin(IndexMixin):
 
 
 def _length(example: Any) -> int:
-    """Tokens of an example."""
+    """Of an example, in numbers; 0 where it cannot be told."""
     values = example.values() if isinstance(example, Mapping) else ()
-    return sum(len(value) for value in values if isinstance(value, list | Tensor))
+    return sum(np.asarray(value).size for value in values if isinstance(value, list | Tensor))
 
 
 class _Steps(TrainerCallback):
