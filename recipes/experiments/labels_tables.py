@@ -66,6 +66,24 @@ def aims(rows: pd.DataFrame) -> str:
     return markdown(AIMS.split(" | "), lines)
 
 
+def in_training(rows: pd.DataFrame, before: pd.DataFrame) -> str:
+    """Classes judged before the first step, beside what judging them in training gave at the same cells."""
+    axes, out = ["data", "noise", "learning_rate", "seed"], []
+    now, past = (part[part["arm"] == "weight"] for part in (rows, before))
+    both = now.merge(past, on=axes, suffixes=("", "_past"))
+    for (data, noise, rate), cells in both.groupby(axes[:3]):
+        then = cells.drop(columns=now.columns.difference(axes)).rename(
+            columns=lambda c: c.removesuffix("_past")
+        )
+        values = [(name, 3) for name in ("test_accuracy", "noise_rate", "auroc_suspicion")]
+        shown = [mean(part, name, places) for name, places in values for part in (cells, then)]
+        gain = difference(cells, then, "test_accuracy")
+        out.append([data, f"{100 * noise:g} %", f"{rate:g}", str(len(cells)), *shown[:2], gain, *shown[2:]])
+    heads = "data | mislabeled | learning rate | seeds | accuracy | in training | difference [95 %] "
+    heads += "| ε̂ | in training | AUROC | in training"
+    return markdown(heads.split(" | "), out)
+
+
 def pairs(rows: pd.DataFrame, before: pd.DataFrame) -> str:
     """Pairs at every rate that ``weight`` was run at, the other arms with its seeds.
 
