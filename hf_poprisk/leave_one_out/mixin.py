@@ -232,9 +232,9 @@ class LabelNoiseMixin(IndexMixin):
 
 
 def _length(example: Any) -> int:
-    """Of an example, in numbers; 0 where it cannot be told."""
-    values = example.values() if isinstance(example, Mapping) else ()
-    return sum(np.asarray(value).size for value in values if isinstance(value, list | Tensor))
+    """Of an example, in tokens; 0 where it cannot be told."""
+    values = list(example.values()) if isinstance(example, Mapping) else []
+    return sum(x.numel() if isinstance(x, Tensor) else len(x) for x in values if isinstance(x, list | Tensor))
 
 
 class _Steps(TrainerCallback):
