@@ -115,19 +115,23 @@ def pairs(rows: pd.DataFrame, before: pd.DataFrame) -> str:
 
 
 def judged(rows: pd.DataFrame) -> str:
-    """How well pairs are judged before training."""
+    """How well pairs are judged before training, beside frozen embeddings in place of gradients."""
     out = []
-    for _, row in rows.iterrows():
+    for data, found in rows.groupby("data"):
+        of = found.set_index("arm")
         for noise in NOISE:
-            of = {
-                name: row[f"{name}_{100 * noise:g}"]
-                for name in ("rate", "low", "high", "error", "auroc", "auroc_least", "below_half")
-            }
-            area = f"{of['auroc']:.3f} ({of['auroc_least']:.3f})" if noise else "–"
-            rate = f"{of['rate']:.3f} [{of['low']:.3f}, {of['high']:.3f}]"
-            below = f"{100 * of['below_half']:.1f} %"
-            out.append([row["data"], f"{100 * noise:g} %", rate, f"{of['error']:.3f}", area, below])
-    heads = "data | flipped | estimated rate [95 %] | largest error | AUROC (least) | below .5"
+            row = of.loc["gradients"].rename(lambda name, end=f"_{100 * noise:g}": name.removesuffix(end))
+            others = [
+                f"{of.loc[arm, f'{name}_{100 * noise:g}']:.3f}" if noise and arm in of.index else "–"
+                for arm in ("last-state", "mean-state")
+                for name in ("auroc", "folds")
+            ]
+            area = f"{row['auroc']:.3f} ({row['auroc_least']:.3f})" if noise else "–"
+            rate = f"{row['rate']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+            below = f"{100 * row['below_half']:.1f} %"
+            out.append([data, f"{100 * noise:g} %", rate, f"{row['error']:.3f}", below, area, *others])
+    heads = "data | flipped | estimated rate [95 %] | largest error | below .5 | AUROC (least) "
+    heads += "| last state | its 5 folds | mean state | its 5 folds"
     return markdown(heads.split(" | "), out)
 
 
