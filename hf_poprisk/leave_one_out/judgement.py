@@ -15,7 +15,7 @@ import torch
 from hf_poprisk.leave_one_out.noise import NoiseFit, fit_noise, likelihood
 from hf_poprisk.leave_one_out.regression import compact, leave_one_out
 
-RIDGES = (300.0, 100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1)
+RIDGES = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1)
 FEWEST = 50  # examples
 NOTHING = 1e-3  # of the median length: what is shorter is rounding
 FOLDS = 5  # of the test whether a second round is a gain
