@@ -15,7 +15,7 @@ from models import WORDS, save_tiny_model, tiny_model, tiny_tokenizer
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
-from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
+from transformers import AutoModelForSequenceClassification, BertModel, DataCollatorWithPadding
 
 from hf_poprisk import PopRiskTrainer, PopRiskTrainingArguments
 from hf_poprisk.__main__ import main
@@ -105,6 +105,13 @@ def test_a_model_without_a_head_gets_one(data: Path, tmp_path: Path, capsys: Any
     assert np.array_equal(scores[0], scores[1])
     assert np.corrcoef(scores[0], scores[2])[0, 1] > 0.97  # but for the signs of eigenvectors
     assert roc_auc_score(labelled()["is_flipped"], -scores[0]) > 0.8
+
+
+def test_an_encoder_needs_no_pooler(data: Path, tmp_path: Path, capsys: Any) -> None:
+    """Which models trained on masked words come without."""
+    BertModel(tiny_model("bert").config, add_pooling_layer=False).save_pretrained(tmp_path / "bert")
+    tiny_tokenizer().save_pretrained(tmp_path / "bert")
+    assert "\n\nhead: " in run(capsys, tmp_path / "bert", data, "--output_dir", tmp_path / "out")
 
 
 def test_an_adapter_may_bring_the_head(llama_dir: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
