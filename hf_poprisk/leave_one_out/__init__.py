@@ -10,7 +10,7 @@ log_odds.py   where the log-odds of a label are found in a loss, and how an exam
 table.py      ``judged.parquet``: a row per example, and what a resumed run needs
 index.py      which example is which, in a batch and from run to run
 mixin.py      its place in the trainers
-judge_command.py  ``hf-poprisk judge``: labels judged without training
+judge_command.py  ``hf-poprisk judge``: labels judged without training; judge_data.py, judge_model.py
 audit.py      ``hf-poprisk audit``: run.py, data.py, report.py, figure.py, copies.py
 """
 

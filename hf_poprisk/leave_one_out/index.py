@@ -111,13 +111,29 @@ class IndexMixin:
             return super().get_train_dataloader()  # type: ignore[misc]
         # the index is of the training batches only: an evaluation has nothing to do with it
         collator, self.data_collator = self.data_collator, IndexCollator(self.data_collator, self._index_for)
+        try:
+            with self._index_is_used():
+                return super().get_train_dataloader()  # type: ignore[misc]
+        finally:
+            self.data_collator = collator
+
+    @contextmanager
+    def _index_is_used(self) -> Iterator[None]:
+        """Inside, the index is not among the columns that the model has no use for."""
         self._set_signature_columns_if_needed()
         columns = self._signature_columns
         self._signature_columns = [*columns, INDEX]
         try:
-            return super().get_train_dataloader()  # type: ignore[misc]
+            yield
         finally:
-            self.data_collator, self._signature_columns = collator, columns
+            self._signature_columns = columns
+
+    def _used_columns(self, data: Any, collator: Any) -> tuple[Any, Any]:
+        """The training set and a collator of it without what the model has no use for, as it is trained."""
+        with self._index_is_used():
+            if hasattr(data, "remove_columns"):
+                return self._remove_unused_columns(data), collator
+            return data, self._get_collator_with_removed_columns(collator)
 
     def _take_index(self, inputs: Any) -> tuple[Any, Tensor | None]:
         """Take the index out of a training batch: the batch, and the index, [N], if one is asked for."""

@@ -78,7 +78,8 @@ class LabelNoiseMixin(IndexMixin):
         Raises:
             ValueError: fewer than 50 examples, gradients that tell nothing, or a loss of something else.
         """
-        judge, data, accelerator = self._label_noise, self.train_dataset, self.accelerator
+        judge, accelerator = self._label_noise, self.accelerator
+        data, collator = self._used_columns(self.train_dataset, IndexCollator(self.data_collator))
         model = accelerator.unwrap_model(self.model, keep_torch_compile=False)
         # as many on each rank, the first ones twice if need be
         each = -(-len(data) // accelerator.num_processes)
@@ -86,7 +87,7 @@ class LabelNoiseMixin(IndexMixin):
             i % len(data)
             for i in range(accelerator.process_index * each, (accelerator.process_index + 1) * each)
         ]
-        collator, size = IndexCollator(self.data_collator), self.args.per_device_train_batch_size
+        size = self.args.per_device_train_batch_size
         index: list[Tensor] = []
         labels: list[Tensor] = []
         classes = size_of_batch = 0
@@ -144,8 +145,6 @@ class LabelNoiseMixin(IndexMixin):
         if self.accelerator.num_processes == 1:
             return x
         return self.accelerator.gather(x.to(self.args.device)).cpu()
-
-    # -- data -------------------------------------------------------------------------------------------
 
     # -- a micro-step -----------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,6 +29,18 @@ def test_audit_changes_nothing_in_training(gate: str, tmp_path: Path) -> None:
     )  # that it would have given
     assert "poprisk/noise_rate" in trainer.state.log_history[0]
     assert not any("poprisk/loss_weighted" in entry for entry in trainer.state.log_history)
+
+
+@pytest.mark.parametrize("kind", [list, Dataset.from_list])
+def test_columns_that_the_model_does_not_take_are_left_out_of_judging_too(kind: Any, tmp_path: Path) -> None:
+    """As they are in training: a text beside its tokens."""
+    found = []
+    for more in ({}, {"score": 1.0}):
+        rows = [{**row, **more} for row in examples()]
+        data = kind(rows) if kind is list else kind(rows).with_format("torch")
+        trainer = classify(tmp_path, data, poprisk_label_noise="audit")
+        found.append(trainer.judge_labels().log_odds)
+    assert np.array_equal(*found)
 
 
 @pytest.mark.parametrize(("gate", "size"), [("none", 4), ("none", 1), ("hard", 4), ("hard", 1)])
