@@ -150,8 +150,9 @@ def test_pairs_are_judged_and_weighted_alike(layout: tuple[int, int], saved: dic
     assert two["table"]["index"].tolist() == list(range(61)) and two["table"]["visits"].tolist() == [1] * 61
     for name in ("log_odds", "weight"):
         column = one["table"][name]
-        torch.testing.assert_close(two["table"][name], column, rtol=0.05, atol=0.02, msg=name)
-        assert column.std() > 0.1
+        scale = float(column.std())
+        assert scale > 0.01
+        torch.testing.assert_close(two["table"][name], column, rtol=0.05, atol=0.05 * scale, msg=name)
     for a, b in zip(one["logs"][:STEPS], two["logs"][:STEPS], strict=True):
         for name in ("poprisk/weight_mean", "poprisk/loss_weighted"):
             assert a[name] == pytest.approx(b[name], abs=0.02)
