@@ -71,9 +71,8 @@ class PopRiskArgumentsMixin:
     poprisk_label_noise: Literal["off", "audit", "weight"] = field(
         default="off",
         metadata={
-            "help": "Judge every label by what the other examples say about it: preference pairs before the "
-            "first step, classes during training. audit: judge only. weight: weight an example by the "
-            "probability that its label is correct."
+            "help": "Judge every label by what the other examples say about it: before the first step. "
+            "audit: judge only. weight: weight an example by how likely its label is correct."
         },
     )
     poprisk_weight_column: str | None = field(

@@ -161,8 +161,8 @@ class HubMixin:
                 f"| {record['gate']} | {record['estimator']} | {record['units_per_step']} {record['unit']}s "
                 f"| {record['steps']} | {self._open_of_run()} |",
             ]
-        if self._label_noise is not None and self._label_noise.fits:
-            lines += ["", f"{self._label_noise.found(self.state.global_step)}."]
+        if self._label_noise is not None and self._label_noise.fit is not None:
+            lines += ["", f"{self._label_noise.found()}."]
         if examples is not None:
             share = "" if altered is None else f", {altered / max(examples, 1):.1%} with an altered label"
             lines += ["", f"Training data: {examples:,} examples{share}."]

@@ -13,9 +13,8 @@ import torch
 from torch import nn
 from transformers.trainer_utils import has_length
 
-from hf_poprisk.adam_metric import AdamMetric
 from hf_poprisk.optimizer import PopRiskAdamW
-from hf_poprisk.per_example import BatchedGradients, Capture, Layout, Packed, Rows, SelfInfluence
+from hf_poprisk.per_example import BatchedGradients, Capture, Layout, Packed, Rows
 from hf_poprisk.per_example.examples import NotSeparable, copied, find_layout
 from hf_poprisk.per_example.one_by_one import OneByOne
 from hf_poprisk.per_example.self_check import SelfCheck, Verdict, some_examples
@@ -49,18 +48,18 @@ class MicrobatchMixin:
         if layout is not None and self._takes_several(layout) and not self._paths_checked:
             self._check_paths(optimizer, model, inputs, num_items_in_batch, layout)
         step = partial(super().training_step, model, inputs, num_items_in_batch)  # type: ignore[misc]
-        with weighting, self._judging(index, optimizer) as sink:
+        with weighting, self._judging(index):
             if layout is None or layout.num_examples == 1 or not self._paths_checked:
-                with optimizer.example(sink):
+                with optimizer.example():
                     loss = step()
             elif self._layers is not None:
-                with optimizer.batch(self._layers, layout, sink) as capture, self._fused_operations(capture):
+                with optimizer.batch(self._layers, layout) as capture, self._fused_operations(capture):
                     loss = step()
             else:
-                loss = self._one_by_one_step(optimizer, step, model, layout, sink)
+                loss = self._one_by_one_step(optimizer, step, model, layout)
         if self.accelerator.sync_gradients:
             optimizer.close_window()
-            self._book_visits(optimizer.open_share)
+            self._book_visits()
         return loss
 
     def _takes_several(self, layout: Layout) -> bool:
@@ -80,15 +79,9 @@ class MicrobatchMixin:
     def _runs_an_example_alone(self) -> bool:
         return self._one_by_one is not None and self._one_by_one.alone
 
-    @property
-    def _judges_classes(self) -> bool:
-        """Whether labels are judged by the gradients of the examples of a step."""
-        return self._label_noise is not None and not self._preferences
-
     def _takes_examples(self, optimizer: PopRiskAdamW) -> bool:
         """Whether anything asks for the examples of a micro-batch; a group is a whole one."""
-        asked = optimizer.needs_examples or self._judges_classes
-        return asked and self.args.poprisk_estimator != "group"
+        return optimizer.needs_examples and self.args.poprisk_estimator != "group"
 
     def _layout(self, optimizer: PopRiskAdamW, inputs: Any) -> Layout | None:
         """Where the examples are; None where none are asked for."""
@@ -115,7 +108,6 @@ class MicrobatchMixin:
         step: Callable[[], torch.Tensor],
         model: nn.Module,
         layout: Layout,
-        sink: SelfInfluence | None,
     ) -> torch.Tensor:
         """The stock step on the examples' outputs, and then each example's share of its gradient."""
         one_by_one = self._one_by_one
@@ -135,7 +127,7 @@ class MicrobatchMixin:
                     with (
                         nullcontext() if last else self.accelerator.no_sync(model),
                         self.compute_loss_context_manager(),
-                        optimizer.example(sink, i),
+                        optimizer.example(),
                     ):
                         one_by_one.backward(i, model if last and self.accelerator.num_processes > 1 else None)
             except NotSeparable as error:
@@ -236,8 +228,10 @@ class MicrobatchMixin:
 
     @property
     def _way_out(self) -> str:
-        grouping = ", or poprisk_estimator=group" * (not self._judges_classes)
-        return f"set per_device_train_batch_size=1 and raise gradient_accumulation_steps{grouping}"
+        return (
+            "set per_device_train_batch_size=1 and raise gradient_accumulation_steps, or "
+            "poprisk_estimator=group"
+        )
 
     def _check_count(self, count: int) -> None:
         """The collator must leave as many examples as it was given; only the last of an epoch may be few."""
@@ -278,15 +272,9 @@ class MicrobatchMixin:
         if not self._takes_examples(optimizer):
             return
         model = self.accelerator.unwrap_model(self.model)
-        balanced = self._balances_experts(model)
-        if self._label_noise is not None and balanced:
-            raise ValueError(
-                "router_aux_loss_coef adds a term to the loss that is not about labels: set it to 0, or "
-                "poprisk_label_noise=off."
-            )
         if not self._announces_several:
             return
-        if balanced:
+        if self._balances_experts(model):
             raise ValueError(
                 "router_aux_loss_coef balances the experts over the examples of a micro-batch: set it to 0, "
                 f"or {self._way_out}."
@@ -303,10 +291,7 @@ class MicrobatchMixin:
             return self._say_one_by_one(f"{what}, and not compiled")
         if getattr(self.args, "use_liger_kernel", False):
             return self._say_one_by_one("use_liger_kernel=True")
-        wanted = optimizer.gated_parameters
-        if self._judges_classes:
-            wanted = [p for p in AdamMetric(optimizer).params if p.requires_grad]
-        layers = BatchedGradients(model, wanted)
+        layers = BatchedGradients(model, optimizer.gated_parameters)
         if layers.uncovered:
             some = [f"{name} ({why})" for name, why in list(layers.uncovered.items())[:3]]
             more = f" and {len(layers.uncovered) - 3} more" if len(layers.uncovered) > 3 else ""

@@ -83,16 +83,6 @@ class PopRiskMixin(MicrobatchMixin, HubMixin, CheckpointMixin, SampleWeightMixin
             check_datasets_installed()
             call.arguments["train_dataset"], ids = with_index(data)
             sample = take_sample(data, ids)  # before the trainer makes tokens of it
-            if ids is None and self._preferences:
-                raise ValueError(
-                    "poprisk_label_noise judges pairs by all others before training, and a stream has none: "
-                    "train on a data set that is no stream."
-                )
-            if ids is None and config.world_size > 1:
-                raise ValueError(
-                    "poprisk_label_noise cannot tell the examples of a stream on several processes: train on "
-                    "one process, or on a data set that is no stream."
-                )
         self._risk = RiskMeter() if config.poprisk_risk else None
         try:
             super().__init__(*call.args, **call.kwargs)

@@ -33,9 +33,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from hf_poprisk import PopRiskAdamW
-from hf_poprisk.adam_metric import AdamMetric
 from hf_poprisk.per_example import BatchedGradients, Rows, kernels_cpu
-from hf_poprisk.per_example.sinks import SelfInfluence
 
 VOCABULARY = 4096
 Step = Callable[[], None]
@@ -112,19 +110,6 @@ def gated(model: nn.Module, ids: Tensor, single: bool = False) -> Made:
     return closed, squares, optimizer
 
 
-def judged(model: nn.Module, ids: Tensor) -> Made:
-    """The sums that judge labels, with the gate off."""
-    optimizer = PopRiskAdamW(trainable(model).values(), gate="none")
-    layers = BatchedGradients(model, trainable(model).values())
-
-    def backward() -> None:
-        influence = SelfInfluence(AdamMetric(optimizer), len(ids))
-        with optimizer.batch(layers, Rows(len(ids), len(ids)), influence):
-            loss_of(model, ids).backward()
-
-    return backward, None, optimizer
-
-
 def vmap(model: nn.Module, ids: Tensor) -> Made:
     """``torch.func``: all gradients side by side, then their sums, then fused AdamW."""
     params = trainable(model)
@@ -186,7 +171,6 @@ ARMS: dict[str, Callable[..., Made]] = {
     "plain, single examples": partial(plain, single=True),
     "gate, single examples": partial(gated, single=True),
     "gate, batched": gated,
-    "label noise, batched": judged,
     **PEERS,
 }
 

@@ -90,39 +90,3 @@ def adamw_step(
     v_hat = exp_avg_sq / (1 - beta2**step)
     weight = weight * (1 - lr * weight_decay)
     return weight - lr * q * m_hat / (v_hat.sqrt() + eps), exp_avg, exp_avg_sq
-
-
-def influence(
-    gradient: Mapping[str, Tensor],
-    moments: Mapping[str, tuple[Tensor, Tensor]],
-    step: int,
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    scale: float = 1.0,
-) -> tuple[float, float]:
-    """What one example's gradient does to its own loss, and how it agrees with the steps before.
-
-    Args:
-        gradient: name → ``h_i``.
-        moments: name → (first, second) moment of Adam before this step.
-        step: steps that were taken before this one.
-        scale: what the accumulated gradient is multiplied by before the optimizer sees it.
-
-    Returns:
-        ``Σ_k lr h_k clamp(scale P_k h_k, ±c)`` with ``c = √((1 − β₂ᵗ⁺¹)/(1 − β₂))``, and
-        ``scale Σ_k P_k m̂_k h_k``.
-    """
-    beta1, beta2 = betas
-    bound = ((1 - beta2 ** (step + 1)) / (1 - beta2)) ** 0.5
-    energy = agreement = 0.0
-    for name, h in gradient.items():
-        m, v = (x.double() for x in moments[name])
-        h = h.double()
-        if step:
-            m, v = m / (1 - beta1**step), v / (1 - beta2**step)
-        p = 1 / (v.sqrt() + eps)
-        energy += lr * (h * (scale * p * h).clamp(-bound, bound)).sum().item()
-        agreement += (scale * p * m * h).sum().item()
-    return energy, agreement

@@ -93,38 +93,23 @@ def test_early_stopping_takes_the_epoch_that_its_split_prefers(monkeypatch: pyte
     assert row["test_accuracy"] == tested[2] != tested[1]
 
 
-def test_controls_of_judging_are_what_they_are_called(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_controls_of_judging_are_what_they_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = torch.tensor([0.1, 0.2, 0.3])
     visit, judge = SimpleNamespace(rows=torch.arange(3)), object.__new__(labels_arms.ShuffledWeights)
-    monkeypatch.setattr(
-        ClassNoise, "sample_weight", lambda self, visit, *_: setattr(visit, "weight", weights)
-    )
-    assert judge.sample_weight(visit, None, 2).tolist() == pytest.approx([0.3, 0.1, 0.2])
+    monkeypatch.setattr(ClassNoise, "sample_weight", lambda self, visit, _: setattr(visit, "weight", weights))
+    assert judge.sample_weight(visit, None).tolist() == pytest.approx([0.3, 0.1, 0.2])
     weights = weights[:1]
     with pytest.raises(common.RecipeError, match="two examples or more in every forward"):
-        judge.sample_weight(visit, None, 2)
+        judge.sample_weight(visit, None)
 
     told = object.__new__(labels_arms.DropTold)
-    told.told, told.table = 0.4, SimpleNamespace()
+    told.told, told.table = 0.4, range(5)
     losses = torch.tensor([0.1, 0.9, 0.2, 0.8, 0.3])
-    for visits, kept in ((0, [1, 1, 1]), (1, [1, 0, 1])):  # the two largest losses of five go
-        told.table.visits = torch.full([5], visits)
-        told.table.columns = {"loss_mean": losses}
-        assert told.sample_weight(visit, None, 2).tolist() == kept
-        visit.rows = torch.tensor([0, 1, 4])
-    monkeypatch.undo()
-
-    trainer = labels_classes.prepare(
-        cell(CLASSES, "digits", "weight-C0", 0.3, 1e-2, 0, 3), str(tmp_path)
-    ).trainer
-    trainer.train()
-    judge = trainer._label_noise
-    judge.table.columns["self_influence"].fill_(5.0)  # is not subtracted
-    visit, seen = SimpleNamespace(rows=torch.arange(3)), torch.tensor([1.0, 2.0, 3.0])
-    judge.sample_weight(visit, seen, 10)
-    assert torch.equal(visit.log_odds, seen)
+    z = -losses.expm1().log()  # of these losses
+    for rows in (torch.arange(3), torch.arange(3, 5)):  # an epoch with all
+        assert told.sample_weight(SimpleNamespace(rows=rows), z[rows]).tolist() == [1] * len(rows)
+    seen = told.sample_weight(SimpleNamespace(rows=torch.arange(5)), torch.zeros(5))
+    assert seen.tolist() == [1, 0, 1, 0, 1]  # the two largest losses of five go
 
 
 def test_a_mask_has_the_density_of_its_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,15 +23,12 @@ WRITES = ("filtered", "weighted", "reflipped")
 def row_weights(run: Run, data: Dataset, rows: np.ndarray) -> np.ndarray:
     """Probability that the label is correct of every row of the data, [len(data)] float32.
 
-    It is 1 − the noise rate where the row was not trained on.
+    It is 1 − the noise rate where the row was not judged.
 
     Args:
         rows: as ``find_rows`` gives them, [n].
-
-    Raises:
-        UserError: the run has no estimate of the noise rate.
     """
-    weights = np.full(len(data), 1.0 - run.need_fit().rate, np.float32)
+    weights = np.full(len(data), 1.0 - run.fit.rate, np.float32)
     weights[rows] = run.p_correct
     return weights
 
@@ -43,10 +40,10 @@ def check_write(run: Run, data: Dataset, rows: np.ndarray, kind: str, force: boo
         force: follow an estimate that means little, or by which all labels may be clean.
 
     Raises:
-        UserError: no estimate of the noise rate or one that should not be followed, data without a column of
+        UserError: an estimate that should not be followed, data without a column of
             the run, no pairs to flip, nothing left, or a column that is there already.
     """
-    fit, forced = run.need_fit(), "--force writes it all the same"
+    fit, forced = run.fit, "--force writes it all the same"
     weights, columns = row_weights(run, data, rows), set(data.column_names)
     sampled = {column for row in run.sample.values() for column in row}
     added = {"weighted": "label_weight", "reflipped": "reflipped"}.get(kind)

@@ -1,6 +1,6 @@
 """What the regression sees of every example: its gradients of the label's log-odds, in two parts.
 
-The language-model head is apart from the layers below it: on some tasks one of them tells much more than the
+The head is apart from the layers below it: on some tasks one of them tells much more than the
 other, and which one the held-out likelihood says beforehand (``regression.py``).
 """
 
@@ -35,6 +35,7 @@ def label_features(
     rows_per_example: int = 1,
     k: int = MAX_FEATURES,
     seed: int = 0,
+    classifier: bool = False,
 ) -> list[np.ndarray]:
     """Features of the gradients of the labels' log-odds, over all linear layers, in eval mode.
 
@@ -46,6 +47,7 @@ def label_features(
         rows_per_example: of what the layers see; row j belongs to example j mod N.
         k: features of each part.
         seed: of the projection.
+        classifier: the last linear layer is the head.
 
     Returns:
         For each part that the model has, the head and the layers below it: [n of this rank, k] float32.
@@ -76,6 +78,8 @@ def label_features(
         get_head = getattr(model, "get_output_embeddings", None)
         head = get_head() if get_head is not None else None
         of_head = set() if head is None else set(head.modules())  # several where an adapter wraps it
+        if classifier:
+            of_head = {layers[[name for name in layers if name in bases][-1]]}
         names: tuple[list[str], list[str]] = ([], [])
         for name in bases:
             names[layers[name] not in of_head].append(name)

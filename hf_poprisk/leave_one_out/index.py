@@ -43,8 +43,7 @@ class IndexCollator:
             batch = self.collator([{k: v for k, v in f.items() if k != INDEX} for f in features])
         else:
             raise ValueError(
-                f"{self.option} finds no {INDEX} in the training examples: a stream needs a column of "
-                "that name with an integer of its own for every example, and a transform must keep it."
+                f"{self.option} finds no {INDEX} in the training examples: a transform must keep it."
             )
         if not isinstance(batch, MutableMapping):
             return IndexedBatch(batch, torch.tensor(index))
@@ -76,24 +75,22 @@ class _Indexed(torch.utils.data.Dataset):
         return {**item, INDEX: position} if isinstance(item, Mapping) else _IndexedItem(item, position)
 
 
-def with_index(dataset: Any) -> tuple[Any, np.ndarray | None]:
-    """The training set with a column ``example_index``, and its values; None for a stream.
+def with_index(dataset: Any) -> tuple[Any, np.ndarray]:
+    """The training set with a column ``example_index``, and its values.
 
     A column of that name stays as it is, so that the index survives ``shuffle``, ``select`` and ``map``
     before the trainer is built; otherwise the index is the position in the data set that the trainer is
     given.
 
     Raises:
-        ValueError: a stream without the column, or a column that does not hold integers.
+        ValueError: a stream, or a column that does not hold integers.
     """
     columns = getattr(dataset, "column_names", None)
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-        if columns is not None and INDEX not in columns:
-            raise ValueError(
-                f"poprisk_label_noise needs a column {INDEX} in a streamed training set, with an integer of "
-                "its own for every example."
-            )
-        return dataset, None
+        raise ValueError(
+            "poprisk_label_noise judges labels by all others before training, and a stream has none: train "
+            "on a data set that is no stream, or set poprisk_label_noise=off."
+        )
     if columns is None:  # of torch
         return _Indexed(dataset), np.arange(len(dataset))
     if INDEX not in columns:
@@ -114,13 +111,29 @@ class IndexMixin:
             return super().get_train_dataloader()  # type: ignore[misc]
         # the index is of the training batches only: an evaluation has nothing to do with it
         collator, self.data_collator = self.data_collator, IndexCollator(self.data_collator, self._index_for)
+        try:
+            with self._index_is_used():
+                return super().get_train_dataloader()  # type: ignore[misc]
+        finally:
+            self.data_collator = collator
+
+    @contextmanager
+    def _index_is_used(self) -> Iterator[None]:
+        """Inside, the index is not among the columns that the model has no use for."""
         self._set_signature_columns_if_needed()
         columns = self._signature_columns
         self._signature_columns = [*columns, INDEX]
         try:
-            return super().get_train_dataloader()  # type: ignore[misc]
+            yield
         finally:
-            self.data_collator, self._signature_columns = collator, columns
+            self._signature_columns = columns
+
+    def _used_columns(self, data: Any, collator: Any) -> tuple[Any, Any]:
+        """The training set and a collator of it without what the model has no use for, as it is trained."""
+        with self._index_is_used():
+            if hasattr(data, "remove_columns"):
+                return self._remove_unused_columns(data), collator
+            return data, self._get_collator_with_removed_columns(collator)
 
     def _take_index(self, inputs: Any) -> tuple[Any, Tensor | None]:
         """Take the index out of a training batch: the batch, and the index, [N], if one is asked for."""
@@ -174,13 +187,13 @@ def check_datasets_installed() -> None:
         )
 
 
-def take_sample(dataset: Any, ids: np.ndarray | None) -> Sample:
+def take_sample(dataset: Any, ids: np.ndarray) -> Sample:
     """Rows spread evenly over a data set of the datasets package, the same ones in any order; of others none.
 
     Args:
         ids: ``example_index`` of the rows, [n].
     """
-    if ids is None or not hasattr(dataset, "with_format") or not len(dataset):
+    if not hasattr(dataset, "with_format") or not len(dataset):
         return {}
     places = np.unique(np.linspace(0, len(dataset) - 1, _SAMPLE_SIZE).round().astype(int))
     rows = np.argsort(ids)[places].tolist()

@@ -1,6 +1,6 @@
-"""What both judges share: a table with a row per example, estimates of the noise rate, logs and the file.
+"""The judge: a table with a row per example, the estimated noise rate, weights, logs and the file.
 
-Pairs are judged before training (``before.py``), classes while the model is trained (``during.py``).
+Every label is judged once, before the first step, and keeps its weight.
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hf_poprisk.leave_one_out.classes import judge_classes
 from hf_poprisk.leave_one_out.index import INDEX, Sample, first_difference
+from hf_poprisk.leave_one_out.judgement import Judgement, judge
 from hf_poprisk.leave_one_out.log_odds import LogOddsError, LogOddsTap
 from hf_poprisk.leave_one_out.noise import NoiseFit
 from hf_poprisk.leave_one_out.table import TABLE_NAME, ExampleTable, read_table
+from hf_poprisk.leave_one_out.weights import competent, doubt
 
 LABEL_NOISE_MODES = ("off", "audit", "weight")
-RULE = 3  # of scores and estimates; raise it with either: a run cannot go on with others
+RULE = 4  # of scores and estimates; raise it with either: a run cannot go on with others
 
 
 @dataclass
@@ -30,14 +33,14 @@ class Visit:
     """Some examples in one forward and backward."""
 
     rows: Tensor  # [N] int64
-    influence: Any = None  # of classes: ``energy``, [N], once the backward is done
     tap: LogOddsTap | None = None
-    log_odds: Tensor | None = None  # [N], leave-one-out
     weight: Tensor | None = None  # [N], in [0, 1]
 
 
 class LabelNoise:
     """Judges the labels of a training set, and weights its examples by what it finds.
+
+    All weights are 1 where too little is found to follow it.
 
     Args:
         mode: ``audit`` or ``weight``.
@@ -45,18 +48,18 @@ class LabelNoise:
         sample: of the training data, by which they are known again.
 
     Attributes:
-        fits: one ``NoiseFit`` per estimate, oldest first.
-        judging_since: the optimizer step from which on weights are given; None until then.
+        fit: the noise rate; None until labels were judged.
+        weighted: whether weights other than 1 were found.
     """
 
     preferences: ClassVar[bool]  # an example is a preference pair
+    _what: ClassVar[str]
 
     def __init__(self, mode: str, table: ExampleTable, sample: Sample | None = None) -> None:
         self.mode, self.table, self.sample = mode, table, sample or {}
-        self.fits: list[NoiseFit] = []
-        self.judging_since: int | None = None
-        self.clip_coefficient: Tensor | float = 1.0
-        self._num_labels = 2
+        self.fit: NoiseFit | None = None
+        self.weighted = False
+        self._num_copies = 0
         self._pending: list[Visit] = []
         self._clear_interval()
 
@@ -64,31 +67,35 @@ class LabelNoise:
         self._sums = torch.zeros(3, dtype=torch.float64)  # visits, Σ weight, Σ weighted loss
 
     @property
-    def fit(self) -> NoiseFit:
-        """What labels are judged by; there is a fit."""
-        return self.fits[-1]
-
-    @property
     def weightless(self) -> bool:
         """Whether training goes on as if nothing was judged."""
-        return False
+        return self.mode == "audit"
 
     @property
     def doubt(self) -> str | None:
         """Why the estimate means little, a sentence without its end; there is a fit."""
-        raise NotImplementedError
+        return doubt(self.fit, self._num_copies, self._what)
+
+    # -- before the first step --------------------------------------------------------------------------
+
+    def _take(self, index: np.ndarray, found: Judgement, weight: np.ndarray) -> Judgement:
+        """Keep what was found of the examples of an index; [n] each."""
+        rows = self.table.rows(torch.from_numpy(index))
+        self.fit, self._num_copies = found.fit, found.num_copies
+        self.weighted = competent(found.fit, self._what)
+        values = {"log_odds": found.log_odds, "weight": weight if self.weighted else np.ones_like(weight)}
+        self.table.visit(rows, **{name: torch.from_numpy(x).to(rows.device) for name, x in values.items()})
+        return found
 
     # -- a visit ----------------------------------------------------------------------------------------
 
-    def visit(self, rows: Tensor, influence: Any = None) -> LogOddsTap:
+    def visit(self, rows: Tensor) -> LogOddsTap:
         """Begin the visit of N examples: enter the tap around their forward, then run their backward.
 
         Args:
             rows: of the table, [N] int64.
-            influence: of classes; has ``energy``, [N], after the backward: by how much the step that is being
-                collected lowers the accumulated loss by way of each example's own gradient.
         """
-        visit = Visit(rows, influence)
+        visit = Visit(rows)
         visit.tap = LogOddsTap(self.preferences, partial(self.sample_weight, visit))
         self._pending.append(visit)
         return visit.tap
@@ -97,66 +104,52 @@ class LabelNoise:
         """Forget the visit that was begun last: its backward did not run."""
         self._pending.pop()
 
-    def sample_weight(self, visit: Visit, log_odds: Tensor, num_labels: int) -> Tensor:
-        """The factor on each example's gradient, [N] in [0, 1], by its log-odds of this very visit, [N].
+    def sample_weight(self, visit: Visit, log_odds: Tensor) -> Tensor:
+        """The factor on each example's gradient, [N] in [0, 1]; log_odds: of this very visit, [N].
 
         Raises:
             LogOddsError: the loss is not of one label per example.
         """
         if len(log_odds) != len(visit.rows):
             raise LogOddsError(f"it has {len(log_odds)} terms for {len(visit.rows)} examples")
-        self._num_labels = num_labels
-        self._judge(visit, log_odds.to(self.table.device))
-        if self.mode == "audit":
-            return torch.ones_like(log_odds)
+        visit.weight = self.table.columns["weight"][visit.rows]
         return visit.weight.to(log_odds.device)  # of the head, where a model is spread over several
 
-    def _judge(self, visit: Visit, log_odds: Tensor) -> None:
-        """Set the visit's ``log_odds`` and ``weight``."""
-        raise NotImplementedError
-
-    def finish_step(self, gather: Callable[[Tensor], Tensor], open_share: Tensor | float = 1.0) -> None:
-        """Book the visits of one optimizer step; every rank must call it.
+    def finish_step(self, gather: Callable[[Tensor], Tensor]) -> None:
+        """Add one optimizer step to the logs; every rank must call it.
 
         Args:
             gather: concatenates a [N, C] tensor over the ranks; N may differ.
-            open_share: fraction of this step's coordinates that the gate opens.
         """
-        raise NotImplementedError
-
-    def _gathered(self, gather: Callable[[Tensor], Tensor], columns: Tensor) -> Tensor | None:
-        """Rows of the table and further columns of a step, over all ranks; None if it overflowed."""
-        every = gather(columns)
-        if not every[:, -1].isfinite().all():
-            return None
+        visits, self._pending = self._pending, []
+        columns = [(v.rows, v.tap.log_odds, v.weight) for v in visits]
+        every = gather(
+            torch.cat([torch.stack([x.to(self.table.device, torch.float64) for x in c], 1) for c in columns])
+        )
         # padding copies of an example stand on several ranks; the first one counts
-        rows, order = every[:, 0].long().sort(stable=True)
+        rows, order = every[:, 0].sort(stable=True)
         first = torch.ones_like(rows, dtype=torch.bool)
         first[1:] = rows[1:] != rows[:-1]
-        kept = every[order[first]]
-        return kept[kept[:, 1].isfinite()]
-
-    def _count(self, z: Tensor, weight: Tensor) -> None:
-        """Add a step's examples to the logs; [N] each."""
+        z, weight = every[order[first]][:, 1:].unbind(1)
+        z, weight = z[z.isfinite()], weight[z.isfinite()]  # the loss ignores the others
         sums = [weight.new_tensor(len(z)), weight.sum(), (weight * F.softplus(-z)).sum()]
-        self._sums += torch.stack([x.double() for x in sums]).cpu()
+        self._sums += torch.stack(sums).cpu()
 
-    def restart_epochs(self) -> None:
-        """Steps and epochs are counted from zero again."""
-        self._pending.clear()  # of a step that was interrupted
+    def forget_step(self) -> None:
+        """Of a step that was interrupted."""
+        self._pending.clear()
 
     # -- what is found ----------------------------------------------------------------------------------
 
     def pop_logs(self) -> dict[str, float]:
         """The log entries since the last call."""
         logs: dict[str, float] = {}
-        if self.fits:
-            fit = self.fit
+        if fit := self.fit:
             logs |= {"noise_rate": fit.rate, "noise_rate_low": fit.low, "noise_rate_high": fit.high}
         visits, weight, loss = self._sums.tolist()
-        if self.mode != "audit" and visits:
+        if visits:
             logs["loss_weighted"] = loss / visits  # the trainer's own loss is without weights, and may rise
-            if self.judging_since is not None:
+            if self.weighted:
                 logs["weight_mean"] = weight / visits
         self._clear_interval()
         return {f"poprisk/{name}": value for name, value in logs.items()}
@@ -166,19 +159,18 @@ class LabelNoise:
 
         1 − ε where the example was not judged: nothing but the rate is known of it. NaN without a fit.
         """
-        n = len(self.table)
-        if not self.fits:
-            return np.full(n, np.nan)
-        log_odds = self.table.columns["log_odds"][:n].cpu().double()
-        return np.where(self.table.visits[:n].cpu() > 0, self.fit.p_correct(log_odds), 1 - self.fit.rate)
+        if self.fit is None:
+            return np.full(len(self.table), np.nan)
+        log_odds = self.table.columns["log_odds"].cpu().double()
+        return np.where(self.table.visits.cpu() > 0, self.fit.p_correct(log_odds), 1 - self.fit.rate)
 
-    def found(self, step: int) -> str:
-        """One clause on the labels; there is a fit. step: optimizer steps at the end of training."""
-        fit, since = self.fit, self.judging_since
-        weighted = self.mode != "audit" and since not in (None, step)
+    def found(self) -> str:
+        """One clause on the labels; there is a fit."""
+        fit = self.fit
+        weights = ", weights since step 0" * (self.weighted and self.mode != "audit")
         return (
             f"poprisk_label_noise={self.mode}: estimated noise rate {fit.rate:.3f} ({fit.low:.3f} to "
-            f"{fit.high:.3f})" + f", weights since step {since}" * weighted
+            f"{fit.high:.3f}){weights}"
         )
 
     # -- saving -----------------------------------------------------------------------------------------
@@ -191,13 +183,12 @@ class LabelNoise:
         return {
             "mode": self.mode,
             "preferences": self.preferences,
-            "num_labels": self._num_labels,
-            "judging_since": self.judging_since,
-            "doubt": self.doubt if self.fits else None,
+            "weighted": self.weighted,
+            "num_copies": self._num_copies,
+            "doubt": self.doubt if self.fit else None,
             "rule": RULE,
-            "clip_coefficient": float(self.clip_coefficient),
             "interval": self._sums.tolist(),
-            "fits": [asdict(fit) for fit in self.fits],
+            "fit": asdict(self.fit) if self.fit else None,
             "sample": self.sample,
         }
 
@@ -214,7 +205,7 @@ class LabelNoise:
                 f"{folder} holds scores by another rule, of an earlier version, which this one cannot go on "
                 "from: set poprisk_label_noise=off, or start over."
             )
-        table = ExampleTable(None if self.table.streamed else self.table.ids.numpy(), self.table.device)
+        table = ExampleTable(self.table.ids.numpy(), self.table.device)
         table.load(columns)
         different = first_difference(state["sample"], self.sample)
         if different is not None:
@@ -223,10 +214,54 @@ class LabelNoise:
                 f"{different[1]}. Give them in the same order, or with the column {INDEX} from the start."
             )
         self.table = table
-        self._set_state(state)
-
-    def _set_state(self, state: dict[str, Any]) -> None:
-        self._num_labels = state["num_labels"]
-        self.judging_since, self.clip_coefficient = state["judging_since"], state["clip_coefficient"]
+        self.weighted, self._num_copies = state["weighted"], state["num_copies"]
         self._sums = torch.tensor(state["interval"], dtype=torch.float64)
-        self.fits = [NoiseFit(**fit) for fit in state["fits"]]
+        self.fit = NoiseFit(**state["fit"]) if state["fit"] else None
+
+
+class PairNoise(LabelNoise):
+    """Of preference pairs; an example counts by the probability that its label is correct."""
+
+    preferences = True
+    _what = "pairs"
+
+    def judge_all(self, index: np.ndarray, parts: list[np.ndarray]) -> Judgement:
+        """Judge pairs by their features.
+
+        Args:
+            index: ``example_index``, [n].
+            parts: as ``label_features`` gives them, [n, k] each.
+
+        Raises:
+            ValueError: see ``judge``.
+        """
+        found = judge(parts)
+        return self._take(index, found, found.p_correct)
+
+
+class ClassNoise(LabelNoise):
+    """Of classes; an example counts by how much likelier its label is correct than not, ``max(0, 2p − 1)``.
+
+    What is left of a mislabeled example's weight is enough for Adam to learn it by heart in many epochs.
+    """
+
+    preferences = False
+    _what = "examples"
+
+    def judge_all(
+        self, index: np.ndarray, parts: list[np.ndarray], labels: np.ndarray, num_labels: int
+    ) -> Judgement:
+        """Judge classes by the features of their examples.
+
+        Args:
+            index: ``example_index``, [n].
+            parts: as ``label_features`` gives them, [n, k] each.
+            labels: [n] int; a negative one is no label, and is not judged.
+            num_labels: K.
+
+        Raises:
+            ValueError: see ``judge_classes``.
+        """
+        known = labels >= 0
+        found = judge_classes([x[known] for x in parts], labels[known], num_labels)
+        return self._take(index[known], found, (2 * found.p_correct - 1).clip(0))

@@ -1,31 +1,47 @@
-"""Judge preference pairs without training: which labels do the other pairs speak against?
+"""Judge labels without training: which ones do the other examples speak against?
 
-MODEL is a causal language model, or with --reward a reward model; a Hub name or a folder. DATASET is a Hub
-name, a folder, or a .parquet, .jsonl, .json or .csv file, with the columns chosen and rejected, and prompt if
-it is apart from them. OUT will hold judged.parquet, which hf-poprisk audit reads, and report.html, a page to
-look through the suspicious rows. If the data have a bool
-column is_flipped that tells which labels are mislabeled, the scores are compared with it.
+DATASET is a Hub name, a folder, or a .parquet, .jsonl, .json or .csv file. It holds preference pairs, in the
+columns chosen and rejected, and prompt if it is apart from them; or classes, in the columns text and label,
+an integer. MODEL is a Hub name or a folder: for pairs a causal language model, with --reward a reward model;
+for classes a text classifier, or any other text model, which gets a new head. OUT will hold judged.parquet,
+which hf-poprisk audit reads, and report.html, a page to look through the suspicious rows. If the data have a
+bool column is_flipped that tells which labels are mislabeled, the scores are compared with it.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from hf_poprisk.command import UserError, folder_beside, need, one_line
+from hf_poprisk.command import UserError, folder_beside, need
 from hf_poprisk.leave_one_out.copies import check_target
-from hf_poprisk.leave_one_out.data import TRUTH, example_ids, find_rows, known_flips, load_data
+from hf_poprisk.leave_one_out.data import TRUTH, find_rows, known_flips, load_data
 from hf_poprisk.leave_one_out.figure import plot
-from hf_poprisk.leave_one_out.index import INDEX
-from hf_poprisk.leave_one_out.judgement import FEWEST
+from hf_poprisk.leave_one_out.judge_data import (
+    CLASS_COLUMNS,
+    PAIR_COLUMNS,
+    TEXT,
+    check_classes,
+    check_pairs,
+    holds_pairs,
+)
+from hf_poprisk.leave_one_out.judge_model import (
+    check_class_model,
+    check_pair_model,
+    has_head,
+    load_config,
+    load_model,
+    of_head,
+)
 from hf_poprisk.leave_one_out.page import write_page
 from hf_poprisk.leave_one_out.report import report
 from hf_poprisk.leave_one_out.run import load_run
@@ -35,15 +51,12 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 PAGE_NAME = "report.html"
-PAIR = ("prompt", "chosen", "rejected")
-# What the trainers read; other columns, such as margin, have a meaning in training alone.
-_READ = (*PAIR, "tools", "chat_template_kwargs", INDEX)
 
 
 def add_command(commands: Any) -> None:
     """Add ``judge`` to the subparsers of ``hf-poprisk``."""
     parser = commands.add_parser(
-        "judge", help="preference pairs, without training", description=__doc__, allow_abbrev=False
+        "judge", help="preference pairs or classes, without training", description=__doc__, allow_abbrev=False
     )
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("dataset", metavar="DATASET")
@@ -51,7 +64,7 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--split", help="of the data set (default: train)")
     parser.add_argument("--config_name", metavar="C", help="configuration of the data set")
     parser.add_argument(
-        "--reward", action="store_true", help="MODEL gives a reward: a classifier with one label"
+        "--reward", action="store_true", help="of pairs: MODEL gives a reward, a classifier with one label"
     )
     parser.add_argument("--adapter", metavar="NAME_OR_FOLDER", help="a PEFT adapter on top of MODEL")
     parser.add_argument(
@@ -64,14 +77,15 @@ def add_command(commands: Any) -> None:
         "--max_length",
         type=_positive,
         metavar="N",
-        help="tokens per completion with its prompt (default: TRL's)",
+        help="tokens per completion with its prompt (default: TRL's), or per text (default: 1024, or what "
+        "MODEL takes)",
     )
     parser.add_argument(
         "--per_device_train_batch_size",
         type=_positive,
         default=8,
         metavar="N",
-        help="pairs at a time (default: 8)",
+        help="pairs or texts at a time (default: 8)",
     )
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw a histogram")
     parser.set_defaults(execute=judge)
@@ -91,19 +105,32 @@ def judge(args: argparse.Namespace) -> None:
         UserError: says in one sentence what is wrong; then nothing was judged, written or printed.
     """
     _check_options(args)
-    tokenizer = _check_model(args)
+    config = load_config(args.model)
     data = load_data(args.dataset, args.split, args.config_name, "DATASET")
-    _check_pairs(data, args.dataset)
-    if isinstance(data[0]["chosen"], list) and not tokenizer.chat_template:
-        raise UserError(
-            f"the tokenizer of {args.model} has no chat template, and {args.dataset} holds conversations."
+    if holds_pairs(data, args.dataset):
+        need("trl", "judge")
+        tokenizer = check_pair_model(args, config)
+        check_pairs(data, args.dataset)
+        if isinstance(data[0]["chosen"], list) and not tokenizer.chat_template:
+            raise UserError(
+                f"the tokenizer of {args.model} has no chat template, and {args.dataset} holds conversations."
+            )
+        new_trainer = partial(
+            _pair_trainer, args, data.select_columns(_present(PAIR_COLUMNS, data)), tokenizer
         )
+    else:
+        classes = check_classes(data, args.dataset)
+        tokenizer = check_class_model(args, config, classes, len(data))
+        # a head that is there has as many as it has
+        options = {} if has_head(config) else {"num_labels": classes}
+        texts = data.select_columns(_present(CLASS_COLUMNS, data))
+        new_trainer = partial(_class_trainer, args, texts, tokenizer, options)
     flips = known_flips(data, np.arange(len(data)))
     if flips is not None:
         need("sklearn", f"a data set with the column {TRUTH}")
     out = Path(os.path.abspath(args.output_dir))
     with folder_beside(out) as temporary, _no_cache():
-        noise = _judged(args, data, tokenizer, temporary / "trainer")
+        noise, said = _judged(new_trainer, temporary / "trainer")
         (temporary / "judged").mkdir()
         noise.save(temporary / "judged")
         run = load_run(temporary / "judged")
@@ -112,7 +139,12 @@ def judge(args: argparse.Namespace) -> None:
         (temporary / "judged").replace(out)
     run = replace(run, folder=args.output_dir)
     flips = known_flips(data, rows)
-    done = ["", f"judged labels: {args.output_dir / TABLE_NAME}", f"page: {args.output_dir / PAGE_NAME}"]
+    done = [
+        "",
+        *said,
+        f"judged labels: {args.output_dir / TABLE_NAME}",
+        f"page: {args.output_dir / PAGE_NAME}",
+    ]
     if args.plot:
         plot(run, args.plot, flips)
         done += [f"figure: {args.plot}"]
@@ -134,109 +166,24 @@ def _check_options(args: argparse.Namespace) -> None:
         raise UserError("judge runs in one process: start it without a launcher.")
     if torch.cuda.device_count() > 1:
         raise UserError("judge runs on one GPU: set CUDA_VISIBLE_DEVICES to one of them.")
-    for package in ("trl", "datasets", *["peft"] * bool(args.adapter), *["matplotlib"] * bool(args.plot)):
+    for package in ("datasets", *["peft"] * bool(args.adapter), *["matplotlib"] * bool(args.plot)):
         need(package, "judge")
-
-
-def _check_model(args: argparse.Namespace) -> Any:
-    """The tokenizer.
-
-    Raises:
-        UserError: there is no model, or not of this kind.
-    """
-    from transformers import AutoConfig, AutoTokenizer
-
-    try:
-        config = AutoConfig.from_pretrained(args.model)
-    except Exception as error:  # the loaders raise whatever their files, parsers and networks do
-        raise UserError(f"{args.model} is not a model ({one_line(error)}).") from error
-    kind = next(iter(config.architectures or ()), "")
-    if args.reward and not args.adapter and not kind.endswith("ForSequenceClassification"):
-        raise UserError(f"{args.model} is not a reward model: it is a {kind or config.model_type}.")
-    if args.reward and not args.adapter and config.num_labels != 1:
-        raise UserError(f"{args.model} is not a reward model: it has {config.num_labels} labels and not one.")
-    if not args.reward and kind.endswith("ForSequenceClassification"):
-        raise UserError(f"{args.model} is a {kind}: add --reward if it is a reward model.")
-    if args.adapter:
-        _check_adapter(args.adapter)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-    except Exception as error:
-        raise UserError(f"{args.model} has no tokenizer ({one_line(error)}).") from error
-    if tokenizer.eos_token is None:
-        raise UserError(f"the tokenizer of {args.model} has no eos_token, which ends every completion.")
-    return tokenizer
-
-
-def _check_adapter(name: str) -> None:
-    from peft import PeftConfig
-
-    try:
-        PeftConfig.from_pretrained(name)
-    except Exception as error:
-        raise UserError(f"--adapter {name} is not a PEFT adapter ({one_line(error)}).") from error
-
-
-def _check_pairs(data: Dataset, name: str) -> None:
-    columns = set(data.column_names)
-    if not {"chosen", "rejected"} <= columns:
-        raise UserError(
-            f"{name} has no columns chosen and rejected (it has {', '.join(sorted(columns))}): preference "
-            "pairs are judged before training, and labelled classes in it, by PopRiskTrainer with "
-            "poprisk_label_noise=audit."
-        )
-    if columns & {"image", "images"}:
-        raise UserError(f"{name} holds images, and judge reads texts alone.")
-    if len(data) < FEWEST:
-        raise UserError(
-            f"{name} has {len(data)} pairs, too few to judge labels by: it takes {FEWEST} or more."
-        )
-    example_ids(data)
-    pairs = {column: list(data[column]) for column in PAIR if column in columns}
-    for column, values in pairs.items():
-        missing = next((row for row, value in enumerate(values) if value is None or value == []), None)
-        if missing is not None:
-            raise UserError(f"{name} has no {column} in row {missing}.")
-    kinds = {type(value) for values in pairs.values() for value in values}
-    if kinds not in ({str}, {list}):
-        raise UserError(f"{name} must hold either texts or conversations in all of {', '.join(pairs)}.")
-    if pairs["chosen"] == pairs["rejected"]:
-        raise UserError(f"chosen and rejected are the same in all pairs of {name}.")
-    if all(value == values[0] for values in pairs.values() for value in values):
-        raise UserError(f"all pairs of {name} are the same, so none says anything about another's label.")
 
 
 # -- judging ------------------------------------------------------------------------------------------------
 
 
-def _judged(args: argparse.Namespace, data: Dataset, tokenizer: Any, folder: Path) -> Any:
-    """What a trainer finds before its first step: its ``LabelNoise``.
+def _judged(new_trainer: Callable[[Path], tuple[Any, list[str]]], folder: Path) -> tuple[Any, list[str]]:
+    """What a trainer finds before its first step, its ``LabelNoise``, and what to say of the model.
+
+    Args:
+        new_trainer: output folder → the trainer, and that.
 
     Raises:
         UserError: the model or the data are not fit for it.
     """
-    from hf_poprisk.trl import PopRiskDPOConfig, PopRiskDPOTrainer, PopRiskRewardConfig, PopRiskRewardTrainer
-
-    options = {} if args.max_length is None else {"max_length": args.max_length}
     try:
-        config = (PopRiskRewardConfig if args.reward else PopRiskDPOConfig)(
-            str(folder),
-            poprisk_gate="none",
-            poprisk_label_noise="audit",
-            per_device_train_batch_size=args.per_device_train_batch_size,
-            bf16=False,  # the dtype of the weights is that of the arithmetic
-            activation_checkpointing=False,
-            report_to="none",
-            **options,
-        )
-        config.check_training()
-        model = _load_model(args)
-        data = data.select_columns([column for column in _READ if column in data.column_names])
-        common = {"args": config, "train_dataset": data, "processing_class": tokenizer}
-        if args.reward:
-            trainer: Any = PopRiskRewardTrainer(model, **common)
-        else:
-            trainer = PopRiskDPOTrainer(model, _no_reference(model), **common)
+        trainer, said = new_trainer(folder)
         trainer.judge_labels()
     except torch.OutOfMemoryError as error:
         raise UserError(
@@ -245,39 +192,65 @@ def _judged(args: argparse.Namespace, data: Dataset, tokenizer: Any, folder: Pat
         ) from error
     except ValueError as error:
         raise UserError(" ".join(str(error).split())) from error
-    return trainer._label_noise
+    return trainer._label_noise, said
 
 
-def _load_model(args: argparse.Namespace) -> Any:
+def _common(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of every trainer; the dtype of the weights is that of the arithmetic."""
+    return {
+        "poprisk_gate": "none",
+        "poprisk_label_noise": "audit",
+        "per_device_train_batch_size": args.per_device_train_batch_size,
+        "bf16": False,
+        "report_to": "none",
+    }
+
+
+def _pair_trainer(
+    args: argparse.Namespace, data: Dataset, tokenizer: Any, folder: Path
+) -> tuple[Any, list[str]]:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    kind = AutoModelForSequenceClassification if args.reward else AutoModelForCausalLM
-    options = {"num_labels": 1} if args.reward else {}
-    dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
-    try:
-        model, info = kind.from_pretrained(args.model, dtype=dtype, output_loading_info=True, **options)
-    except Exception as error:
-        raise UserError(f"{args.model} cannot be loaded ({one_line(error)}).") from error
-    missing = set(info["missing_keys"])
-    if args.adapter:
-        from peft import PeftModel
+    from hf_poprisk.trl import PopRiskDPOConfig, PopRiskDPOTrainer, PopRiskRewardConfig, PopRiskRewardTrainer
 
-        try:
-            model = PeftModel.from_pretrained(model, args.adapter)
-        except Exception as error:
-            raise UserError(
-                f"--adapter {args.adapter} does not fit {args.model} ({one_line(error)})."
-            ) from error
-        brought = getattr(model.peft_config["default"], "modules_to_save", None) or ()
-        missing = {key for key in missing if key.rpartition(".")[0].rpartition(".")[2] not in brought}
-    if missing:
-        raise UserError(
-            f"labels cannot be judged by {args.model}: it holds no {min(missing)}, which would be random."
-        )
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not parameter.isfinite().all():
-            raise UserError(f"the weights of {args.model} are not finite: {name} holds NaN or inf.")
-    return model
+    options = {} if args.max_length is None else {"max_length": args.max_length}
+    kind = PopRiskRewardConfig if args.reward else PopRiskDPOConfig
+    config = kind(str(folder), activation_checkpointing=False, **_common(args), **options)
+    config.check_training()
+    common = {"args": config, "train_dataset": data, "processing_class": tokenizer}
+    if args.reward:
+        model, _ = load_model(args, AutoModelForSequenceClassification, num_labels=1)
+        return PopRiskRewardTrainer(model, **common), []
+    model, _ = load_model(args, AutoModelForCausalLM)
+    return PopRiskDPOTrainer(model, _no_reference(model), **common), []
+
+
+def _class_trainer(
+    args: argparse.Namespace, data: Dataset, tokenizer: Any, options: dict[str, Any], folder: Path
+) -> tuple[Any, list[str]]:
+    from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, set_seed
+
+    from hf_poprisk.trainer import PopRiskTrainer, PopRiskTrainingArguments
+
+    config = PopRiskTrainingArguments(str(folder), **_common(args))
+    config.check_training()
+    set_seed(config.seed)  # of a new head
+    model, new = load_model(args, AutoModelForSequenceClassification, of_head, **options)
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id  # where a decoder's text ends
+    trainer = PopRiskTrainer(
+        model,
+        args=config,
+        # texts and labels stay, by which the audit knows the rows again
+        train_dataset=data.map(lambda rows: tokenizer(rows[TEXT], truncation=True), batched=True),
+        data_collator=DataCollatorWithPadding(tokenizer),
+        processing_class=tokenizer,
+    )
+    head = f"head: {args.model} has none for these labels, so a random one was used; it need not be trained"
+    return trainer, [head] * new
+
+
+def _present(columns: Iterable[str], data: Dataset) -> list[str]:
+    return [column for column in columns if column in data.column_names]
 
 
 def _no_reference(model: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What the rest of the data says about each label: which features, which λ, how many labels are mislabeled.
+"""What the rest of the data says about each pair: which features, which λ, how many labels are mislabeled.
 
 Everything is chosen by how well the leave-one-out log-odds predict the observed labels, the likelihood of the
 two-part model of ``noise.py``: no validation set, no noise rate told.
@@ -15,7 +15,7 @@ import torch
 from hf_poprisk.leave_one_out.noise import NoiseFit, fit_noise, likelihood
 from hf_poprisk.leave_one_out.regression import compact, leave_one_out
 
-RIDGES = (300.0, 100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1)
+RIDGES = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1)
 FEWEST = 50  # examples
 NOTHING = 1e-3  # of the median length: what is shorter is rounding
 FOLDS = 5  # of the test whether a second round is a gain
@@ -58,16 +58,11 @@ def judge(parts: Sequence[np.ndarray], seed: int = 0) -> Judgement:
     Raises:
         ValueError: fewer than 50 examples, features that are not finite, or that do not differ.
     """
-    n = len(parts[0])
-    if n < FEWEST:
-        raise ValueError(f"{n} examples are too few to judge labels by: it takes {FEWEST} or more.")
-    units = {part: unit for part, x in enumerate(parts) if (unit := _unit(x)) is not None}
-    if not units:
-        raise ValueError("all examples have the same gradients, so none says anything about another's label.")
+    units = unit_features(parts)
     part, features, ridge, log_odds, fit = _simplest(
         [
             (part, features, ridge, log_odds, fit)
-            for part, features in _candidates(units)
+            for part, features in candidates(units)
             for ridge, log_odds, fit in _path(features)
         ]
     )
@@ -78,37 +73,50 @@ def judge(parts: Sequence[np.ndarray], seed: int = 0) -> Judgement:
         ridge, log_odds, second = again
         fit, rounds = replace(fit, tau=likelihood(log_odds, fit.rate)[0]), 2
         p_correct = _p_correct(fit, log_odds)
-    return Judgement(log_odds, p_correct, fit, part, ridge, rounds, _num_copies(next(iter(units.values()))))
+    return Judgement(log_odds, p_correct, fit, part, ridge, rounds, num_copies(next(iter(units.values()))))
 
 
 def _simplest(found: list[_Fitted]) -> _Fitted:
-    """The first of those that predict the labels as well as the best does, but for a standard error.
+    """The first of those that predict the labels as well as the best does, but for a standard error."""
+    return found[simplest([likelihood(log_odds, fit.rate)[1] for *_, log_odds, fit in found])]
+
+
+def simplest(scores: Sequence[np.ndarray]) -> int:
+    """The first whose mean is as high as the highest, but for a standard error of their difference; [n] each.
 
     The one-standard-error rule (Hastie, Tibshirani and Friedman 2009, section 7.10): of many, the likeliest
     one is often lucky.
     """
-    scores = [likelihood(log_odds, fit.rate)[1] for *_, log_odds, fit in found]
     best = max(scores, key=np.mean)
-    return next(each for each, score in zip(found, scores, strict=True) if not _gains(best - score))
+    gains = (best - score for score in scores)
+    return next(i for i, d in enumerate(gains) if d.mean() <= d.std(ddof=1) / np.sqrt(len(d)))
 
 
-def _gains(difference: np.ndarray) -> bool:
-    """Whether the mean is above zero by more than its standard error."""
-    return bool(difference.mean() > difference.std(ddof=1) / np.sqrt(len(difference)))
+def unit_features(parts: Sequence[np.ndarray]) -> dict[int, np.ndarray]:
+    """The parts that tell examples apart, every example's features to length 1.
+
+    Raises:
+        ValueError: as ``judge``.
+    """
+    n = len(parts[0])
+    if n < FEWEST:
+        raise ValueError(f"{n} examples are too few to judge labels by: it takes {FEWEST} or more.")
+    units = {part: unit for part, x in enumerate(parts) if (unit := _unit(x)) is not None}
+    if not units:
+        raise ValueError("all examples have the same gradients, so none says anything about another's label.")
+    return units
 
 
-def _candidates(units: Mapping[int, np.ndarray]) -> Iterator[tuple[int | None, np.ndarray]]:
+def candidates(units: Mapping[int, np.ndarray]) -> Iterator[tuple[int | None, np.ndarray]]:
     """All parts of the features together, and each of them, in no more than n dimensions; [n, m] float64."""
-    n, width = next(iter(units.values())).shape
-    if n < width:
-        grams = {part: x @ x.T for part, x in units.items()}
-        if len(units) > 1:
-            yield None, compact(np.mean(list(grams.values()), 0))
-        yield from ((part, compact(gram)) for part, gram in grams.items())
-    else:
-        if len(units) > 1:
-            yield None, np.concatenate(list(units.values()), 1).astype(np.float64) / np.sqrt(len(units))
-        yield from ((part, x.astype(np.float64)) for part, x in units.items())
+    n, widths = len(next(iter(units.values()))), [x.shape[1] for x in units.values()]
+    grams = {part: x @ x.T for part, x in units.items()} if sum(widths) > n else {}
+    if len(units) > 1 and grams:
+        yield None, compact(np.mean(list(grams.values()), 0))
+    elif len(units) > 1:
+        yield None, np.concatenate(list(units.values()), 1).astype(np.float64) / np.sqrt(len(units))
+    for part, x in units.items():
+        yield part, compact(grams[part]) if x.shape[1] > n else x.astype(np.float64)
 
 
 def _unit(x: np.ndarray) -> np.ndarray | None:
@@ -124,7 +132,7 @@ def _unit(x: np.ndarray) -> np.ndarray | None:
     return x / np.where(lengths > NOTHING * np.median(lengths[lengths > 0]), lengths, np.inf)
 
 
-def _num_copies(unit: np.ndarray) -> int:
+def num_copies(unit: np.ndarray) -> int:
     """Examples whose features, not zero, are those of an earlier one, up to rounding."""
     drawn = unit @ np.random.default_rng(0).normal(size=(unit.shape[1], 4)).astype(np.float32)
     drawn = drawn[np.abs(drawn).any(1)]

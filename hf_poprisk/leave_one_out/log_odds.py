@@ -23,25 +23,21 @@ class LogOddsTap(TorchFunctionMode):
     Args:
         preferences: the loss is ``logsigmoid`` of [N] margins; otherwise it is ``cross_entropy`` of [N, K]
             logits.
-        sample_weight: (z, K) → [N]: the factor on example i's gradient.
+        sample_weight: z → [N]: the factor on example i's gradient.
 
     Attributes:
         log_odds: z, [N] float32, once the forward is done; None if no such loss was met. K-class:
             ``o_y − logsumexp_{k≠y} o_k``.
-        num_labels: K, 2 for preferences.
         asleep: whether a loss is to be let through, because it is of a part of the examples.
-        slopes: ``∂(accumulated loss)/∂z_i`` as it was backpropagated, [N], once the backward is done.
 
     Raises (inside, as ``LogOddsError``): several such terms, class weights, label smoothing. What else is
     added to the loss cannot be seen here.
     """
 
-    def __init__(self, preferences: bool, sample_weight: Callable[[Tensor, int], Tensor]) -> None:
+    def __init__(self, preferences: bool, sample_weight: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self._preferences, self._sample_weight = preferences, sample_weight
         self.log_odds: Tensor | None = None
-        self.num_labels = 2
-        self.slopes: Tensor | None = None
         self.asleep: Callable[[], bool] = lambda: False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -56,16 +52,41 @@ class LogOddsTap(TorchFunctionMode):
             if margin.dim() != 1:
                 raise LogOddsError(f"its margins are {list(margin.shape)} and not one per pair")
             factor = self._see(margin.detach().float())
-            return func(_Weighted.apply(margin, factor, None, self), *rest, **kwargs)
+            return func(_Weighted.apply(margin, factor), *rest, **kwargs)
         logits, labels, *rest = args
         _check_cross_entropy(logits, labels, rest, kwargs)
-        self.num_labels = logits.shape[1]
         factor = self._see(class_log_odds(logits.detach().float(), labels))
-        return func(_Weighted.apply(logits, factor, labels, self), labels, *rest, **kwargs)
+        return func(_Weighted.apply(logits, factor[:, None]), labels, *rest, **kwargs)
 
     def _see(self, log_odds: Tensor) -> Tensor:
         self.log_odds = log_odds
-        return self._sample_weight(log_odds, self.num_labels)
+        return self._sample_weight(log_odds)
+
+
+class ClassLogits(TorchFunctionMode):
+    """While it is entered, keeps the logits that the one cross-entropy is computed of.
+
+    Attributes:
+        logits: [N, K] with their graph; None if no such loss was met.
+        labels: [N] int64, negative where the loss ignores them.
+
+    Raises (inside, as ``LogOddsError``): as ``LogOddsTap``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits: Tensor | None = None
+        self.labels: Tensor | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.cross_entropy:
+            if self.logits is not None:
+                raise LogOddsError("it takes more than one log-probability of an example")
+            logits, labels, *rest = args
+            _check_cross_entropy(logits, labels, rest, kwargs)
+            self.logits, self.labels = logits, labels.detach()
+        return func(*args, **kwargs)
 
 
 class LogOddsError(RuntimeError):
@@ -89,20 +110,13 @@ def _check_cross_entropy(logits: Tensor, labels: Tensor, rest: list[Any], kwargs
 
 
 class _Weighted(Function):
-    """Identity whose gradient is multiplied by a factor per example, and remembered."""
+    """Identity whose gradient is multiplied by a factor."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: Tensor, labels: Tensor | None, tap: LogOddsTap) -> Tensor:
-        ctx.factor, ctx.labels, ctx.tap = factor, labels, tap
+    def forward(ctx: Any, x: Tensor, factor: Tensor) -> Tensor:
+        ctx.factor = factor
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        if ctx.labels is None:
-            slopes = grad.float() * ctx.factor
-            grad = slopes.to(grad.dtype)
-        else:  # ∂z/∂o_y = 1
-            grad = (grad.float() * ctx.factor[:, None]).to(grad.dtype)
-            slopes = grad.float().gather(1, ctx.labels.clamp(min=0)[:, None])[:, 0]
-        ctx.tap.slopes = slopes
-        return grad, None, None, None
+        return (grad.float() * ctx.factor).to(grad.dtype), None

@@ -19,16 +19,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from scipy.optimize import minimize_scalar
-from scipy.special import expit
+from scipy.special import expit, logsumexp
 from torch import Tensor
 
 MAX_RATE = 0.45  # beyond it mislabeled examples could be taken for clean ones
 # With K > 2 the q of an example's K labels add up to one at τ = 1 only, so a τ without bound would take every
-# label that is not the likeliest one for mislabeled. Models that learned from noise are underconfident: some
-# room.
+# label that is not the likeliest one for mislabeled. What learned from noise is underconfident: some room.
 TAU_OF_CLASSES = (0.05, 3.0)
-# With K = 2 τ may be anything, and is large where log-odds are small: early in training. In units of one over
-# the median |ζ|: from "the labels are as good as open" to "the sign of ζ tells all".
+# With K = 2 τ may be anything, and is large where log-odds are small. In units of one over the median |ζ|:
+# from "the labels are as good as open" to "the sign of ζ tells all".
 TAU_OF_TWO = (0.05, 50.0)
 OPEN_RATE = 0.43  # an upper end beyond it: a flat posterior has .439, no quantile lies quite at ``MAX_RATE``
 _GRID = 32  # points along ε, and along log τ
@@ -46,7 +45,6 @@ class NoiseFit:
         num_labels: K.
         log_likelihood: at (ε̂, τ̂), mean over the examples, in nats: how well labels are predicted.
         num_examples: how many examples it is a fit to.
-        step, epoch: how far training was.
     """
 
     rate: float
@@ -56,13 +54,6 @@ class NoiseFit:
     num_labels: int
     log_likelihood: float
     num_examples: int
-    step: int = 0
-    epoch: float = 0.0
-
-    @property
-    def capped(self) -> bool:
-        """Whether ε̂ lies at the end of its range."""
-        return self.rate > MAX_RATE - 0.01
 
     @property
     def open_ended(self) -> bool:
@@ -87,13 +78,12 @@ class NoiseFit:
         return torch.sigmoid(before + self.tau * (log_odds + c))  # Bayes' rule in log-odds
 
 
-def fit_noise(log_odds: np.ndarray, num_labels: int = 2, step: int = 0, epoch: float = 0.0) -> NoiseFit:
+def fit_noise(log_odds: np.ndarray, num_labels: int = 2) -> NoiseFit:
     """The posterior of ε over [0, ``MAX_RATE``].
 
     Args:
         log_odds: ζ of the examples, [n], n ≥ 1, finite.
         num_labels: K ≥ 2; 2 for preference pairs.
-        step, epoch: copied into the result.
 
     Raises:
         ValueError: no examples, or values that are not finite.
@@ -123,8 +113,6 @@ def fit_noise(log_odds: np.ndarray, num_labels: int = 2, step: int = 0, epoch: f
         num_labels=num_labels,
         log_likelihood=float(here.max()) / len(log_odds),
         num_examples=len(log_odds),
-        step=step,
-        epoch=epoch,
     )
 
 
@@ -146,6 +134,44 @@ def likelihood(log_odds: np.ndarray, rate: float | None = None) -> tuple[float, 
         return np.log((1 - rate) * q + rate * (1 - q) + 1e-300)
 
     bounds = [math.log(tau / scale) for tau in TAU_OF_TWO]
+    best = minimize_scalar(lambda log_tau: -of(log_tau).sum(), bounds=bounds, method="bounded").x
+    return math.exp(best), of(best)
+
+
+def class_log_odds(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """``o_y − logsumexp_{k≠y} o_k`` of [n, K] logits and [n] int labels, [n]."""
+    observed = np.take_along_axis(logits, labels[:, None], 1)[:, 0]
+    others = logits.copy()
+    np.put_along_axis(others, labels[:, None], -np.inf, 1)
+    return observed - logsumexp(others, axis=1)
+
+
+def temperature(
+    scores: np.ndarray, labels: np.ndarray, rate: float | None = None
+) -> tuple[float, np.ndarray]:
+    """The likeliest factor on the scores of K classes that makes them logits.
+
+    Args:
+        scores: [n, K].
+        labels: the observed ones, [n] int.
+        rate: ε; the likeliest by default.
+
+    Returns:
+        The factor, and the log-likelihood of each label with it, [n] in nats.
+    """
+    num_labels = scores.shape[1]
+    rates = np.linspace(0.0, MAX_RATE, _GRID) if rate is None else np.array([rate])
+
+    def of(log_tau: float) -> np.ndarray:
+        q = expit(class_log_odds(math.exp(log_tau) * scores, labels))
+        each = np.log(np.maximum(q + rates[:, None] * ((1 - q) / (num_labels - 1) - q), 1e-300))
+        return each[each.sum(1).argmax()]
+
+    # in units of one over how far an example's scores are apart: from as good as open to sure
+    apart = float(np.ptp(scores, axis=1).mean()) or 1.0
+    grid = np.log(np.geomspace(0.05, 50.0, _GRID) / apart)
+    near = int(np.argmax([of(log_tau).sum() for log_tau in grid]))
+    bounds = grid[max(near - 1, 0)], grid[min(near + 1, _GRID - 1)]
     best = minimize_scalar(lambda log_tau: -of(log_tau).sum(), bounds=bounds, method="bounded").x
     return math.exp(best), of(best)
 

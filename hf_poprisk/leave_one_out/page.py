@@ -52,7 +52,7 @@ def write_page(path: Path, run: Run, data: Dataset, rows: np.ndarray) -> None:
 
 def summary(run: Run) -> list[str]:
     """What was found, in words."""
-    fit, p_correct = run.need_fit(), run.p_correct[run.visited]
+    fit, p_correct = run.fit, run.p_correct[run.visited]
     below, count = p_correct < 0.5, len(p_correct)
     lines = [
         f"Noise rate: about {fit.rate:.1%} of the labels are mislabeled. If that happened at random, the "
@@ -64,16 +64,13 @@ def summary(run: Run) -> list[str]:
             f"{fit.rate:.1%}, 95% interval {fit.low:.1%} to {fit.high:.1%}, means little: {run.doubt}. All "
             "numbers below rest on it: look at the rows, but do not filter by them."
         ]
-    elif run.caveat is not None:
-        lines += [f"But {run.caveat}."]
     share = f"{below.sum():,} of {count:,} ({below.mean():.1%})"
     lines += [f"Labels below .5: {share} are more likely mislabeled than right."]
     if below.any():
         precision = f"{1 - p_correct[below].mean():.0%} of these are expected to be mislabeled"
         lines += [f"Precision at the suggested cut, .5: {precision}, and the others to be right."]
     if count < len(run.index):
-        done = "judged" if run.preferences else "trained on"
-        lines += [f"{len(run.index) - count:,} more were never {done}, and are not shown."]
+        lines += [f"{len(run.index) - count:,} more were never judged, and are not shown."]
     shown = f"the {MAX_ROWS:,} most suspicious of {count:,}" if count > MAX_ROWS else f"all {count:,}"
     return [
         *lines,

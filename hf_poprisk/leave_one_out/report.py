@@ -9,7 +9,6 @@ import numpy as np
 from hf_poprisk.command import need
 from hf_poprisk.leave_one_out.data import TRUTH, example_text
 from hf_poprisk.leave_one_out.run import Run
-from hf_poprisk.leave_one_out.weights import TRAIN_LONGER
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -34,14 +33,13 @@ def report(
         UserError: flips without scikit-learn.
     """
     visited, what = int(run.visited.sum()), "preference pairs" if run.preferences else "examples"
-    seen = "judged" if run.preferences else "trained on"
-    never = f" ({len(run.index) - visited} more were never {seen})" * (visited < len(run.index))
+    never = f" ({len(run.index) - visited} more were never judged)" * (visited < len(run.index))
     lines = [f"{run.folder}: {visited} {what}{never}", *_rate(run)]
-    if flips is not None and run.fit is not None:
+    if flips is not None:
         lines += _truth(run, flips)
     lines += ["", "The most suspicious:"]
     for place in run.suspicious[:TOP]:
-        p = "" if run.fit is None else f", correct with probability {run.p_correct[place]:.3f}"
+        p = f", correct with probability {run.p_correct[place]:.3f}"
         known = "" if flips is None else f", {'mislabeled' if flips[place] else 'clean'}"
         lines += [f"  {run.index[place]}{p}{known}"]
         if data is not None and rows is not None:
@@ -51,16 +49,12 @@ def report(
 
 
 def _rate(run: Run) -> list[str]:
-    if run.fit is None:
-        return [f"Noise rate: not estimated, training was too short: {TRAIN_LONGER}."]
     p_correct, fit = run.p_correct[run.visited], run.fit
     below = p_correct < 0.5
     rate = f"{fit.rate:.1%}, 95% interval {fit.low:.1%} to {fit.high:.1%}"
     lines = [f"Noise rate: {rate}."]
     if run.doubt is not None:
         lines = [f"Noise rate: open ({rate}). Do not filter by it: {run.doubt}."]
-    elif run.caveat is not None:
-        lines += [f"But {run.caveat}."]
     lines += [f"Labels below .5: {below.sum()} of {len(below)} ({below.mean():.1%})."]
     if below.any():
         lines += [f"Precision at that cut: {1 - p_correct[below].mean():.0%} expected to be mislabeled."]

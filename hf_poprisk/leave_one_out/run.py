@@ -11,7 +11,6 @@ from hf_poprisk.command import UserError
 from hf_poprisk.leave_one_out.index import Sample
 from hf_poprisk.leave_one_out.noise import NoiseFit
 from hf_poprisk.leave_one_out.table import TABLE_NAME, read_table
-from hf_poprisk.leave_one_out.weights import TRAIN_LONGER, caveat
 
 
 @dataclass(frozen=True)
@@ -23,12 +22,11 @@ class Run:
         preferences: an example is a preference pair.
         index: ``example_index``, [n] int64, unique.
         p_correct: probability that each label is correct, [n] float32; 1 − the rate where an example was
-            never trained on, NaN without an estimate.
+            not judged.
         log_odds: leave-one-out log-odds of the label in nats, [n] float32.
-        visits: how often each example was trained on, [n]; at least one is positive.
-        fit: the estimate that labels are judged by, or None.
+        visits: 1 for each example that was judged, [n]; at least one is positive.
+        fit: the noise rate.
         doubt: why the estimate means little, a sentence without its end; None if nothing speaks against it.
-        caveat: what is to be known beside that, or None.
         sample: some of the rows that it was trained on, hashed.
     """
 
@@ -38,9 +36,8 @@ class Run:
     p_correct: np.ndarray
     log_odds: np.ndarray
     visits: np.ndarray
-    fit: NoiseFit | None
+    fit: NoiseFit
     doubt: str | None
-    caveat: str | None
     sample: Sample
 
     @property
@@ -53,19 +50,6 @@ class Run:
         """Where the visited examples stand in the columns, the most suspicious first, [m] int64."""
         visited = np.flatnonzero(self.visited)
         return visited[np.argsort(self.log_odds[visited], kind="stable")]
-
-    def need_fit(self) -> NoiseFit:
-        """The estimate.
-
-        Raises:
-            UserError: there is none.
-        """
-        if self.fit is None:
-            raise UserError(
-                f"{self.folder} holds no estimate of the noise rate, because its training ended within the "
-                f"first epoch: {TRAIN_LONGER}."
-            )
-        return self.fit
 
 
 def load_run(folder: str | Path) -> Run:
@@ -80,17 +64,15 @@ def load_run(folder: str | Path) -> Run:
     columns, state = read_table(folder)
     kept = {name: columns[name] for name in ("index", "p_correct", "log_odds", "visits")}
     visited = kept["visits"] > 0
-    if not visited.any():
-        raise UserError(f"{folder / TABLE_NAME} holds no example that was trained on.")
+    if not visited.any() or not state.get("fit"):
+        raise UserError(f"{folder / TABLE_NAME} holds no example that was judged.")
     if not np.isfinite(kept["log_odds"][visited]).all():
         raise UserError(f"{folder / TABLE_NAME} holds log-odds that are not finite.")
-    fits, preferences = [NoiseFit(**fit) for fit in state["fits"]], state["preferences"]
     return Run(
         folder,
-        preferences,
+        state["preferences"],
         **kept,
-        fit=fits[-1] if fits else None,
+        fit=NoiseFit(**state["fit"]),
         doubt=state["doubt"],
-        caveat=caveat(fits) if fits and not preferences else None,
         sample=state["sample"],
     )

@@ -6,7 +6,7 @@ every term is the example's ``h_i``, shown to the sinks while it is in the cache
 [examples, out, in] exists for a large layer. Where a layer is not known, the examples go back one by one.
 
     window.py       one accumulation window of micro-steps                             <- read first
-    sinks.py        what becomes of the h_i: SquareSum (Q, summed over ranks), SelfInfluence
+    sinks.py        what becomes of the h_i: SquareSum (Q, summed over ranks)
     layout.py       which part of a tensor belongs to which example
     layers.py       which layers form their per-example gradients, how each is run
     functions.py    the autograd functions that they run through
@@ -27,7 +27,7 @@ Nothing here knows of an optimizer, a gate or a trainer.
 from hf_poprisk.per_example.capture import Capture, Uncovered
 from hf_poprisk.per_example.layers import BatchedGradients
 from hf_poprisk.per_example.layout import Layout, Packed, Rows
-from hf_poprisk.per_example.sinks import SelfInfluence, Sink, SquareSum
+from hf_poprisk.per_example.sinks import Sink, SquareSum
 from hf_poprisk.per_example.window import ExampleWindow
 
 __all__ = [
@@ -37,7 +37,6 @@ __all__ = [
     "Layout",
     "Packed",
     "Rows",
-    "SelfInfluence",
     "Sink",
     "SquareSum",
     "Uncovered",

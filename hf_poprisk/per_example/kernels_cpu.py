@@ -1,7 +1,6 @@
 """One pass over memory on a CPU: numba loops for the places where a step moves many bytes.
 
     add_squares    adds several examples' h_i to G and their squares to Q: reads each h_i once
-    weigh          sums each h_i in Adam's metric: reads it once
     decide         reads G and Q, writes q over Q: 12 bytes per parameter
     gated_adamw    reads w, G, m, v, q and writes w, m, v: 32 bytes per parameter
 
@@ -45,22 +44,6 @@ def add_squares(h: Tensor, grad: Tensor, square: Tensor, first: bool, fresh: boo
     """
     numel = grad.numel()
     _loops().add_squares(h.view(len(h), numel).numpy(), _array(grad), _array(square), first, fresh)
-
-
-def weigh(h: Tensor, precondition: Tensor, bound: float) -> Tensor:
-    """``Σ_k h_ik clamp(P_k h_ik, ±c)``, on one thread; see ``SelfInfluence``.
-
-    Args:
-        h: gradients of n examples, [n, numel].
-        precondition: P, [numel].
-        bound: c.
-
-    Returns:
-        [n] float32.
-    """
-    out = torch.empty(len(h))
-    _loops().weigh(h.numpy(), _array(precondition), np.float32(bound), out.numpy())
-    return out
 
 
 def decide(grad: Tensor, sq_sum: Tensor, num_examples: int, soft: bool) -> Tensor:
@@ -141,7 +124,6 @@ def _loops() -> Any:
 
     return SimpleNamespace(
         add_squares=compiled(_add_squares, "contract"),
-        weigh=compiled(_weigh, "contract", "reassoc", "nsz"),
         # Lets the sums be vectorised. Nothing else in it has two operations of a kind in a row; no
         # contraction, because g·g must be rounded before it is compared, as torch does: ties stay closed.
         decide=compiled(_decide, "reassoc", "nsz"),
@@ -166,22 +148,6 @@ def _add_squares(h, grad, square, first, fresh):
             for k in range(g.size):
                 g[k] += h_i[k]
                 q[k] += h_i[k] * h_i[k]
-
-
-def _weigh(h, precondition, bound, out):
-    out[:] = _ZERO
-    for start in range(0, precondition.size, _TILE):
-        stop = start + _TILE
-        p = precondition[start:stop]
-        for i in range(h.shape[0]):
-            h_i = h[i, start:stop]
-            energy = _ZERO
-            for k in range(p.size):
-                moved = p[k] * h_i[k]
-                moved = bound if moved > bound else moved
-                moved = -bound if moved < -bound else moved
-                energy += moved * h_i[k]
-            out[i] += energy
 
 
 def _decide(grad, sq_sum, low, high, scale, soft):

@@ -45,33 +45,9 @@ class Products:
             grad: G, [out, in], overwritten with ``Σ_i h_i``.
             tokens: of a weight that is an embedding too: its rows are moved there.
         """
-        if len(sinks) == 1 and tokens is None and (part := sinks[0].part(param)) is not None:
-            return self._show_part(sinks[0], param, part, uses, grad)
         single = tokens is None and len(uses) == 1 and isinstance(self._layout, Rows)
         if not (single and self._several_at_once(param, *uses[0], grad, sinks)):
             self._one_by_one(param, uses, grad, tokens, sinks)
-
-    def _show_part(
-        self, sink: Sink, param: Tensor, part: tuple[slice, slice], uses: list[Use], grad: Tensor | None
-    ) -> None:
-        """Of the h_i themselves no more than the sink looks at."""
-        n = self._layout.num_examples
-        if grad is not None:
-            ((a, d),) = uses
-            for rows, columns in _around(part, param):
-                grad[rows, columns] = flat(d)[:, rows].T @ flat(a)[:, columns]
-        rows, columns = part
-        factors = [
-            (by_example(d, n)[..., rows].transpose(1, 2), by_example(a, n)[..., columns]) for a, d in uses
-        ]
-        some = max(1, max(_SIDE_BY_SIDE, param.numel()) // param[rows, columns].numel())
-        for i in range(0, n, some):
-            first, *others = (torch.bmm(dt[i : i + some], a[i : i + some]) for dt, a in factors)
-            h = sum(others, first)
-            sink.add_part(param, i, h)
-            if grad is not None:
-                total = h.sum(0, dtype=grad.dtype)
-                grad[rows, columns] = total if i == 0 else grad[rows, columns] + total
 
     def _several_at_once(
         self, param: Tensor, a: Tensor, d: Tensor, grad: Tensor | None, sinks: list[Sink]
@@ -205,12 +181,3 @@ def _square_single_tokens(
         grad.copy_(d.T @ a)
     a, d = (x.to(target.dtype).square() for x in (a, d))
     target.copy_(d.T @ a) if fresh else target.addmm_(d.T, a)
-
-
-def _around(part: tuple[slice, slice], matrix: Tensor) -> list[tuple[slice, slice]]:
-    """The rest of a matrix, of which a part has some columns of all rows, or some rows of all columns."""
-    rows, columns = part
-    if columns.stop - columns.start < matrix.shape[1]:
-        sides = slice(0, columns.start), slice(columns.stop, None)
-        return [(rows, side) for side in sides]
-    return [(side, columns) for side in (slice(0, rows.start), slice(rows.stop, None))]

@@ -22,7 +22,6 @@ NAMES = (  # the order of the pages
     "labels_classes",
     "labels_judged",
     "labels_pairs",
-    "self_influence",
 )
 
 Cell = dict[str, Any]  # arm, one value of every axis, seed

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from common import RecipeError
 from torch import Tensor
+from torch.nn import functional as F
 from training import GATES
 
 from hf_poprisk.leave_one_out import ClassNoise, PairNoise
@@ -13,20 +14,12 @@ from hf_poprisk.leave_one_out import ClassNoise, PairNoise
 class ShuffledWeights(ClassNoise):
     """Control: each example gets the weight of its neighbour in the (shuffled) micro-batch."""
 
-    def sample_weight(self, visit: Any, log_odds: Tensor, num_labels: int) -> Tensor:
-        super().sample_weight(visit, log_odds, num_labels)
+    def sample_weight(self, visit: Any, log_odds: Tensor) -> Tensor:
+        super().sample_weight(visit, log_odds)
         if len(visit.weight) < 2:
             raise RecipeError("weight-shuffled needs two examples or more in every forward.")
         visit.weight = visit.weight.roll(1)
         return visit.weight
-
-
-class NothingHeldOut(ClassNoise):
-    """Control: the effect of an example's own steps is never subtracted, C = 0."""
-
-    def sample_weight(self, visit: Any, log_odds: Tensor, num_labels: int) -> Tensor:
-        self.table.columns["self_influence"].zero_()
-        return super().sample_weight(visit, log_odds, num_labels)
 
 
 class DropTold(ClassNoise):
@@ -36,34 +29,28 @@ class DropTold(ClassNoise):
     never_seen = 0  # examples that the trainer does without: TRL those whose prompt fills max_length
     _epochs = -1
 
-    def sample_weight(self, visit: Any, log_odds: Tensor, num_labels: int) -> Tensor:
-        super().sample_weight(visit, log_odds, num_labels)
-        epochs = int(self.table.visits.kthvalue(self.never_seen + 1).values)
-        loss = self.table.columns["loss_mean"]
+    def sample_weight(self, visit: Any, log_odds: Tensor) -> Tensor:
+        super().sample_weight(visit, log_odds)
+        if self._epochs < 0:
+            self._visits, self._losses = torch.zeros(2, len(self.table))
+        epochs = int(self._visits.kthvalue(self.never_seen + 1).values)
         if epochs > self._epochs:
-            self._epochs, self._kept = epochs, torch.ones_like(loss)
-            self._kept[loss.topk(round(self.told * len(loss)) if epochs else 0).indices] = 0.0
+            self._epochs, self._kept = epochs, torch.ones(len(self.table))
+            mean = self._losses / self._visits.clamp(min=1)
+            self._kept[mean.topk(round(self.told * len(mean)) if epochs else 0).indices] = 0.0
+        self._visits[visit.rows] += 1
+        self._losses[visit.rows] += F.softplus(-log_odds)
         visit.weight = self._kept[visit.rows]
         return visit.weight
 
 
-class RightOnly(ClassNoise):
+class _RightOnly:
     """The most that judging could give: told which examples are mislabeled, it trains on none of them."""
 
-    def sample_weight(self, visit: Any, log_odds: Tensor, num_labels: int) -> Tensor:
-        super().sample_weight(visit, log_odds, num_labels)
-        visit.weight = (~self.mislabeled[visit.rows]).float()
-        return visit.weight
-
-
-class RightPairs(PairNoise):
-    """The same for pairs."""
-
-    judges = False
-
-    def _judge(self, visit: Any, log_odds: Tensor) -> None:
-        super()._judge(visit, log_odds)
-        visit.weight = (~self.mislabeled[visit.rows]).float()
+    def judge_all(self, *args: Any) -> Any:
+        found = super().judge_all(*args)
+        self.table.columns["weight"] = (~self.mislabeled).float()
+        return found
 
 
 class EM(PairNoise):
@@ -74,15 +61,23 @@ class EM(PairNoise):
     reading of it; the rate begins at .1, and moves by a tenth of the way per step.
     """
 
-    judges = False
     rate = 0.1
 
-    def _judge(self, visit: Any, log_odds: Tensor) -> None:
-        super()._judge(visit, log_odds)
+    def sample_weight(self, visit: Any, log_odds: Tensor) -> Tensor:
+        super().sample_weight(visit, log_odds)
         right, wrong = torch.sigmoid(log_odds.double()), torch.sigmoid(-log_odds.double())
         w = (1 - self.rate) * right / ((1 - self.rate) * right + self.rate * wrong)
         visit.weight = ((w - right) / wrong).float()
         self.rate += 0.1 * len(w) / self.examples_per_step * float((1 - w).mean() - self.rate)
+        return visit.weight
+
+
+class RightOnly(_RightOnly, ClassNoise):
+    """Of classes."""
+
+
+class RightPairs(_RightOnly, PairNoise):
+    """Of pairs."""
 
 
 class DropPairs(PairNoise):
@@ -108,12 +103,11 @@ ARMS: dict[str, dict[str, Any]] = {
     **{name: GATES[name] for name in ("hard", "soft", "random-mask", "random-mask-soft")},
 }
 CLASS_ARMS = {
-    "drop-told": judged("audit", judge=DropTold),
+    "drop-told": judged("weight", judge=DropTold),
     "weight": judged("weight"),
     "weight+soft": judged("weight", "soft"),
     "weight-shuffled": judged("weight", judge=ShuffledWeights),
-    "weight-C0": judged("weight", judge=NothingHeldOut),
-    "right-only": judged("audit", judge=RightOnly),
+    "right-only": judged("weight", judge=RightOnly),
 }
 PAIR_ARMS = {
     "weight": judged("weight"),

@@ -67,10 +67,6 @@ def trainer_class(base: Any, cell: Cell, mislabeled: np.ndarray) -> Any:
             judge.examples_per_step = self.args.units_per_step
             return judge
 
-        def _judge_pairs(self) -> None:
-            if getattr(self._label_noise, "judges", True):
-                super()._judge_pairs()
-
         @staticmethod
         def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
             stock, kwargs = base.get_optimizer_cls_and_kwargs(args, model)
@@ -107,15 +103,10 @@ def run_cell(cell: Cell, prepare: Callable[[Cell, str], Setup]) -> dict[str, flo
         sign = -1 if by == "loss" else 1
         epoch = int(np.argmax(np.nan_to_num([sign * scores[by] for scores in curve["held"]], nan=-np.inf)))
     final = {name: curve[name][epoch] if name in curve else setup.score(name) for name in setup.sets}
-    judge, aurocs = trainer._label_noise, {}
-    if judge is not None and judge.fits and setup.mislabeled.any():
-        table = judge.table
-        columns = {"suspicion": -table.columns["log_odds"], "loss_mean": table.columns["loss_mean"]}
-        seen = (table.visits > 0).cpu()
-        finite = {name: column.cpu()[seen].nan_to_num() for name, column in columns.items()}
-        aurocs = {
-            name: float(roc_auc_score(setup.mislabeled[seen], column)) for name, column in finite.items()
-        }
+    judge, auroc = trainer._label_noise, None
+    if judge is not None and setup.mislabeled.any():
+        seen = judge.table.visits.cpu() > 0
+        auroc = float(roc_auc_score(setup.mislabeled[seen], -judge.table.columns["log_odds"].cpu()[seen]))
     return {
         "validation_accuracy": final["validation"]["accuracy"],
         "test_accuracy": final["test"]["accuracy"],
@@ -124,16 +115,15 @@ def run_cell(cell: Cell, prepare: Callable[[Cell, str], Setup]) -> dict[str, flo
         "test_kl_per_token": final["test"].get("kl_per_token"),
         "mislabeled_fitted": final.get("mislabeled", {}).get("accuracy"),
         **{
-            name: getattr(judge.fit, field) if judge is not None and judge.fits else None
+            name: getattr(judge.fit, field) if judge is not None else None
             for name, field in (
                 ("noise_rate", "rate"),
                 ("noise_rate_low", "low"),
                 ("noise_rate_high", "high"),
             )
         },
-        "below_half": float((judge.p_correct() < 0.5).mean()) if judge is not None and judge.fits else None,
-        "auroc_suspicion": aurocs.get("suspicion"),
-        "auroc_loss_mean": aurocs.get("loss_mean"),
+        "below_half": float((judge.p_correct() < 0.5).mean()) if judge is not None else None,
+        "auroc_suspicion": auroc,
         "steps": trainer.state.global_step,
         "seconds_per_step": timer.median,
     }

@@ -18,7 +18,7 @@ AIMS = (
 )
 TABLES = {  # by what the arms do
     "Judging": ("adamw", "weight", "weight+soft", "drop-told", "right-only"),
-    "Controls of judging": ("adamw", "weight-shuffled", "weight-C0"),
+    "Controls of judging": ("adamw", "weight-shuffled"),
     "For pairs only": ("adamw", "robust", "conservative", "ipo"),
     "The gates and their masks": ("adamw", "hard", "random-mask", "soft", "random-mask-soft", "ema-soft"),
     "Early stopping": ("adamw", "adamw-early", "adamw-early-loss", "adamw-risk"),
@@ -66,6 +66,24 @@ def aims(rows: pd.DataFrame) -> str:
     return markdown(AIMS.split(" | "), lines)
 
 
+def in_training(rows: pd.DataFrame, before: pd.DataFrame) -> str:
+    """Classes judged before the first step, beside what judging them in training gave at the same cells."""
+    axes, out = ["data", "noise", "learning_rate", "seed"], []
+    now, past = (part[part["arm"] == "weight"] for part in (rows, before))
+    both = now.merge(past, on=axes, suffixes=("", "_past"))
+    for (data, noise, rate), cells in both.groupby(axes[:3]):
+        then = cells.drop(columns=now.columns.difference(axes)).rename(
+            columns=lambda c: c.removesuffix("_past")
+        )
+        values = [(name, 3) for name in ("test_accuracy", "noise_rate", "auroc_suspicion")]
+        shown = [mean(part, name, places) for name, places in values for part in (cells, then)]
+        gain = difference(cells, then, "test_accuracy")
+        out.append([data, f"{100 * noise:g} %", f"{rate:g}", str(len(cells)), *shown[:2], gain, *shown[2:]])
+    heads = "data | mislabeled | learning rate | seeds | accuracy | in training | difference [95 %] "
+    heads += "| ε̂ | in training | AUROC | in training"
+    return markdown(heads.split(" | "), out)
+
+
 def pairs(rows: pd.DataFrame, before: pd.DataFrame) -> str:
     """Pairs at every rate that ``weight`` was run at, the other arms with its seeds.
 
@@ -97,19 +115,23 @@ def pairs(rows: pd.DataFrame, before: pd.DataFrame) -> str:
 
 
 def judged(rows: pd.DataFrame) -> str:
-    """How well pairs are judged before training."""
+    """How well pairs are judged before training, beside frozen embeddings in place of gradients."""
     out = []
-    for _, row in rows.iterrows():
+    for data, found in rows.groupby("data"):
+        of = found.set_index("arm")
         for noise in NOISE:
-            of = {
-                name: row[f"{name}_{100 * noise:g}"]
-                for name in ("rate", "low", "high", "error", "auroc", "auroc_least", "below_half")
-            }
-            area = f"{of['auroc']:.3f} ({of['auroc_least']:.3f})" if noise else "–"
-            rate = f"{of['rate']:.3f} [{of['low']:.3f}, {of['high']:.3f}]"
-            below = f"{100 * of['below_half']:.1f} %"
-            out.append([row["data"], f"{100 * noise:g} %", rate, f"{of['error']:.3f}", area, below])
-    heads = "data | flipped | estimated rate [95 %] | largest error | AUROC (least) | below .5"
+            row = of.loc["gradients"].rename(lambda name, end=f"_{100 * noise:g}": name.removesuffix(end))
+            others = [
+                f"{of.loc[arm, f'{name}_{100 * noise:g}']:.3f}" if noise and arm in of.index else "–"
+                for arm in ("last-state", "mean-state")
+                for name in ("auroc", "folds")
+            ]
+            area = f"{row['auroc']:.3f} ({row['auroc_least']:.3f})" if noise else "–"
+            rate = f"{row['rate']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+            below = f"{100 * row['below_half']:.1f} %"
+            out.append([data, f"{100 * noise:g} %", rate, f"{row['error']:.3f}", below, area, *others])
+    heads = "data | flipped | estimated rate [95 %] | largest error | below .5 | AUROC (least) "
+    heads += "| last state | its 5 folds | mean state | its 5 folds"
     return markdown(heads.split(" | "), out)
 
 

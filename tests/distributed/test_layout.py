@@ -127,19 +127,19 @@ def test_two_processes_resume_to_the_uninterrupted_run(kind: str, saved: dict[in
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_rank_knows_every_examples_scores(layout: tuple[int, int], saved: dict[int, Any]) -> None:
+def test_classes_are_judged_and_weighted_alike(layout: tuple[int, int], saved: dict[int, Any]) -> None:
+    """Of an odd number, which two processes share with one of them twice."""
     world, micro_batch = layout
-    kind = "classes-audit"
+    kind = "classes-weight"
     one, two = saved[1]["kinds"][kind, 1], saved[world]["kinds"][kind, micro_batch]
-    assert one["table"]["visits"].tolist() == two["table"]["visits"].tolist() == [2] * (B * STEPS)
-    for name, column in one["table"].items():
-        # a gate that flips at a tie moves a weight by one learning rate, and the log-odds with it
-        atol = 5e-3 if name == "self_influence" else 2e-2
-        torch.testing.assert_close(two["table"][name], column, rtol=2e-2, atol=atol, msg=name)
-        assert column.float().abs().max() > 1e-3
-    assert one["table"]["self_influence"].std() > 0.02  # of a gate that opens about a third
-    assert [fit.step for fit in one["fits"]] == [fit.step for fit in two["fits"]]
-    assert one["fits"][-1].rate == pytest.approx(two["fits"][-1].rate, abs=0.05)
+    assert one["table"]["visits"].tolist() == two["table"]["visits"].tolist() == [1] * (B * STEPS + 13)
+    for name in ("log_odds", "weight"):
+        torch.testing.assert_close(two["table"][name], one["table"][name], rtol=0.1, atol=0.05)
+    assert one["table"]["weight"].min() < 0.1
+    assert one["fit"].rate == pytest.approx(two["fit"].rate, abs=0.005)
+    for a, b in zip(one["logs"][:STEPS], two["logs"][:STEPS], strict=True):
+        assert a["poprisk/weight_mean"] == pytest.approx(b["poprisk/weight_mean"], abs=0.02)
+        assert a["poprisk/loss_weighted"] == pytest.approx(b["poprisk/loss_weighted"], abs=0.02)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -150,8 +150,9 @@ def test_pairs_are_judged_and_weighted_alike(layout: tuple[int, int], saved: dic
     assert two["table"]["index"].tolist() == list(range(61)) and two["table"]["visits"].tolist() == [1] * 61
     for name in ("log_odds", "weight"):
         column = one["table"][name]
-        torch.testing.assert_close(two["table"][name], column, rtol=0.05, atol=0.02, msg=name)
-        assert column.std() > 0.1
+        scale = float(column.std())
+        assert scale > 0.01
+        torch.testing.assert_close(two["table"][name], column, rtol=0.05, atol=0.05 * scale, msg=name)
     for a, b in zip(one["logs"][:STEPS], two["logs"][:STEPS], strict=True):
         for name in ("poprisk/weight_mean", "poprisk/loss_weighted"):
             assert a[name] == pytest.approx(b[name], abs=0.02)

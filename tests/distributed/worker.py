@@ -32,7 +32,7 @@ import hf_poprisk
 from hf_poprisk import PopRiskAdamW
 
 B, STEPS = 16, 3
-KINDS = ("Trainer", "DPO", "SFT", "Reward", "DPO-LoRA", "DPO-one-by-one", "classes-audit", "DPO-weight")
+KINDS = ("Trainer", "DPO", "SFT", "Reward", "DPO-LoRA", "DPO-one-by-one", "classes-weight", "DPO-weight")
 KINDS += ("DPO-column", "SFT-column")
 STOCK = (
     *("token mean: mt5", "ctc sum: hubert", "class weights: vit", "class weights: bert", "penalty: vit"),
@@ -48,9 +48,9 @@ def build(kind: str, model_dir: str, world: int, micro_batch: int, **changes: An
     options = {**layout(micro_batch, B // world), "max_steps": STEPS, **changes}
     if kind == "Trainer":
         return trainer_of(folder, rows(B * STEPS), **options)
-    if kind == "classes-audit":
-        options |= {"poprisk_label_noise": "audit", "max_steps": 2 * STEPS}  # two epochs
-        return trainer_of(folder, examples(B * STEPS), Classifier(), **{**options, "learning_rate": 1e-2})
+    if kind == "classes-weight":
+        data = examples(B * STEPS + 13, wrong=0.2)  # an odd number
+        return trainer_of(folder, data, Classifier(), poprisk_label_noise="weight", **options)
     if kind == "DPO-weight":  # an odd number of pairs
         return trl_trainer_of("DPO", model_dir, folder, planted()[0], poprisk_label_noise="weight", **options)
     if kind == "DPO-LoRA":
@@ -75,7 +75,7 @@ def run(kind: str, model_dir: str, world: int, micro_batch: int) -> dict[str, An
     if trainer._label_noise is not None:
         table = trainer._label_noise.table
         found["table"] = {"index": table.ids, "visits": table.visits, **table.columns}
-        found["fits"] = trainer._label_noise.fits
+        found["fit"] = trainer._label_noise.fit
     return found
 
 

@@ -1,7 +1,6 @@
 """A classifier, its data, and trainers that judge labels."""
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from torch.nn import functional as F
 from transformers import TrainerCallback
 
 from hf_poprisk import PopRiskTrainer, PopRiskTrainingArguments
-from hf_poprisk.leave_one_out import INDEX
 
 QUIET: dict[str, Any] = {**SILENT, "poprisk_gate": "none"}
 LABELS = 3
@@ -32,12 +30,13 @@ class Classifier(nn.Module):
         return {**loss, "logits": logits}
 
 
-def examples(count: int = 24, wrong: float = 0.0, seed: int = 0) -> list[dict[str, Tensor]]:
+def examples(count: int = 60, wrong: float = 0.0, seed: int = 0) -> list[dict[str, Tensor]]:
     """Three well separated clouds; the first ``wrong · count`` labels are of another one."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % LABELS
-    x = torch.randn(count, 6, generator=generator) + 2.0 * F.one_hot(labels, 6)
-    labels[: round(wrong * count)] = (labels[: round(wrong * count)] + 1) % LABELS
+    x = torch.randn(count, 6, generator=generator) + 4.0 * F.one_hot(labels, 6)
+    other = torch.randint(1, LABELS, (count,), generator=generator)
+    labels[: round(wrong * count)] = ((labels + other) % LABELS)[: round(wrong * count)]
     return [{"x": x[i], "labels": labels[i]} for i in range(count)]
 
 
@@ -88,29 +87,6 @@ def drawn(count: int, rate: float, labels: int, tau: float = 1.0, seed: int = 0)
     q = p[np.arange(count), observed]
     c = math.log(labels - 1)
     return (np.log(q / (1 - q)) + c) / tau - c, wrong
-
-
-def judged_from(trainer: Any, fits_at: int) -> None:
-    """Let weights be given from a step on, whatever the likelihood does."""
-    judge, fit = trainer._label_noise, trainer._label_noise.maybe_fit
-
-    def maybe_fit(epoch: float, step: int) -> None:
-        fit(epoch, step)
-        if step >= fits_at and judge.fits:
-            judge.judging_since = judge.judging_since or step
-            # tiny models predict nothing
-            judge.fits[-1] = replace(judge.fits[-1], rate=0.1, log_likelihood=-0.5)
-
-    judge.maybe_fit = maybe_fit
-
-
-def streamed(tmp_path: Path, **options: Any) -> PopRiskTrainer:
-    """Six steps a pass."""
-    rows = [
-        {"x": e["x"].tolist(), "labels": int(e["labels"]), INDEX: 7 * i} for i, e in enumerate(examples())
-    ]
-    stream = Dataset.from_list(rows).to_iterable_dataset()
-    return classify(tmp_path, stream, poprisk_label_noise="audit", num_train_epochs=1, **options)
 
 
 def first_gradients(trainer: Any) -> dict[str, Tensor]:

@@ -15,14 +15,8 @@ from hf_poprisk.leave_one_out import ClassNoise, ExampleTable, NoiseFit, PairNoi
 
 N = 60
 WRONG = np.arange(N) % 4 == 1  # a quarter of the labels
-FIT = NoiseFit(0.25, 0.15, 0.33, 1.5, 2, -0.55, N, step=48, epoch=3.0)
+FIT = NoiseFit(0.25, 0.15, 0.33, 1.5, 2, -0.55, N)
 CHANCE = replace(FIT, log_likelihood=-math.log(2))  # predicts nothing
-# of classes: the likelihood has all but stopped rising
-FITS = [
-    NoiseFit(0.35, 0.2, 0.42, 1.0, 2, -0.65, N, 16, 1.0),
-    NoiseFit(0.3, 0.2, 0.4, 1.2, 2, -0.555, N, 32, 2.0),
-    FIT,
-]
 
 
 def log_odds() -> np.ndarray:
@@ -35,21 +29,19 @@ def save_run(
     folder: Path,
     scores: np.ndarray | None = None,
     ids: np.ndarray | None = None,
-    fits: list[NoiseFit] | None = None,
+    fit: NoiseFit = FIT,
     preferences: bool = True,
-    since: int | None = 32,
     never: tuple[int, ...] = (),
     sample: Any = None,
 ) -> Path:
-    """What training leaves, of pairs or of classes; the rows ``never`` were not visited."""
+    """What judging leaves, of pairs or of classes; the rows ``never`` were not judged."""
     scores = log_odds() if scores is None else scores.astype(np.float32)
     table = ExampleTable(np.arange(len(scores)) if ids is None else ids)
     judge = (PairNoise if preferences else ClassNoise)("weight", table, sample)
-    judge.fits = list(fits if fits is not None else [FIT] if preferences else FITS)
-    judge.judging_since = 0 if preferences else since
+    judge.fit = fit
     rows = torch.tensor([i for i in range(len(scores)) if i not in never])
     z = torch.from_numpy(scores)[rows]
-    table.visit(rows, log_odds=z, weight=judge.fit.p_correct(z) if judge.fits else torch.ones_like(z))
+    table.visit(rows, log_odds=z, weight=fit.p_correct(z))
     folder.mkdir(exist_ok=True)
     judge.save(folder)
     return folder

@@ -25,7 +25,7 @@ def lora(**options: Any) -> LoraConfig:
 
 
 def judged(trainer: Any) -> Any:
-    trainer._judge_pairs()
+    trainer._judge_labels()
     return trainer._label_noise
 
 
@@ -82,7 +82,7 @@ def test_weights_act_from_the_first_step(
     assert log["poprisk/weight_mean"] == pytest.approx(weight.mean().item(), rel=1e-5)
     assert log["poprisk/loss_weighted"] == pytest.approx((weight * losses).mean().item(), rel=1e-5)
     assert log["loss"] == pytest.approx(losses.mean().item(), rel=1e-4)
-    assert log["poprisk/noise_rate"] == judge.fit.rate and judge.judging_since == 0
+    assert log["poprisk/noise_rate"] == judge.fit.rate and judge.weighted
     columns, state = read_table(tmp_path)
     np.testing.assert_allclose(columns["p_correct"], columns["weight"], rtol=1e-5)
     assert columns["visits"].tolist() == [1] * N and state["doubt"] == judge.doubt
@@ -143,18 +143,18 @@ def test_a_resumed_run_is_the_uninterrupted_one(llama_dir: Path, tmp_path: Path)
         for _ in range(2)
     )
     whole.train()
-    resumed._judge_pairs = None
+    resumed._judge_labels = None
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert same(weights(whole), weights(resumed))
     one, other = whole._label_noise, resumed._label_noise
-    assert one.fits == other.fits and one.judging_since == other.judging_since == 0
+    assert one.fit == other.fit and one.weighted and other.weighted
     for name, column in one.table.columns.items():
         assert torch.equal(column, other.table.columns[name]), name
     logs = [[e for e in t.state.log_history if e["step"] > 3 and "loss" in e] for t in (whole, resumed)]
     for name in ("poprisk/weight_mean", "poprisk/loss_weighted"):  # an interval goes on over the checkpoint
         assert [e[name] for e in logs[0]] == [e[name] for e in logs[1]] and len(logs[0]) == 2
     resumed.train()
-    assert resumed._label_noise.fits == one.fits
+    assert resumed._label_noise.fit == one.fit
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +215,7 @@ def test_judging_leaves_the_model_and_chance_as_they_were(
 
     before, tensors, chance = state(), weights(trainer), torch.get_rng_state()
     judge = judged(trainer)
-    assert len(judge.fits) == 1 and state() == before and same(tensors, weights(trainer))
+    assert judge.fit is not None and state() == before and same(tensors, weights(trainer))
     assert torch.equal(torch.get_rng_state(), chance)
     assert not any(module._forward_hooks for module in model.modules())
 

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from datasets import Dataset, load_from_disk
 
-from hf_poprisk.leave_one_out import INDEX, NoiseFit
+from hf_poprisk.leave_one_out import INDEX
 from hf_poprisk.leave_one_out.copies import WRITES
 from hf_poprisk.leave_one_out.index import take_sample
-from hf_poprisk.leave_one_out.noise import MAX_RATE
 from leave_one_out.judged import (
     CHANCE,
     FIT,
@@ -106,21 +105,20 @@ def test_what_cannot_be_written(run: Path, saved: Path, tmp_path: Path, capsys: 
 
     classes = save_run(tmp_path / "classes", preferences=False)
     assert "reflipped is for preference pairs" in sentence("reflipped", classes)
-    assert "holds no estimate of the noise rate" in sentence(
-        "filtered", save_run(tmp_path / "unfit", fits=[])
-    )
     hopeless = save_run(tmp_path / "hopeless", np.full(N, -9.0))
     assert "would drop every row" in sentence("filtered", hopeless)
     pairs(scores=False).remove_columns("rejected").save_to_disk(tmp_path / "half")
     assert "with columns chosen and rejected" in sentence("reflipped", data=tmp_path / "half")
     pairs().add_column("margin", [1.0] * N).save_to_disk(tmp_path / "margin")
     assert "cannot turn the column margin round" in sentence("reflipped", data=tmp_path / "margin")
-    capped = [NoiseFit(MAX_RATE, 0.3, MAX_RATE, 0.1, 2, -0.5, N)]
     for name, options, why in (
-        ("guess", {"fits": [CHANCE]}, "predict labels hardly better than by chance"),
-        ("open", {"fits": [replace(FIT, high=0.44)]}, "leave the noise rate open"),
-        ("capped", {"fits": capped, "preferences": False}, "at its limit of 0.45"),
-        ("waiting", {"since": None, "preferences": False}, "predicted better and better until the end"),
+        ("guess", {"fit": CHANCE}, "predict labels hardly better than by chance"),
+        ("open", {"fit": replace(FIT, high=0.44)}, "leave the noise rate open"),
+        (
+            "ambiguous",
+            {"preferences": False, "fit": replace(FIT, log_likelihood=-0.65)},
+            "so the ambiguous look wrong",
+        ),
     ):
         unsure = save_run(tmp_path / name, **options)
         said = sentence("weighted", unsure)

@@ -216,7 +216,7 @@ def test_conversations_and_pairs_that_are_too_long(tmp_path: Path, capsys: Any) 
 def test_options_reach_the_model(
     llama_dir: Path, data: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def look(model: Any, batches: Any, *args: Any) -> None:
+    def look(model: Any, batches: Any, *args: Any, **kwargs: Any) -> None:
         batch = next(iter(batches(None)))
         raise ValueError(f"{model.dtype} {list(batch['input_ids'].shape)}.")
 
@@ -243,10 +243,6 @@ def changed(column: str, values: Any) -> Dataset:
             lambda: learnable().remove_columns("rejected"),
             "has no columns chosen and rejected (it has chosen, is_f",
         ),
-        (
-            lambda: Dataset.from_dict({"text": ["a"], "label": [0]}),
-            "PopRiskTrainer with poprisk_label_noise=audit.",
-        ),
         (lambda: learnable(49), "has 49 pairs, too few to judge labels by: it takes 50 or more."),
         (lambda: learnable().select([3] * 60), "all pairs of "),
         (
@@ -271,7 +267,6 @@ def changed(column: str, values: Any) -> Dataset:
     ],
     ids=[
         "columns",
-        "classes",
         "few",
         "identical",
         "same",
@@ -320,7 +315,7 @@ def test_what_is_no_data_set_is_refused(
 
 
 def test_targets_and_options_are_refused_first(
-    tmp_path: Path, data: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+    llama_dir: Path, tmp_path: Path, data: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def sentence(*options: Any) -> str:
         return refused(capsys, tmp_path / "nowhere", *options)  # which would be noticed next
@@ -335,7 +330,6 @@ def test_targets_and_options_are_refused_first(
     assert "lies inside the data" in sentence(tmp_path, *out)
     assert sentence(data, *out, "--plot", "x.pdf") == "--plot x.pdf must end in .png."
     for package, options in (
-        ("trl", []),
         ("datasets", []),
         ("peft", ["--adapter", "x"]),
         ("matplotlib", ["--plot", "x.png"]),
@@ -345,6 +339,9 @@ def test_targets_and_options_are_refused_first(
             assert (
                 sentence(data, *out, *options) == f"judge needs {package}: pip install 'hf_poprisk[recipes]'."
             )
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "trl", None)  # pairs alone need it
+        assert refused(capsys, llama_dir, data, *out).startswith("judge needs trl: ")
     assert "is not a model (" in sentence(data, *out)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert "set CUDA_VISIBLE_DEVICES" in sentence(data, *out)
@@ -453,14 +450,14 @@ def test_copies_by_an_estimate_that_says_little_take_force(
         ),
         ("chance", CHANCE, "would follow an estimate that means little: the model's gradients"),
     ):
-        judged = save_run(tmp_path / name, fits=[fit])
+        judged = save_run(tmp_path / name, fit=fit)
         argv = (judged, "--dataset", saved, "--write", kind, "--to", tmp_path / f"{name}-copy")
         sentence = refused(capsys, *argv, command="audit")
         assert says in sentence and sentence.endswith("; --force writes it all the same.")
         assert not (tmp_path / f"{name}-copy").exists()
         run(capsys, *argv, "--force", command="audit")
         assert (tmp_path / f"{name}-copy" / "dataset_info.json").is_file()
-    sure = save_run(tmp_path / "sure", fits=[replace(FIT, low=0.011, high=0.2)])
+    sure = save_run(tmp_path / "sure", fit=replace(FIT, low=0.011, high=0.2))
     run(capsys, sure, "--dataset", saved, "--write", kind, "--to", tmp_path / "copy", command="audit")
     assert "--force has no effect" in refused(capsys, sure, "--force", command="audit")
 

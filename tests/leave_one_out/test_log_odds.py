@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_poprisk.leave_one_out.log_odds import LogOddsError, LogOddsTap, class_log_odds
+from hf_poprisk.leave_one_out.log_odds import ClassLogits, LogOddsError, LogOddsTap, class_log_odds
 
 
 def test_class_log_odds_are_those_of_the_softmax() -> None:
@@ -28,15 +28,13 @@ def test_a_weight_multiplies_the_examples_gradient(preferences_: bool) -> None:
 
     rows = -F.logsigmoid(x) if preferences_ else F.cross_entropy(x, labels, reduction="none")
     (expected,) = torch.autograd.grad(3 * (weight * rows).mean(), x)
-    with (tap := LogOddsTap(preferences_, lambda z, k: weight)):
+    with (tap := LogOddsTap(preferences_, lambda z: weight)):
         value = loss(x)
     (got,) = torch.autograd.grad(value, x)
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(value, loss(x))  # the loss is reported as it is
     z = x.detach() if preferences_ else class_log_odds(x.detach(), labels)
     torch.testing.assert_close(tap.log_odds, z)
-    torch.testing.assert_close(tap.slopes, -3 * weight * torch.sigmoid(-z) / 5)
-    assert tap.num_labels == (2 if preferences_ else 4)
 
 
 @pytest.mark.parametrize(
@@ -56,6 +54,21 @@ def test_a_weight_multiplies_the_examples_gradient(preferences_: bool) -> None:
 )
 def test_a_loss_of_more_than_its_log_odds_is_refused(loss: Any, preferences_: bool, message: str) -> None:
     x = torch.randn(3, 4, requires_grad=True)
-    tap = LogOddsTap(preferences_, lambda z, k: torch.ones_like(z))
+    tap = LogOddsTap(preferences_, lambda z: torch.ones_like(z))
     with pytest.raises(LogOddsError, match=message), tap:
         loss(x)
+    if not preferences_:  # and where its logits are looked for
+        with pytest.raises(LogOddsError, match=message), ClassLogits():
+            loss(x)
+
+
+def test_the_logits_of_a_loss_are_found_with_their_graph() -> None:
+    x, labels = torch.randn(3, 4, requires_grad=True), torch.tensor([2, -100, 0])
+    with (found := ClassLogits()):
+        value = F.cross_entropy(2 * x, labels)
+    torch.testing.assert_close(value, F.cross_entropy(2 * x, labels))
+    assert torch.equal(found.labels, labels)
+    (grad,) = torch.autograd.grad(found.logits.sum(), x)
+    assert torch.equal(grad, torch.full_like(x, 2.0))
+    with pytest.raises(LogOddsError, match="more than one log-probability"), ClassLogits():
+        F.cross_entropy(x, labels), F.cross_entropy(x, labels)

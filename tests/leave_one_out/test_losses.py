@@ -66,14 +66,14 @@ def scores(
     mode: str = "audit",
     size: int = 4,
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """The table at the end of three epochs, and the weights."""
+    """The table, and the weights at the end of three epochs."""
     options = {**QUIET, "per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size}
     options |= {"num_train_epochs": 3, "learning_rate": 1e-2, "poprisk_label_noise": mode}
     args = PopRiskTrainingArguments(str(tmp_path), **options)
     run = trainer(model(), args=args, train_dataset=data, data_collator=collator)
     run.train()
     table = run._label_noise.table
-    assert (table.visits == 3).all() and len(table.visits) == len(data)
+    assert (table.visits == 1).all() and len(table.visits) == len(data)
     return dict(table.columns), [p.detach().clone() for p in run.model.parameters()]
 
 
@@ -86,7 +86,7 @@ def assert_same(got: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize("mode", ["audit", "weight"])
 def test_whoever_computes_the_loss_and_whatever_the_items_are(mode: str, tmp_path: Path) -> None:
-    data = examples(24, wrong=0.25)
+    data = examples(60, wrong=0.25)
     expected = scores(tmp_path, PopRiskTrainer, data, mode=mode)
     assert expected[0]["log_odds"].isfinite().all()
     assert_same(scores(tmp_path, OwnLoss, data, mode=mode), expected)
@@ -102,7 +102,7 @@ def test_one_by_one_the_scores_are_those_of_single_examples(
     model: type[nn.Module], trainer: type[Any], mode: str, tmp_path: Path
 ) -> None:
     """The labels are read off the loss of the whole micro-batch, and not off those of its examples."""
-    data = examples(24, wrong=0.25)
+    data = examples(60, wrong=0.25)
     several = scores(tmp_path, trainer, data, model=model, mode=mode)
-    assert several[0]["self_influence"].min() > 0
+    assert several[0]["log_odds"].isfinite().all()
     assert_same(several, scores(tmp_path, trainer, data, model=model, mode=mode, size=1))

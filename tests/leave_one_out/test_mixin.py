@@ -1,201 +1,156 @@
-"""Judging class labels in the trainer."""
+"""Class labels judged before the first step, in the trainer."""
 
-import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from test_trainer import Scaler
-from torch import Tensor
+from datasets import Dataset
+from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import TrainerCallback
 
+from hf_poprisk.leave_one_out import ClassNoise, ExampleTable
 from hf_poprisk.leave_one_out.log_odds import class_log_odds
-from hf_poprisk.leave_one_out.table import read_table
-from leave_one_out.helpers import Classifier, classify, examples, judged_from, weights
+from leave_one_out.helpers import Classifier, classify, examples, first_gradients, same, weights
 
 
 @pytest.mark.parametrize("gate", ["none", "hard"])
 def test_audit_changes_nothing_in_training(gate: str, tmp_path: Path) -> None:
+    """Bit for bit."""
     seen = []
     for mode in ("off", "audit"):
-        trainer = classify(tmp_path, examples(), poprisk_label_noise=mode, poprisk_gate=gate)
-        if mode == "audit":
-            judged_from(trainer, 6)
+        options = {"poprisk_label_noise": mode, "poprisk_gate": gate, "num_train_epochs": 1}
+        trainer = classify(tmp_path, examples(240, wrong=0.2), optim="poprisk_adamw", **options)
         trainer.train()
         seen.append(weights(trainer))
-    assert trainer._label_noise.table.columns["weight"].min() < 0.9  # that it would have given
-    # the weight gradient of one token is one product without the scores and a sum of products with them
-    for name, value in seen[0].items():
-        torch.testing.assert_close(value, seen[1][name], rtol=1e-4, atol=2e-5 if gate == "none" else 0.02)
+    assert (
+        same(*seen) and trainer._label_noise.table.columns["weight"].min() < 0.1
+    )  # that it would have given
+    assert "poprisk/noise_rate" in trainer.state.log_history[0]
+    assert not any("poprisk/loss_weighted" in entry for entry in trainer.state.log_history)
 
 
-def test_the_table_follows_the_textbook(tmp_path: Path) -> None:
-    """Two epochs of a classifier in float64, against a loop that knows nothing of the package."""
-    data = [{"x": e["x"].double(), "labels": e["labels"]} for e in examples(8)]
-    options = {"num_train_epochs": 2, "train_sampling_strategy": "sequential", "max_grad_norm": 0.3}
-    trainer = classify(
-        tmp_path, data, Classifier(torch.float64), poprisk_label_noise="audit", weight_decay=0.0, **options
-    )
+@pytest.mark.parametrize("kind", [list, Dataset.from_list])
+def test_columns_that_the_model_does_not_take_are_left_out_of_judging_too(kind: Any, tmp_path: Path) -> None:
+    """As they are in training: a text beside its tokens."""
+    found = []
+    for more in ({}, {"score": 1.0}):
+        rows = [{**row, **more} for row in examples()]
+        data = kind(rows) if kind is list else kind(rows).with_format("torch")
+        trainer = classify(tmp_path, data, poprisk_label_noise="audit")
+        found.append(trainer.judge_labels().log_odds)
+    assert np.array_equal(*found)
+
+
+@pytest.mark.parametrize(("gate", "size"), [("none", 4), ("none", 1), ("hard", 4), ("hard", 1)])
+def test_weights_act_from_the_first_step(gate: str, size: int, tmp_path: Path) -> None:
+    """Gradients and logs of the first step, against one backward per example."""
+    options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size, "max_steps": 1}
+    options |= {"max_grad_norm": 0.0, "poprisk_gate": gate, "train_sampling_strategy": "sequential"}
+    data = examples(240, wrong=0.2)[46:] + examples(240, wrong=0.2)[:46]  # both kinds come first
+    trainer = classify(tmp_path, data, poprisk_label_noise="weight", **options)
+    got, start = first_gradients(trainer), weights(trainer)
     trainer.train()
-    got = trainer._label_noise.table
+    judge = trainer._label_noise
 
-    model = Classifier(torch.float64)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
-    own, log_odds, losses = (torch.zeros(8, dtype=torch.float64) for _ in range(3))
-    coefficient = 1.0  # of the step before, as this one's is not known yet
-    step = 0
-    for _ in range(2):
-        for first in (0, 4):
-            norms = []
-            for i in range(first, first + 4):
-                z = class_log_odds(model(data[i]["x"][None])["logits"], data[i]["labels"][None])[0]
-                slopes = torch.autograd.grad(z, list(model.parameters()))
-                s = 0.0
-                bound = ((1 - 0.999 ** (step + 1)) / 0.001) ** 0.5
-                error = torch.sigmoid(-z).item()
-                for p, slope in zip(model.parameters(), slopes, strict=True):
-                    state = optimizer.state.get(p)
-                    v = state["exp_avg_sq"] / (1 - 0.999**step) if state else torch.zeros_like(p)
-                    h = -error / 4 * slope
-                    s += (slope * (coefficient * h / (v.sqrt() + 1e-8)).clamp(-bound, bound)).sum().item()
-                log_odds[i] = z.item() - own[i]
-                own[i] -= 0.5 * 1e-2 * s
-                losses[i] += F.softplus(-z).item() / 2
-            optimizer.zero_grad()
-            batch = {k: torch.stack([e[k] for e in data[first : first + 4]]) for k in data[0]}
-            model(**batch)["loss"].backward()
-            norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.3))
-            coefficient = min(1.0, 0.3 / (norms[0].item() + 1e-6))
-            optimizer.step()
-            step += 1
-    assert coefficient < 1 and got.visits.tolist() == [2] * 8
-    for name, expected in (
-        ("log_odds", log_odds),
-        ("self_influence", own),
-        ("loss_mean", losses),
-    ):
-        torch.testing.assert_close(got.columns[name].double(), expected, rtol=1e-4, atol=1e-6, msg=name)
-    assert (own.abs() > 1e-3).all()
+    trainer.model.load_state_dict(start)
+    trainer.model.zero_grad()
+    weight, losses = judge.table.columns["weight"][:4], []
+    for row, w in zip(data[:4], weight, strict=True):
+        losses.append(F.cross_entropy(trainer.model.net(row["x"][None]), row["labels"][None]))
+        (w * losses[-1] / 4).backward()
+    for name, p in trainer.model.named_parameters():
+        torch.testing.assert_close(got[name], p.grad, rtol=1e-4, atol=1e-6)
+    assert weight.max() - weight.min() > 0.5
+    log = trainer.state.log_history[0]
+    assert log["poprisk/weight_mean"] == pytest.approx(weight.mean().item(), rel=1e-5)
+    assert log["poprisk/loss_weighted"] == pytest.approx(
+        (weight * torch.stack(losses)).mean().item(), rel=1e-4
+    )
+    assert log["poprisk/noise_rate"] == judge.fit.rate
 
 
 def test_wrong_labels_are_found(tmp_path: Path) -> None:
-    data = examples(240, wrong=0.25, seed=3)
-    trainer = classify(
-        tmp_path,
-        data,
-        poprisk_label_noise="weight",
-        per_device_train_batch_size=16,
-        num_train_epochs=8,
-        max_grad_norm=0.0,
-    )
+    trainer = classify(tmp_path, examples(240, wrong=0.25, seed=3), poprisk_label_noise="weight", max_steps=1)
     trainer.train()
     judge = trainer._label_noise
-    assert judge.judging_since is not None and judge.judging_since > 15
-    assert 0.15 < judge.fits[-1].rate < 0.35
+    assert judge.weighted and judge.fit.low < 0.25 < judge.fit.high
     suspicion = -judge.table.columns["log_odds"]
     ranks = suspicion.argsort().argsort().float()
-    auroc = (ranks[:60].sum() - 60 * 59 / 2) / (60 * 180)
-    assert auroc > 0.9
-    weight = judge.table.columns["weight"]
-    assert weight[:60].mean() < 0.3 < 0.8 < weight[60:].mean()
-    saved = [entry for entry in trainer.state.log_history if "poprisk/noise_rate" in entry]
-    assert saved[-1]["poprisk/noise_rate"] == judge.fits[-1].rate
+    assert (ranks[:60].sum() - 60 * 59 / 2) / (60 * 180) > 0.97
+    weight, p = judge.table.columns["weight"], torch.from_numpy(judge.p_correct()).float()
+    torch.testing.assert_close(weight, (2 * p - 1).clamp(min=0))
+    assert weight[:60].mean() < 0.1 and weight[60:].mean() > 0.9
 
 
-@pytest.mark.parametrize(
-    ("options", "ungated"),
-    [
-        ({"poprisk_gate": "none"}, "all"),
-        ({"poprisk_gate": "hard"}, "none"),
-        ({"poprisk_gate": "hard", "poprisk_warmup_steps": 2}, "two steps"),
-        ({"poprisk_gate": "hard", "poprisk_exclude": ["net.0"]}, "some"),
-    ],
-)
-def test_the_gate_holds_back_own_effects_too(options: Any, ungated: str, tmp_path: Path) -> None:
-    """By the share of coordinates that the step itself writes."""
-    trainer = classify(
-        tmp_path, examples(), weight_decay=0.0, poprisk_label_noise="audit", num_train_epochs=1, **options
-    )
-    judge, used, moved = trainer._label_noise, [], []
-    finish, before = judge.finish_step, weights(trainer)
-
-    def finish_step(gather: Any, open_share: Any) -> None:
-        own = judge.table.columns["self_influence"].clone()
-        plain = [judge.booked(visit, 1.0)[:, [0, 4]] for visit in judge._pending]
-        finish(gather, open_share)
-        used.append(float(open_share))
-        rows, effects = torch.cat(plain).unbind(1)
-        got = (judge.table.columns["self_influence"] - own)[rows.long()]
-        torch.testing.assert_close(got.double(), 0.5 * float(open_share) * effects, rtol=1e-4, atol=1e-7)
-
-    class Moved(TrainerCallback):
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            now = weights(trainer)
-            changed = [(now[name] != before[name]).double().flatten() for name in now]
-            moved.append(torch.cat(changed).mean().item())
-            before.update(now)
-
-    judge.finish_step = finish_step
-    trainer.add_callback(Moved())
+def test_labels_that_are_not_predicted_are_not_followed(tmp_path: Path) -> None:
+    """Of guessed labels every second one would look mislabeled."""
+    data = examples(120)
+    order = np.random.default_rng(0).permutation(120)
+    data = [{"x": row["x"], "labels": data[i]["labels"]} for row, i in zip(data, order, strict=True)]
+    trainer = classify(tmp_path, data, poprisk_label_noise="weight", num_train_epochs=1)
     trainer.train()
-    assert len(used) == 6
-    if ungated in ("all", "two steps"):
-        assert used[:2] == [1.0, 1.0] and (ungated == "two steps" or used == [1.0] * 6)
-    if ungated != "all":
-        assert used[2:] == pytest.approx(moved[2:], abs=0.05) and max(used[2:]) < 0.95
-
-
-def test_a_loss_scaler_changes_neither_own_effects_nor_gains(tmp_path: Path) -> None:
-    plain, scaled = (
-        classify(tmp_path, examples(), poprisk_label_noise="audit", poprisk_risk=True) for _ in range(2)
-    )
-    plain.train()
-    Scaler(scaled)
-    try:
-        scaled.train()
-    finally:
-        scaled.accelerator.state._mixed_precision = "no"  # the state is shared by all accelerators
-    one, other = (t._label_noise.table.columns["self_influence"] for t in (plain, scaled))
-    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
-    assert one.abs().min() > 0.01
-    for name in ("poprisk/gain_total", "poprisk/gain_empirical"):
-        logs = [[e[name] for e in t.state.log_history if name in e] for t in (plain, scaled)]
-        assert logs[0] == pytest.approx(logs[1], rel=1e-4) and len(logs[0]) > 10
+    judge = trainer._label_noise
+    assert not judge.weighted and (judge.table.columns["weight"] == 1).all()
+    assert "the ambiguous look wrong" in judge.doubt
 
 
 @pytest.mark.parametrize("gate", ["none", "hard"])
 def test_an_ignored_label_leaves_the_others_alone(gate: str, tmp_path: Path) -> None:
-    data = examples()
+    data = examples(wrong=0.2)
     data[5]["labels"] = torch.tensor(-100)
     trainer = classify(tmp_path, data, poprisk_label_noise="weight", poprisk_gate=gate)
-    judged_from(trainer, 6)
     trainer.train()
-    table = trainer._label_noise.table
+    judge = trainer._label_noise
     assert all(p.isfinite().all() for p in trainer.model.parameters())
     assert not any(e.get("poprisk/steps_skipped") for e in trainer.state.log_history)
-    assert table.visits[5] == 0 and table.columns["weight"].min() < 0.9
+    assert judge.table.visits.tolist() == [1] * 5 + [0] + [1] * 54
+    assert judge.table.columns["weight"][5] == 1 and judge.p_correct()[5] == pytest.approx(1 - judge.fit.rate)
+    assert all(np.isfinite(e["poprisk/loss_weighted"]) for e in trainer.state.log_history if "loss" in e)
 
 
-class Spoiled(Classifier):
-    """Gives one example of the sixth step a gradient that is not finite."""
+def test_the_features_do_not_know_the_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are gradients of one combination of the logits, the same one for all examples."""
+    given: list[Any] = []
+    judge_all = ClassNoise.judge_all
+    monkeypatch.setattr(
+        ClassNoise, "judge_all", lambda self, *args: (given.append(args), judge_all(self, *args))[1]
+    )
+    for shift in (0, 1):
+        data = [{"x": e["x"], "labels": (e["labels"] + shift) % 3} for e in examples()]
+        classify(tmp_path, data, poprisk_label_noise="audit", max_steps=1).judge_labels()
+    (index, parts, labels, classes), (_, shifted, others, _) = given
+    assert index.tolist() == list(range(60)) and classes == 3 and len(parts) == 2
+    assert labels.tolist() == [int(e["labels"]) for e in examples()] == [(i - 1) % 3 for i in others]
+    for one, other in zip(parts, shifted, strict=True):
+        np.testing.assert_array_equal(one, other)
+    # the head's are apart: its inputs, in its basis
+    assert [part.shape[1] for part in parts] == [16 * 3, 6 * 16]
 
-    calls = 0
 
-    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        out = super().forward(x, labels)
-        self.calls += self.training
-        return {**out, "loss": out["loss"] * math.nan} if self.calls == 6 else out
+def test_judging_leaves_the_model_and_chance_as_they_were(tmp_path: Path) -> None:
+    class Dropped(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net.insert(2, nn.Dropout(0.5))
+
+    trainer = classify(tmp_path, examples(), Dropped(), poprisk_label_noise="audit")
+    before, chance = weights(trainer), torch.get_rng_state()
+    one, other = trainer.judge_labels(), trainer.judge_labels()
+    assert same(before, weights(trainer)) and torch.equal(torch.get_rng_state(), chance)
+    assert trainer.model.training and all(
+        p.grad is None and p.requires_grad for p in trainer.model.parameters()
+    )
+    np.testing.assert_array_equal(one.log_odds, other.log_odds)  # without dropout
 
 
-def test_a_step_that_is_left_out_is_no_visit(tmp_path: Path) -> None:
-    options = {"poprisk_gate": "hard", "save_strategy": "steps", "save_steps": 6, "num_train_epochs": 2}
-    trainer = classify(tmp_path, examples(), Spoiled(), poprisk_label_noise="audit", **options)
-    trainer.train()
-    table = trainer._label_noise.table
-    assert table.visits.sum() == 48 - 4 and sorted(table.visits.tolist())[:4] == [1] * 4
-    assert all(column.isfinite().all() for column in table.columns.values())
-    assert 0 < float(trainer._label_noise.clip_coefficient) <= 1
-    saved = read_table(tmp_path / "checkpoint-6")[1]
-    assert 0 < saved["clip_coefficient"] <= 1
+def test_a_padding_copy_is_counted_once() -> None:
+    """It stands on two ranks."""
+    judge = ClassNoise("weight", ExampleTable(np.arange(4)))
+    logits, labels = torch.randn(3, 5), torch.tensor([0, 1, 2])
+    with judge.visit(torch.tensor([2, 0, 3])):
+        F.cross_entropy(logits, labels)
+    judge.finish_step(lambda rows: torch.cat([rows, rows[1:2]]))
+    z: Tensor = class_log_odds(logits, labels)
+    assert judge.pop_logs()["poprisk/loss_weighted"] == pytest.approx(F.softplus(-z).mean().item(), rel=1e-5)

@@ -22,7 +22,6 @@ def test_the_fit_finds_the_rate_and_the_scale(rate: float, labels: int) -> None:
     assert -0.02 < fit.rate - wrong.mean() < (0.02 if labels == 2 else 0.06)
     assert fit.tau == pytest.approx(0.5, rel=0.15) if labels == 2 else fit.tau <= 3.001
     assert fit.high - fit.low < 0.08 or rate == 0.4
-    assert not fit.capped
     weight = fit.p_correct(torch.tensor(zeta)).numpy()
     assert weight.mean() == pytest.approx(1 - wrong.mean(), abs=0.03 if labels == 2 else 0.08)
     for low, high in ((0, 0.2), (0.4, 0.6), (0.8, 1.01)):  # calibrated
@@ -83,7 +82,7 @@ def test_no_scale_of_the_log_odds_is_too_small_or_too_large(size: float) -> None
 def test_without_a_sign_every_rate_is_as_likely() -> None:
     fit = fit_noise(np.zeros(100))
     assert [fit.low, fit.rate, fit.high] == pytest.approx([0.025 * MAX_RATE, MAX_RATE / 2, 0.975 * MAX_RATE])
-    assert fit.open_ended and not fit.capped
+    assert fit.open_ended
 
 
 def test_at_a_rate_of_zero_every_label_is_right() -> None:
@@ -107,7 +106,7 @@ def test_where_no_label_is_contradicted_the_rate_is_next_to_nothing() -> None:
 
 def test_nothing_to_learn_from_leaves_the_rate_open() -> None:
     fit = fit_noise(np.random.default_rng(0).choice([-1.0, 1.0], 4000))
-    assert fit.low < 0.05 and fit.open_ended and fit.high <= MAX_RATE and not competent(fit)
+    assert fit.low < 0.05 and fit.open_ended and fit.high <= MAX_RATE and not competent(fit, "pairs")
     with pytest.raises(ValueError, match="at least one example"):
         fit_noise(np.array([]))
     with pytest.raises(ValueError, match="finite"):
@@ -122,9 +121,9 @@ def test_what_is_explained_is_none_at_chance_and_all_where_every_label_is_sure()
         assert sure.explained == pytest.approx(1.0, abs=0.02)
         logits = rng.normal(size=(4000, classes))  # whatever the label is, which is the first
         guessed = fit_noise(logits[:, 0] - np.log(np.exp(logits[:, 1:]).sum(1)), classes)
-        assert guessed.explained < 0.1 and competent(sure) and not competent(guessed)
+        assert guessed.explained < 0.1 and competent(sure, "examples") and not competent(guessed, "pairs")
         by_luck = replace(sure, num_examples=2 if classes == 2 else 1)
-        assert not competent(replace(by_luck, log_likelihood=-math.log(classes) + 0.5))
+        assert not competent(replace(by_luck, log_likelihood=-math.log(classes) + 0.5), "pairs")
     nobody = NoiseFit(0.0, 0.0, 0.1, 1.0, 2, 0.0, 100)
     assert nobody.explained == 1.0
 

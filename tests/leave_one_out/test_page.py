@@ -15,7 +15,7 @@ from hf_poprisk.leave_one_out import page
 from hf_poprisk.leave_one_out.data import find_rows, whole_text
 from hf_poprisk.leave_one_out.page import write_page
 from hf_poprisk.leave_one_out.run import load_run
-from leave_one_out.judged import FIT, FITS, N, command, log_odds, message, pairs, posterior, refused, save_run
+from leave_one_out.judged import FIT, N, command, log_odds, message, pairs, posterior, refused, save_run
 
 HOSTILE = [
     "</script><img src=x onerror=alert(1)>",
@@ -105,17 +105,11 @@ def test_the_headline_and_the_histogram(tmp_path: Path) -> None:
 
 
 def test_an_estimate_that_means_little_is_named(tmp_path: Path) -> None:
-    save_run(tmp_path / "run", fits=[replace(FIT, high=0.44)])
+    save_run(tmp_path / "run", fit=replace(FIT, high=0.44))
     found = written(tmp_path, pairs())
     assert found.paragraphs[0].startswith("Noise rate: open. ")
     assert "leave the noise rate open (0.150 to 0.440)" in found.paragraphs[0]
     assert "about 25" not in found.source
-    save_run(tmp_path / "run", fits=FITS[:2], preferences=False)
-    assert (
-        written(tmp_path, Dataset.from_dict({"text": ["text"] * N, "label": [0] * N}))
-        .paragraphs[1]
-        .startswith("But labels were still predicted better")
-    )
 
 
 @pytest.mark.parametrize("pairs_of_texts", [True, False])
@@ -240,9 +234,3 @@ def test_together_with_the_other_outputs(run: Path, saved: Path, tmp_path: Path,
     assert sorted(path.name for path in saved.iterdir()) == sorted(
         ["data-00000-of-00001.arrow", "dataset_info.json", "state.json"]
     )
-
-
-def test_without_an_estimate(tmp_path: Path, saved: Path, capsys: Any) -> None:
-    run, path = save_run(tmp_path / "run", fits=[]), tmp_path / "page.html"
-    assert "no estimate of the noise rate" in refused(capsys, run, "--dataset", saved, "--page", path)
-    assert not path.exists()

@@ -1,7 +1,6 @@
 """What cannot be judged is refused in one sentence."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from torch import Tensor
@@ -53,13 +52,3 @@ def test_a_refusal_names_a_way_out_that_is_one(tmp_path: Path) -> None:
     trainer.is_fsdp_enabled = True
     with pytest.raises(ValueError, match="FSDP is not supported .* poprisk_label_noise=off"):
         trainer.train()
-
-
-def test_experts_that_are_balanced_are_refused(tmp_path: Path) -> None:
-    model = Classifier()
-    model.config = SimpleNamespace(output_router_logits=True, router_aux_loss_coef=0.01)
-    trainer = classify(
-        tmp_path, examples(), model, poprisk_label_noise="audit", per_device_train_batch_size=1
-    )
-    with pytest.raises(ValueError, match="a term to the loss that is not about labels"):
-        trainer.create_optimizer()

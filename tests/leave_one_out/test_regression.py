@@ -5,10 +5,10 @@ import pytest
 from scipy.optimize import minimize
 from sklearn.metrics import roc_auc_score
 
-from hf_poprisk.leave_one_out.judgement import RIDGES, _candidates, _simplest, judge
+from hf_poprisk.leave_one_out.judgement import RIDGES, _simplest, candidates, judge
 from hf_poprisk.leave_one_out.noise import fit_noise, likelihood
 from hf_poprisk.leave_one_out.regression import leave_one_out
-from hf_poprisk.leave_one_out.weights import doubt_before
+from hf_poprisk.leave_one_out.weights import doubt
 
 
 def drawn(n: int = 60, m: int = 12, seed: int = 0) -> np.ndarray:
@@ -52,13 +52,13 @@ def test_a_swapped_pair_has_the_opposite_log_odds_from_the_same_others() -> None
 @pytest.mark.parametrize("k", [5, 200])
 def test_candidates_have_the_inner_products_of_the_parts_and_of_all(k: int) -> None:
     one, other = (drawn(30, k, seed).astype(np.float32) for seed in (0, 1))
-    found = dict(_candidates({0: one, 1: other}))
+    found = dict(candidates({0: one, 1: other}))
     assert found.keys() == {0, 1, None} and all(x.dtype == np.float64 for x in found.values())
     grams = {0: one @ one.T, 1: other @ other.T, None: (one @ one.T + other @ other.T) / 2}
     for part, x in found.items():
         assert x.shape[1] <= 30
         np.testing.assert_allclose(x @ x.T, grams[part], atol=1e-3)
-    assert dict(_candidates({1: one})).keys() == {1}
+    assert dict(candidates({1: one})).keys() == {1}
 
 
 def labelled(n: int, noise: float, signal: float = 3.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -161,8 +161,8 @@ def test_copies_are_counted_and_doubted() -> None:
     features, _ = labelled(100, 0.3)
     found = judge([np.concatenate([features, features[:20]])])
     assert found.num_copies == 20
-    assert doubt_before(found.fit, 20).startswith("20 pairs are copies of others")
-    assert "copies" not in (doubt_before(found.fit, 1) or "")
+    assert doubt(found.fit, 20, "pairs").startswith("20 pairs are copies of others")
+    assert "copies" not in (doubt(found.fit, 1, "pairs") or "")
 
 
 def test_what_cannot_be_judged_is_refused() -> None:

@@ -2,7 +2,6 @@
 
 import math
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 
-from hf_poprisk.leave_one_out import TABLE_NAME, ClassNoise, ExampleTable, NoiseFit
-from hf_poprisk.leave_one_out.judge import Visit
+from hf_poprisk.leave_one_out import TABLE_NAME, NoiseFit
 from hf_poprisk.leave_one_out.run import load_run
 from leave_one_out.judged import FIT, N, command, log_odds, posterior, refused, save_run
 
@@ -21,15 +18,11 @@ from leave_one_out.judged import FIT, N, command, log_odds, posterior, refused, 
 @pytest.mark.parametrize(
     ("preferences", "fit"), [(True, FIT), (False, NoiseFit(0.2, 0.1, 0.3, 1.2, 5, -1.0, N))]
 )
-def test_labels_are_judged_as_in_training(tmp_path: Path, preferences: bool, fit: NoiseFit) -> None:
-    """And where an example was not visited, nothing but the rate is known of it."""
-    run = load_run(save_run(tmp_path / "run", fits=[FIT, fit], preferences=preferences, never=(3, 7)))
+def test_labels_are_judged_as_the_formula_says(tmp_path: Path, preferences: bool, fit: NoiseFit) -> None:
+    """And where an example was not judged, nothing but the rate is known of it."""
+    run = load_run(save_run(tmp_path / "run", fit=fit, preferences=preferences, never=(3, 7)))
     expected = [1 - fit.rate if i in (3, 7) else posterior(float(z), fit) for i, z in enumerate(log_odds())]
     np.testing.assert_allclose(run.p_correct, expected, rtol=1e-6)
-    judge = ClassNoise("weight", ExampleTable(np.arange(N)))
-    judge.fits, judge.judging_since, visit = [replace(fit, log_likelihood=-0.5)], 16, Visit(torch.arange(N))
-    weight = judge.sample_weight(visit, torch.from_numpy(log_odds()), 2)
-    np.testing.assert_allclose(run.p_correct[run.visited], weight[run.visited], rtol=1e-5)
 
 
 def test_folders_that_are_not_of_a_run(run: Path, tmp_path: Path, capsys: Any) -> None:
@@ -53,9 +46,9 @@ def change(table: pa.Table, name: str, values: Any) -> pa.Table:
         (lambda t: t.drop_columns(["log_odds"]), "is not the table of a judged run"),
         (lambda t: t.replace_schema_metadata({}), "is not the table of a judged run"),
         (lambda t: change(t, "index", pa.array([0] * N)), "has an index more than once"),
-        (lambda t: change(t, "visits", pa.array([0] * N)), "no example that was trained on"),
+        (lambda t: change(t, "visits", pa.array([0] * N)), "no example that was judged"),
         (lambda t: change(t, "log_odds", pa.array([math.nan] * N)), "log-odds that are not finite"),
-        (lambda t: t.slice(0, 0), "no example that was trained on"),
+        (lambda t: t.slice(0, 0), "no example that was judged"),
     ],
 )
 def test_tables_of_something_else(run: Path, capsys: Any, damage: Any, says: str) -> None:

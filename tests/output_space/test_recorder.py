@@ -98,7 +98,7 @@ def test_the_recorded_kernel_is_that_of_the_step_taken(tmp_path: Path, optim: st
 
 
 def test_recording_changes_nothing_in_a_judged_and_gated_run(tmp_path: Path) -> None:
-    data, weights = classified(24), []
+    data, weights = classified(56), []  # judged are 50 or more
     settings = {"optim": "poprisk_adamw", "per_device_train_batch_size": 8, "max_steps": 6}
     for callbacks in ([recorder(data, data[:4], 2, ClassLogits())], []):
         torch.manual_seed(0)

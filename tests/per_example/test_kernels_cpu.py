@@ -43,17 +43,6 @@ def test_add_squares(shape: tuple[int, ...], first: bool, fresh: bool, threads: 
     torch.testing.assert_close(square.double(), expected, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("numel", [0, 1, 91, 2048, 5000])
-def test_weigh(numel: int) -> None:
-    h, precondition = torch.randn(5, numel), torch.rand(numel) * 10
-    expected = (h.double() * (h.double() * precondition).clamp(-2.5, 2.5)).sum(1)
-    found = kernels_cpu.weigh(h, precondition, 2.5)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-3)
-    if numel > 1:
-        h[2, 1] = torch.nan
-        assert kernels_cpu.weigh(h, precondition, 2.5).isnan().tolist() == [i == 2 for i in range(5)]
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("gate", ["hard", "soft"])
 def test_decide(gate: str, shape: tuple[int, ...], threads: int) -> None:
