@@ -24,10 +24,8 @@ def plot(run: Run, path: Path, flips: np.ndarray | None = None) -> None:
     need("matplotlib", "--plot")
     from matplotlib.figure import Figure
 
-    p_correct, edges = (
-        run.p_correct[run.visited],
-        np.linspace(0, 1, 21).tolist(),
-    )  # no bar is of both sides of .5
+    p_correct = run.p_correct[run.visited]
+    edges = np.linspace(0, 1, 21).tolist()  # no bar is of both sides of .5
     below = p_correct < 0.5
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axis = figure.subplots()

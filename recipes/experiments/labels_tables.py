@@ -94,7 +94,7 @@ def pairs(rows: pd.DataFrame, before: pd.DataFrame) -> str:
     out = []
     past = before[before["arm"].isin(["weight", "drop-told"])]
     known = pd.concat([rows, past.assign(arm=past["arm"] + " in training")])
-    arms = ("adamw", "soft", "weight", "right-only", "weight in training", "drop-told in training")
+    arms = ("adamw", "soft", "em", "weight", "right-only", "weight in training", "drop-told in training")
     for (data, noise, rate), found in known.groupby(["data", "noise", "learning_rate"]):
         of = {arm: found[found["arm"] == arm] for arm in arms}
         weight = of["weight"]
@@ -109,7 +109,9 @@ def pairs(rows: pd.DataFrame, before: pd.DataFrame) -> str:
             [data, f"{100 * noise:g} %", f"{rate:g}", str(len(weight)), *values]
             + [difference(weight, same["adamw"], "test_accuracy"), mean(weight, "test_kl_per_token", 2)]
         )
-    heads = "data | flipped | learning rate | seeds | AdamW | soft gate | weight | told which | in training "
+    heads = (
+        "data | flipped | learning rate | seeds | AdamW | soft gate | EM | weight | told which | in training "
+    )
     heads += "| drop-told | weight − AdamW [95 %] | KL of weight"
     return markdown(heads.split(" | "), out)
 
