@@ -1,0 +1,80 @@
+"""The rivals of judging by gradients, the arm of expectation-maximization, and real data out of packages."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import labels_arms
+import labels_judged
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from models import tiny_model
+from sklearn.metrics import roc_auc_score
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+import prepare_real
+
+
+def test_embeddings_are_those_of_each_text_alone() -> None:
+    model, generator = tiny_model(), torch.Generator().manual_seed(0)
+    texts = [torch.randint(5, 30, (length,), generator=generator) for length in (6, 9, 7, 5)]
+    starts = (2, 4, 2, 4)  # two pairs: prompts of two tokens and of four
+    batch = {name: torch.zeros(4, 9, dtype=torch.long) for name in ("input_ids", "attention_mask")}
+    batch["completion_mask"] = torch.zeros(4, 9, dtype=torch.long)
+    for row, (text, start) in enumerate(zip(texts, starts, strict=True)):
+        batch["input_ids"][row, : len(text)] = text
+        batch["attention_mask"][row, : len(text)] = 1
+        batch["completion_mask"][row, start : len(text)] = 1
+    for which, pooled in (("last", lambda h: h[-1]), ("mean", lambda h: h.mean(0))):
+        with torch.no_grad():
+            alone = [
+                pooled(model(text[None], output_hidden_states=True).hidden_states[-1][0, start:])
+                for text, start in zip(texts, starts, strict=True)
+            ]
+        expected = torch.stack([alone[0] - alone[2], alone[1] - alone[3]])
+        np.testing.assert_allclose(labels_judged.embedded(model, batch, which), expected, atol=1e-5)
+
+
+def test_five_folds_find_swapped_pairs_where_features_tell() -> None:
+    rng = np.random.default_rng(0)
+    direction, x = rng.normal(size=20), rng.normal(size=(300, 20))
+    mislabeled = rng.permutation(300) < 60
+    x *= (np.sign(x @ direction) * np.where(mislabeled, -1, 1))[:, None]
+    assert roc_auc_score(mislabeled, -labels_judged.cross_validated(x, 0)) > 0.9
+
+
+def test_em_descends_the_likelihood_of_a_label_that_may_be_swapped() -> None:
+    judge = object.__new__(labels_arms.EM)
+    judge.table = SimpleNamespace(columns={"weight": torch.ones(3)})
+    judge.examples_per_step = 3
+    z = torch.tensor([-2.0, 0.1, 3.0], requires_grad=True)
+    factor = judge.sample_weight(SimpleNamespace(rows=torch.arange(3)), z.detach())
+    (-torch.log(0.9 * torch.sigmoid(z) + 0.1 * torch.sigmoid(-z))).sum().backward()
+    plain = torch.autograd.grad(-F.logsigmoid(z).sum(), z)[0]
+    torch.testing.assert_close(factor * plain, z.grad)
+    p = 0.9 * torch.sigmoid(z) / (0.9 * torch.sigmoid(z) + 0.1 * torch.sigmoid(-z))
+    assert judge.rate == pytest.approx(0.9 * 0.1 + 0.1 * float((1 - p).mean().detach()), rel=1e-5)
+
+
+def test_reviews_become_pairs(tmp_path: Path) -> None:
+    reviews = pd.DataFrame({"category": ["fresh", "rotten", "fresh", "rotten"], "text": ["a", "b", "c", "d"]})
+    words = prepare_real.sentiment(reviews)
+    assert words.chosen.tolist() == [" positive", " negative"] * 2
+    assert words.rejected.tolist() == [" negative", " positive"] * 2
+    assert words.prompt[1] == "Review: b\nThe sentiment of this review is"
+    texts = prepare_real.writing(reviews)
+    assert texts.chosen.tolist() == ["a", "d"] and texts.rejected.tolist() == ["b", "c"]
+    assert ["positive" in prompt for prompt in texts.prompt] == [True, False]
+    prepare_real.write_splits(words, {"train": 2, "test": 1}, tmp_path / "out")
+    sizes = {name: len(pd.read_parquet(tmp_path / "out" / f"{name}.parquet")) for name in ("train", "test")}
+    assert sizes == {"train": 2, "test": 1}
+
+
+def test_a_package_that_is_missing_or_another_is_refused() -> None:
+    with pytest.raises(SystemExit, match="no_such_package is not installed"):
+        prepare_real.packaged("no_such_package", "file", "")
+    with pytest.raises(SystemExit, match="is not the file that the results were made with"):
+        prepare_real.packaged("torch", "__init__.py", "0")
