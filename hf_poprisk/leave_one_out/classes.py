@@ -19,15 +19,12 @@ from hf_poprisk.leave_one_out.ridge import Ridge
 RIDGES = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 
 
-def judge_classes(
-    parts: Sequence[np.ndarray], labels: np.ndarray, num_labels: int, seed: int = 0
-) -> Judgement:
+def judge_classes(parts: Sequence[np.ndarray], labels: np.ndarray, seed: int = 0) -> Judgement:
     """Judge every label by a regression on the features of all others.
 
     Args:
         parts: features of the examples, whatever their labels are, [n, k] each.
-        labels: [n] int, in [0, K).
-        num_labels: K ≥ 2.
+        labels: [n] int. K is how many different ones there are, of which a head may have more.
         seed: of the folds.
 
     Raises:
@@ -37,6 +34,8 @@ def judge_classes(
     units = unit_features(parts)
     if (labels == labels[0]).all():
         raise ValueError("all labels are the same, so none says anything about another.")
+    known, labels = np.unique(labels, return_inverse=True)
+    num_labels = len(known)
     targets = np.eye(num_labels)[labels]
     first = [
         (likelihood, part, features, ridge, log_odds)
@@ -53,7 +52,8 @@ def judge_classes(
         fit = replace(fit_noise(log_odds, num_labels), log_likelihood=fit.log_likelihood)
         rounds = 2
     p_correct = fit.p_correct(torch.from_numpy(log_odds)).numpy()
-    return Judgement(log_odds, p_correct, fit, part, ridge, rounds, num_copies(next(iter(units.values()))))
+    copies = num_copies(next(iter(units.values())), labels)
+    return Judgement(log_odds, p_correct, fit, part, ridge, rounds, copies)
 
 
 def _with_constant(features: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from hf_poprisk.command import UserError, folder_beside
 from hf_poprisk.leave_one_out.data import TRUTH
 from hf_poprisk.leave_one_out.index import INDEX
 from hf_poprisk.leave_one_out.run import Run
-from hf_poprisk.leave_one_out.weights import ALL_CLEAN
+from hf_poprisk.leave_one_out.weights import ALL_CLEAN, sample_weights
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -79,10 +79,11 @@ def check_write(run: Run, data: Dataset, rows: np.ndarray, kind: str, force: boo
 def write_data(run: Run, data: Dataset, rows: np.ndarray, kind: str, folder: Path) -> int:
     """Write a copy with ``save_to_disk``, after ``check_write``; the folder appears whole or not at all.
 
-    ``filtered`` is without the rows whose label is more likely mislabeled than clean; ``weighted`` has the
-    probability of being correct in a float32 column ``label_weight``; ``reflipped`` has those pairs reversed,
-    scores included, and says so in a bool column ``reflipped`` (a bool column ``is_flipped`` goes on telling
-    which pairs are the wrong way round, so it changes with them). All keep the rows' ``example_index``.
+    ``filtered`` is without the rows whose label is more likely mislabeled than clean; ``weighted`` has what
+    ``poprisk_label_noise=weight`` weights a row by, in a float32 column ``label_weight``; ``reflipped`` has
+    those pairs reversed, scores included, and says so in a bool column ``reflipped`` (a bool ``is_flipped``
+    goes on telling which pairs are the wrong way round, so it changes with them). All keep the rows'
+    ``example_index``.
 
     Args:
         rows: as ``find_rows`` gives them, [n].
@@ -90,7 +91,7 @@ def write_data(run: Run, data: Dataset, rows: np.ndarray, kind: str, folder: Pat
         folder: empty, or not there yet.
 
     Returns:
-        How many rows were dropped or reversed; for ``weighted``, how many weigh less than 1/2.
+        How many rows were dropped or reversed; for ``weighted``, how many are below .5.
     """
     target = Path(os.path.abspath(folder))
     weights = row_weights(run, data, rows)
@@ -101,7 +102,7 @@ def write_data(run: Run, data: Dataset, rows: np.ndarray, kind: str, folder: Pat
         if kind == "filtered":
             data = data.select(np.flatnonzero(~mislabeled))
         elif kind == "weighted":
-            data = data.add_column("label_weight", weights)
+            data = data.add_column("label_weight", sample_weights(weights, run.preferences))
         else:
             data = _reflipped(data, mislabeled, temporary / "swapped.arrow")
         data.save_to_disk(str(temporary / "data"))

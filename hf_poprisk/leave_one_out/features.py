@@ -65,8 +65,22 @@ def label_features(
             "weights but for its embeddings: stacked experts and convolutions have no part in it."
         )
 
+    checked = False
+
+    def check(batch: Any) -> None:
+        """An example's gradient must be in its own rows: z of the first one has none in the others'."""
+        factors = LinearFactors(model, layers, _of_the_first)
+        with factors.forward():
+            z = log_odds(model, batch)
+        if len(z) > 1:
+            factors.backward(z * (torch.arange(len(z), device=z.device) == 0), rows_per_example)
+
     def run(see: Any, count: int | None, done: Callable[[], None] = lambda: None) -> None:
+        nonlocal checked
         for batch in batches(count):
+            if not checked:
+                check(batch)
+                checked = True
             factors = LinearFactors(model, layers, see)
             with factors.forward():
                 z = log_odds(model, batch)
@@ -96,6 +110,14 @@ def label_features(
 
         run(see, None, done)
     return [torch.cat(found).numpy() for found in rows]
+
+
+def _of_the_first(name: str, a: Tensor, d: Tensor) -> None:
+    if d[1:].any():
+        raise ValueError(
+            f"labels cannot be judged by the gradients of {name}, which does not hold the examples of a "
+            "micro-batch side by side in its first dimension: give a model whose layers do."
+        )
 
 
 def spread(items: Sequence[int], count: int) -> list[int]:

@@ -22,7 +22,7 @@ from hf_poprisk.leave_one_out.judgement import Judgement, judge
 from hf_poprisk.leave_one_out.log_odds import LogOddsError, LogOddsTap
 from hf_poprisk.leave_one_out.noise import NoiseFit
 from hf_poprisk.leave_one_out.table import TABLE_NAME, ExampleTable, read_table
-from hf_poprisk.leave_one_out.weights import competent, doubt
+from hf_poprisk.leave_one_out.weights import competent, doubt, sample_weights
 
 LABEL_NOISE_MODES = ("off", "audit", "weight")
 RULE = 4  # of scores and estimates; raise it with either: a run cannot go on with others
@@ -78,11 +78,12 @@ class LabelNoise:
 
     # -- before the first step --------------------------------------------------------------------------
 
-    def _take(self, index: np.ndarray, found: Judgement, weight: np.ndarray) -> Judgement:
+    def _take(self, index: np.ndarray, found: Judgement) -> Judgement:
         """Keep what was found of the examples of an index; [n] each."""
         rows = self.table.rows(torch.from_numpy(index))
         self.fit, self._num_copies = found.fit, found.num_copies
         self.weighted = competent(found.fit, self._what)
+        weight = sample_weights(found.p_correct, self.preferences)
         values = {"log_odds": found.log_odds, "weight": weight if self.weighted else np.ones_like(weight)}
         self.table.visit(rows, **{name: torch.from_numpy(x).to(rows.device) for name, x in values.items()})
         return found
@@ -235,33 +236,25 @@ class PairNoise(LabelNoise):
         Raises:
             ValueError: see ``judge``.
         """
-        found = judge(parts)
-        return self._take(index, found, found.p_correct)
+        return self._take(index, judge(parts))
 
 
 class ClassNoise(LabelNoise):
-    """Of classes; an example counts by how much likelier its label is correct than not, ``max(0, 2p − 1)``.
-
-    What is left of a mislabeled example's weight is enough for Adam to learn it by heart in many epochs.
-    """
+    """Of classes."""
 
     preferences = False
     _what = "examples"
 
-    def judge_all(
-        self, index: np.ndarray, parts: list[np.ndarray], labels: np.ndarray, num_labels: int
-    ) -> Judgement:
+    def judge_all(self, index: np.ndarray, parts: list[np.ndarray], labels: np.ndarray) -> Judgement:
         """Judge classes by the features of their examples.
 
         Args:
             index: ``example_index``, [n].
             parts: as ``label_features`` gives them, [n, k] each.
             labels: [n] int; a negative one is no label, and is not judged.
-            num_labels: K.
 
         Raises:
             ValueError: see ``judge_classes``.
         """
         known = labels >= 0
-        found = judge_classes([x[known] for x in parts], labels[known], num_labels)
-        return self._take(index[known], found, (2 * found.p_correct - 1).clip(0))
+        return self._take(index[known], judge_classes([x[known] for x in parts], labels[known]))

@@ -38,6 +38,7 @@ from hf_poprisk.leave_one_out.judge_model import (
     check_class_model,
     check_pair_model,
     has_head,
+    length_of,
     load_config,
     load_model,
     of_head,
@@ -213,9 +214,9 @@ def _pair_trainer(
 
     from hf_poprisk.trl import PopRiskDPOConfig, PopRiskDPOTrainer, PopRiskRewardConfig, PopRiskRewardTrainer
 
-    options = {} if args.max_length is None else {"max_length": args.max_length}
     kind = PopRiskRewardConfig if args.reward else PopRiskDPOConfig
-    config = kind(str(folder), activation_checkpointing=False, **_common(args), **options)
+    config = kind(str(folder), activation_checkpointing=False, **_common(args))
+    config.max_length = length_of(args, config.max_length)
     config.check_training()
     common = {"args": config, "train_dataset": data, "processing_class": tokenizer}
     if args.reward:

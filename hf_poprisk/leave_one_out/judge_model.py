@@ -75,12 +75,22 @@ def check_class_model(args: argparse.Namespace, config: Any, num_classes: int, n
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise UserError(f"the tokenizer of {args.model} has no pad_token, which fills up a batch.")
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
-    limit = min([tokenizer.model_max_length, *[positions] * (positions > 0)])
-    if args.max_length is not None and args.max_length > limit:
-        raise UserError(f"--max_length {args.max_length} is too long: {args.model} takes {limit} tokens.")
-    tokenizer.model_max_length = args.max_length or min(_MAX_LENGTH, limit)
+    tokenizer.model_max_length = length_of(args, min(_MAX_LENGTH, tokenizer.model_max_length))
     return tokenizer
+
+
+def length_of(args: argparse.Namespace, default: int | None) -> int | None:
+    """``--max_length``, or the default, as far as the model's positions go.
+
+    Raises:
+        UserError: they do not go as far as what was asked for.
+    """
+    limit = getattr(load_config(args.model).get_text_config(), "max_position_embeddings", None)
+    if args.max_length is not None and limit is not None and args.max_length > limit:
+        raise UserError(f"--max_length {args.max_length} is too long: {args.model} takes {limit} tokens.")
+    if args.max_length is not None:
+        return args.max_length
+    return default if limit is None else min(limit, default or limit)
 
 
 def _kind(config: Any) -> str:

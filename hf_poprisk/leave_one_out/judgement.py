@@ -132,11 +132,18 @@ def _unit(x: np.ndarray) -> np.ndarray | None:
     return x / np.where(lengths > NOTHING * np.median(lengths[lengths > 0]), lengths, np.inf)
 
 
-def num_copies(unit: np.ndarray) -> int:
-    """Examples whose features, not zero, are those of an earlier one, up to rounding."""
+def num_copies(unit: np.ndarray, labels: np.ndarray | None = None) -> int:
+    """Examples whose features, not zero, are those of an earlier one, up to rounding.
+
+    Args:
+        labels: [n], of classes, whose features do not know them: copies have the same one.
+    """
     drawn = unit @ np.random.default_rng(0).normal(size=(unit.shape[1], 4)).astype(np.float32)
-    drawn = drawn[np.abs(drawn).any(1)]
-    return len(drawn) - len(np.unique(np.round(drawn, 3), axis=0))
+    some = np.abs(drawn).any(1)
+    rows = np.round(drawn[some], 3)
+    if labels is not None:
+        rows = np.column_stack([rows, labels[some]])
+    return len(rows) - len(np.unique(rows, axis=0))
 
 
 def _path(

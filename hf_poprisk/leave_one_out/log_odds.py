@@ -105,6 +105,8 @@ def _check_cross_entropy(logits: Tensor, labels: Tensor, rest: list[Any], kwargs
         raise LogOddsError(f"its logits are {list(logits.shape)} and not [examples, labels]")
     if rest or kwargs.get("weight") is not None or kwargs.get("label_smoothing"):
         raise LogOddsError("its cross-entropy has class weights or label smoothing")
+    if kwargs.get("ignore_index", -100) >= 0:
+        raise LogOddsError("its cross-entropy ignores a label that is not negative")
     if kwargs.get("reduction", "mean") not in ("mean", "sum", "none"):
         raise LogOddsError(f"its reduction is {kwargs['reduction']}")
 

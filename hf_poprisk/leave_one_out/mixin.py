@@ -90,7 +90,7 @@ class LabelNoiseMixin(IndexMixin):
         size = self.args.per_device_train_batch_size
         index: list[Tensor] = []
         labels: list[Tensor] = []
-        classes = size_of_batch = 0
+        size_of_batch = 0
 
         def batches(count: int | None) -> Iterator[Any]:
             nonlocal size_of_batch
@@ -114,15 +114,13 @@ class LabelNoiseMixin(IndexMixin):
                 yield self._prepare_inputs(batch)
 
         def log_odds(model: torch.nn.Module, inputs: Any) -> Tensor:
-            nonlocal classes
             with self.compute_loss_context_manager():  # autocast is for the forward alone
                 if self._preferences:
                     return self.label_log_odds(model, inputs)
                 logits, of_batch = self.class_logits(model, inputs, size_of_batch)
             if len(labels) < len(index):
                 labels.append(of_batch.cpu())
-            classes = logits.shape[1]
-            return logits.float() @ _combination(classes).to(logits.device)
+            return logits.float() @ _combination(logits.shape[1]).to(logits.device)
 
         parts = label_features(
             model,
@@ -138,7 +136,7 @@ class LabelNoiseMixin(IndexMixin):
         columns = [x[first] for x in columns]
         if self._preferences:
             return judge.judge_all(ids, columns)
-        return judge.judge_all(ids, columns[1:], columns[0], classes)
+        return judge.judge_all(ids, columns[1:], columns[0])
 
     def _of_all_ranks(self, x: Any) -> Tensor:
         x = torch.as_tensor(x)

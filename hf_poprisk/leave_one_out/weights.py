@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from hf_poprisk.leave_one_out.noise import NoiseFit
 
 OPEN_WIDTH = 0.3  # of an interval that tells little; that of a flat posterior is .43
@@ -12,6 +14,15 @@ ALL_CLEAN = 0.01  # a lower end of the interval below it: there may be no mislab
 # Of what can be known of the labels, how much must be predicted before they are followed. Of classes more:
 # what is ambiguous looks mislabeled (clean texts of which half is explained: 28 % below .5).
 EXPLAINED = {"pairs": 0.1, "examples": 0.75}
+
+
+def sample_weights(p_correct: np.ndarray, preferences: bool) -> np.ndarray:
+    """What a label counts in training, by the probability that it is correct; [n] each.
+
+    A pair counts by p itself, an example of a class by how much likelier its label is correct than not,
+    ``max(0, 2p − 1)``: of a small weight Adam makes the same step, and learns it by heart in many epochs.
+    """
+    return p_correct if preferences else (2 * p_correct - 1).clip(0)
 
 
 def competent(fit: NoiseFit, what: str) -> bool:

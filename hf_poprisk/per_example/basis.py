@@ -44,8 +44,10 @@ class LayerBasis:
         return torch.bmm((d.float() @ self.left).mT, a.float() @ self.right)
 
     def preconditioner(self) -> Tensor:
-        """P, [l, r]."""
+        """P, [l, r]; zero where no gradient was measured, of which the scale is not known."""
         root = self.second_moment.sqrt()
+        if not root.any():
+            return root
         return 1.0 / (root + DAMPING * root.mean()).clamp(min=torch.finfo(root.dtype).tiny)
 
 
@@ -86,7 +88,8 @@ def measure_bases(run: Callable[[Callable[[str, Tensor, Tensor], None]], None]) 
         moments[name] = moments[name].add_(squares) if name in moments else squares
 
     run(see_moments)
-    total = _summed(torch.tensor(list(counts.values()), dtype=torch.float64))
+    device = next(iter(moments.values())).device  # of the gradients, where processes can meet
+    total = _summed(torch.tensor(list(counts.values()), device=device))
     return {
         name: LayerBasis(*rotation, _summed(moments[name]) / float(count))
         for (name, rotation), count in zip(rotations.items(), total, strict=True)

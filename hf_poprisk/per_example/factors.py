@@ -88,7 +88,10 @@ class LinearFactors:
 
     def _show(self, name: str) -> None:
         grads, inputs = self._grads.pop(name), self._inputs.pop(name)
-        calls = sorted(grads)
+        # a call with one row of its own is of a table that all examples share: relative positions
+        calls = [i for i in sorted(grads) if self._num_rows == 1 or inputs[i].shape[0] > 1]
+        if not calls:
+            return
         a, d = ([self._by_example(name, x[call]) for call in calls] for x in (inputs, grads))
         self._see(name, *(x[0] if len(x) == 1 else torch.cat(x, 1) for x in (a, d)))
 

@@ -5,7 +5,7 @@ import torch
 from models import tiny_model
 from torch import nn
 
-from hf_poprisk.leave_one_out.features import _share, num_features, spread
+from hf_poprisk.leave_one_out.features import _share, label_features, num_features, spread
 from hf_poprisk.per_example.factors import linear_layers
 
 
@@ -24,3 +24,20 @@ def test_examples_for_the_bases_are_from_all_of_the_data() -> None:
 
 def test_features_fit_half_a_gigabyte() -> None:
     assert [num_features(n) for n in (100, 1024, 10_000, 1_000_000)] == [1 << 17, 1 << 17, 13421, 4096]
+
+
+class TimeFirst(nn.Module):
+    """Works on [tokens, examples, width]; of as many tokens as examples the shapes do not tell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x.transpose(0, 1)).transpose(0, 1).sum((1, 2))
+
+
+def test_a_layer_that_holds_no_examples_one_by_one_is_refused() -> None:
+    x = torch.randn(5, 5, 4)
+    with pytest.raises(ValueError, match="gradients of layer, which does not hold the examples of a micro-b"):
+        label_features(TimeFirst(), lambda count: [x], lambda model, batch: model(batch))

@@ -134,8 +134,9 @@ def test_rows_are_known_again(bert_dir: Path, tmp_path: Path, capsys: Any) -> No
     write = ("--write", "weighted", "--to", tmp_path / "copy", "--force")
     run(capsys, *argv, *write, command="audit")
     found = table(tmp_path / "out")
-    weight = dict(zip(found["index"].tolist(), found["p_correct"].tolist(), strict=True))
-    assert datasets.load_from_disk(str(tmp_path / "copy"))["label_weight"][:] == [weight[i] for i in ids]
+    weight = dict(zip(found["index"].tolist(), (2 * found["p_correct"] - 1).clip(0).tolist(), strict=True))
+    written = datasets.load_from_disk(str(tmp_path / "copy"))["label_weight"][:]
+    assert written == pytest.approx([weight[i] for i in ids], abs=1e-6) and min(written) < max(written)
     other = indexed.map(lambda row: {"label": (row["label"] + 1) % 3})
     other.to_parquet(tmp_path / "other.parquet")
     says = refused(capsys, tmp_path / "out", "--dataset", tmp_path / "other.parquet", command="audit")

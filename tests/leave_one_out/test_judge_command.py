@@ -140,8 +140,8 @@ def test_it_is_what_an_audit_in_training_finds_without_its_reference(
 
         monkeypatch.setattr(LlamaForCausalLM, name, counted)
     run(capsys, llama_dir, data, "--output_dir", tmp_path / "out", "--per_device_train_batch_size", 4)
-    # one model, which passes over 60 pairs twice for the bases and once for the features
-    assert calls == {"__init__": 1, "forward": 3 * 15}
+    # one model, which passes over 60 pairs twice for the bases and once for the features, and a check
+    assert calls == {"__init__": 1, "forward": 3 * 15 + 1}
     found = table(tmp_path / "out")
     np.testing.assert_allclose(found["log_odds"], expected.log_odds, rtol=1e-4)
     np.testing.assert_allclose(found["p_correct"], expected.p_correct, atol=1e-6)

@@ -232,3 +232,28 @@ def test_with_a_bucket_for_every_coordinate_they_are_exact() -> None:
     rows = features.take()
     assert rows.shape == (6, 21)
     torch.testing.assert_close(rows @ rows.T, exact(bases, factors), rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_without_a_measured_gradient_has_no_part() -> None:
+    basis = LayerBasis(torch.eye(3), torch.eye(4), torch.zeros(3, 4))
+    assert not basis.preconditioner().any()
+
+
+def test_a_call_with_a_table_that_all_examples_share_is_left_out() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.table = nn.Linear(4, 2), nn.Parameter(torch.randn(1, 5, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.layer(x) * self.layer(self.table)).sum((1, 2))
+
+    model, seen = Shared(), {}
+    factors = LinearFactors(model, linear_layers(model), lambda name, a, d: seen.update({name: (a, d)}))
+    x = torch.randn(N, 5, 4)
+    with factors.forward():
+        z = model(x)
+    factors.backward(z)
+    a, d = seen["layer"]
+    torch.testing.assert_close(a, x)
+    torch.testing.assert_close(d, model.layer(model.table).detach().expand(N, 5, 2))
