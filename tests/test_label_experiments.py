@@ -311,13 +311,17 @@ def test_pairs_are_judged_at_every_share_of_flips(monkeypatch: pytest.MonkeyPatc
     rng = np.random.default_rng(0)
     x = rng.normal(size=(120, 20)) + 1.5  # all of one sign, mostly: clean
     monkeypatch.setattr(labels_judged, "features", lambda cell: [x.astype(np.float32)])
-    row = labels_judged.run({"data": "dpo", "seed": 0})
+    row = labels_judged.run({"data": "dpo", "seed": 0, "features": "gradients"})
+    other = labels_judged.run({"data": "dpo", "seed": 0, "features": "last"})
+    assert np.isnan(row["folds_20"]) and other["folds_20"] > 0.9
     assert row["rate_0"] < 0.02 and row["below_half_0"] == 0
     for noise in (10, 20, 30):
         assert row[f"auroc_least_{noise}"] > 0.97 and row[f"error_{noise}"] < 0.15
         assert row[f"low_{noise}"] < noise / 100 < row[f"high_{noise}"]
     assert f"| dpo | 20 % | {row['rate_20']:.3f} [" in labels_tables.judged(
-        pd.DataFrame([{"data": "dpo", **row}])
+        pd.DataFrame(
+            [{"data": "dpo", "arm": "gradients", **row}, {"data": "dpo", "arm": "last-state", **other}]
+        )
     )
 
 

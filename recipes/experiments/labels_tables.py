@@ -17,8 +17,7 @@ AIMS = (
     "| to drop-told | at equal rate, least to most | ε̂, least to most | AUROC of suspicion, least"
 )
 TABLES = {  # by what the arms do
-    "Judging": ("adamw", "weight", "weight+soft", "drop-told", "right-only"),
-    "Controls of judging": ("adamw", "weight-shuffled"),
+    "Judging": ("adamw", "weight", "drop-told", "right-only"),
     "For pairs only": ("adamw", "robust", "conservative", "ipo"),
     "The gates and their masks": ("adamw", "hard", "random-mask", "soft", "random-mask-soft", "ema-soft"),
     "Early stopping": ("adamw", "adamw-early", "adamw-early-loss", "adamw-risk"),

@@ -31,7 +31,7 @@ CLAIMS = [name for name in NAMES if name not in (*LABELS, "labels_judged")]  # o
 IN_TRAINING = HERE / "results" / "labels_pairs_in_training.csv"  # of an earlier version
 CLASSES_IN_TRAINING = HERE / "results" / "labels_classes_in_training.csv"
 SHOWN = ("adamw", "hard", "soft", "random-mask")  # the arms in README, for the gate
-SHOWN_OF_LABELS = ("adamw", "adamw-early", "soft", "drop-told", "weight+soft", "weight")  # of labels
+SHOWN_OF_LABELS = ("adamw", "adamw-early", "soft", "drop-told", "weight")  # of labels
 OF_THE_GATE = {  # data → verdict, of the lines in README with 30 % mislabeled
     "dpo": "supported only at equal learning rate, and a mask does the same",
     "dpo-words": "supported only at equal learning rate, and a mask does the same",
