@@ -71,7 +71,7 @@ class PopRiskArgumentsMixin:
     poprisk_label_noise: Literal["off", "audit", "weight"] = field(
         default="off",
         metadata={
-            "help": "Judge every label by what the other examples say about it: before the first step. "
+            "help": "Judge every label, before the first step, by what the other examples say about it. "
             "audit: judge only. weight: weight an example by how likely its label is correct."
         },
     )

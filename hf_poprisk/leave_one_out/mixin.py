@@ -256,6 +256,6 @@ class _Steps(TrainerCallback):
 
 
 def _combination(classes: int) -> Tensor:
-    """A direction among the logits, [K], that knows no label: its gradients are as good as those of all K."""
+    """A direction among the logits, [K], that knows no label: one backward in place of K."""
     drawn = torch.randn(classes, generator=torch.Generator().manual_seed(classes))
     return (drawn - drawn.mean()) / (drawn - drawn.mean()).norm()
