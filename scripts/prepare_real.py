@@ -52,7 +52,7 @@ def packaged(package: str, name: str, digest: str) -> Path:
         sys.exit(f"prepare_real.py: error: {package} is not installed; see prepare_real.py --help.")
     path = Path(spec.submodule_search_locations[0], name)
     if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
-        sys.exit(f"prepare_real.py: error: {path} is not the file that the results were made with.")
+        sys.exit(f"prepare_real.py: error: {path} is not the file that this was written for.")
     return path
 
 

@@ -76,5 +76,5 @@ def test_reviews_become_pairs(tmp_path: Path) -> None:
 def test_a_package_that_is_missing_or_another_is_refused() -> None:
     with pytest.raises(SystemExit, match="no_such_package is not installed"):
         prepare_real.packaged("no_such_package", "file", "")
-    with pytest.raises(SystemExit, match="is not the file that the results were made with"):
+    with pytest.raises(SystemExit, match="is not the file that this was written for"):
         prepare_real.packaged("torch", "__init__.py", "0")
