@@ -113,7 +113,7 @@ def label_features(
 
 
 def _of_the_first(name: str, a: Tensor, d: Tensor) -> None:
-    if d[1:].any():
+    if d[1:].nan_to_num(0.0, 0.0, 0.0).any():  # what is not finite is said elsewhere
         raise ValueError(
             f"labels cannot be judged by the gradients of {name}, which does not hold the examples of a "
             "micro-batch side by side in its first dimension: give a model whose layers do."
