@@ -71,6 +71,8 @@ def check_classes(data: Dataset, name: str) -> int:
         UserError: says in one sentence what is wrong.
     """
     _check_rows(data, name, "examples")
+    if tokens := sorted({"input_ids", "attention_mask", "token_type_ids"} & set(data.column_names)):
+        raise UserError(f"{name} holds tokens, and judge makes its own: remove the column {tokens[0]}.")
     feature, texts, labels = data.features[LABEL], list(data[TEXT]), list(data[LABEL])
     if not str(getattr(feature, "dtype", "")).startswith(("int", "uint")):
         raise UserError(f"the column {LABEL} of {name} must hold integers, one for each text.")
@@ -93,8 +95,6 @@ def _check_rows(data: Dataset, name: str, what: str) -> None:
     """For either kind."""
     if {"image", "images"} & set(data.column_names):
         raise UserError(f"{name} holds images, and judge reads texts alone.")
-    if tokens := sorted({"input_ids", "attention_mask", "token_type_ids"} & set(data.column_names)):
-        raise UserError(f"{name} holds tokens, and judge makes its own: remove the column {tokens[0]}.")
     if len(data) < FEWEST:
         raise UserError(
             f"{name} has {len(data)} {what}, too few to judge labels by: it takes {FEWEST} or more."

@@ -12,7 +12,7 @@ OPEN_WIDTH = 0.3  # of an interval that tells little; that of a flat posterior i
 COPIES = 0.01  # of the examples: with more of them the rate comes out too low
 ALL_CLEAN = 0.01  # a lower end of the interval below it: there may be no mislabeled label at all
 # Of what can be known of the labels, how much must be predicted before they are followed. Of classes more:
-# what is ambiguous looks mislabeled (clean texts of which half is explained: 28 % below .5).
+# what is ambiguous looks mislabeled.
 EXPLAINED = {"pairs": 0.1, "examples": 0.75}
 
 

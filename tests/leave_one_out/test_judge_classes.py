@@ -188,6 +188,7 @@ REFUSED = {
         lambda: labelled().cast_column("label", ClassLabel(names=[*NAMES, "east"])),
         "has 4 classes, and ",
     ),
+    "tokens": (lambda: changed("input_ids", lambda rows: [[1]] * 60), "remove the column input_ids."),
     "index": (lambda: changed(INDEX, lambda rows: [0] * 60), "example_index of the data must hold integers"),
     "images": (
         lambda: changed("image", lambda rows: ["a"] * 60),
