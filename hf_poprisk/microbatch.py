@@ -48,7 +48,7 @@ class MicrobatchMixin:
         if layout is not None and self._takes_several(layout) and not self._paths_checked:
             self._check_paths(optimizer, model, inputs, num_items_in_batch, layout)
         step = partial(super().training_step, model, inputs, num_items_in_batch)  # type: ignore[misc]
-        with weighting, self._judging(index):
+        with weighting:
             if layout is None or layout.num_examples == 1 or not self._paths_checked:
                 with optimizer.example():
                     loss = step()
@@ -59,7 +59,6 @@ class MicrobatchMixin:
                 loss = self._one_by_one_step(optimizer, step, model, layout)
         if self.accelerator.sync_gradients:
             optimizer.close_window()
-            self._book_visits()
         return loss
 
     def _takes_several(self, layout: Layout) -> bool:
@@ -75,9 +74,6 @@ class MicrobatchMixin:
     @property
     def _announces_several(self) -> bool:
         return self.args.per_device_train_batch_size > 1 or getattr(self.args, "packing", False)
-
-    def _runs_an_example_alone(self) -> bool:
-        return self._one_by_one is not None and self._one_by_one.alone
 
     def _takes_examples(self, optimizer: PopRiskAdamW) -> bool:
         """Whether anything asks for the examples of a micro-batch; a group is a whole one."""

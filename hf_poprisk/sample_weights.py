@@ -1,9 +1,9 @@
-"""Sample weights: a column of the training set, and its place in a trainer."""
+"""Sample weights: of a column of the training set or of the judged labels, and their place in a trainer."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ from hf_poprisk.per_example.undisturbed import mode, undisturbed
 from hf_poprisk.per_example.weighted import NotASum, OutputWeights
 
 logger = logging.getLogger(__name__)
-ONE_BY_ONE = "set per_device_train_batch_size=1 and raise gradient_accumulation_steps"
+_ONE_BY_ONE = "set per_device_train_batch_size=1 and raise gradient_accumulation_steps"
 _A_SUM = "let the loss be a sum over examples of what the model returns for each"
 
 
@@ -67,7 +67,7 @@ def take_weights(data: Any, column: str) -> tuple[Any, np.ndarray]:
 
 
 class SampleWeightMixin(IndexMixin):
-    """``poprisk_weight_column`` for a trainer; part of ``PopRiskMixin``."""
+    """Weights the examples of a trainer; part of ``PopRiskMixin``."""
 
     _weights: ExampleTable | None = None  # its column ``weight``
     _output_weights: OutputWeights | None = None
@@ -76,23 +76,29 @@ class SampleWeightMixin(IndexMixin):
         """After the trainer is built; ids as ``with_index`` gave them."""
         self._index_for = "poprisk_weight_column"
         self._weights = ExampleTable(ids, self.accelerator.device)
-        self._weights.columns["weight"] = torch.from_numpy(weights).to(self.accelerator.device)
+        self._weights.weight = torch.from_numpy(weights).to(self.accelerator.device)
+
+    @property
+    def _weights_by(self) -> tuple[str, str]:
+        """The option that asks for weights, and how to do without."""
+        column = self.args.poprisk_weight_column
+        if column is not None:
+            return f"poprisk_weight_column={column}", "remove poprisk_weight_column"
+        return "poprisk_label_noise=weight", "set poprisk_label_noise=off"
 
     def _check_weights(self) -> None:
-        """What is asked of the built trainer, before it trains; says what the weights are.
+        """What is asked of the built trainer, before it trains; says what the weights of a column are.
 
         Raises:
             ValueError: there is no training set, or something that the weights could not serve.
         """
-        column = self.args.poprisk_weight_column
-        if column is None:
-            return
-        option, without = f"poprisk_weight_column={column}", "remove poprisk_weight_column"
+        column, (option, without) = self.args.poprisk_weight_column, self._weights_by
         if self._weights is None:
+            if column is None:
+                return
             raise ValueError(
                 f"{option} was set without a training set: give train_dataset when the trainer is built."
             )
-        self._check_launch(option, "no poprisk_weight_column")
         self._output_weights = None  # a second training may be of another model
         model = self.accelerator.unwrap_model(self.model)
         if is_compiled_in_place(model):
@@ -105,10 +111,13 @@ class SampleWeightMixin(IndexMixin):
                 "router_aux_loss_coef adds a term to the loss that is of no example, where "
                 f"{option} has no place: set it to 0, or {without}."
             )
+        if column is None:
+            return
+        self._check_launch(option, "no poprisk_weight_column")
         if self.args.per_device_train_batch_size > 1:
-            check_batch_norm(model, f"{ONE_BY_ONE}, or {without}")
+            check_batch_norm(model, f"{_ONE_BY_ONE}, or {without}")
         if self.is_world_process_zero():
-            weights = self._weights.columns["weight"].double()
+            weights = self._weights.weight.double()
             logger.warning(
                 f"{option}: {len(weights):,} weights from {weights.min():.3g} to {weights.max():.3g}, "
                 f"{weights.mean():.3g} on average; what a step is divided by stays as it is."
@@ -123,34 +132,46 @@ class SampleWeightMixin(IndexMixin):
         if self._output_weights is None:
             unwrapped = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             self._output_weights = OutputWeights(unwrapped, self.rows_per_example)
-        with self._refusing():
-            if len(index) > 1:
+        if len(index) > 1:
+            with self._refusing():
                 layout = self._layout_of(inputs, len(index))
                 if not self._output_weights.learned:
                     self._learn_outputs(model, inputs, layout, num_items_in_batch)
-        weights = self._weights.columns["weight"][self._weights.rows(index)]
-        return self._weighted(weights)
+        return self._weighted(self._weights.rows(index))
+
+    def _weights_of(self, rows: Tensor) -> Tensor:
+        """The weights of some rows of the table, [N], asked for between their forward and their backward."""
+        return self._weights.weight[rows]
 
     @contextmanager
-    def _weighted(self, weights: Tensor) -> Iterator[None]:
+    def _weighted(self, rows: Tensor) -> Iterator[None]:
+        """Let the loss that is computed inside weight its examples in its backward."""
+        before, loss = vars(self).get("compute_loss"), self.compute_loss  # a subclass may have its own
         called = False
 
-        def around(loss: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def compute_loss(*args: Any, **kwargs: Any) -> Any:
             nonlocal called
             called = True
             with self._output_weights.recorded() as outputs:
                 result = loss(*args, **kwargs)
             with self._refusing():
                 value = result[0] if isinstance(result, tuple) else result
-                self._output_weights.weigh(outputs, value, weights)
+                self._output_weights.weigh(outputs, value, self._weights_of(rows))
             return result
 
-        with self._around_loss(around):
+        self.compute_loss = compute_loss
+        try:
             yield
+        finally:
+            if before is None:
+                del self.compute_loss
+            else:
+                self.compute_loss = before
         if not called:
+            option, without = self._weights_by
             raise ValueError(
-                f"poprisk_weight_column weights the loss of compute_loss, which the training_step of "
-                f"{type(self).__name__} does not call: let it, or remove poprisk_weight_column."
+                f"{option} weights the loss of compute_loss, which the training_step of "
+                f"{type(self).__name__} does not call: let it, or {without}."
             )
 
     def _layout_of(self, inputs: Any, count: int) -> Layout:
@@ -187,8 +208,8 @@ class SampleWeightMixin(IndexMixin):
         try:
             yield
         except NotSeparable as error:
-            way_out = _A_SUM if isinstance(error, NotASum) else ONE_BY_ONE
+            option, without = self._weights_by
+            way_out = _A_SUM if isinstance(error, NotASum) else _ONE_BY_ONE
             raise ValueError(
-                f"poprisk_weight_column={self.args.poprisk_weight_column} cannot weight the examples of this "
-                f"loss ({error}): {way_out}, or remove poprisk_weight_column."
+                f"{option} cannot weight the examples of this loss ({error}): {way_out}, or {without}."
             ) from error

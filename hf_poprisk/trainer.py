@@ -15,8 +15,9 @@ from transformers.trainer_utils import has_length
 
 from hf_poprisk.arguments import OPTIM, PopRiskArgumentsMixin, PopRiskTrainingArguments
 from hf_poprisk.checkpoints import CheckpointMixin
+from hf_poprisk.command import need
 from hf_poprisk.hub import HubMixin
-from hf_poprisk.leave_one_out.index import check_datasets_installed, take_sample, with_index
+from hf_poprisk.leave_one_out.index import take_sample, with_index
 from hf_poprisk.leave_one_out.mixin import LabelNoiseMixin
 from hf_poprisk.microbatch import MicrobatchMixin
 from hf_poprisk.optimizer import PopRiskAdamW
@@ -80,7 +81,7 @@ class PopRiskMixin(MicrobatchMixin, HubMixin, CheckpointMixin, SampleWeightMixin
                 call.arguments["train_dataset"], ids = with_index(unweighted)
             self._training_data = describe_data(data, weights)
         if judged:
-            check_datasets_installed()
+            need("datasets", "poprisk_label_noise")
             call.arguments["train_dataset"], ids = with_index(data)
             sample = take_sample(data, ids)  # before the trainer makes tokens of it
         self._risk = RiskMeter() if config.poprisk_risk else None
@@ -230,7 +231,7 @@ class PopRiskMixin(MicrobatchMixin, HubMixin, CheckpointMixin, SampleWeightMixin
         if self._risk is not None and "loss" in logs:
             logs = {**logs, **self._risk.pop(self.state.log_history)}
         if self._label_noise is not None and "loss" in logs:
-            logs = {**logs, **self._label_noise.pop_logs()}
+            logs = {**logs, **self._label_noise.logs()}
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def _poprisk_optimizer(self) -> PopRiskAdamW | None:

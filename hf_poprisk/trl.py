@@ -19,9 +19,6 @@ from hf_poprisk.trainer import PopRiskMixin, takes_what
 _TAG = "poprisk"
 # These DPO losses sort across the batch, so no pair has a gradient of its own.
 _COUPLED_LOSSES = ("aot", "aot_unpaired")
-# −log σ(margin), whose gradient a weight on the margin scales; others have further terms, or no margin.
-_MARGIN_LOSSES = ("sigmoid", "sigmoid_norm")
-_OR_AUDIT = ", or set poprisk_label_noise=audit"
 
 
 @dataclass
@@ -64,17 +61,10 @@ class PopRiskDPOConfig(PopRiskArgumentsMixin, DPOConfig):
             LABEL_MODE,
             lambda a: (
                 a.poprisk_label_noise == "weight"
-                and (len(a.loss_type) > 1 or a.loss_type[0] not in _MARGIN_LOSSES)
-                and ",".join(a.loss_type)
+                and next((name for name in a.loss_type if name in _COUPLED_LOSSES), None)
             ),
-            "weights the margin of a pair, and loss_type={found} is not a function of it alone",
-            f"use {' or '.join(_MARGIN_LOSSES)}{_OR_AUDIT}",
-        ),
-        Rule(
-            LABEL_MODE,
-            lambda a: a.use_weighting and a.poprisk_label_noise != "audit",
-            "weighs the pairs itself",
-            f"set use_weighting=False{_OR_AUDIT}",
+            "weights single pairs, and loss_type={found} compares those of a batch with each other",
+            "use another loss_type, such as sigmoid, or set poprisk_label_noise=audit",
         ),
     )
 
@@ -111,16 +101,6 @@ class PopRiskSFTConfig(PopRiskArgumentsMixin, SFTConfig):
 class PopRiskRewardConfig(PopRiskArgumentsMixin, RewardConfig):
     """``trl.RewardConfig`` with the gate's fields; one example is one preference pair."""
 
-    _label_rules = (
-        *LABELS,
-        Rule(
-            LABEL_MODE,
-            lambda a: a.center_rewards_coefficient is not None and a.poprisk_label_noise != "audit",
-            "needs a loss that is a function of the reward margins alone",
-            f"remove center_rewards_coefficient{_OR_AUDIT}",
-        ),
-    )
-
 
 class _FusedHeadMixin(PopRiskMixin):
     """Runs TRL's fused language-model head example by example, so that its weight can be gated."""
@@ -133,7 +113,6 @@ class PopRiskDPOTrainer(_FusedHeadMixin, DPOTrainer):
     """``trl.DPOTrainer`` with the gate."""
 
     rows_per_example = 2  # chosen rows first, then rejected ones
-    _preferences = True
     label_log_odds = staticmethod(pair_log_odds)
     _config_class = PopRiskDPOConfig
     _tag_names = [*DPOTrainer._tag_names, _TAG]
@@ -158,7 +137,6 @@ class PopRiskRewardTrainer(PopRiskMixin, RewardTrainer):
     """``trl.RewardTrainer`` with the gate."""
 
     rows_per_example = 2  # chosen rows first, then rejected ones
-    _preferences = True
     label_log_odds = staticmethod(reward_log_odds)
     _config_class = PopRiskRewardConfig
     _tag_names = [*RewardTrainer._tag_names, _TAG]

@@ -3,7 +3,6 @@
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,7 @@ import run  # noqa: E402
 import shuffled_words  # noqa: E402
 import training  # noqa: E402
 
-from hf_poprisk.leave_one_out import ClassNoise  # noqa: E402
+from hf_poprisk.leave_one_out import ExampleTable  # noqa: E402
 
 CLASSES, PAIRS = labels_classes.EXPERIMENT, labels_pairs.EXPERIMENT
 
@@ -93,23 +92,38 @@ def test_early_stopping_takes_the_epoch_that_its_split_prefers(monkeypatch: pyte
     assert row["test_accuracy"] == tested[2] != tested[1]
 
 
-def test_controls_of_judging_are_what_they_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    weights = torch.tensor([0.1, 0.2, 0.3])
-    visit, judge = SimpleNamespace(rows=torch.arange(3)), object.__new__(labels_arms.ShuffledWeights)
-    monkeypatch.setattr(ClassNoise, "sample_weight", lambda self, visit, _: setattr(visit, "weight", weights))
-    assert judge.sample_weight(visit, None).tolist() == pytest.approx([0.3, 0.1, 0.2])
-    weights = weights[:1]
+def test_controls_of_judging_are_what_they_are_called() -> None:
+    table, mislabeled = ExampleTable(np.arange(5)), torch.tensor([1, 0, 0, 1, 0]).bool()
+    table.weight = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5])
+    shuffled = labels_arms.ShuffledWeights(table, mislabeled, 5)
+    assert shuffled.weights(torch.arange(3), torch.zeros(3)).tolist() == pytest.approx([0.3, 0.1, 0.2])
     with pytest.raises(common.RecipeError, match="two examples or more in every forward"):
-        judge.sample_weight(visit, None)
+        shuffled.weights(torch.arange(1), torch.zeros(1))
 
-    told = object.__new__(labels_arms.DropTold)
-    told.told, told.table = 0.4, range(5)
+    told = labels_arms.DropTold(table, mislabeled, 5)
     losses = torch.tensor([0.1, 0.9, 0.2, 0.8, 0.3])
     z = -losses.expm1().log()  # of these losses
     for rows in (torch.arange(3), torch.arange(3, 5)):  # an epoch with all
-        assert told.sample_weight(SimpleNamespace(rows=rows), z[rows]).tolist() == [1] * len(rows)
-    seen = told.sample_weight(SimpleNamespace(rows=torch.arange(5)), torch.zeros(5))
-    assert seen.tolist() == [1, 0, 1, 0, 1]  # the two largest losses of five go
+        assert told.weights(rows, z[rows]).tolist() == [1] * len(rows)
+    assert told.weights(torch.arange(5), torch.zeros(5)).tolist() == [1, 0, 1, 0, 1]  # the largest two go
+
+
+def test_weights_of_an_arm_are_of_the_log_odds_in_the_very_step() -> None:
+    logits, labels = torch.randn(6, 3), torch.arange(6) % 3
+    p = logits.softmax(1).gather(1, labels[:, None])[:, 0]
+    with labels_arms.LogOdds() as seen:
+        torch.nn.functional.cross_entropy(logits, labels)
+    torch.testing.assert_close(seen.found, (p / (1 - p)).log())
+    z = torch.tensor([-1.0, 2.0], requires_grad=True)
+    with labels_arms.LogOdds() as seen:
+        torch.nn.functional.logsigmoid(z)
+    em = labels_arms.EM(ExampleTable(np.arange(2)), torch.zeros(2).bool(), 8)
+    w = 0.9 * z.sigmoid() / (0.9 * z.sigmoid() + 0.1 * (-z).sigmoid())
+    (slope,) = torch.autograd.grad(
+        -w.detach() @ z.sigmoid().log() - (1 - w.detach()) @ (-z).sigmoid().log(), z
+    )
+    torch.testing.assert_close(em.weights(torch.arange(2), seen.found) * -(-z).sigmoid(), slope)
+    assert em.rate == pytest.approx(0.1 + 0.025 * ((1 - w).mean().item() - 0.1))
 
 
 def test_a_mask_has_the_density_of_its_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,9 +312,9 @@ def test_pairs_are_told_or_dropped_before_training(recipe: Path, tmp_path: Path)
         setup = labels_pairs.prepare(one, str(tmp_path / arm))
         setup.trainer.train()
         table = setup.trainer._label_noise.table
-        judged = table.visits > 0
+        judged = table.judged
         assert judged.sum() == len(setup.trainer.train_dataset) == len(table) - 1  # one is too long
-        found[arm] = table.columns["weight"][judged]
+        found[arm] = table.weight[judged]
         mislabeled = setup.mislabeled[judged.numpy()]
     assert torch.equal(found["drop"], found["weight"].round())
     assert torch.equal(found["right-only"], torch.from_numpy(~mislabeled).float())

@@ -109,19 +109,14 @@ BREAKS: dict[str, list[dict[str, Any]]] = {
     "set torch_compile=False": [{"torch_compile": True}],
     "set use_liger_kernel=False": [{"use_liger_kernel": True}],
     "set label_smoothing_factor=0": [{"label_smoothing_factor": 0.1}],
-    "use sigmoid or sigmoid_norm, or set poprisk_label_noise=audit": [
-        {"loss_type": loss}
-        for loss in ("ipo", "robust", ["sigmoid", "sft"], ["sft", "sigmoid"], ["sigmoid", "sigmoid_norm"])
+    "use another loss_type, such as sigmoid, or set poprisk_label_noise=audit": [
+        {"loss_type": loss} for loss in ("aot", "aot_unpaired", ["sigmoid", "aot"])
     ],
-    "set use_weighting=False, or set poprisk_label_noise=audit": [{"use_weighting": True}],
     "set poprisk_label_noise=off, or train with DPO, a reward model or a classifier": [{}],
     # of the weights
     "set poprisk_label_noise=off, or remove poprisk_weight_column": [{"poprisk_label_noise": "audit"}],
     "set packing=False": [{"packing": True}],
     "set padding_free=False": [{"padding_free": True}],
-    "remove center_rewards_coefficient, or set poprisk_label_noise=audit": [
-        {"center_rewards_coefficient": 0.1}
-    ],
 }
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from hf_poprisk.command import UserError, need, one_line, shorten
 from hf_poprisk.leave_one_out.index import INDEX, first_difference, hashed_rows
-from hf_poprisk.leave_one_out.run import Run
+from hf_poprisk.leave_one_out.table import Run
 from hf_poprisk.record import CONFIG_NAME, load_record
 
 if TYPE_CHECKING:

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from hf_poprisk.per_example.basis import Features, measure_bases
 from hf_poprisk.per_example.factors import LinearFactors, linear_layers
@@ -21,11 +23,10 @@ from hf_poprisk.per_example.undisturbed import mode, undisturbed
 
 logger = logging.getLogger(__name__)
 
-MAX_FEATURES = 1 << 17  # k: what the buckets share is noise in the inner products, of the order of 1/√k
-FEWEST_FEATURES = 1 << 12
-MAX_NUMBERS = 1 << 27  # n · k, half a gigabyte
-HALF = 0.5  # of the weights: with less, say so
-NUM_FOR_BASES = 256  # examples that the bases are measured on
+_MAX_FEATURES = 1 << 17  # k: what the buckets share is noise in the inner products, of the order of 1/√k
+_FEWEST_FEATURES = 1 << 12
+_MAX_NUMBERS = 1 << 27  # n · k, half a gigabyte
+_NUM_FOR_BASES = 256  # examples that the bases are measured on
 
 
 def label_features(
@@ -33,8 +34,7 @@ def label_features(
     batches: Callable[[int | None], Iterable[Any]],
     log_odds: Callable[[nn.Module, Any], Tensor],
     rows_per_example: int = 1,
-    k: int = MAX_FEATURES,
-    seed: int = 0,
+    k: int = _MAX_FEATURES,
     classifier: bool = False,
 ) -> list[np.ndarray]:
     """Features of the gradients of the labels' log-odds, over all linear layers, in eval mode.
@@ -46,7 +46,6 @@ def label_features(
         log_odds: (model, micro-batch) → z [N] with its graph.
         rows_per_example: of what the layers see; row j belongs to example j mod N.
         k: features of each part.
-        seed: of the projection.
         classifier: the last linear layer is the head.
 
     Returns:
@@ -59,7 +58,7 @@ def label_features(
     layers = linear_layers(model)
     if not layers:
         raise ValueError("the model has no linear layer, and labels are judged by the gradients of those.")
-    if (share := _share(model, layers)) < HALF:
+    if (share := _share(model, layers)) < 0.5:
         logger.warning(
             f"labels are judged by the gradients of linear layers, which hold {share:.0%} of the model's "
             "weights but for its embeddings: stacked experts and convolutions have no part in it."
@@ -88,7 +87,7 @@ def label_features(
             done()
 
     with undisturbed(model, model.parameters()), mode(model, False), torch.enable_grad():
-        bases = measure_bases(lambda see: run(see, NUM_FOR_BASES))
+        bases = measure_bases(lambda see: run(see, _NUM_FOR_BASES))
         get_head = getattr(model, "get_output_embeddings", None)
         head = get_head() if get_head is not None else None
         of_head = set() if head is None else set(head.modules())  # several where an adapter wraps it
@@ -97,7 +96,7 @@ def label_features(
         names: tuple[list[str], list[str]] = ([], [])
         for name in bases:
             names[layers[name] not in of_head].append(name)
-        parts = [Features({n: bases[n] for n in part}, k, seed) for part in names if part]
+        parts = [Features({n: bases[n] for n in part}, k) for part in names if part]
         rows: list[list[Tensor]] = [[] for _ in parts]
 
         def see(name: str, a: Tensor, d: Tensor) -> None:
@@ -136,7 +135,7 @@ def _share(model: nn.Module, layers: Mapping[str, nn.Module]) -> float:
 
 def num_features(n: int) -> int:
     """k for n examples."""
-    return min(MAX_FEATURES, max(FEWEST_FEATURES, MAX_NUMBERS // n))
+    return min(_MAX_FEATURES, max(_FEWEST_FEATURES, _MAX_NUMBERS // n))
 
 
 def pair_log_odds(model: nn.Module, inputs: Any) -> Tensor:
@@ -166,3 +165,41 @@ def reward_log_odds(model: nn.Module, inputs: Any) -> Tensor:
     """Reward of the chosen minus of the rejected, [N], for rows [chosen…, rejected…]."""
     chosen, rejected = model(**inputs, use_cache=False).logits.squeeze(-1).float().chunk(2)
     return chosen - rejected
+
+
+class ClassLogits(TorchFunctionMode):
+    """While it is entered, keeps the logits and labels that the one cross-entropy is computed of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls: list[dict[str, Any]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.cross_entropy:
+            call = inspect.signature(func).bind(*args, **kwargs)
+            call.apply_defaults()
+            self._calls.append(call.arguments)
+        return func(*args, **kwargs)
+
+    @property
+    def found(self) -> tuple[Tensor, Tensor]:
+        """The logits, [N, K] with their graph, and the labels, [N] int64, negative where they are ignored."""
+        return self._calls[0]["input"], self._calls[0]["target"].detach()
+
+    def wrong(self, num_examples: int) -> str | None:
+        """Why a loss is not the cross-entropy of one label per example; what else it adds is not seen."""
+        if not self._calls:
+            return "it computes none"
+        if len(self._calls) > 1:
+            return "it takes more than one log-probability of an example"
+        call, (logits, labels) = self._calls[0], self.found
+        if logits.dim() != 2 or labels.dim() != 1 or logits.shape[1] < 2:
+            return f"its logits are {list(logits.shape)} and not [examples, labels]"
+        if len(logits) != num_examples:
+            return f"it has {len(logits)} terms for {num_examples} examples"
+        if call["weight"] is not None or call["label_smoothing"]:
+            return "its cross-entropy has class weights or label smoothing"
+        if call["ignore_index"] >= 0:
+            return "its cross-entropy ignores a label that is not negative"
+        return None

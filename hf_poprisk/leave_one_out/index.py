@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,12 +44,12 @@ class IndexCollator:
                 f"{self.option} finds no {INDEX} in the training examples: a transform must keep it."
             )
         if not isinstance(batch, MutableMapping):
-            return IndexedBatch(batch, torch.tensor(index))
+            return _IndexedBatch(batch, torch.tensor(index))
         batch[INDEX] = torch.tensor(index)
         return batch
 
 
-class IndexedBatch(NamedTuple):
+class _IndexedBatch(NamedTuple):
     batch: Any  # no mapping
     index: Tensor  # type: ignore[assignment]  # [N]; not tuple.index
 
@@ -141,7 +139,7 @@ class IndexMixin:
 
     def _separate_index(self, inputs: Any) -> tuple[Any, Tensor]:
         index = None
-        if isinstance(inputs, IndexedBatch):
+        if isinstance(inputs, _IndexedBatch):
             inputs, index = inputs
         elif isinstance(inputs, MutableMapping):
             index = inputs.pop(INDEX, None)
@@ -153,38 +151,12 @@ class IndexMixin:
         return inputs, index
 
     def _prepare_inputs(self, inputs: Any) -> Any:
-        if isinstance(inputs, IndexedBatch):
+        if isinstance(inputs, _IndexedBatch):
             inputs = inputs.batch
         prepared = super()._prepare_inputs(inputs)  # type: ignore[misc]
         if self._index_for is not None and isinstance(prepared, MutableMapping):
             prepared.pop(INDEX, None)  # an evaluation on the training set
         return prepared
-
-    @contextmanager
-    def _around_loss(self, around: Callable[..., Any]) -> Iterator[None]:
-        """Let ``around(compute_loss, …)`` be the loss inside this block: a subclass may have its own."""
-        before, loss = vars(self).get("compute_loss"), self.compute_loss
-        self.compute_loss = partial(around, loss)
-        try:
-            yield
-        finally:
-            if before is None:
-                del self.compute_loss
-            else:
-                self.compute_loss = before
-
-
-def check_datasets_installed() -> None:
-    """Refuse to judge what could not be saved.
-
-    Raises:
-        ValueError: the datasets package, which brings pyarrow, is not there.
-    """
-    if importlib.util.find_spec("datasets") is None:
-        raise ValueError(
-            "poprisk_label_noise writes a Parquet file, which takes the datasets package: "
-            "pip install 'hf_poprisk[trl]'."
-        )
 
 
 def take_sample(dataset: Any, ids: np.ndarray) -> Sample:

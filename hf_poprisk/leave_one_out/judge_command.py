@@ -23,30 +23,26 @@ import numpy as np
 import torch
 
 from hf_poprisk.command import UserError, folder_beside, need
-from hf_poprisk.leave_one_out.copies import check_target
+from hf_poprisk.leave_one_out.audit import check_target
 from hf_poprisk.leave_one_out.data import TRUTH, find_rows, known_flips, load_data
-from hf_poprisk.leave_one_out.figure import plot
-from hf_poprisk.leave_one_out.judge_data import (
+from hf_poprisk.leave_one_out.judge_inputs import (
     CLASS_COLUMNS,
     PAIR_COLUMNS,
     TEXT,
-    check_classes,
-    check_pairs,
-    holds_pairs,
-)
-from hf_poprisk.leave_one_out.judge_model import (
     check_class_model,
+    check_classes,
     check_pair_model,
+    check_pairs,
     has_head,
+    holds_pairs,
     length_of,
     load_config,
     load_model,
     of_head,
 )
 from hf_poprisk.leave_one_out.page import write_page
-from hf_poprisk.leave_one_out.report import report
-from hf_poprisk.leave_one_out.run import load_run
-from hf_poprisk.leave_one_out.table import TABLE_NAME
+from hf_poprisk.leave_one_out.report import plot, report
+from hf_poprisk.leave_one_out.table import TABLE_NAME, load_run
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -1,4 +1,4 @@
-"""What the rest of the data says about each pair: which features, which λ, how many labels are mislabeled.
+"""What the rest of the data says about each label: which features, which λ, how many are mislabeled.
 
 Everything is chosen by how well the leave-one-out log-odds predict the observed labels, the likelihood of the
 two-part model of ``noise.py``: no validation set, no noise rate told.
@@ -6,23 +6,25 @@ two-part model of ``noise.py``: no validation set, no noise rate told.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from scipy.linalg import eigh
 
-from hf_poprisk.leave_one_out.noise import NoiseFit, fit_noise, likelihood
-from hf_poprisk.leave_one_out.regression import compact, leave_one_out
+from hf_poprisk.leave_one_out.noise import NoiseFit, class_log_odds, fit_noise, likelihood, temperature
+from hf_poprisk.leave_one_out.regression import Ridge, leave_one_out
 
+# of pairs and of classes, the simplest first
 RIDGES = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1)
+CLASS_RIDGES = (*RIDGES, 0.03, 0.01, 0.003, 0.001)
 FEWEST = 50  # examples
-NOTHING = 1e-3  # of the median length: what is shorter is rounding
-FOLDS = 5  # of the test whether a second round is a gain
+_NOTHING = 1e-3  # of the median length: what is shorter is rounding
+_FOLDS = 5  # of the test whether a second round is a gain
 
-
-# part, features, λ, leave-one-out log-odds, and their two-part model
-_Fitted = tuple[int | None, np.ndarray, float, np.ndarray, NoiseFit]
+# the examples to fit, λ, their weights → leave-one-out log-odds of these, and coefficients
+_Fit = Callable[[np.ndarray, float, np.ndarray | None], tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -48,40 +50,130 @@ class Judgement:
     num_copies: int
 
 
-def judge(parts: Sequence[np.ndarray], seed: int = 0) -> Judgement:
-    """Judge every label by a regression on the features of all others.
+def judge_pairs(parts: Sequence[np.ndarray]) -> Judgement:
+    """Judge every label by a logistic regression on the features of all others.
 
     Args:
         parts: features of the observed label's log-odds, [n, k] each: a swapped pair has the opposite ones.
-        seed: of the folds.
 
     Raises:
         ValueError: fewer than 50 examples, features that are not finite, or that do not differ.
     """
-    units = unit_features(parts)
-    part, features, ridge, log_odds, fit = _simplest(
-        [
-            (part, features, ridge, log_odds, fit)
-            for part, features in candidates(units)
-            for ridge, log_odds, fit in _path(features)
-        ]
-    )
+    units = _unit_features(parts)
+    found = [
+        (part, features, *each) for part, features in _candidates(units) for each in _pair_path(features)
+    ]
+    scores = [likelihood(log_odds, fit.rate)[1] for *_, log_odds, fit in found]
+    part, features, ridge, log_odds, fit = found[_simplest(scores)]
     p_correct, rounds = _p_correct(fit, log_odds), 1
-    again = _second_round(features, ridge, p_correct, seed)
-    if again is not None:
+
+    def again(rows: np.ndarray, ridge: float, weights: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        return leave_one_out(features[rows], ridge, weights)
+
+    second = max(_pair_path(features, p_correct), key=lambda each: each[2].log_likelihood)
+    gain = np.subtract(*(likelihood(x)[1] for x in _held_out(features, again, (second[0], ridge))))
+    if gain.mean() > 0:
         # its own likelihood is not held out, and its rate too low: its weights were computed with all labels
-        ridge, log_odds, second = again
-        fit, rounds = replace(fit, tau=likelihood(log_odds, fit.rate)[0]), 2
+        (ridge, log_odds, _), rounds = second, 2
+        fit = replace(fit, tau=likelihood(log_odds, fit.rate)[0])
         p_correct = _p_correct(fit, log_odds)
-    return Judgement(log_odds, p_correct, fit, part, ridge, rounds, num_copies(next(iter(units.values()))))
+    return Judgement(log_odds, p_correct, fit, part, ridge, rounds, _num_copies(units))
 
 
-def _simplest(found: list[_Fitted]) -> _Fitted:
-    """The first of those that predict the labels as well as the best does, but for a standard error."""
-    return found[simplest([likelihood(log_odds, fit.rate)[1] for *_, log_odds, fit in found])]
+def judge_classes(parts: Sequence[np.ndarray], labels: np.ndarray) -> Judgement:
+    """Judge every label by a ridge regression on the features of all others.
+
+    Its leave-one-out scores, times a factor, are the logits of the K labels.
+
+    Args:
+        parts: features of the examples, whatever their labels are, [n, k] each.
+        labels: [n] int. K is how many different ones there are, of which a head may have more.
+
+    Raises:
+        ValueError: as ``judge_pairs``; labels that are all the same.
+    """
+    units = _unit_features(parts)
+    if (labels == labels[0]).all():
+        raise ValueError("all labels are the same, so none says anything about another.")
+    known, labels = np.unique(labels, return_inverse=True)
+    num_labels, targets = len(known), np.eye(len(known))[labels]
+    # a constant, for the classes' shares
+    withs = ((part, np.concatenate([x, np.ones((len(x), 1))], 1)) for part, x in _candidates(units))
+    found = [(part, features, *each) for part, features in withs for each in _class_path(features, targets)]
+    part, features, ridge, log_odds, _ = max(found, key=lambda each: each[-1])
+    fit, rounds = fit_noise(log_odds, num_labels), 1
+
+    def again(rows: np.ndarray, ridge: float, weights: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        regression = Ridge(features[rows], targets[rows], weights)
+        scores = regression.leave_one_out(ridge)
+        factor, _ = temperature(scores, labels[rows])
+        return class_log_odds(factor * scores, labels[rows]), regression.coefficients(ridge)
+
+    path = _class_path(features, targets, _p_correct(fit, log_odds))
+    second = max(path, key=lambda each: each[-1])
+    scores = _held_out(features, again, (second[0], ridge), num_labels)
+    gain = np.subtract(*(temperature(x, labels, fit.rate)[1] for x in scores))
+    if gain.mean() > gain.std(ddof=1) / np.sqrt(len(gain)):
+        (ridge, log_odds, _), rounds = second, 2
+        # how well labels are predicted is honest of the first round only
+        fit = replace(fit_noise(log_odds, num_labels), log_likelihood=fit.log_likelihood)
+    p_correct = _p_correct(fit, log_odds)
+    return Judgement(log_odds, p_correct, fit, part, ridge, rounds, _num_copies(units, labels))
 
 
-def simplest(scores: Sequence[np.ndarray]) -> int:
+def _pair_path(
+    features: np.ndarray, weights: np.ndarray | None = None
+) -> list[tuple[float, np.ndarray, NoiseFit]]:
+    """λ, leave-one-out log-odds and their two-part model, for every λ."""
+    found, a = [], None
+    for ridge in RIDGES:
+        log_odds, a = leave_one_out(features, ridge, weights, a)
+        found.append((ridge, log_odds, fit_noise(log_odds)))
+    return found
+
+
+def _class_path(
+    features: np.ndarray, targets: np.ndarray, weights: np.ndarray | None = None
+) -> list[tuple[float, np.ndarray, float]]:
+    """λ, leave-one-out log-odds and their log-likelihood, for every λ."""
+    regression, labels, found = Ridge(features, targets, weights), targets.argmax(1), []
+    for ridge in CLASS_RIDGES:
+        scores = regression.leave_one_out(ridge)
+        factor, each = temperature(scores, labels)
+        found.append((ridge, class_log_odds(factor * scores, labels), float(each.mean())))
+    return found
+
+
+def _held_out(
+    features: np.ndarray, fit: _Fit, ridges: tuple[float, float], num_labels: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores by a second, weighted round and by the first, of examples that were left out of both.
+
+    Cross-fitted: what is held out has no part in the weights either.
+
+    Args:
+        ridges: λ of the second round and of the first.
+        num_labels: K of classes.
+
+    Returns:
+        [n] each, or [n, K].
+    """
+    folds = np.random.default_rng(0).permutation(len(features)) % _FOLDS
+    first, second = np.zeros((2, len(features), *([num_labels] if num_labels else [])))
+    for fold in range(_FOLDS):
+        rest, held = folds != fold, folds == fold
+        log_odds, a = fit(rest, ridges[1], None)
+        first[held] = features[held] @ a
+        weights = _p_correct(fit_noise(log_odds, num_labels or 2), log_odds)
+        second[held] = features[held] @ fit(rest, ridges[0], weights)[1]
+    return second, first
+
+
+def _p_correct(fit: NoiseFit, log_odds: np.ndarray) -> np.ndarray:
+    return fit.p_correct(torch.from_numpy(log_odds)).numpy()
+
+
+def _simplest(scores: Sequence[np.ndarray]) -> int:
     """The first whose mean is as high as the highest, but for a standard error of their difference; [n] each.
 
     The one-standard-error rule (Hastie, Tibshirani and Friedman 2009, section 7.10): of many, the likeliest
@@ -92,31 +184,16 @@ def simplest(scores: Sequence[np.ndarray]) -> int:
     return next(i for i, d in enumerate(gains) if d.mean() <= d.std(ddof=1) / np.sqrt(len(d)))
 
 
-def unit_features(parts: Sequence[np.ndarray]) -> dict[int, np.ndarray]:
-    """The parts that tell examples apart, every example's features to length 1.
-
-    Raises:
-        ValueError: as ``judge``.
-    """
-    n = len(parts[0])
-    if n < FEWEST:
-        raise ValueError(f"{n} examples are too few to judge labels by: it takes {FEWEST} or more.")
+def _unit_features(parts: Sequence[np.ndarray]) -> dict[int, np.ndarray]:
+    """The parts that tell examples apart, every example's features to length 1."""
+    if len(parts[0]) < FEWEST:
+        raise ValueError(
+            f"{len(parts[0])} examples are too few to judge labels by: it takes {FEWEST} or more."
+        )
     units = {part: unit for part, x in enumerate(parts) if (unit := _unit(x)) is not None}
     if not units:
         raise ValueError("all examples have the same gradients, so none says anything about another's label.")
     return units
-
-
-def candidates(units: Mapping[int, np.ndarray]) -> Iterator[tuple[int | None, np.ndarray]]:
-    """All parts of the features together, and each of them, in no more than n dimensions; [n, m] float64."""
-    n, widths = len(next(iter(units.values()))), [x.shape[1] for x in units.values()]
-    grams = {part: x @ x.T for part, x in units.items()} if sum(widths) > n else {}
-    if len(units) > 1 and grams:
-        yield None, compact(np.mean(list(grams.values()), 0))
-    elif len(units) > 1:
-        yield None, np.concatenate(list(units.values()), 1).astype(np.float64) / np.sqrt(len(units))
-    for part, x in units.items():
-        yield part, compact(grams[part]) if x.shape[1] > n else x.astype(np.float64)
 
 
 def _unit(x: np.ndarray) -> np.ndarray | None:
@@ -129,53 +206,37 @@ def _unit(x: np.ndarray) -> np.ndarray | None:
     lengths = np.linalg.norm(x, axis=1, keepdims=True)
     if not lengths.any() or (x == x[0]).all():
         return None
-    return x / np.where(lengths > NOTHING * np.median(lengths[lengths > 0]), lengths, np.inf)
+    return x / np.where(lengths > _NOTHING * np.median(lengths[lengths > 0]), lengths, np.inf)
 
 
-def num_copies(unit: np.ndarray, labels: np.ndarray | None = None) -> int:
+def _candidates(units: Mapping[int, np.ndarray]) -> Iterator[tuple[int | None, np.ndarray]]:
+    """All parts of the features together, and each of them, in no more than n dimensions; [n, m] float64."""
+    n, widths = len(next(iter(units.values()))), [x.shape[1] for x in units.values()]
+    grams = {part: x @ x.T for part, x in units.items()} if sum(widths) > n else {}
+    if len(units) > 1 and grams:
+        yield None, _compact(np.mean(list(grams.values()), 0))
+    elif len(units) > 1:
+        yield None, np.concatenate(list(units.values()), 1).astype(np.float64) / np.sqrt(len(units))
+    for part, x in units.items():
+        yield part, _compact(grams[part]) if x.shape[1] > n else x.astype(np.float64)
+
+
+def _compact(gram: np.ndarray) -> np.ndarray:
+    """Features with these inner products, [n, n] → [n, n] float64."""
+    values, vectors = eigh(gram.astype(np.float64))
+    return vectors * np.sqrt(values.clip(0))
+
+
+def _num_copies(units: Mapping[int, np.ndarray], labels: np.ndarray | None = None) -> int:
     """Examples whose features, not zero, are those of an earlier one, up to rounding.
 
     Args:
         labels: [n], of classes, whose features do not know them: copies have the same one.
     """
+    unit = next(iter(units.values()))
     drawn = unit @ np.random.default_rng(0).normal(size=(unit.shape[1], 4)).astype(np.float32)
     some = np.abs(drawn).any(1)
     rows = np.round(drawn[some], 3)
     if labels is not None:
         rows = np.column_stack([rows, labels[some]])
     return len(rows) - len(np.unique(rows, axis=0))
-
-
-def _path(
-    features: np.ndarray, weights: np.ndarray | None = None
-) -> list[tuple[float, np.ndarray, NoiseFit]]:
-    """λ, leave-one-out log-odds and their two-part model, for every λ."""
-    found, a = [], None
-    for ridge in RIDGES:
-        log_odds, a = leave_one_out(features, ridge, weights, a)
-        found.append((ridge, log_odds, fit_noise(log_odds)))
-    return found
-
-
-def _p_correct(fit: NoiseFit, log_odds: np.ndarray) -> np.ndarray:
-    return fit.p_correct(torch.from_numpy(log_odds)).numpy()
-
-
-def _second_round(
-    features: np.ndarray, ridge: float, p_correct: np.ndarray, seed: int
-) -> tuple[float, np.ndarray, NoiseFit] | None:
-    """The regression weighted by p_correct, if that is better on examples that were left out of both rounds.
-
-    Cross-fitted: what is held out has no part in the weights either.
-    """
-    found = max(_path(features, p_correct), key=lambda each: each[2].log_likelihood)
-    folds = np.random.default_rng(seed).permutation(len(features)) % FOLDS
-    scores = np.zeros((2, len(features)))
-    for fold in range(FOLDS):
-        rest, held = features[folds != fold], features[folds == fold]
-        log_odds, a = leave_one_out(rest, ridge)
-        weights = _p_correct(fit_noise(log_odds), log_odds)
-        scores[0, folds == fold] = held @ a
-        scores[1, folds == fold] = held @ leave_one_out(rest, found[0], weights)[1]
-    first, second = (likelihood(score)[1] for score in scores)
-    return found if second.mean() > first.mean() else None

@@ -13,7 +13,7 @@ import numpy as np
 
 from hf_poprisk.command import folder_beside
 from hf_poprisk.leave_one_out.data import whole_text
-from hf_poprisk.leave_one_out.run import Run
+from hf_poprisk.leave_one_out.table import Run
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -29,15 +29,12 @@ def write_page(path: Path, run: Run, data: Dataset, rows: np.ndarray) -> None:
         path: of the file, which appears whole or not at all.
         data: the training data, for the texts.
         rows: as ``find_rows`` gives them, [n].
-
-    Raises:
-        UserError: the run has no estimate.
     """
     what = "preference pairs" if run.preferences else "examples"
     parts = {
         "title": escape(f"{run.folder.resolve().name}: suspicious {what}"),
         "summary": "\n".join(f"<p>{escape(sentence)}</p>" for sentence in summary(run)),
-        "histogram": histogram(run.p_correct[run.visited]),
+        "histogram": histogram(run.p_correct[run.judged]),
         "data": json.dumps(table(run, data, rows), ensure_ascii=False, allow_nan=False),
     }
     parts["data"] = parts["data"].replace("<", "\\u003c")  # no text ends the script that it stands in
@@ -52,7 +49,7 @@ def write_page(path: Path, run: Run, data: Dataset, rows: np.ndarray) -> None:
 
 def summary(run: Run) -> list[str]:
     """What was found, in words."""
-    fit, p_correct = run.fit, run.p_correct[run.visited]
+    fit, p_correct = run.fit, run.p_correct[run.judged]
     below, count = p_correct < 0.5, len(p_correct)
     lines = [
         f"Noise rate: about {fit.rate:.1%} of the labels are mislabeled. If that happened at random, the "

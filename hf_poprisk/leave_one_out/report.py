@@ -1,14 +1,15 @@
-"""The printed report: how many labels are mislabeled, which ones, and what a filter would hit."""
+"""The printed report, and the figure: how many labels are mislabeled, and which ones."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hf_poprisk.command import need
+from hf_poprisk.command import folder_beside, need
 from hf_poprisk.leave_one_out.data import TRUTH, example_text
-from hf_poprisk.leave_one_out.run import Run
+from hf_poprisk.leave_one_out.table import Run
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -32,9 +33,9 @@ def report(
     Raises:
         UserError: flips without scikit-learn.
     """
-    visited, what = int(run.visited.sum()), "preference pairs" if run.preferences else "examples"
-    never = f" ({len(run.index) - visited} more were never judged)" * (visited < len(run.index))
-    lines = [f"{run.folder}: {visited} {what}{never}", *_rate(run)]
+    judged, what = int(run.judged.sum()), "preference pairs" if run.preferences else "examples"
+    never = f" ({len(run.index) - judged} more were never judged)" * (judged < len(run.index))
+    lines = [f"{run.folder}: {judged} {what}{never}", *_rate(run)]
     if flips is not None:
         lines += _truth(run, flips)
     lines += ["", "The most suspicious:"]
@@ -49,7 +50,7 @@ def report(
 
 
 def _rate(run: Run) -> list[str]:
-    p_correct, fit = run.p_correct[run.visited], run.fit
+    p_correct, fit = run.p_correct[run.judged], run.fit
     below = p_correct < 0.5
     rate = f"{fit.rate:.1%}, 95% interval {fit.low:.1%} to {fit.high:.1%}"
     lines = [f"Noise rate: {rate}."]
@@ -65,11 +66,50 @@ def _truth(run: Run, flips: np.ndarray) -> list[str]:
     need("sklearn", f"a data set with the column {TRUTH}")
     from sklearn.metrics import precision_score, recall_score, roc_auc_score
 
-    mislabeled, p_correct = flips[run.visited], run.p_correct[run.visited]
+    mislabeled, p_correct = flips[run.judged], run.p_correct[run.judged]
     line = f"Known to be mislabeled ({TRUTH}): {mislabeled.sum()} of {len(mislabeled)}."
     if not 0 < mislabeled.sum() < len(mislabeled):
         return [line]
     below = p_correct < 0.5
     precision, recall = (f(mislabeled, below, zero_division=0) for f in (precision_score, recall_score))
-    auroc = roc_auc_score(mislabeled, -run.log_odds[run.visited])
+    auroc = roc_auc_score(mislabeled, -run.log_odds[run.judged])
     return [f"{line} Below .5: precision {precision:.1%}, recall {recall:.1%}; AUROC {auroc:.3f}."]
+
+
+def plot(run: Run, path: Path, flips: np.ndarray | None = None) -> None:
+    """A histogram of ``p_correct`` over the judged examples, as PNG.
+
+    Args:
+        path: of the file, which appears whole or not at all.
+        flips: the labels known to be mislabeled, [n] bool; their part is outlined.
+
+    Raises:
+        UserError: matplotlib is missing.
+    """
+    fit = run.fit
+    need("matplotlib", "--plot")
+    from matplotlib.figure import Figure
+
+    p_correct = run.p_correct[run.judged]
+    edges = np.linspace(0, 1, 21).tolist()  # no bar is of both sides of .5
+    below = p_correct < 0.5
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axis = figure.subplots()
+    axis.hist(
+        [p_correct[below], p_correct[~below]],
+        edges,
+        stacked=True,
+        color=["#f2b38a", "#9dbbdc"],
+        edgecolor="white",
+        label=[f"below .5 ({below.sum()})", f"others ({(~below).sum()})"],
+    )
+    if flips is not None:
+        mislabeled = flips[run.judged]
+        label = f"known to be mislabeled ({mislabeled.sum()})"
+        axis.hist(p_correct[mislabeled], edges, histtype="step", color="black", label=label)
+    axis.set(xlabel="probability that the label is correct", ylabel="labels", xlim=(0, 1))
+    axis.set_title(f"Estimated noise rate {fit.rate:.0%} (95% interval {fit.low:.0%} to {fit.high:.0%})")
+    axis.legend(frameon=False)
+    with folder_beside(path) as folder:
+        figure.savefig(folder / "figure.png", dpi=130)
+        (folder / "figure.png").replace(path)

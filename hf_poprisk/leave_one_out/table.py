@@ -1,9 +1,10 @@
-"""What is known of every training example's label: one row per example, on the device, saved as Parquet."""
+"""``judged.parquet``: a row per training example with what is known of its label."""
 
 from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,52 +13,49 @@ import torch
 from torch import Tensor
 
 from hf_poprisk.command import UserError, need, one_line
-from hf_poprisk.leave_one_out.index import INDEX
+from hf_poprisk.leave_one_out.index import INDEX, Sample
+from hf_poprisk.leave_one_out.noise import NoiseFit
 
 TABLE_NAME = "judged.parquet"
+RULE = 4  # of scores and estimates; raise it with either: a run cannot go on with others
 _EARLIER_NAME = "label_noise.json"  # of versions that wrote two files
-COLUMNS = ("log_odds", "weight")  # float32
+_COLUMNS = ("index", "p_correct", "visits", "log_odds", "weight")
 _STATE = b"hf_poprisk"  # in the metadata of the file: one file is of one moment
 
 
 class ExampleTable:
-    """Columns over the training examples, found by their ``example_index``.
+    """What is known of the training examples, found by their ``example_index``.
 
     Args:
         ids: the examples' indices, [n] unique int64 in any order.
         device: where the columns live.
 
     Attributes:
-        visits: [n] int32, 1 where the example was judged.
-        columns: name → [n] float32. ``log_odds``: leave-one-out, in nats. ``weight``: in training.
+        ids: [n] int64 on the CPU.
+        judged: [n] bool.
+        log_odds: leave-one-out, in nats, [n] float32; 0 where it was not judged.
+        weight: in training, [n] float32.
 
     Raises:
         ValueError: indices that are not unique.
     """
 
     def __init__(self, ids: np.ndarray, device: torch.device | str = "cpu") -> None:
-        self.device = torch.device(device)
-        self._order: Tensor | None = None  # rows by ascending index, where the index is not the row
-        self._ids = torch.as_tensor(ids, dtype=torch.int64)
-        if not np.array_equal(ids, np.arange(len(ids))):
-            sorted_ids, order = self._ids.sort()
-            if (sorted_ids[1:] == sorted_ids[:-1]).any():
-                twice = sorted_ids[1:][sorted_ids[1:] == sorted_ids[:-1]][0].item()
-                raise ValueError(f"the column {INDEX} must be unique, and {twice} is there more than once.")
-            self._order, self._sorted = order.to(self.device), sorted_ids.to(self.device)
-        n = len(self._ids)
-        self.visits = torch.zeros(n, dtype=torch.int32, device=self.device)
-        self.columns = {
-            name: torch.full((n,), 1.0 if name == "weight" else 0.0, device=self.device) for name in COLUMNS
-        }
+        self.ids = torch.as_tensor(ids, dtype=torch.int64)
+        self._sorted, self._order = self.ids.to(device).sort()
+        twice = self._sorted[1:][self._sorted[1:] == self._sorted[:-1]]
+        if len(twice):
+            raise ValueError(f"the column {INDEX} must be unique, and {twice[0]} is there more than once.")
+        self.clear()
+
+    def clear(self) -> None:
+        """Nothing is known, and all weights are 1."""
+        self.judged = torch.zeros_like(self._order, dtype=torch.bool)
+        self.log_odds = torch.zeros_like(self._order, dtype=torch.float32)
+        self.weight = torch.ones_like(self._order, dtype=torch.float32)
 
     def __len__(self) -> int:
-        return len(self._ids)
-
-    @property
-    def ids(self) -> Tensor:
-        """``example_index`` of every row, [n] int64 on the CPU."""
-        return self._ids
+        return len(self.ids)
 
     def rows(self, ids: Tensor) -> Tensor:
         """The rows of some examples; ids: [N] int64.
@@ -65,28 +63,11 @@ class ExampleTable:
         Raises:
             KeyError: an index that the training set does not have.
         """
-        ids = ids.to(self.device)
-        if self._order is None:
-            return ids
-        place = torch.searchsorted(self._sorted, ids).clamp_(max=len(self._sorted) - 1)
+        ids = ids.to(self._sorted.device)
+        place = torch.searchsorted(self._sorted, ids).clamp_(max=len(self) - 1)
         if not torch.equal(self._sorted[place], ids):
             raise KeyError(f"{INDEX} {ids[self._sorted[place] != ids][0].item()} is not in the training set.")
         return self._order[place]
-
-    def visit(self, rows: Tensor, **values: Tensor) -> None:
-        """Record what was found of each example; ``values`` name columns, [N] each."""
-        self.visits[rows] += 1
-        for name, value in values.items():
-            column = self.columns[name]
-            column[rows] = value.to(column.dtype)
-
-    def _ranks(self) -> tuple[np.ndarray, np.ndarray]:
-        """0 is the most suspicious, [n] int64; and which were not judged and have none, [n] bool."""
-        unknown = self.visits.cpu().numpy() == 0
-        order = np.lexsort((self.columns["log_odds"].cpu().numpy(), unknown))
-        ranks = np.empty(len(self), np.int64)
-        ranks[order] = np.arange(len(self))
-        return ranks, unknown
 
     def save(self, path: Path, p_correct: np.ndarray, state: dict[str, Any]) -> None:
         """Write the table; a reader never sees half of it. Needs ``pyarrow``.
@@ -98,11 +79,17 @@ class ExampleTable:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        columns: dict[str, Any] = {"index": self.ids.numpy(), "p_correct": p_correct.astype(np.float32)}
-        columns |= {"visits": self.visits.cpu().numpy()}
-        columns |= {name: column.cpu().numpy() for name, column in self.columns.items()}
-        ranks, unknown = self._ranks()
-        columns["rank"] = pa.array(ranks, mask=unknown)
+        judged, log_odds = self.judged.cpu().numpy(), self.log_odds.cpu().numpy()
+        ranks = np.empty(len(self), np.int64)  # 0 is the most suspicious
+        ranks[np.lexsort((log_odds, ~judged))] = np.arange(len(self))
+        columns = {
+            "index": self.ids.numpy(),
+            "p_correct": p_correct.astype(np.float32),
+            "visits": judged.astype(np.int32),
+            "log_odds": log_odds,
+            "weight": self.weight.cpu().numpy(),
+            "rank": pa.array(ranks, mask=~judged),
+        }
         table = pa.table(columns).replace_schema_metadata({_STATE: json.dumps(state, allow_nan=False)})
         temporary = path.with_name(f"_{path.name}.{os.getpid()}")  # pushes leave out _*
         try:
@@ -117,16 +104,15 @@ class ExampleTable:
         Raises:
             ValueError: columns of other examples.
         """
-        ids = torch.from_numpy(saved["index"].copy())
-        if not torch.equal(ids.sort().values, self._ids.sort().values):
+        ids = torch.from_numpy(saved["index"].copy()).to(self._sorted.device)
+        if not torch.equal(ids.sort().values, self._sorted):
             raise ValueError(
                 f"the checkpoint judged {len(ids)} examples and the training set has {len(self)}, or others: "
                 "resume with the same data."
             )
         rows = self.rows(ids)
-        self.visits[rows] = torch.from_numpy(saved["visits"].astype(np.int32)).to(self.device)
-        for name, column in self.columns.items():
-            column[rows] = torch.from_numpy(saved[name].astype(np.float32)).to(self.device)
+        for name, column in (("visits", self.judged), ("log_odds", self.log_odds), ("weight", self.weight)):
+            column[rows] = torch.from_numpy(saved[name].copy()).to(column)
 
 
 def is_judged(folder: str | Path) -> bool:
@@ -141,12 +127,13 @@ def read_table(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         UserError: the file is not there, damaged, of something else, or of an earlier version.
     """
     path = folder / TABLE_NAME
-    if not path.is_file() and (folder / _EARLIER_NAME).is_file():
-        raise UserError(
-            f"{folder} was judged by an earlier version, from which this one cannot go on: set "
-            "poprisk_label_noise=off, or start over."
-        )
+    earlier = UserError(
+        f"{folder} was judged by an earlier version, whose scores are by another rule: judge the labels "
+        "again, or go on from it with poprisk_label_noise=off."
+    )
     if not path.is_file():
+        if (folder / _EARLIER_NAME).is_file():
+            raise earlier
         raise UserError(f"{folder} holds no {TABLE_NAME}: give the output folder of a judged run.")
     need("pyarrow", "reading the table")
     import pyarrow as pa
@@ -156,10 +143,68 @@ def read_table(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         table = pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path} cannot be read ({one_line(error)}).") from error
-    names = ("index", "p_correct", "visits", *COLUMNS)
-    if _STATE not in (table.schema.metadata or {}) or any(table.column_names.count(n) != 1 for n in names):
+    if _STATE not in (table.schema.metadata or {}):
         raise UserError(f"{path} is not the table of a judged run.")
-    columns = {name: table[name].to_numpy() for name in names}
+    state = json.loads(table.schema.metadata[_STATE])
+    if state.get("rule", RULE) != RULE:
+        raise earlier
+    if any(table.column_names.count(name) != 1 for name in _COLUMNS):
+        raise UserError(f"{path} is not the table of a judged run.")
+    columns = {name: table[name].to_numpy() for name in _COLUMNS}
     if len(np.unique(columns["index"])) != len(table):
         raise UserError(f"{path} has an index more than once.")
-    return columns, json.loads(table.schema.metadata[_STATE])
+    return columns, state
+
+
+@dataclass(frozen=True)
+class Run:
+    """A judged run.
+
+    Attributes:
+        folder: where it was found.
+        preferences: an example is a preference pair.
+        index: ``example_index``, [n] int64, unique.
+        p_correct: probability that each label is correct, [n] float32; 1 − the rate where an example was
+            not judged.
+        log_odds: leave-one-out log-odds of the label in nats, [n] float32.
+        judged: [n] bool; of the others nothing but the rate is known. At least one is.
+        fit: the noise rate.
+        doubt: why the estimate means little, a sentence without its end; None if nothing speaks against it.
+        sample: some of the rows that it was trained on, hashed.
+    """
+
+    folder: Path
+    preferences: bool
+    index: np.ndarray
+    p_correct: np.ndarray
+    log_odds: np.ndarray
+    judged: np.ndarray
+    fit: NoiseFit
+    doubt: str | None
+    sample: Sample
+
+    @property
+    def suspicious(self) -> np.ndarray:
+        """Where the judged examples stand in the columns, the most suspicious first, [m] int64."""
+        judged = np.flatnonzero(self.judged)
+        return judged[np.argsort(self.log_odds[judged], kind="stable")]
+
+
+def load_run(folder: str | Path) -> Run:
+    """Read ``judged.parquet``.
+
+    Raises:
+        UserError: it is not there, damaged, of something else, or of nothing.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder.")
+    columns, state = read_table(folder)
+    judged = columns["visits"] > 0
+    if not judged.any() or not state.get("fit"):
+        raise UserError(f"{folder / TABLE_NAME} holds no example that was judged.")
+    if not np.isfinite(columns["log_odds"][judged]).all():
+        raise UserError(f"{folder / TABLE_NAME} holds log-odds that are not finite.")
+    kept = {name: columns[name] for name in ("index", "p_correct", "log_odds")}
+    known = {name: state[name] for name in ("preferences", "doubt", "sample")}
+    return Run(folder=folder, judged=judged, fit=NoiseFit(**state["fit"]), **kept, **known)

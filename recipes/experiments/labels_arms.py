@@ -6,54 +6,58 @@ import torch
 from common import RecipeError
 from torch import Tensor
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from training import GATES
 
-from hf_poprisk.leave_one_out import ClassNoise, PairNoise
+from hf_poprisk.leave_one_out import ExampleTable
+from hf_poprisk.leave_one_out.noise import class_log_odds
 
 
-class ShuffledWeights(ClassNoise):
+class Arm:
+    """Weights of an arm's own in place of the judge's.
+
+    Args:
+        table: as the labels were judged.
+        mislabeled: which labels are, [n] bool.
+        examples_per_step: b.
+    """
+
+    def __init__(self, table: ExampleTable, mislabeled: Tensor, examples_per_step: int) -> None:
+        self.table, self.mislabeled, self.examples_per_step = table, mislabeled, examples_per_step
+
+    def weights(self, rows: Tensor, log_odds: Tensor) -> Tensor:
+        """[N]; log_odds: of these examples' labels, by the model in this very step, [N]."""
+        return self.table.weight[rows]
+
+
+class ShuffledWeights(Arm):
     """Control: each example gets the weight of its neighbour in the (shuffled) micro-batch."""
 
-    def sample_weight(self, visit: Any, log_odds: Tensor) -> Tensor:
-        super().sample_weight(visit, log_odds)
-        if len(visit.weight) < 2:
+    def weights(self, rows: Tensor, log_odds: Tensor) -> Tensor:
+        if len(rows) < 2:
             raise RecipeError("weight-shuffled needs two examples or more in every forward.")
-        visit.weight = visit.weight.roll(1)
-        return visit.weight
+        return super().weights(rows, log_odds).roll(1)
 
 
-class DropTold(ClassNoise):
+class DropTold(Arm):
     """From the second epoch on without the share, told, with the largest mean loss of the epochs before."""
 
-    told = 0.0  # the share of mislabeled examples
-    never_seen = 0  # examples that the trainer does without: TRL those whose prompt fills max_length
     _epochs = -1
 
-    def sample_weight(self, visit: Any, log_odds: Tensor) -> Tensor:
-        super().sample_weight(visit, log_odds)
+    def weights(self, rows: Tensor, log_odds: Tensor) -> Tensor:
         if self._epochs < 0:
             self._visits, self._losses = torch.zeros(2, len(self.table))
-        epochs = int(self._visits.kthvalue(self.never_seen + 1).values)
+        epochs = int(self._visits.min())
         if epochs > self._epochs:
             self._epochs, self._kept = epochs, torch.ones(len(self.table))
-            mean = self._losses / self._visits.clamp(min=1)
-            self._kept[mean.topk(round(self.told * len(mean)) if epochs else 0).indices] = 0.0
-        self._visits[visit.rows] += 1
-        self._losses[visit.rows] += F.softplus(-log_odds)
-        visit.weight = self._kept[visit.rows]
-        return visit.weight
+            mean, told = self._losses / self._visits.clamp(min=1), int(self.mislabeled.sum())
+            self._kept[mean.topk(told if epochs else 0).indices] = 0.0
+        self._visits[rows] += 1
+        self._losses[rows] += F.softplus(-log_odds)
+        return self._kept[rows]
 
 
-class _RightOnly:
-    """The most that judging could give: told which examples are mislabeled, it trains on none of them."""
-
-    def judge_all(self, *args: Any) -> Any:
-        found = super().judge_all(*args)
-        self.table.columns["weight"] = (~self.mislabeled).float()
-        return found
-
-
-class EM(PairNoise):
+class EM(Arm):
     """Expectation-maximization by the trained model's own margins, as in RE-PO (arXiv 2509.24159).
 
     E: w = P(the label is correct), by the margin and the rate. M: the rate follows the mean of 1 − w, and the
@@ -63,30 +67,40 @@ class EM(PairNoise):
 
     rate = 0.1
 
-    def sample_weight(self, visit: Any, log_odds: Tensor) -> Tensor:
-        super().sample_weight(visit, log_odds)
+    def weights(self, rows: Tensor, log_odds: Tensor) -> Tensor:
         right, wrong = torch.sigmoid(log_odds.double()), torch.sigmoid(-log_odds.double())
         w = (1 - self.rate) * right / ((1 - self.rate) * right + self.rate * wrong)
-        visit.weight = ((w - right) / wrong).float()
         self.rate += 0.1 * len(w) / self.examples_per_step * float((1 - w).mean() - self.rate)
-        return visit.weight
+        return ((w - right) / wrong).float()
 
 
-class RightOnly(_RightOnly, ClassNoise):
-    """Of classes."""
+class RightOnly(Arm):
+    """The most that judging could give: told which examples are mislabeled, it trains on none of them."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.table.weight = (~self.mislabeled).float()
 
 
-class RightPairs(_RightOnly, PairNoise):
-    """Of pairs."""
-
-
-class DropPairs(PairNoise):
+class Drop(Arm):
     """Without the pairs that are more likely mislabeled than clean, in place of weights."""
 
-    def judge_all(self, *args: Any) -> Any:
-        found = super().judge_all(*args)
-        self.table.columns["weight"].round_()
-        return found
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.table.weight.round_()
+
+
+class LogOdds(TorchFunctionMode):
+    """While it is entered, keeps the log-odds of the labels, [N], in a loss of pairs or of classes."""
+
+    found: Tensor
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.logsigmoid:
+            self.found = args[0].detach().float()
+        elif func is F.cross_entropy:
+            self.found = torch.from_numpy(class_log_odds(args[0].detach().numpy(), args[1].numpy()))
+        return func(*args, **kwargs or {})
 
 
 def judged(mode: str, gate: str = "none", **more: Any) -> dict[str, Any]:
@@ -94,7 +108,7 @@ def judged(mode: str, gate: str = "none", **more: Any) -> dict[str, Any]:
 
 
 # early: by this score of a split of the training data, whose labels are as noisy; risk: early too, by the
-# population gain; judge: in place of the package's
+# population gain; weights: in place of the judge's
 ARMS: dict[str, dict[str, Any]] = {
     "adamw": GATES["adamw"],
     "adamw-early": {"poprisk_gate": "none", "early": "accuracy"},
@@ -103,16 +117,16 @@ ARMS: dict[str, dict[str, Any]] = {
     **{name: GATES[name] for name in ("hard", "soft", "random-mask", "random-mask-soft")},
 }
 CLASS_ARMS = {
-    "drop-told": judged("weight", judge=DropTold),
+    "drop-told": judged("weight", weights=DropTold),
     "weight": judged("weight"),
     "weight+soft": judged("weight", "soft"),
-    "weight-shuffled": judged("weight", judge=ShuffledWeights),
-    "right-only": judged("weight", judge=RightOnly),
+    "weight-shuffled": judged("weight", weights=ShuffledWeights),
+    "right-only": judged("weight", weights=RightOnly),
 }
 PAIR_ARMS = {
     "weight": judged("weight"),
     "weight+soft": judged("weight", "soft"),
-    "drop": judged("weight", judge=DropPairs),
-    "right-only": judged("weight", judge=RightPairs),
-    "em": judged("weight", judge=EM),
+    "drop": judged("weight", weights=Drop),
+    "right-only": judged("weight", weights=RightOnly),
+    "em": judged("weight", weights=EM),
 }

@@ -19,7 +19,7 @@ from sklearn.model_selection import cross_val_predict
 from torch.utils.data import DataLoader
 
 from hf_poprisk.leave_one_out.features import label_features, num_features, pair_log_odds
-from hf_poprisk.leave_one_out.judgement import judge
+from hf_poprisk.leave_one_out.judgement import judge_pairs
 
 NOISE = (0.0, 0.1, 0.2, 0.3, 0.4)
 DRAWS = 5  # of the pairs that are mislabeled
@@ -77,7 +77,7 @@ def run(cell: Cell) -> dict[str, float | None]:
             rng = np.random.default_rng([cell["seed"], 6, draw])
             mislabeled = rng.permutation(n) < round(noise * n)
             labelled = [x * np.where(mislabeled, -1, 1)[:, None].astype(x.dtype) for x in parts]
-            found, folds = judge(labelled), np.nan
+            found, folds = judge_pairs(labelled), np.nan
             if noise and cell["features"] != "gradients":
                 folds = roc_auc_score(mislabeled, -cross_validated(labelled[0], draw))
             draws.append(

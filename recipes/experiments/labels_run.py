@@ -9,12 +9,13 @@ import common
 import numpy as np
 import torch
 from experiment import Cell
+from labels_arms import Arm, LogOdds
 from sklearn.metrics import roc_auc_score
+from torch import Tensor
 from training import RandomMaskAdamW
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from hf_poprisk import PopRiskEarlyStoppingCallback
-from hf_poprisk.leave_one_out.judge import LabelNoise
 
 HELD_OUT = 0.1  # of the training examples: for early stopping, and for validation where a recipe has none
 
@@ -54,18 +55,28 @@ def training_arguments(cell: Cell, folder: str) -> dict[str, Any]:
 
 
 def trainer_class(base: Any, cell: Cell, mislabeled: np.ndarray) -> Any:
-    """The trainer with the arm's own judge and optimizer; ``mislabeled``: [n] bool, of its examples."""
+    """The trainer with the arm's own weights and optimizer; ``mislabeled``: [n] bool, of its examples."""
 
     class ArmTrainer(base):
-        def _new_judge(self, *args: Any) -> LabelNoise:
-            plain = super()._new_judge(*args)
-            if "judge" not in cell:
-                return plain
-            judge = cell["judge"](plain.mode, plain.table, plain.sample)
-            judge.told, judge.mislabeled = cell["noise"], torch.from_numpy(mislabeled).to(plain.table.device)
-            judge.never_seen = len(plain.table) - len(self.train_dataset)
-            judge.examples_per_step = self.args.units_per_step
-            return judge
+        _arm: Arm | None = None
+
+        def judge_labels(self) -> Any:
+            found = super().judge_labels()
+            if "weights" in cell:
+                told = torch.from_numpy(mislabeled)
+                self._arm = cell["weights"](self._weights, told, self.args.units_per_step)
+            return found
+
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            if self._arm is None:
+                return super().compute_loss(*args, **kwargs)
+            with LogOdds() as self._log_odds:
+                return super().compute_loss(*args, **kwargs)
+
+        def _weights_of(self, rows: Tensor) -> Tensor:
+            if self._arm is None:
+                return super()._weights_of(rows)
+            return self._arm.weights(rows, self._log_odds.found)
 
         @staticmethod
         def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
@@ -105,8 +116,8 @@ def run_cell(cell: Cell, prepare: Callable[[Cell, str], Setup]) -> dict[str, flo
     final = {name: curve[name][epoch] if name in curve else setup.score(name) for name in setup.sets}
     judge, auroc = trainer._label_noise, None
     if judge is not None and setup.mislabeled.any():
-        seen = judge.table.visits.cpu() > 0
-        auroc = float(roc_auc_score(setup.mislabeled[seen], -judge.table.columns["log_odds"].cpu()[seen]))
+        seen = judge.table.judged.cpu()
+        auroc = float(roc_auc_score(setup.mislabeled[seen], -judge.table.log_odds.cpu()[seen]))
     return {
         "validation_accuracy": final["validation"]["accuracy"],
         "test_accuracy": final["test"]["accuracy"],

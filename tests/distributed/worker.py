@@ -74,7 +74,7 @@ def run(kind: str, model_dir: str, world: int, micro_batch: int) -> dict[str, An
     found = {"windows": windows, "weights": weights, "logs": trainer.state.log_history}
     if trainer._label_noise is not None:
         table = trainer._label_noise.table
-        found["table"] = {"index": table.ids, "visits": table.visits, **table.columns}
+        found["table"] = {name: getattr(table, name) for name in ("ids", "judged", "log_odds", "weight")}
         found["fit"] = trainer._label_noise.fit
     return found
 

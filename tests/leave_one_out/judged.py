@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 
 from hf_poprisk.__main__ import main
-from hf_poprisk.leave_one_out import ClassNoise, ExampleTable, NoiseFit, PairNoise
+from hf_poprisk.leave_one_out import ExampleTable, LabelNoise, NoiseFit
 
 N = 60
 WRONG = np.arange(N) % 4 == 1  # a quarter of the labels
@@ -37,11 +37,10 @@ def save_run(
     """What judging leaves, of pairs or of classes; the rows ``never`` were not judged."""
     scores = log_odds() if scores is None else scores.astype(np.float32)
     table = ExampleTable(np.arange(len(scores)) if ids is None else ids)
-    judge = (PairNoise if preferences else ClassNoise)("weight", table, sample)
+    judge = LabelNoise("weight", preferences, table, sample or {})
     judge.fit = fit
-    rows = torch.tensor([i for i in range(len(scores)) if i not in never])
-    z = torch.from_numpy(scores)[rows]
-    table.visit(rows, log_odds=z, weight=fit.p_correct(z))
+    table.judged[:] = torch.tensor([i not in never for i in range(len(scores))])
+    table.log_odds = torch.from_numpy(scores) * table.judged
     folder.mkdir(exist_ok=True)
     judge.save(folder)
     return folder

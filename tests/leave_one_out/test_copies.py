@@ -10,7 +10,7 @@ import pytest
 from datasets import Dataset, load_from_disk
 
 from hf_poprisk.leave_one_out import INDEX
-from hf_poprisk.leave_one_out.copies import WRITES
+from hf_poprisk.leave_one_out.audit import WRITES
 from hf_poprisk.leave_one_out.index import take_sample
 from leave_one_out.judged import (
     CHANCE,

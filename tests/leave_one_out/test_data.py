@@ -13,7 +13,7 @@ from hf_poprisk.command import UserError, shorten
 from hf_poprisk.leave_one_out import INDEX
 from hf_poprisk.leave_one_out.data import example_text, find_rows, known_flips
 from hf_poprisk.leave_one_out.index import take_sample
-from hf_poprisk.leave_one_out.run import load_run
+from hf_poprisk.leave_one_out.table import load_run
 from leave_one_out.judged import WRONG, N, command, log_odds, message, pairs, refused, save_run
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import hf_poprisk
-from hf_poprisk.leave_one_out.run import load_run
+from hf_poprisk.leave_one_out.table import load_run
 from leave_one_out.helpers import Classifier, examples
 
 
@@ -18,4 +18,4 @@ def test_the_judged_trainer_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     torch.manual_seed(0)
     exec(re.search("<!-- test: judged -->\n```python\n(.*?)```", text, re.S)[1], names)
     run = load_run("judged")
-    assert run.visits.tolist() == [1] * 60 and ((run.p_correct >= 0) & (run.p_correct <= 1)).all()
+    assert len(run.judged) == 60 and run.judged.all() and ((run.p_correct >= 0) & (run.p_correct <= 1)).all()

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from hf_poprisk.__main__ import main
 from hf_poprisk.leave_one_out import INDEX, mixin
-from hf_poprisk.leave_one_out.copies import WRITES
+from hf_poprisk.leave_one_out.audit import WRITES
 from hf_poprisk.leave_one_out.data import load_data
 from leave_one_out.helpers import prefer
 from leave_one_out.judged import CHANCE, FIT, message, save_run

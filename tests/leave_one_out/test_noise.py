@@ -9,7 +9,7 @@ import torch
 
 from hf_poprisk.leave_one_out import NoiseFit, fit_noise
 from hf_poprisk.leave_one_out.noise import MAX_RATE
-from hf_poprisk.leave_one_out.weights import competent
+from hf_poprisk.leave_one_out.weights import competent, doubt
 from leave_one_out.helpers import drawn
 
 
@@ -133,3 +133,39 @@ def test_where_tau_ends_at_its_limit_there_is_an_interval() -> None:
     sure = fit_noise(3e-3 * np.where(rng.permutation(512) < 160, -1.0, 1.0) * np.geomspace(1e-3, 1, 512))
     assert sure.tau > 1e4 and sure.rate == pytest.approx(160 / 512, abs=0.05)
     assert 0.02 < sure.rate - sure.low < 0.1
+
+
+CLOSED = NoiseFit(0.2, 0.1, 0.3, 1.5, 2, -0.5, 400)
+OF_CLASSES = NoiseFit(0.2, 0.15, 0.25, 1.0, 10, -1.1, 400)
+PREDICTED = "the model's gradients predict labels"
+OPEN = "the pairs leave the noise rate open"
+
+
+@pytest.mark.parametrize(
+    ("fit", "copies", "what", "says"),
+    [
+        (CLOSED, 0, "pairs", None),
+        (
+            replace(CLOSED, log_likelihood=-math.log(2)),
+            0,
+            "pairs",
+            f"{PREDICTED} hardly better",
+        ),
+        (replace(CLOSED, low=0.2, high=0.435), 0, "pairs", f"{OPEN} (0.200 to 0.435): more pairs may tell"),
+        (replace(CLOSED, low=0.05, high=0.4), 0, "pairs", f"{OPEN} (0.050 to 0.400): more pairs may tell"),
+        (replace(CLOSED, log_likelihood=-0.6), 0, "pairs", None),  # a seventh of what can be known
+        (
+            replace(CLOSED, log_likelihood=-0.6),
+            0,
+            "examples",
+            f"{PREDICTED} too badly, so the am",
+        ),
+        (OF_CLASSES, 0, "examples", None),
+        (OF_CLASSES, 5, "examples", "5 examples are copies of others, which confirm their labels"),
+    ],
+)
+def test_an_estimate_that_means_little_is_doubted(
+    fit: NoiseFit, copies: int, what: str, says: str | None
+) -> None:
+    found = doubt(fit, copies, what)
+    assert found is None if says is None else found.startswith(says)

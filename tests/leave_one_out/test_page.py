@@ -14,7 +14,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 from hf_poprisk.leave_one_out import page
 from hf_poprisk.leave_one_out.data import find_rows, whole_text
 from hf_poprisk.leave_one_out.page import write_page
-from hf_poprisk.leave_one_out.run import load_run
+from hf_poprisk.leave_one_out.table import load_run
 from leave_one_out.judged import FIT, N, command, log_odds, message, pairs, posterior, refused, save_run
 
 HOSTILE = [
