@@ -258,11 +258,11 @@ def test_weights_stay_with_their_rows(llama_dir: Path, tmp_path: Path) -> None:
     data = Dataset.from_dict({"input_ids": ids, "labels": labels, "w": lengths}).shuffle(3)
     options = {**layout(2, 4), "max_length": 20, "train_sampling_strategy": "random", "max_steps": 6}
     trainer, seen = make("SFT", tmp_path, str(llama_dir), data=data, **options, **COLUMN), []
-    stock = trainer._weighted
+    stock = trainer._weights_of
 
-    def look(weights: Tensor) -> Any:
-        seen.append(weights.tolist())
-        return stock(weights)
+    def look(rows: Tensor) -> Tensor:
+        seen.append(stock(rows).tolist())
+        return stock(rows)
 
     step = trainer._gated_step
     batches: list[list[int]] = []
@@ -271,7 +271,7 @@ def test_weights_stay_with_their_rows(llama_dir: Path, tmp_path: Path) -> None:
         batches.append(inputs["attention_mask"].sum(1).tolist())
         return step(model, inputs, *rest)
 
-    trainer._weighted, trainer._gated_step = look, gated_step
+    trainer._weights_of, trainer._gated_step = look, gated_step
     trainer.train()
     assert seen == batches and len(seen) == 12
     assert {w for weights in seen for w in weights} == set(lengths) - {60}
@@ -346,14 +346,11 @@ def test_a_column_of_no_weights_is_refused(data: Any, sentence: str, way: str, t
     assert "\n" not in str(caught.value)
 
 
-def test_a_training_set_is_asked_for(tmp_path: Path) -> None:
+def test_a_training_set_and_unique_indices_are_asked_for(tmp_path: Path, llama_dir: Path) -> None:
     options = {**SILENT, **layout(1), **COLUMN}
     trainer = PopRiskTrainer(tiny_model(), PopRiskTrainingArguments(str(tmp_path), **options))
     with pytest.raises(ValueError, match="=w was set without a training set: give train_dataset when"):
         trainer.train()
-
-
-def test_copies_of_an_index_are_refused(tmp_path: Path, llama_dir: Path) -> None:
     data = column([1.0, 2.0]).add_column("example_index", [4, 4])
     with pytest.raises(ValueError, match="example_index must be unique, and 4 is there more than once"):
         make("DPO", tmp_path, str(llama_dir), data=data, **layout(4), **COLUMN)

@@ -71,7 +71,9 @@ def audit(args: argparse.Namespace) -> None:
         if len(data) > len(rows):
             done += [f"{len(data) - len(rows)} rows of the data are not in the run."]
     if args.write:
-        check_write(run, data, rows, args.write, args.force)
+        p_correct = np.full(len(data), 1.0 - run.fit.rate, np.float32)  # nothing else is known of other rows
+        p_correct[rows] = run.p_correct
+        _check_write(run, data, p_correct, args.write, args.force)
     lines = report(run, data, rows, flips)
     if args.plot:
         plot(run, args.plot, flips)
@@ -80,7 +82,7 @@ def audit(args: argparse.Namespace) -> None:
         write_page(args.page, run, data, rows)
         done += [f"page: {args.page}"]
     if args.write:
-        count = write_data(run, data, rows, args.write, args.to)
+        count = _write(run, data, p_correct, args.write, args.to)
         verb = {"filtered": "dropped", "weighted": "below .5", "reflipped": "reversed"}[args.write]
         done += [f"{args.write} data: {args.to} ({count} of {len(data)} rows {verb})"]
     print(*lines, *done, sep="\n")
@@ -101,39 +103,22 @@ def _check_options(args: argparse.Namespace) -> None:
         if wrong:
             raise UserError(sentence)
     if args.to:
-        if Path(args.dataset).resolve() in args.to.resolve().parents:
-            raise UserError(f"--to {args.to} lies inside the data, {args.dataset}: give another folder.")
-        check_target(args.to)
+        check_target(args.to, "--to", args.dataset)
 
 
-# -- copies of the data, corrected -----------
+def check_target(folder: Path, option: str, data: str) -> None:
+    """Refuse to write where something is, or into the data; option: that names the folder."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{option} {folder} is a file: give a folder.")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{option} {folder} is not empty: give another folder.")
+    if Path(data).resolve() in folder.resolve().parents:
+        raise UserError(f"{option} {folder} lies inside the data, {data}: give another folder.")
 
 
-def row_weights(run: Run, data: Dataset, rows: np.ndarray) -> np.ndarray:
-    """Probability that the label is correct of every row of the data, [len(data)] float32.
-
-    It is 1 − the noise rate where the row was not judged.
-
-    Args:
-        rows: as ``find_rows`` gives them, [n].
-    """
-    weights = np.full(len(data), 1.0 - run.fit.rate, np.float32)
-    weights[rows] = run.p_correct
-    return weights
-
-
-def check_write(run: Run, data: Dataset, rows: np.ndarray, kind: str, force: bool = False) -> None:
-    """Refuse what ``write_data`` cannot do, or should not.
-
-    Args:
-        force: follow an estimate that means little, or by which all labels may be clean.
-
-    Raises:
-        UserError: an estimate that should not be followed, data without a column of
-            the run, no pairs to flip, nothing left, or a column that is there already.
-    """
-    fit, forced = run.fit, "--force writes it all the same"
-    weights, columns = row_weights(run, data, rows), set(data.column_names)
+def _check_write(run: Run, data: Dataset, p_correct: np.ndarray, kind: str, force: bool) -> None:
+    """Refuse what ``_write`` cannot do, or should not."""
+    fit, forced, columns = run.fit, "--force writes it all the same", set(data.column_names)
     sampled = {column for row in run.sample.values() for column in row}
     added = {"weighted": "label_weight", "reflipped": "reflipped"}.get(kind)
     pairs = run.preferences and {"chosen", "rejected"} <= columns
@@ -153,7 +138,7 @@ def check_write(run: Run, data: Dataset, rows: np.ndarray, kind: str, force: boo
             "nothing tells whether the labels of these are the same",
         ),
         # an empty data set cannot be loaded
-        (kind == "filtered" and (weights < 0.5).all(), "would drop every row: use weighted"),
+        (kind == "filtered" and (p_correct < 0.5).all(), "would drop every row: use weighted"),
         (kind == "reflipped" and not pairs, "is for preference pairs, with columns chosen and rejected"),
         (
             kind == "reflipped" and "margin" in columns,
@@ -165,8 +150,8 @@ def check_write(run: Run, data: Dataset, rows: np.ndarray, kind: str, force: boo
             raise UserError(f"--write {kind} {sentence}.")
 
 
-def write_data(run: Run, data: Dataset, rows: np.ndarray, kind: str, folder: Path) -> int:
-    """Write a copy with ``save_to_disk``, after ``check_write``; the folder appears whole or not at all.
+def _write(run: Run, data: Dataset, p_correct: np.ndarray, kind: str, folder: Path) -> int:
+    """Write a copy with ``save_to_disk``; the folder appears whole or not at all.
 
     ``filtered`` is without the rows whose label is more likely mislabeled than clean; ``weighted`` has what
     ``poprisk_label_noise=weight`` weights a row by, in a float32 column ``label_weight``; ``reflipped`` has
@@ -174,24 +159,17 @@ def write_data(run: Run, data: Dataset, rows: np.ndarray, kind: str, folder: Pat
     goes on telling which pairs are the wrong way round, so it changes with them). All keep the rows'
     ``example_index``.
 
-    Args:
-        rows: as ``find_rows`` gives them, [n].
-        kind: one of ``WRITES``.
-        folder: empty, or not there yet.
-
     Returns:
         How many rows were dropped or reversed; for ``weighted``, how many are below .5.
     """
-    target = Path(os.path.abspath(folder))
-    weights = row_weights(run, data, rows)
-    mislabeled = weights < 0.5
+    target, mislabeled = Path(os.path.abspath(folder)), p_correct < 0.5
     if INDEX not in data.column_names:
         data = data.add_column(INDEX, np.arange(len(data)))
     with folder_beside(target) as temporary:
         if kind == "filtered":
             data = data.select(np.flatnonzero(~mislabeled))
         elif kind == "weighted":
-            data = data.add_column("label_weight", sample_weights(weights, run.preferences))
+            data = data.add_column("label_weight", sample_weights(p_correct, run.preferences))
         else:
             data = _reflipped(data, mislabeled, temporary / "swapped.arrow")
         data.save_to_disk(str(temporary / "data"))
@@ -226,18 +204,3 @@ def _reflipped(data: Dataset, mislabeled: np.ndarray, cache: Path) -> Dataset:
         load_from_cache_file=False,
         desc="Reversing pairs",
     )
-
-
-def check_target(folder: Path, option: str = "--to") -> None:
-    """Refuse to write where something is.
-
-    Args:
-        option: that names the folder.
-
-    Raises:
-        UserError: a file, or a folder that is not empty.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{option} {folder} is a file: give a folder.")
-    if folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"{option} {folder} is not empty: give another folder.")

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 TRUTH = "is_flipped"  # the column that tells which labels are mislabeled, where somebody knows
-FILES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}  # and their loaders
-TEXT_LENGTH = 160  # characters of one column of an example
+_LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}  # of single files
+_TEXT_LENGTH = 160  # characters of one column of an example
 
 
 def load_data(
@@ -26,13 +26,9 @@ def load_data(
     """A split by the data set's Hub name, from a file, or from a folder of files or of ``save_to_disk``.
 
     Args:
-        name: of the data set, or its file or folder.
         split: ``train`` if None; slices such as ``train[:512]`` work but for ``save_to_disk``.
         config: configuration of a data set on the Hub or of a folder with several.
         option: by which the name was given, for messages.
-
-    Returns:
-        All of its columns, whatever format they were saved with.
 
     Raises:
         UserError: it is not there or cannot be read, or has no such split.
@@ -72,16 +68,12 @@ def load_data(
 
 
 def _loader(name: str, path: Path, option: str) -> str | None:
-    """What reads a single file; None for a folder or a name on the Hub.
-
-    Raises:
-        UserError: it is neither, by its looks.
-    """
+    """What reads a single file; None for a folder or a name on the Hub."""
     if path.is_dir():
         return None
-    loader = FILES.get(path.suffix.lower())
+    loader = _LOADERS.get(path.suffix.lower())
     if path.is_file() and loader is None:
-        raise UserError(f"{option} {name} is not a file of a kind that is read: {', '.join(FILES)}.")
+        raise UserError(f"{option} {name} is not a file of a kind that is read: {', '.join(_LOADERS)}.")
     if loader is not None and not path.is_file():
         raise UserError(f"{option} {name} is not there.")
     # such a path, which the Hub client would take for a repository, is a folder mistyped
@@ -91,11 +83,7 @@ def _loader(name: str, path: Path, option: str) -> str | None:
 
 
 def example_ids(data: Dataset) -> np.ndarray:
-    """The column ``example_index``, or the positions where there is none, [len(data)] integers.
-
-    Raises:
-        UserError: they are not unique integers.
-    """
+    """The column ``example_index``, or the positions where there is none, [len(data)] unique integers."""
     ids = np.asarray(data[INDEX]) if INDEX in data.column_names else np.arange(len(data))
     if not np.issubdtype(ids.dtype, np.integer) or ids.ndim != 1 or len(np.unique(ids)) != len(ids):
         raise UserError(f"the column {INDEX} of the data must hold integers, each once.")
@@ -145,11 +133,7 @@ def _check_rows(data: Dataset, row_of: dict[int, int], run: Run) -> None:
 
 
 def known_flips(data: Dataset, rows: np.ndarray) -> np.ndarray | None:
-    """The column ``is_flipped`` of some rows, [n] bool; None if there is no bool column of that name.
-
-    Raises:
-        UserError: values are missing.
-    """
+    """The column ``is_flipped`` of some rows, [n] bool; None if there is no bool column of that name."""
     if TRUTH not in data.column_names or getattr(data.features[TRUTH], "dtype", "") != "bool":
         return None
     flips = list(data[TRUTH])
@@ -159,21 +143,17 @@ def known_flips(data: Dataset, rows: np.ndarray) -> np.ndarray | None:
 
 
 def example_text(example: dict[str, Any], features: Any) -> dict[str, str]:
-    """The columns of an example that a person would read, on one line each and shortened.
-
-    Args:
-        example: one row of the data set.
-        features: of the data set; names class labels.
-    """
-    shown = whole_text(example, features, TEXT_LENGTH)
-    return {name: shorten(value or "", TEXT_LENGTH) for name, value in shown.items()}
+    """The columns of an example that a person would read, on one line each and shortened."""
+    shown = whole_text(example, features, _TEXT_LENGTH)
+    return {name: shorten(value or "", _TEXT_LENGTH) for name, value in shown.items()}
 
 
 def whole_text(example: dict[str, Any], features: Any, length: int) -> dict[str, str | None]:
     """The columns of an example that a person would read, whole; None where there is none.
 
     Args:
-        example, features: as for ``example_text``.
+        example: one row of the data set.
+        features: of the data set; names class labels.
         length: how many characters will be shown; what pairs begin with in common leaves half of it.
     """
     if {"chosen", "rejected"} <= example.keys():

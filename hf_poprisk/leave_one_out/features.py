@@ -1,7 +1,7 @@
 """What the regression sees of every example: gradients of what it gives for the example, in two parts.
 
 The head is apart from the layers below it: on some tasks one of them tells much more than the
-other, and which one the held-out likelihood says beforehand (``judgement.py``, ``classes.py``).
+other, and which one the held-out likelihood says beforehand (``judgement.py``).
 """
 
 from __future__ import annotations

@@ -112,51 +112,35 @@ def judge(args: argparse.Namespace) -> None:
             raise UserError(
                 f"the tokenizer of {args.model} has no chat template, and {args.dataset} holds conversations."
             )
-        new_trainer = partial(
-            _pair_trainer, args, data.select_columns(_present(PAIR_COLUMNS, data)), tokenizer
-        )
+        pairs = _columns(data, PAIR_COLUMNS)
+        new_trainer = partial(_pair_trainer, args, pairs, tokenizer)
     else:
         classes = check_classes(data, args.dataset)
         tokenizer = check_class_model(args, config, classes, len(data))
         # a head that is there has as many as it has
         options = {} if has_head(config) else {"num_labels": classes}
-        texts = data.select_columns(_present(CLASS_COLUMNS, data))
-        new_trainer = partial(_class_trainer, args, texts, tokenizer, options)
-    flips = known_flips(data, np.arange(len(data)))
-    if flips is not None:
+        new_trainer = partial(_class_trainer, args, _columns(data, CLASS_COLUMNS), tokenizer, options)
+    if known_flips(data, np.arange(len(data))) is not None:
         need("sklearn", f"a data set with the column {TRUTH}")
     out = Path(os.path.abspath(args.output_dir))
     with folder_beside(out) as temporary, _no_cache():
         noise, said = _judged(new_trainer, temporary / "trainer")
         (temporary / "judged").mkdir()
         noise.save(temporary / "judged")
-        run = load_run(temporary / "judged")
+        run = replace(load_run(temporary / "judged"), folder=args.output_dir)
         rows = find_rows(data, run)
-        write_page(temporary / "judged" / PAGE_NAME, replace(run, folder=args.output_dir), data, rows)
+        write_page(temporary / "judged" / PAGE_NAME, run, data, rows)
         (temporary / "judged").replace(out)
-    run = replace(run, folder=args.output_dir)
-    flips = known_flips(data, rows)
-    done = [
-        "",
-        *said,
-        f"judged labels: {args.output_dir / TABLE_NAME}",
-        f"page: {args.output_dir / PAGE_NAME}",
-    ]
+    flips, page = known_flips(data, rows), args.output_dir / PAGE_NAME
+    done = ["", *said, f"judged labels: {args.output_dir / TABLE_NAME}", f"page: {page}"]
     if args.plot:
         plot(run, args.plot, flips)
         done += [f"figure: {args.plot}"]
     print(*report(run, data, rows, flips), *done, sep="\n")
 
 
-# -- refusals, before the model is loaded -------------------------------------------------------------------
-
-
 def _check_options(args: argparse.Namespace) -> None:
-    check_target(args.output_dir, "--output_dir")
-    if Path(args.dataset).resolve() in args.output_dir.resolve().parents:
-        raise UserError(
-            f"--output_dir {args.output_dir} lies inside the data, {args.dataset}: give another folder."
-        )
+    check_target(args.output_dir, "--output_dir", args.dataset)
     if args.plot and args.plot.suffix.lower() != ".png":
         raise UserError(f"--plot {args.plot} must end in .png.")
     if os.environ.get("WORLD_SIZE", "1") != "1":
@@ -167,17 +151,11 @@ def _check_options(args: argparse.Namespace) -> None:
         need(package, "judge")
 
 
-# -- judging ------------------------------------------------------------------------------------------------
-
-
 def _judged(new_trainer: Callable[[Path], tuple[Any, list[str]]], folder: Path) -> tuple[Any, list[str]]:
     """What a trainer finds before its first step, its ``LabelNoise``, and what to say of the model.
 
     Args:
         new_trainer: output folder → the trainer, and that.
-
-    Raises:
-        UserError: the model or the data are not fit for it.
     """
     try:
         trainer, said = new_trainer(folder)
@@ -246,8 +224,9 @@ def _class_trainer(
     return trainer, [head] * new
 
 
-def _present(columns: Iterable[str], data: Dataset) -> list[str]:
-    return [column for column in columns if column in data.column_names]
+def _columns(data: Dataset, columns: Iterable[str]) -> Dataset:
+    """Those of some columns that are there."""
+    return data.select_columns([column for column in columns if column in data.column_names])
 
 
 def _no_reference(model: Any) -> Any:

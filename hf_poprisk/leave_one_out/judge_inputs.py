@@ -21,14 +21,12 @@ TEXT, LABEL = "text", "label"
 # What the trainers read; other columns, such as margin, have a meaning in training alone.
 PAIR_COLUMNS = (*_PAIR, "tools", "chat_template_kwargs", INDEX)
 CLASS_COLUMNS = (TEXT, LABEL, INDEX)
+_CLASSIFIER = "ForSequenceClassification"
+_MAX_LENGTH = 1024  # TRL's
 
 
 def holds_pairs(data: Dataset, name: str) -> bool:
-    """Whether the data are preference pairs; if not, they are labelled texts.
-
-    Raises:
-        UserError: they are neither.
-    """
+    """Whether the data are preference pairs; if not, they are labelled texts."""
     columns = set(data.column_names)
     has = f"(it has {', '.join(sorted(columns))})"
     if {"chosen", "rejected"} <= columns:
@@ -44,14 +42,9 @@ def holds_pairs(data: Dataset, name: str) -> bool:
 
 
 def check_pairs(data: Dataset, name: str) -> None:
-    """Refuse pairs that are not whole, or say nothing.
-
-    Raises:
-        UserError: says in one sentence what is wrong.
-    """
-    columns = set(data.column_names)
+    """Refuse pairs that are not whole, or say nothing."""
     _check_rows(data, name, "pairs")
-    pairs = {column: list(data[column]) for column in _PAIR if column in columns}
+    pairs = {column: list(data[column]) for column in _PAIR if column in data.column_names}
     for column, values in pairs.items():
         missing = next((row for row, value in enumerate(values) if value is None or value == []), None)
         if missing is not None:
@@ -70,9 +63,6 @@ def check_classes(data: Dataset, name: str) -> int:
 
     Returns:
         K: labels are in [0, K); as many as their feature names, or up to the highest one.
-
-    Raises:
-        UserError: says in one sentence what is wrong.
     """
     _check_rows(data, name, "examples")
     if tokens := sorted({"input_ids", "attention_mask", "token_type_ids"} & set(data.column_names)):
@@ -96,7 +86,6 @@ def check_classes(data: Dataset, name: str) -> int:
 
 
 def _check_rows(data: Dataset, name: str, what: str) -> None:
-    """For either kind."""
     if {"image", "images"} & set(data.column_names):
         raise UserError(f"{name} holds images, and judge reads texts alone.")
     if len(data) < FEWEST:
@@ -106,16 +95,8 @@ def _check_rows(data: Dataset, name: str, what: str) -> None:
     example_ids(data)
 
 
-_CLASSIFIER = "ForSequenceClassification"
-_MAX_LENGTH = 1024  # TRL's
-
-
 def load_config(name: str) -> Any:
-    """The config of a model.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The config of a model."""
     from transformers import AutoConfig
 
     try:
@@ -125,11 +106,7 @@ def load_config(name: str) -> Any:
 
 
 def check_pair_model(args: argparse.Namespace, config: Any) -> Any:
-    """The tokenizer.
-
-    Raises:
-        UserError: the model is not of the kind that judges pairs.
-    """
+    """The tokenizer of a model that judges pairs."""
     kind = _kind(config)
     if args.reward and not args.adapter and not kind.endswith(_CLASSIFIER):
         raise UserError(f"{args.model} is not a reward model: it is a {kind or config.model_type}.")
@@ -144,29 +121,31 @@ def check_pair_model(args: argparse.Namespace, config: Any) -> Any:
 
 
 def check_class_model(args: argparse.Namespace, config: Any, num_classes: int, num_examples: int) -> Any:
-    """The tokenizer, which can pad, and truncates to ``--max_length`` tokens.
-
-    Raises:
-        UserError: the model does not judge such classes.
-    """
-    if args.reward:
-        raise UserError(f"--reward is for preference pairs, and {args.dataset} holds labels: remove it.")
+    """The tokenizer, which can pad, and truncates to ``--max_length`` tokens, of a model for such classes."""
     problem = getattr(config, "problem_type", None) or "single_label_classification"
-    if problem != "single_label_classification":
-        raise UserError(
-            f"{args.model} is for {problem} (its problem_type), and judge takes one label of several classes."
-        )
-    if has_head(config) and config.num_labels == 1:
-        raise UserError(f"{args.model} gives one number and no classes: it is for regression or a reward.")
-    if has_head(config) and config.num_labels < num_classes:
-        raise UserError(
+    for wrong, sentence in (
+        (args.reward, f"--reward is for preference pairs, and {args.dataset} holds labels: remove it."),
+        (
+            problem != "single_label_classification",
+            f"{args.model} is for {problem} (its problem_type), and judge takes one label of several "
+            "classes.",
+        ),
+        (
+            has_head(config) and config.num_labels == 1,
+            f"{args.model} gives one number and no classes: it is for regression or a reward.",
+        ),
+        (
+            has_head(config) and config.num_labels < num_classes,
             f"{args.dataset} has {num_classes} classes, and {args.model} {config.num_labels}: give a model "
-            "for these labels, or one without a head."
-        )
-    if not has_head(config) and num_classes > num_examples:
-        raise UserError(
-            f"{args.dataset} has labels up to {num_classes - 1} in {num_examples} rows: count them from 0."
-        )
+            "for these labels, or one without a head.",
+        ),
+        (
+            not has_head(config) and num_classes > num_examples,
+            f"{args.dataset} has labels up to {num_classes - 1} in {num_examples} rows: count them from 0.",
+        ),
+    ):
+        if wrong:
+            raise UserError(sentence)
     tokenizer = _load_tokenizer(args)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if tokenizer.pad_token is None:
@@ -176,11 +155,7 @@ def check_class_model(args: argparse.Namespace, config: Any, num_classes: int, n
 
 
 def length_of(args: argparse.Namespace, default: int | None) -> int | None:
-    """``--max_length``, or the default, as far as the model's positions go.
-
-    Raises:
-        UserError: they do not go as far as what was asked for.
-    """
+    """``--max_length``, or the default, as far as the model's positions go."""
     limit = getattr(load_config(args.model).get_text_config(), "max_position_embeddings", None)
     if args.max_length is not None and limit is not None and args.max_length > limit:
         raise UserError(f"--max_length {args.max_length} is too long: {args.model} takes {limit} tokens.")
@@ -202,20 +177,16 @@ def _load_tokenizer(args: argparse.Namespace) -> Any:
     from transformers import AutoTokenizer
 
     if args.adapter:
-        _check_adapter(args.adapter)
+        from peft import PeftConfig
+
+        try:
+            PeftConfig.from_pretrained(args.adapter)
+        except Exception as error:
+            raise UserError(f"--adapter {args.adapter} is not a PEFT adapter ({one_line(error)}).") from error
     try:
         return AutoTokenizer.from_pretrained(args.model)
     except Exception as error:
         raise UserError(f"{args.model} has no tokenizer ({one_line(error)}).") from error
-
-
-def _check_adapter(name: str) -> None:
-    from peft import PeftConfig
-
-    try:
-        PeftConfig.from_pretrained(name)
-    except Exception as error:
-        raise UserError(f"--adapter {name} is not a PEFT adapter ({one_line(error)}).") from error
 
 
 def load_model(
@@ -224,15 +195,12 @@ def load_model(
     may_be_new: Callable[[Any, str], bool] = lambda model, name: False,
     **options: Any,
 ) -> tuple[Any, bool]:
-    """The model with its adapter, and whether some of it is new.
+    """The model with its adapter, whole and finite, and whether some of it is new.
 
     Args:
         kind: one of transformers' Auto classes.
         may_be_new: (model, name of a weight) → whether it may be drawn at random.
         **options: of ``from_pretrained``.
-
-    Raises:
-        UserError: it cannot be loaded, is not whole or not finite.
     """
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     try:

@@ -28,10 +28,7 @@ def report(
     Args:
         data: the training data, for the texts.
         rows: as ``find_rows`` gives them, [n]; needed with data.
-        flips: the labels known to be mislabeled, [n] bool.
-
-    Raises:
-        UserError: flips without scikit-learn.
+        flips: the labels known to be mislabeled, [n] bool; needs scikit-learn.
     """
     judged, what = int(run.judged.sum()), "preference pairs" if run.preferences else "examples"
     never = f" ({len(run.index) - judged} more were never judged)" * (judged < len(run.index))
@@ -82,9 +79,6 @@ def plot(run: Run, path: Path, flips: np.ndarray | None = None) -> None:
     Args:
         path: of the file, which appears whole or not at all.
         flips: the labels known to be mislabeled, [n] bool; their part is outlined.
-
-    Raises:
-        UserError: matplotlib is missing.
     """
     fit = run.fit
     need("matplotlib", "--plot")

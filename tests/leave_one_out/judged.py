@@ -62,22 +62,23 @@ def pairs(flips: bool = True, scores: bool = True) -> Dataset:
     return Dataset.from_dict(columns)
 
 
-def command(capsys: pytest.CaptureFixture[str], *argv: Any) -> str:
+def command(capsys: pytest.CaptureFixture[str], *argv: Any, name: str = "audit") -> str:
     """What a command line prints."""
-    main(["audit", *map(str, argv)])
+    capsys.readouterr()
+    main([name, *map(str, argv)])
     return capsys.readouterr().out
 
 
-def refused(capsys: pytest.CaptureFixture[str], *argv: Any) -> str:
+def refused(capsys: pytest.CaptureFixture[str], *argv: Any, name: str = "audit") -> str:
     """The one sentence of a command line that ends with exit code 2 before anything is printed."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
-        main(["audit", *map(str, argv)])
+        main([name, *map(str, argv)])
     out, err = capsys.readouterr()
-    assert stopped.value.code == 2 and out == ""
-    assert err.startswith("hf-poprisk audit: error: ") and err.count("\n") == 1
-    assert err.endswith((".\n", "'hf_poprisk[recipes]'.\n"))
-    return err.removeprefix("hf-poprisk audit: error: ").strip()
+    before, _, said = err.rpartition(f"hf-poprisk {name}: error: ")  # progress bars
+    assert stopped.value.code == 2 and out == "" and said.count("\n") == 1 and "error" not in before
+    assert said.endswith((".\n", "'hf_poprisk[recipes]'.\n"))
+    return said.strip()
 
 
 def posterior(zeta: float, fit: NoiseFit = FIT) -> float:

@@ -111,18 +111,10 @@ def test_what_cannot_be_written(run: Path, saved: Path, tmp_path: Path, capsys: 
     assert "with columns chosen and rejected" in sentence("reflipped", data=tmp_path / "half")
     pairs().add_column("margin", [1.0] * N).save_to_disk(tmp_path / "margin")
     assert "cannot turn the column margin round" in sentence("reflipped", data=tmp_path / "margin")
-    for name, options, why in (
-        ("guess", {"fit": CHANCE}, "predict labels hardly better than by chance"),
-        ("open", {"fit": replace(FIT, high=0.44)}, "leave the noise rate open"),
-        (
-            "ambiguous",
-            {"preferences": False, "fit": replace(FIT, log_likelihood=-0.65)},
-            "so the ambiguous look wrong",
-        ),
-    ):
-        unsure = save_run(tmp_path / name, **options)
-        said = sentence("weighted", unsure)
-        assert "would follow an estimate that means little: " in said and why in said
+    ambiguous = save_run(tmp_path / "ambiguous", preferences=False, fit=replace(FIT, log_likelihood=-0.65))
+    assert (
+        "means little: " in (said := sentence("weighted", ambiguous)) and "the ambiguous look wrong" in said
+    )
     tokens = Dataset.from_dict({"input_ids": [[i] for i in range(N)], "labels": [0] * N})
     other = save_run(tmp_path / "other", sample=take_sample(tokens, np.arange(N)))
     assert "was trained on (input_ids, labels): nothing tells" in sentence("filtered", other)
@@ -147,3 +139,31 @@ def test_nothing_is_left_half_written(
     sentence = refused(capsys, run, "--dataset", saved, "--write", kind, "--to", tmp_path / "to")
     assert "No space left on device" in sentence
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("kind", WRITES)
+def test_copies_by_an_estimate_that_says_little_take_force(
+    kind: str, saved: Path, tmp_path: Path, capsys: Any
+) -> None:
+    for name, options, says in (
+        (
+            "clean",
+            {"fit": replace(FIT, low=0.009, high=0.2)},
+            "interval that includes zero (0.9% to 20.0%): there may be no mislabeled",
+        ),
+        (
+            "chance",
+            {"fit": CHANCE},
+            "follow an estimate that means little: the model's gradients predict labels h",
+        ),
+        ("open", {"fit": replace(FIT, high=0.44)}, "that means little: the pairs leave the noise rate open"),
+    ):
+        judged = save_run(tmp_path / name, **options)
+        argv = (judged, "--dataset", saved, "--write", kind, "--to", tmp_path / f"{name}-copy")
+        sentence = refused(capsys, *argv)
+        assert says in sentence and sentence.endswith("; --force writes it all the same.")
+        assert not (tmp_path / f"{name}-copy").exists()
+        command(capsys, *argv, "--force")
+        assert (tmp_path / f"{name}-copy" / "dataset_info.json").is_file()
+    sure = save_run(tmp_path / "sure", fit=replace(FIT, low=0.011, high=0.2))
+    command(capsys, sure, "--dataset", saved, "--write", kind, "--to", tmp_path / "copy")

@@ -73,11 +73,8 @@ def test_data_of_another_run_are_refused(run: Path, tmp_path: Path, capsys: Any)
     assert "must hold integers" in sentence(pairs().add_column(INDEX, ids / 2), "halves")
     missing = pairs(flips=False).add_column("is_flipped", [None, *[True] * (N - 1)])
     assert "is_flipped of the data has missing values" in sentence(missing, "missing")
-
-
-def test_only_a_bool_column_is_the_truth(run: Path, tmp_path: Path, capsys: Any) -> None:
-    pairs(flips=False).add_column("is_flipped", WRONG.astype(int)).save_to_disk(tmp_path / "data")
-    assert "AUROC" not in command(capsys, run, "--dataset", tmp_path / "data")
+    pairs(flips=False).add_column("is_flipped", WRONG.astype(int)).save_to_disk(tmp_path / "integers")
+    assert "AUROC" not in command(capsys, run, "--dataset", tmp_path / "integers")  # is no truth
 
 
 def test_unreadable_data_are_refused(run: Path, saved: Path, tmp_path: Path, capsys: Any) -> None:
@@ -90,14 +87,11 @@ def test_unreadable_data_are_refused(run: Path, saved: Path, tmp_path: Path, cap
     assert "broken cannot be read" in refused(capsys, run, "--dataset", broken)
     (broken / "train.parquet").write_bytes(file.read_bytes()[:200])
     assert "broken cannot be read" in refused(capsys, run, "--dataset", broken)
+    for option in ("--split", "--config_name"):
+        assert f"{option} has no effect" in refused(capsys, run, "--dataset", saved, option, "train")
     next(saved.glob("*.arrow")).write_bytes(b"no table")
     assert "data cannot be read" in refused(capsys, run, "--dataset", saved)
     assert "typo is no folder here, and cannot be read" in refused(capsys, run, "--dataset", "typo")
-
-
-def test_options_of_saved_data_without_effect(run: Path, saved: Path, capsys: Any) -> None:
-    assert "--split has no effect" in refused(capsys, run, "--dataset", saved, "--split", "train")
-    assert "--config_name has no effect" in refused(capsys, run, "--dataset", saved, "--config_name", "x")
 
 
 def test_rows_in_another_order_are_refused(tmp_path: Path, saved: Path, capsys: Any) -> None:

@@ -1,10 +1,10 @@
-"""``hf-poprisk judge``: preference pairs judged without training."""
+"""``hf-poprisk judge``: preference pairs and labelled texts judged without training."""
 
 import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +13,38 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from datasets import Dataset, load_from_disk
+from datasets import ClassLabel, Dataset, load_from_disk
 from models import WORDS, adapted, save_tiny_model, text, tiny_model, tiny_tokenizer
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertModel,
+    DataCollatorWithPadding,
+    LlamaForCausalLM,
+)
 
+from hf_poprisk import PopRiskTrainer, PopRiskTrainingArguments
 from hf_poprisk.__main__ import main
 from hf_poprisk.leave_one_out import INDEX, mixin
-from hf_poprisk.leave_one_out.audit import WRITES
 from hf_poprisk.leave_one_out.data import load_data
-from leave_one_out.helpers import prefer
-from leave_one_out.judged import CHANCE, FIT, message, save_run
+from leave_one_out.helpers import QUIET, prefer
+from leave_one_out.judged import command as any_command
+from leave_one_out.judged import command as audit
+from leave_one_out.judged import message
+from leave_one_out.judged import refused as any_refused
+from leave_one_out.test_page import Page
 
 KNOWN, OTHER = sorted(set(WORDS))[::2], sorted(set(WORDS))[1::2]
+NAMES = ["north", "south", "west"]
+
+run = partial(any_command, name="judge")
+refused = partial(any_refused, name="judge")
 
 
-def learnable(count: int = 60, rate: float = 0.2) -> Dataset:
+def learnable(count: int = 60) -> Dataset:
     """Chosen is mostly of one half of the words, rejected of the other; some pairs are flipped."""
     generator = np.random.default_rng(0)
 
@@ -39,7 +54,7 @@ def learnable(count: int = 60, rate: float = 0.2) -> Dataset:
         )
 
     pairs = [[completion(KNOWN, OTHER), completion(OTHER, KNOWN)] for _ in range(count)]
-    flipped = generator.permutation(count) < rate * count
+    flipped = generator.permutation(count) < 0.2 * count
     return Dataset.from_dict(
         {
             "prompt": [text(i, 3) for i in range(count)],
@@ -50,6 +65,20 @@ def learnable(count: int = 60, rate: float = 0.2) -> Dataset:
     )
 
 
+def labelled(count: int = 60) -> Dataset:
+    """Texts of three lengths, mostly of a third of the words; some labels are of another class."""
+    rng, words = np.random.default_rng(0), sorted(set(WORDS))
+    true = np.arange(count) % 3
+    flipped = rng.permutation(count) < 0.2 * count
+    labels = np.where(flipped, (true + rng.integers(1, 3, count)) % 3, true)
+    texts = [
+        " ".join(rng.choice(words[c::3] if rng.random() < 0.9 else words) for _ in range(8 + 3 * (i % 4)))
+        for i, c in enumerate(true)
+    ]
+    rows = Dataset.from_dict({"text": texts, "label": labels, "is_flipped": flipped, "margin": labels / 2})
+    return rows.cast_column("label", ClassLabel(names=NAMES))
+
+
 def conversations(count: int = 60) -> Dataset:
     rows = learnable(count)
     return Dataset.from_dict(
@@ -58,6 +87,15 @@ def conversations(count: int = 60) -> Dataset:
             for side in ("chosen", "rejected")
         }
     )
+
+
+def changed(rows: Dataset, column: str, values: Any) -> Dataset:
+    return Dataset.from_dict({**rows.to_dict(), column: values})
+
+
+@pytest.fixture(scope="session")
+def bert_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "bert", "bert")
 
 
 @pytest.fixture(scope="session")
@@ -77,28 +115,34 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "pairs.parquet"
 
 
-def run(capsys: pytest.CaptureFixture[str], *argv: Any, command: str = "judge") -> str:
-    """What a command line prints."""
-    capsys.readouterr()
-    main([command, *map(str, argv)])
-    return capsys.readouterr().out
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    labelled().save_to_disk(str(tmp_path / "texts"))
+    return tmp_path / "texts"
 
 
-def refused(capsys: pytest.CaptureFixture[str], *argv: Any, command: str = "judge") -> str:
-    """The one sentence of a command line that prints nothing else."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        main([command, *map(str, argv)])
-    out, err = capsys.readouterr()
-    said = err.rpartition(f"hf-poprisk {command}: error: ")[2]  # progress bars stand before it
-    assert stopped.value.code == 2 and out == "" and said.count("\n") == 1
-    assert said.endswith((".\n", "'hf_poprisk[recipes]'.\n"))
-    return said.strip()
+def edited(folder: Path, kind: str, **changes: Any) -> Path:
+    """A tiny model with another config."""
+    config = save_tiny_model(folder, kind) / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    return folder
+
+
+def with_weights(folder: Path, kind: str, edit: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
+    """A tiny model with other weights."""
+    model = save_tiny_model(folder, kind)
+    weights = load_file(model / "model.safetensors")
+    edit(weights)
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    return model
 
 
 def table(out: Path) -> dict[str, np.ndarray]:
     columns = pq.read_table(out / "judged.parquet")
     return {name: columns[name].to_numpy() for name in columns.column_names}
+
+
+# -- pairs --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["DPO", "Reward"])
@@ -114,22 +158,19 @@ def test_flipped_pairs_are_found(
     assert np.array_equal(np.argsort(found["rank"]), np.argsort(found["log_odds"], kind="stable"))
     assert found["p_correct"][np.argsort(found["rank"])].tolist() == sorted(found["p_correct"])
     report, _, files = printed.partition("\n\njudged labels: ")
-    assert (
-        files == f"{out}/judged.parquet\npage: {out}/report.html\nfigure: {figure}\n"
-        and figure.read_bytes()[1:4] == b"PNG"
-    )
-    assert report + "\n" == run(capsys, out, "--dataset", data, command="audit")
+    assert files == f"{out}/judged.parquet\npage: {out}/report.html\nfigure: {figure}\n"
+    assert figure.read_bytes()[1:4] == b"PNG"
+    assert report + "\n" == audit(capsys, out, "--dataset", data)
     assert "60 preference pairs\nNoise rate: " in report and "; AUROC " in report
     assert sorted(file.name for file in out.iterdir()) == ["judged.parquet", "report.html"]
     assert learnable()["chosen"][7].strip() in (out / "report.html").read_text()
 
 
-def test_it_is_what_an_audit_in_training_finds_without_its_reference(
+def test_pairs_are_judged_as_in_training_without_their_reference(
     llama_dir: Path, data: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"poprisk_label_noise": "audit", "per_device_train_batch_size": 4}
-    trainer = prefer("DPO", llama_dir, tmp_path / "trainer", learnable(), **options)
-    expected = trainer.judge_labels()
+    expected = prefer("DPO", llama_dir, tmp_path / "trainer", learnable(), **options).judge_labels()
     calls = {"__init__": 0, "forward": 0}
     for name in calls:
         inner = getattr(LlamaForCausalLM, name)
@@ -175,6 +216,7 @@ def test_pairs_are_known_by_their_index(llama_dir: Path, tmp_path: Path, capsys:
     indexed.shuffle(seed=1).save_to_disk(str(tmp_path / "shuffled"))
     indexed.to_json(tmp_path / "pairs.jsonl")
     before = sorted((tmp_path / "shuffled").iterdir())
+    (tmp_path / "out").mkdir()  # empty: allowed
     printed = run(capsys, llama_dir, tmp_path / "shuffled", "--output_dir", tmp_path / "out")
     assert sorted((tmp_path / "shuffled").iterdir()) == before  # no tokens beside somebody's data
     found = table(tmp_path / "out")
@@ -184,18 +226,11 @@ def test_pairs_are_known_by_their_index(llama_dir: Path, tmp_path: Path, capsys:
     worst = found["index"][np.argmin(found["rank"])]
     chosen = learnable()[int((1000 - worst) // 7)]["chosen"].strip()
     assert f"\n  {worst}, correct with probability" in printed and f"chosen: {chosen}\n" in printed
-    again = run(capsys, tmp_path / "out", "--dataset", tmp_path / "pairs.jsonl", command="audit")
+    write = ("--write", "filtered", "--to", tmp_path / "copy", "--force")
+    again = audit(capsys, tmp_path / "out", "--dataset", tmp_path / "pairs.jsonl", *write)
     assert f"chosen: {chosen}\n" in again
-
-
-def test_a_copy_of_what_was_judged(llama_dir: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
-    (tmp_path / "out").mkdir()  # empty: allowed
-    run(capsys, llama_dir, data, "--output_dir", tmp_path / "out")
-    argv = (tmp_path / "out", "--dataset", data, "--write", "filtered", "--to", tmp_path / "copy", "--force")
-    run(capsys, *argv, command="audit")
-    kept = np.flatnonzero(table(tmp_path / "out")["p_correct"] >= 0.5)
-    copy = load_from_disk(str(tmp_path / "copy"))
-    assert copy[INDEX][:] == kept.tolist() and copy["chosen"][:] == learnable().select(kept)["chosen"][:]
+    kept = dict(zip(found["index"].tolist(), found["p_correct"] >= 0.5, strict=True))
+    assert load_from_disk(str(tmp_path / "copy"))[INDEX][:] == [i for i in ids if kept[i]]
 
 
 def test_conversations_and_pairs_that_are_too_long(tmp_path: Path, capsys: Any) -> None:
@@ -213,83 +248,203 @@ def test_conversations_and_pairs_that_are_too_long(tmp_path: Path, capsys: Any) 
     assert sorted(np.delete(found["rank"], 7)) == list(range(59))
 
 
-def test_options_reach_the_model(
-    llama_dir: Path, data: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+# -- labelled texts -----------------------------------------------------------------------------------------
+
+
+def test_classes_are_judged_as_in_training(
+    bert_dir: Path, texts: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def look(model: Any, batches: Any, *args: Any, **kwargs: Any) -> None:
-        batch = next(iter(batches(None)))
-        raise ValueError(f"{model.dtype} {list(batch['input_ids'].shape)}.")
+    tokenizer, rows = tiny_tokenizer(), labelled()
+    args = PopRiskTrainingArguments(
+        str(tmp_path / "trainer"), poprisk_label_noise="audit", per_device_train_batch_size=4, **QUIET
+    )
+    trainer = PopRiskTrainer(
+        AutoModelForSequenceClassification.from_pretrained(bert_dir),
+        args=args,
+        train_dataset=rows.remove_columns("margin").map(lambda row: tokenizer(row["text"])),
+        data_collator=DataCollatorWithPadding(tokenizer),
+    )
+    expected = trainer.judge_labels()
+    out = tmp_path / "out"
+    monkeypatch.setitem(sys.modules, "trl", None)  # of no use here
+    printed = run(capsys, bert_dir, texts, "--output_dir", out, "--per_device_train_batch_size", 4)
+    found, flips = table(out), np.array(rows["is_flipped"])
+    np.testing.assert_allclose(found["log_odds"], expected.log_odds, rtol=1e-4)
+    np.testing.assert_allclose(found["p_correct"], expected.p_correct, atol=1e-5)
+    assert found["index"].tolist() == list(range(60)) and found["visits"].tolist() == [1] * 60
+    assert roc_auc_score(flips, -found["log_odds"]) > 0.8
+    report, _, files = printed.partition("\n\njudged labels: ")
+    assert files == f"{out}/judged.parquet\npage: {out}/report.html\n"
+    assert report + "\n" == audit(capsys, out, "--dataset", texts)
+    assert "60 examples\nNoise rate: " in report and "Known to be mislabeled (is_flipped): 12 of" in report
+    worst = int(np.argmin(found["log_odds"]))
+    assert f"      text: {rows[worst]['text']}\n      label: {NAMES[rows[worst]['label']]}\n" in report
+    page, order = Page(out / "report.html"), np.argsort(found["log_odds"], kind="stable")
+    assert page.columns == ["text", "label"] and page.column("text") == [rows["text"][i] for i in order]
+    assert page.column("label") == [NAMES[rows["label"][i]] for i in order]
 
-    monkeypatch.setattr(mixin, "label_features", look)
-    argv = (llama_dir, data, "--output_dir", tmp_path / "out")
-    options = ("--dtype", "bfloat16", "--per_device_train_batch_size", 3, "--max_length", 9)
-    assert refused(capsys, *argv, *options) == "torch.bfloat16 [6, 9]."
-    assert refused(capsys, *argv).startswith("torch.float32 [16, ")
-    assert "has 49 pairs" in refused(capsys, *argv, "--split", "train[:49]")
+
+def test_a_model_without_a_head_gets_one(texts: Path, tmp_path: Path, capsys: Any) -> None:
+    """A decoder, whose config does not say what fills up a batch."""
+    model = edited(tmp_path / "llama", "llama", pad_token_id=None)
+    scores = []
+    for name, size in (("one", 8), ("again", 8), ("alone", 1)):
+        argv = (model, texts, "--output_dir", tmp_path / name, "--per_device_train_batch_size", size)
+        assert f"\n\nhead: {model} has none for these labels, so a random one" in run(capsys, *argv)
+        scores.append(table(tmp_path / name)["log_odds"])
+        torch.manual_seed(5)
+    assert np.array_equal(scores[0], scores[1])
+    assert np.corrcoef(scores[0], scores[2])[0, 1] > 0.97  # but for the signs of eigenvectors
+    assert roc_auc_score(labelled()["is_flipped"], -scores[0]) > 0.8
+    # an encoder needs no pooler, which models trained on masked words come without
+    BertModel(tiny_model("bert").config, add_pooling_layer=False).save_pretrained(tmp_path / "bert")
+    tiny_tokenizer().save_pretrained(tmp_path / "bert")
+    assert "\n\nhead: " in run(capsys, tmp_path / "bert", texts, "--output_dir", tmp_path / "out")
 
 
-# -- refusals -----------------------------------------------------------------------------------------------
+def test_an_adapter_may_bring_the_head(llama_dir: Path, texts: Path, tmp_path: Path, capsys: Any) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(llama_dir, num_labels=3)
+    config = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"], modules_to_save=["score"])
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    argv = (llama_dir, texts, "--output_dir", tmp_path / "out", "--adapter", tmp_path / "adapter")
+    assert "head: " not in run(capsys, *argv)
 
 
-def changed(column: str, values: Any) -> Dataset:
-    rows = learnable().to_dict()
-    return Dataset.from_dict({**rows, column: values(rows)})
+def test_texts_are_known_by_their_index(bert_dir: Path, tmp_path: Path, capsys: Any) -> None:
+    """And the labels by their values."""
+    ids = 1000 - 7 * np.arange(60)
+    indexed = labelled().add_column(INDEX, ids)
+    indexed.shuffle(seed=1).to_parquet(tmp_path / "shuffled.parquet")
+    indexed.to_parquet(tmp_path / "rows.parquet")
+    run(capsys, bert_dir, tmp_path / "shuffled.parquet", "--output_dir", tmp_path / "out")
+    write = ("--write", "weighted", "--to", tmp_path / "copy", "--force")
+    said = audit(capsys, tmp_path / "out", "--dataset", tmp_path / "rows.parquet", *write)
+    assert "; AUROC " in said
+    found = table(tmp_path / "out")
+    weight = dict(zip(found["index"].tolist(), (2 * found["p_correct"] - 1).clip(0).tolist(), strict=True))
+    written = load_from_disk(str(tmp_path / "copy"))["label_weight"][:]
+    assert written == pytest.approx([weight[i] for i in ids], abs=1e-6) and min(written) < max(written)
+    other = indexed.map(lambda row: {"label": (row["label"] + 1) % 3})
+    other.to_parquet(tmp_path / "other.parquet")
+    says = any_refused(capsys, tmp_path / "out", "--dataset", tmp_path / "other.parquet")
+    assert "the data are not those of the run: 'label' of the row" in says
 
 
-@pytest.mark.parametrize(
-    ("pairs", "says"),
-    [
-        (
-            lambda: learnable().remove_columns("rejected"),
-            "has no columns chosen and rejected (it has chosen, is_f",
-        ),
-        (lambda: learnable(49), "has 49 pairs, too few to judge labels by: it takes 50 or more."),
-        (lambda: learnable().select([3] * 60), "all pairs of "),
-        (
-            lambda: changed("rejected", lambda rows: rows["chosen"]),
-            "chosen and rejected are the same in all pairs",
-        ),
-        (lambda: changed("chosen", lambda rows: [*rows["chosen"][:9], None] * 6), "has no chosen in row 9."),
-        (
-            lambda: changed("prompt", lambda rows: [[message("user", "a")]] * 60),
-            "either texts or conversations in all",
-        ),
-        (
-            lambda: changed(INDEX, lambda rows: [0] * 60),
-            "column example_index of the data must hold integers, each",
-        ),
-        (lambda: changed("images", lambda rows: ["a"] * 60), "holds images, and judge reads texts alone."),
-        (conversations, "has no chat template, and "),
-        (
-            lambda: changed("is_flipped", lambda rows: [None, *[True] * 59]),
-            "is_flipped of the data has missing values",
-        ),
-    ],
-    ids=[
-        "columns",
-        "few",
-        "identical",
-        "same",
-        "missing",
-        "mixed",
-        "index",
-        "images",
-        "chat",
-        "truth",
-    ],
-)
-def test_data_are_refused_before_the_model_is_loaded(
-    pairs: Callable[[], Dataset],
-    says: str,
+def test_options_reach_the_model(
     llama_dir: Path,
+    bert_dir: Path,
+    data: Path,
+    texts: Path,
     tmp_path: Path,
     capsys: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
-    pairs().save_to_disk(str(tmp_path / "data"))
+    def look(model: Any, batches: Any, *args: Any, **kwargs: Any) -> None:
+        raise ValueError(f"{model.dtype} {list(next(iter(batches(None)))['input_ids'].shape)}.")
+
+    monkeypatch.setattr(mixin, "label_features", look)
+    out = ("--output_dir", tmp_path / "out")
+    options = ("--dtype", "bfloat16", "--per_device_train_batch_size", 3, "--max_length", 9)
+    assert refused(capsys, llama_dir, data, *out, *options) == "torch.bfloat16 [6, 9]."
+    assert refused(capsys, llama_dir, data, *out).startswith("torch.float32 [16, ")
+    assert "has 49 pairs" in refused(capsys, llama_dir, data, *out, "--split", "train[:49]")
+    assert refused(capsys, bert_dir, texts, *out, *options) == "torch.bfloat16 [3, 9]."
+    long = changed(labelled(), "text", [f"{text} " * 40 for text in labelled()["text"]])
+    long.to_parquet(tmp_path / "long.parquet")
+    assert refused(capsys, bert_dir, tmp_path / "long.parquet", *out) == "torch.float32 [8, 128]."
+    says = refused(capsys, bert_dir, texts, *out, "--max_length", 129)
+    assert says.endswith(f"too long: {bert_dir} takes 128 tokens.")
+
+
+# -- refusals -----------------------------------------------------------------------------------------------
+
+PAIRS: dict[str, tuple[Callable[[Dataset], Dataset], str]] = {
+    "columns": (
+        lambda rows: rows.remove_columns("rejected"),
+        "no columns chosen and rejected (it has chosen,",
+    ),
+    "few": (
+        lambda rows: rows.select(range(49)),
+        "has 49 pairs, too few to judge labels by: it takes 50",
+    ),
+    "identical": (lambda rows: rows.select([3] * 60), "all pairs of "),
+    "same": (
+        lambda rows: changed(rows, "rejected", rows["chosen"][:]),
+        "chosen and rejected are the same in all",
+    ),
+    "missing": (lambda rows: changed(rows, "chosen", ["a"] * 9 + [None] * 51), "has no chosen in row 9."),
+    "mixed": (
+        lambda rows: changed(rows, "prompt", [[message("user", "a")]] * 60),
+        "either texts or conversations in all",
+    ),
+    "index": (
+        lambda rows: changed(rows, INDEX, [0] * 60),
+        "column example_index of the data must hold integers",
+    ),
+    "images": (
+        lambda rows: changed(rows, "images", ["a"] * 60),
+        "holds images, and judge reads texts alone.",
+    ),
+    "chat": (lambda rows: conversations(), "has no chat template, and "),
+    "truth": (
+        lambda rows: changed(rows, "is_flipped", [None] * 9 + [True] * 51),
+        "is_flipped of the data has missing values",
+    ),
+}
+INTEGERS = "must hold integers, one for each text"
+TEXTS: dict[str, tuple[Callable[[Dataset], Dataset], str]] = {
+    "neither": (
+        lambda rows: rows.remove_columns("label"),
+        "has no columns chosen and rejected (it has is_flipped, margin, text), for pairs, and no columns "
+        "text and label, for classes.",
+    ),
+    "no text": (lambda rows: rows.rename_column("text", "sentence"), "no column text (it has is_flipped,"),
+    "few": (
+        lambda rows: rows.select(range(49)),
+        "has 49 examples, too few to judge labels by: it takes 50 or",
+    ),
+    "names": (lambda rows: changed(rows, "label", ["a", "b"] * 30), INTEGERS),
+    "numbers": (lambda rows: changed(rows, "label", [0.0, 1.0] * 30), INTEGERS),
+    "several": (lambda rows: changed(rows, "label", [[0], [1]] * 30), INTEGERS),
+    "missing": (lambda rows: changed(rows, "label", [0, 1, None] * 20), "has no label in row 2: give"),
+    "negative": (lambda rows: changed(rows, "label", [0, 1, -1] * 20), "has the label -1 in row 2: give"),
+    "same": (lambda rows: changed(rows, "label", [1] * 60), "all labels of "),
+    "empty": (lambda rows: changed(rows, "text", [*rows["text"][:59], " \n"]), "has no text in row 59."),
+    "no value": (lambda rows: changed(rows, "text", [None, *rows["text"][1:]]), "has no text in row 0."),
+    "lists": (lambda rows: changed(rows, "text", [["a"]] * 60), "column text of "),
+    "one text": (lambda rows: changed(rows, "text", ["a"] * 60), "all texts of "),
+    "classes": (
+        lambda rows: rows.cast_column("label", ClassLabel(names=[*NAMES, "east"])),
+        "has 4 classes, and ",
+    ),
+    "tokens": (lambda rows: changed(rows, "input_ids", [[1]] * 60), "remove the column input_ids."),
+}
+
+
+@pytest.mark.parametrize(
+    ("rows", "change", "says"),
+    [
+        *((learnable, *case) for case in PAIRS.values()),
+        *((labelled, *case) for case in TEXTS.values()),
+    ],
+    ids=[*(f"pairs: {name}" for name in PAIRS), *(f"texts: {name}" for name in TEXTS)],
+)
+def test_data_are_refused_before_the_model_is_loaded(
+    rows: Callable[[], Dataset],
+    change: Callable[[Dataset], Dataset],
+    says: str,
+    llama_dir: Path,
+    bert_dir: Path,
+    tmp_path: Path,
+    capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for kind in (AutoModelForCausalLM, AutoModelForSequenceClassification):
+        monkeypatch.setattr(kind, "from_pretrained", None)
+    model = llama_dir if rows is learnable else bert_dir
+    change(rows()).save_to_disk(str(tmp_path / "data"))
     before = sorted(tmp_path.rglob("*"))
-    assert says in refused(capsys, llama_dir, tmp_path / "data", "--output_dir", tmp_path / "out")
+    assert says in refused(capsys, model, tmp_path / "data", "--output_dir", tmp_path / "out")
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -323,9 +478,8 @@ def test_targets_and_options_are_refused_first(
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("")
     out = ("--output_dir", tmp_path / "out")
-    assert sentence(data, "--output_dir", tmp_path / "full").endswith(
-        "full is not empty: give another folder."
-    )
+    full = sentence(data, "--output_dir", tmp_path / "full")
+    assert full == f"--output_dir {tmp_path / 'full'} is not empty: give another folder."
     assert sentence(data, "--output_dir", data) == f"--output_dir {data} is a file: give a folder."
     assert "lies inside the data" in sentence(tmp_path, *out)
     assert sentence(data, *out, "--plot", "x.pdf") == "--plot x.pdf must end in .png."
@@ -336,9 +490,8 @@ def test_targets_and_options_are_refused_first(
     ):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, package, None)
-            assert (
-                sentence(data, *out, *options) == f"judge needs {package}: pip install 'hf_poprisk[recipes]'."
-            )
+            says = sentence(data, *out, *options)
+            assert says == f"judge needs {package}: pip install 'hf_poprisk[recipes]'."
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "trl", None)  # pairs alone need it
         assert refused(capsys, llama_dir, data, *out).startswith("judge needs trl: ")
@@ -358,15 +511,7 @@ def test_targets_and_options_are_refused_first(
         assert wrong[0] in capsys.readouterr().err
 
 
-def edited(folder: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
-    model = save_tiny_model(folder, "llama")
-    weights = load_file(model / "model.safetensors")
-    edit(weights)
-    save_file(weights, model / "model.safetensors", {"format": "pt"})
-    return model
-
-
-def test_models_are_refused(
+def test_models_for_pairs_are_refused(
     llama_dir: Path,
     reward_dir: Path,
     data: Path,
@@ -380,9 +525,9 @@ def test_models_are_refused(
     def poison(weights: dict[str, torch.Tensor]) -> None:
         weights["model.layers.1.mlp.up_proj.weight"][3, 2] = torch.nan
 
-    says = sentence(edited(tmp_path / "nan", poison))
+    says = sentence(with_weights(tmp_path / "nan", "llama", poison))
     assert says.endswith("nan are not finite: model.layers.1.mlp.up_proj.weight holds NaN or inf.")
-    headless = edited(tmp_path / "headless", lambda weights: weights.pop("lm_head.weight"))
+    headless = with_weights(tmp_path / "headless", "llama", lambda weights: weights.pop("lm_head.weight"))
     assert sentence(headless).endswith("it holds no lm_head.weight, which would be random.")
     broken = save_tiny_model(tmp_path / "broken", "llama")
     (broken / "model.safetensors").write_bytes(b"no weights")
@@ -392,40 +537,74 @@ def test_models_are_refused(
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)  # the rest is seen before
     assert "llama is not a reward model: it is a LlamaForCausalLM." in sentence(llama_dir, "--reward")
     assert "is a LlamaForSequenceClassification: add --reward" in sentence(reward_dir)
-    three = json.loads((reward_dir / "config.json").read_text()) | {
-        "id2label": {"0": "a", "1": "b", "2": "c"}
-    }
-    three["label2id"] = {"a": 0, "b": 1, "c": 2}
+    three = json.loads((reward_dir / "config.json").read_text())
+    three |= {"id2label": {"0": "a", "1": "b", "2": "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
     (tmp_path / "three").mkdir()
     (tmp_path / "three" / "config.json").write_text(json.dumps(three))
-    assert "three is not a reward model: it has 3 labels and not one." in sentence(
-        tmp_path / "three", "--reward"
-    )
+    says = sentence(tmp_path / "three", "--reward")
+    assert "three is not a reward model: it has 3 labels and not one." in says
     assert f"--adapter {data.parent} is not a PEFT adapter (" in sentence(llama_dir, "--adapter", data.parent)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize("where", ["features", "table"])
+def test_models_for_classes_are_refused(
+    bert_dir: Path,
+    llama_dir: Path,
+    texts: Path,
+    tmp_path: Path,
+    capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def sentence(model: Path, *options: Any, rows: Path = texts) -> str:
+        return refused(capsys, model, rows, "--output_dir", tmp_path / "out", *options)
+
+    def empty(weights: dict[str, torch.Tensor]) -> None:
+        for name in ("classifier.bias", "bert.pooler.dense.bias", "bert.encoder.layer.1.output.dense.weight"):
+            del weights[name]
+
+    says = sentence(with_weights(tmp_path / "holes", "bert", empty))
+    assert says.endswith("no bert.encoder.layer.1.output.dense.weight, which would be random.")
+    monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", None)  # the rest is before
+    for problem in ("regression", "multi_label_classification"):
+        says = sentence(edited(tmp_path / problem, "bert", problem_type=problem))
+        assert f"{problem} is for {problem} (its problem_type), and judge takes one label" in says
+    reward = edited(tmp_path / "reward", "bert", id2label={"0": "a"}, label2id={"a": 0})
+    assert sentence(reward).endswith("gives one number and no classes: it is for regression or a reward.")
+    assert sentence(bert_dir, "--reward").startswith("--reward is for preference pairs, and ")
+    changed(labelled(), "label", [0, 60] * 30).to_parquet(tmp_path / "far.parquet")
+    says = sentence(llama_dir, rows=tmp_path / "far.parquet")
+    assert says.endswith("has labels up to 60 in 60 rows: count them from 0.")
+    bare = tiny_tokenizer()
+    tiny_model("bert").save_pretrained(tmp_path / "bare")
+    bare.pad_token = bare.eos_token = None
+    bare.save_pretrained(tmp_path / "bare")
+    assert sentence(tmp_path / "bare").endswith("bare has no pad_token, which fills up a batch.")
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        (mixin, "label_features"),
+        (pq, "write_table"),
+        (sys.modules["hf_poprisk.leave_one_out.judge_command"], "write_page"),
+    ],
+    ids=lambda where: where[1],
+)
 def test_an_interrupted_run_leaves_nothing(
-    where: str, llama_dir: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+    where: tuple[Any, str], llama_dir: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
     learnable().save_to_disk(str(tmp_path / "data"))
     before = sorted(tmp_path.rglob("*"))
-    if where == "features":
-        monkeypatch.setattr(mixin, "label_features", stop)
-    else:
-        monkeypatch.setattr(pq, "write_table", stop)
+    monkeypatch.setattr(*where, stop)
     with pytest.raises(SystemExit) as stopped:
         main(["judge", str(llama_dir), str(tmp_path / "data"), "--output_dir", str(tmp_path / "out")])
     assert stopped.value.code == 130 and capsys.readouterr().out == ""
     assert sorted(tmp_path.rglob("*")) == before
     assert datasets.is_caching_enabled()
-
-
-# -- what the command shares with the audit -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl", "json", "csv"])
@@ -438,40 +617,13 @@ def test_single_files(suffix: str, tmp_path: Path) -> None:
     assert load_data(str(path), "train[:7]").to_dict() == rows.select(range(7)).to_dict()
 
 
-@pytest.mark.parametrize("kind", WRITES)
-def test_copies_by_an_estimate_that_says_little_take_force(
-    kind: str, saved: Path, tmp_path: Path, capsys: Any
-) -> None:
-    for name, fit, says in (
-        (
-            "clean",
-            replace(FIT, low=0.009, high=0.2),
-            "interval that includes zero (0.9% to 20.0%): there may be no mislabeled",
-        ),
-        ("chance", CHANCE, "would follow an estimate that means little: the model's gradients"),
-    ):
-        judged = save_run(tmp_path / name, fit=fit)
-        argv = (judged, "--dataset", saved, "--write", kind, "--to", tmp_path / f"{name}-copy")
-        sentence = refused(capsys, *argv, command="audit")
-        assert says in sentence and sentence.endswith("; --force writes it all the same.")
-        assert not (tmp_path / f"{name}-copy").exists()
-        run(capsys, *argv, "--force", command="audit")
-        assert (tmp_path / f"{name}-copy" / "dataset_info.json").is_file()
-    sure = save_run(tmp_path / "sure", fit=replace(FIT, low=0.011, high=0.2))
-    run(capsys, sure, "--dataset", saved, "--write", kind, "--to", tmp_path / "copy", command="audit")
-    assert "--force has no effect" in refused(capsys, sure, "--force", command="audit")
-
-
 def test_trl_is_imported_by_the_command_alone(tmp_path: Path) -> None:
     code = (
         "import sys\nfrom hf_poprisk.__main__ import main\n"
         "try:\n    main(['judge', sys.argv[1], 'x', '--output_dir', sys.argv[2]])\n"
         "finally:\n    assert 'trl' not in sys.modules"
     )
-    argv = [sys.executable, "-c", code, tmp_path / "nowhere", tmp_path / "out"]
-    done = subprocess.run([str(a) for a in argv], capture_output=True, text=True)
-    assert (
-        done.returncode == 2
-        and done.stderr.startswith("hf-poprisk judge: error: ")
-        and done.stderr.count("\n") == 1
-    )
+    argv = [sys.executable, "-c", code, str(tmp_path / "nowhere"), str(tmp_path / "out")]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("hf-poprisk judge: error: ")

@@ -182,7 +182,7 @@ def test_prompts_come_first_where_some_rows_have_none(tmp_path: Path) -> None:
     assert found.column("prompt")[0] is None and None not in found.column("prompt")[1:]
 
 
-def test_nothing_is_loaded_and_no_text_becomes_an_element(tmp_path: Path) -> None:
+def test_nothing_is_loaded_no_text_becomes_an_element_and_inputs_have_labels(tmp_path: Path) -> None:
     save_run(tmp_path / "run")
     found = written(tmp_path, pairs())
     policy = next(attrs for _, attrs in found.elements if attrs.get("http-equiv"))["content"]
@@ -192,11 +192,6 @@ def test_nothing_is_loaded_and_no_text_becomes_an_element(tmp_path: Path) -> Non
     assert not {"link", "img", "iframe", "object", "base"} & {tag for tag, _ in found.elements}
     assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval|Function\(", found.script)
     assert not re.search(r"\{\{\w+\}\}", found.source)
-
-
-def test_every_input_has_a_label(tmp_path: Path) -> None:
-    save_run(tmp_path / "run")
-    found = written(tmp_path, pairs())
     for i, (tag, _) in enumerate(found.elements):
         assert tag != "input" or found.elements[i - 1][0] == "label"
     ids = [attrs["id"] for _, attrs in found.elements if "id" in attrs]
