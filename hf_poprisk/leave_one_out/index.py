@@ -135,9 +135,8 @@ class IndexMixin:
 
     def _take_index(self, inputs: Any) -> tuple[Any, Tensor | None]:
         """Take the index out of a training batch: the batch, and the index, [N], if one is asked for."""
-        return (inputs, None) if self._index_for is None else self._separate_index(inputs)
-
-    def _separate_index(self, inputs: Any) -> tuple[Any, Tensor]:
+        if self._index_for is None:
+            return inputs, None
         index = None
         if isinstance(inputs, _IndexedBatch):
             inputs, index = inputs

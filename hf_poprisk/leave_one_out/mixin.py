@@ -72,7 +72,7 @@ class LabelNoiseMixin(IndexMixin):
             for batch in tqdm(
                 loader, "Judging labels" if count is None else "Measuring gradients", disable=quiet
             ):
-                batch, rows = self._separate_index(batch)
+                batch, rows = self._take_index(batch)
                 size_of_batch = len(rows)
                 if count is None:
                     index.append(rows)

@@ -117,8 +117,10 @@ class LabelNoise:
         return np.where(self.table.judged.cpu(), self.fit.p_correct(log_odds), 1 - self.fit.rate)
 
     def logs(self) -> dict[str, float]:
-        """The log entries; there is a fit."""
+        """The log entries."""
         fit = self.fit
+        if fit is None:
+            return {}
         logs = {"noise_rate": fit.rate, "noise_rate_low": fit.low, "noise_rate_high": fit.high}
         if self.weighted and self.mode == "weight":
             logs["weight_mean"] = self.table.weight.mean().item()

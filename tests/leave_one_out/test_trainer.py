@@ -18,7 +18,6 @@ from transformers import Trainer
 
 from hf_poprisk import PopRiskMixin, PopRiskTrainer, PopRiskTrainingArguments
 from hf_poprisk.leave_one_out import INDEX, LabelNoise, mixin
-from hf_poprisk.leave_one_out.features import ClassLogits
 from hf_poprisk.leave_one_out.index import IndexCollator, first_difference, take_sample, with_index
 from hf_poprisk.leave_one_out.table import read_table
 from leave_one_out.helpers import (
@@ -125,8 +124,8 @@ def test_weights_of_pairs_act_from_the_first_step(
     settings |= {"max_steps": 1, "max_grad_norm": 0.0, "poprisk_gate": gate, "optim": "poprisk_adamw"}
     trainer = prefer(kind, llama_dir, tmp_path, planted()[0], poprisk_label_noise="weight", **settings)
     batches: list[Any] = []
-    take = trainer._separate_index
-    trainer._separate_index = lambda inputs: (batches.append(take(dict(inputs))), take(inputs))[1]
+    take = trainer._take_index
+    trainer._take_index = lambda inputs: (batches.append(take(dict(inputs))), take(inputs))[1]
     got = first_gradients(trainer)
     judge = judged(trainer)
     batches.clear()  # of the judging
@@ -515,16 +514,6 @@ def test_a_loss_of_something_else_is_refused_before_a_step(loss: Any, says: str,
     with pytest.raises(ValueError, match=rf"mean cross-entropy of class labels.*{says}.*_noise=off\.$"):
         trainer.train()
     assert same(before, weights(trainer)) and not hasattr(Trainer, "_label_noise")
-
-
-def test_the_logits_of_a_loss_are_found_with_their_graph() -> None:
-    x, labels = torch.randn(3, 4, requires_grad=True), torch.tensor([2, -100, 0])
-    with ClassLogits() as logits:
-        value = F.cross_entropy(2 * x, labels)
-    torch.testing.assert_close(value, F.cross_entropy(2 * x, labels))
-    assert logits.wrong(3) is None and torch.equal(logits.found[1], labels)
-    (grad,) = torch.autograd.grad(logits.found[0].sum(), x)
-    assert torch.equal(grad, torch.full_like(x, 2.0))
 
 
 def test_a_loss_that_weights_do_not_reach_is_refused(tmp_path: Path) -> None:
