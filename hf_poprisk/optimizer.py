@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 _UNDERFLOW = 1e-30  # below this ΣG² says nothing: the squares of such gradients underflow in float32
 _UNSUPPORTED = ("amsgrad", "maximize", "differentiable")  # of what AdamW's groups may ask for
-_KEPT = "gate estimator warmup_steps ema_alpha keep_written _ungated _names _said_single".split()  # in copies
+_KEPT = "gate estimator warmup_steps ema_alpha keep_written _ungated _names".split()  # in copies
 
 
 class PopRiskAdamW(torch.optim.AdamW):
@@ -64,6 +64,14 @@ class PopRiskAdamW(torch.optim.AdamW):
         NotImplementedError: sharded parameters (DTensor).
     """
 
+    keep_written = False
+    _said_single = False
+    # of the window: copies start without
+    _window: ExampleWindow | None = None
+    _openness: dict[Tensor, Tensor] | None = None  # q, once it is closed
+    _skip_step = False
+    _none_finite: bool | None = None  # no step was ever taken, nor will be; None until it is asked
+
     def __new__(cls, *args: Any, **options: Any) -> PopRiskAdamW:
         """``estimator="ema"`` is the one form without examples, and a class of its own."""
         if options.get("estimator") == "ema" and options.get("gate") != "none":
@@ -93,14 +101,8 @@ class PopRiskAdamW(torch.optim.AdamW):
         self.gate, self.estimator = gate, estimator
         self.warmup_steps, self.ema_alpha = warmup_steps, ema_alpha
         self.statistics = GateStatistics()
-        self.keep_written = False
         self._ungated = set(ungated)
         self._names: dict[Tensor, str] = {}
-        self._window: ExampleWindow | None = None
-        self._openness: dict[Tensor, Tensor] | None = None  # q of the closed window
-        self._skip_step = False
-        self._none_finite: bool | None = None  # no step was ever taken, nor will be; None until it is asked
-        self._said_single = False
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad)
         known = set(self._all_parameters())
         if not self._ungated <= known:
@@ -300,9 +302,8 @@ class PopRiskAdamW(torch.optim.AdamW):
 
     def __getstate__(self) -> dict[str, Any]:
         """As in torch, with the gate's options: copies and pickles are gated as well."""
-        window = {"_window": None, "_openness": None, "_skip_step": False, "_none_finite": None}
-        fresh = {"statistics": GateStatistics(), **window}
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in _KEPT}, **fresh}
+        kept = {name: getattr(self, name) for name in _KEPT}
+        return {**super().__getstate__(), **kept, "statistics": GateStatistics()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
         """As in torch; also takes a ``torch.optim.AdamW`` state, whatever kernel wrote it."""

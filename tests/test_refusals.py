@@ -30,32 +30,22 @@ STOCK = {"optim": "adamw_torch", "poprisk_estimator": "example"}  # other fields
 Make = Callable[..., Any]
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, config_class: type[Any], **properties: Any) -> None:
-    """Replace properties of a config class that only other hardware would set.
-
-    After the config is built: accelerate would take WORLD_SIZE for a launch and wait for the others.
-    """
-    for name, value in properties.items():
-        monkeypatch.setattr(config_class, name, property(lambda _, value=value: value))
-    if "world_size" in properties:
-        monkeypatch.setenv("WORLD_SIZE", str(properties["world_size"]))
-
-
 @pytest.fixture
 def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     """A config that runs anywhere, of the named class; with what is set on it after it was built."""
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # transformers sets it; put back afterwards
 
     def build(config_class: type[Any] = PopRiskTrainingArguments, **fields: Any) -> Any:
-        hardware = {name: fields.pop(name) for name in ("n_gpu", "world_size") if name in fields}
-        launched, deepspeed = fields.pop("WORLD_SIZE", None), fields.pop("deepspeed", None)
+        later = {k: fields.pop(k) for k in ("n_gpu", "world_size", "deepspeed", "WORLD_SIZE") if k in fields}
         common = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "report_to": "none"}
         steps = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "max_steps": 2}
         args = config_class(**{**common, "save_strategy": "no", "logging_steps": 1, **steps, **fields})
-        args.deepspeed = deepspeed  # its package is not installed here
-        pretend(monkeypatch, config_class, **hardware)
-        if launched:
-            monkeypatch.setenv("WORLD_SIZE", launched)
+        args.deepspeed = later.get("deepspeed")  # its package is not installed here
+        for name in later.keys() & {"n_gpu", "world_size"}:
+            monkeypatch.setattr(config_class, name, later[name])
+        if world := later.get("WORLD_SIZE", later.get("world_size")):
+            # now: before, accelerate would take it for a launch and wait for the others
+            monkeypatch.setenv("WORLD_SIZE", str(world))
         return args
 
     return build
