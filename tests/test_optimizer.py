@@ -373,6 +373,7 @@ def test_a_loss_that_is_not_finite_stops_the_first_step_and_no_other(estimator: 
     step(optimizer, params, draw_examples(params, 4))
     resumed = PopRiskAdamW(params, estimator=estimator)
     resumed.load_state_dict(optimizer.state_dict())
+    bad[1].fill_(NAN)  # no gradient at all is finite
     for later in (optimizer, resumed):
         later.statistics.pop("examples")
         step(later, params, [*draw_examples(params, 3), bad])
