@@ -1,4 +1,4 @@
-"""Before a run begins: is what the sinks are shown the gradient that the stock trainer computes?
+"""Before a run begins: is what is squared the gradient that the stock trainer computes?
 
 On the run's first micro-batch each path's sum over the examples is compared with the gradient of the whole
 micro-batch, and the squares of the path in one backward with those of the examples backpropagated alone. In

@@ -410,4 +410,4 @@ def test_a_loss_that_is_held_on_to_holds_no_buffers() -> None:
     with window.batch(BatchedGradients(model, model.parameters()), Rows(N, N)) as capture:
         loss = model(x).sum()
         loss.backward()
-    assert loss.grad_fn is not None and not capture._scratch and not capture._kept
+    assert loss.grad_fn is not None and not capture._products.scratch and not capture._kept

@@ -99,7 +99,7 @@ def test_wrong_squares_are_not_taken(
 
     def finish(capture: Capture, param: Tensor, grad: Tensor) -> None:
         original(capture, param, grad)
-        capture._sinks[0].so_far()[param].mul_(2)
+        capture._squares.so_far()[param].mul_(2)
 
     monkeypatch.setattr(Capture, "finish", finish)
     with caplog.at_level(logging.WARNING):
