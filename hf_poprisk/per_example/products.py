@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_poprisk.per_example import kernels_cpu, kernels_gpu
-from hf_poprisk.per_example.layout import Layout, Rows, wide
+from hf_poprisk.per_example.layout import Layout, Rows, by_example, wide
 from hf_poprisk.per_example.squares import SquareSum
 
 # Elements of G, Q and h_i that are worked on together: three of these fit a core's cache.
@@ -211,9 +211,3 @@ def rows_per_block(param: Tensor) -> int:
     if param.device.type != "cpu":  # launches cost more than the cache saves
         return param.shape[0]
     return max(1, _BLOCK // (param.numel() // param.shape[0]))
-
-
-def by_example(x: Tensor, num_examples: int) -> Tensor:
-    """[rows, tokens, width] as [N, tokens of all its rows, width]; a view if an example is a row."""
-    x = x.reshape(-1, num_examples, *x.shape[1:]).transpose(0, 1)
-    return x.reshape(num_examples, -1, x.shape[-1])

@@ -14,8 +14,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from hf_poprisk.per_example.capture import Capture
 from hf_poprisk.per_example.examples import NotSeparable, take
@@ -28,19 +30,12 @@ from hf_poprisk.per_example.window import ExampleWindow
 
 @dataclass(frozen=True)
 class _Tolerance:
-    """How far two ways of computing the same sums may be apart by rounding.
+    """How far two ways of computing the same sums may be apart by rounding."""
 
-    Args:
-        gradient: of a parameter's G, in units of its norm and of √ΣQ.
-        square: of a parameter's Q, in units of its sum.
-        floor: share of the whole model's gradient that counts as nothing in a single parameter.
-        loss: of the loss, in units of its size.
-    """
-
-    gradient: float
-    square: float
-    floor: float
-    loss: float
+    gradient: float  # of a parameter's G, in units of its norm and of √ΣQ
+    square: float  # of a parameter's Q, in units of its sum
+    floor: float  # share of the whole model's gradient that counts as nothing in a single parameter
+    loss: float  # in units of its size
 
 
 _EXACT = _Tolerance(gradient=1e-3, square=1e-2, floor=1e-3, loss=1e-4)
@@ -52,21 +47,13 @@ _Gradients = dict[Tensor, Tensor]
 
 @dataclass
 class Verdict:
-    """Why a path is not to be taken; None where it is right.
+    """Why a path is not to be taken; None where it is right."""
 
-    Attributes:
-        not_together: of all examples in one backward.
-        not_one_by_one: of one backward per example.
-        shared: the parameters with a term in the loss that belongs to no example.
-        unreached: those of them that no example's backward reaches.
-        decided: False if the gradient was not finite: there was nothing to compare with.
-    """
-
-    not_together: str | None = None
-    not_one_by_one: str | None = None
-    shared: set[Tensor] = field(default_factory=set)
-    unreached: set[Tensor] = field(default_factory=set)
-    decided: bool = True
+    not_together: str | None = None  # of all examples in one backward
+    not_one_by_one: str | None = None  # of one backward per example
+    shared: set[Tensor] = field(default_factory=set)  # parameters with a term in the loss of no example
+    unreached: set[Tensor] = field(default_factory=set)  # those of them that no example's backward reaches
+    decided: bool = True  # False if the gradient was not finite: there was nothing to compare with
 
 
 class SelfCheck:
@@ -146,19 +133,16 @@ class SelfCheck:
 
     def _run_stock(self) -> None:
         """The gradient to compare with; sees whether the pass draws random numbers and changes buffers."""
-
-        def watched() -> None:
-            random = random_state()
+        with undisturbed(self._model, self._params):
+            random = tree_leaves(random_state())
             buffers = {name: b.clone() for name, b in self._model.named_buffers()}
             self._backward(self._inputs)
-            self._draws = not _same(random, random_state())
+            self._draws = not all(map(np.array_equal, random, tree_leaves(random_state())))
             self._keeps_state |= any(
-                not torch.equal(b, buffers[name])
+                name in buffers and not torch.equal(b, buffers[name])
                 for name, b in self._model.named_buffers()
-                if name in buffers
             )
-
-        self._stock, self._stock_loss = self._fresh(watched), self._loss
+            self._stock, self._stock_loss = self._take_gradients(), self._loss
 
     def _run_together(
         self,
@@ -302,11 +286,3 @@ def _could_be_other_rows(inputs: Any, layout: Layout) -> bool:
     values = inputs.values() if hasattr(inputs, "values") else inputs
     shapes = (x.shape for x in values if isinstance(x, Tensor) and x.dim() > 1)
     return isinstance(layout, Packed) or any(shape[1] == layout.num_rows for shape in shapes)
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(_same, a, b))
-    return bool((a == b).all()) if hasattr(a, "all") else bool(a == b)
