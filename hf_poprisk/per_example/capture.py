@@ -40,9 +40,9 @@ class Capture:
         self.num_examples = layout.num_examples
         self.misfits: dict[Tensor, str] = {}  # parameters seen with a shape that hides the rows
         self.positions: set[Tensor] = set()  # tables whose [1, T] lookups belong to every row
-        self._params = {p for p in squares.params if p.requires_grad}
+        self.params = {p for p in squares.params if p.requires_grad}  # that are captured
         self._squares, self._describe = squares, describe
-        self._uses: Counter[Tensor] = Counter()  # in the forward, recomputation aside
+        self._uses: Counter[Tensor] = Counter()  # in layers; recomputation aside
         self._in_forward: set[Tensor] = set()  # whose uses were counted there
         self._kept: dict[Tensor, Tensor] = {}  # small parameter → Σ over uses of h, [N, *shape]
         self._repeated: dict[Tensor, list[Use]] = defaultdict(list)  # of layers that are used several times
@@ -54,33 +54,30 @@ class Capture:
 
     # -- forward ----------------------------------------------------------------------------------------
 
-    def captures(self, param: Tensor) -> bool:
-        return param in self._params
-
     def wants(self, param: Tensor | None) -> bool:
         """Whether this use of the parameter is to be captured."""
-        return param in self._params and torch.is_grad_enabled() and not self._paused
+        return param in self.params and torch.is_grad_enabled() and not self._paused
 
-    def used(self, param: Tensor) -> bool:
-        """Count a use; False for the recomputation of a checkpoint, whose forward was counted.
+    def used(self, param: Tensor) -> None:
+        """Count a use of a weight in a layer."""
+        self._uses[param] += self._counts(param)
+
+    def lookup(self, weight: Tensor, ids: Tensor) -> None:
+        """Note a lookup of token ids, [rows, …], in an embedding."""
+        if self._counts(weight):
+            if weight not in self._tokens:
+                self._tokens[weight] = Tokens(weight, self.layout)
+            self._tokens[weight].see(ids)
+
+    def _counts(self, param: Tensor) -> bool:
+        """False for the recomputation of a checkpoint, whose forward was counted.
 
         Reentrant checkpointing shows its forward without gradients, so there the recomputation counts.
         """
-        in_backward = torch._C._current_graph_task_id() != -1
-        if in_backward and param in self._in_forward:
-            return False
-        if not in_backward:
+        if torch._C._current_graph_task_id() == -1:  # no backward is running
             self._in_forward.add(param)
-        self._uses[param] += 1
-        return True
-
-    def lookup(self, weight: Tensor, ids: Tensor) -> None:
-        """Count a lookup of token ids, [rows, …], in an embedding."""
-        if self.used(weight):
-            if weight not in self._tokens:
-                self._tokens[weight] = Tokens(weight, self.layout)
-            self._tokens[weight].uses += 1
-            self._tokens[weight].see(ids)
+            return True
+        return param not in self._in_forward
 
     def release(self) -> None:
         """Let go of what was kept; a loss that is held on to would hold it too."""
@@ -138,7 +135,7 @@ class Capture:
         self._seen.add(param)
         if self._is_small(param):
             return self._returning(param, self._keep(param, all_products(a, d, self.layout)))
-        if self._dense_uses(param) > 1:
+        if self._uses[param] > 1:
             self._repeated[param].append((a, d))
             return self._returning(param, d.flatten(0, 1).T @ a.flatten(0, 1))
         grad = torch.empty_like(param, dtype=wide(param.dtype))
@@ -171,7 +168,7 @@ class Capture:
                 self._kept[param] = h.new_zeros(self.num_examples, *param.shape, dtype=wide(h.dtype))
             self._kept[param][example] += h
             return
-        if self._dense_uses(param) > 1:
+        if self._uses[param] > 1:
             raise self._uncovered(param, "a large weight is used both by a fused head and elsewhere")
         rows = rows_per_block(param)
         for start in range(0, param.shape[0], rows):
@@ -204,9 +201,6 @@ class Capture:
     def _is_small(self, param: Tensor) -> bool:
         """Whether its gradients are kept; those of an embedding are kept by token."""
         return self.num_examples * param.numel() <= _SMALL and param not in self._tokens
-
-    def _dense_uses(self, param: Tensor) -> int:
-        return self._uses[param] - (self._tokens[param].uses if param in self._tokens else 0)
 
     def _uncovered(self, param: Tensor, why: str) -> RuntimeError:
         return RuntimeError(
@@ -266,10 +260,10 @@ class Linear(Function):
             if _wanted(ctx.nodes[0]):
                 grad_weight = ctx.capture.dense(ctx.weight, *((d, x) if ctx.transposed else (x, d)))
             if _wanted(ctx.nodes[1]):
-                captured = ctx.capture.captures(ctx.bias)
-                grad_bias = (
-                    ctx.capture.elementwise(ctx.bias, d) if captured else d.sum((0, 1)).to(ctx.bias.dtype)
-                )
+                if ctx.bias in ctx.capture.params:
+                    grad_bias = ctx.capture.elementwise(ctx.bias, d)
+                else:
+                    grad_bias = d.sum((0, 1)).to(ctx.bias.dtype)
         return grad_x, grad_weight, grad_bias, None, None
 
 

@@ -150,7 +150,6 @@ class Tokens:
     """
 
     def __init__(self, weight: Tensor, layout: Layout) -> None:
-        self.uses = 0
         self._weight, self._layout = weight, layout
         self._vocabulary, self._width = weight.shape
         self._keys: Tensor | None = None  # example · vocabulary + token, sorted

@@ -210,7 +210,7 @@ def test_projected_features_have_the_inner_products_on_average() -> None:
     def gram(k: int, seed: int) -> Tensor:
         features = Features(bases, k, seed)
         run_of({name: (a[:2], d[:2]) for name, (a, d) in factors.items()})(features.see)
-        rows = features.take()
+        rows = features.take(2)
         assert rows.shape == (2, k)
         return rows @ rows.T
 
@@ -229,8 +229,9 @@ def test_with_a_bucket_for_every_coordinate_they_are_exact() -> None:
     a, d = factors["wide"]
     features.see("wide", a, d)
     features.see("another layer", a, d)  # not asked for
-    rows = features.take()
+    rows = features.take(6)
     assert rows.shape == (6, 21)
+    assert torch.equal(features.take(4), torch.zeros(4, 21))  # no layer was run since
     torch.testing.assert_close(rows @ rows.T, exact(bases, factors), rtol=1e-4, atol=1e-5)
 
 

@@ -1,69 +1,45 @@
-"""G and Q from leaf hooks against the textbook loop, on real architectures."""
+"""One accumulation window: single examples and several at once, what is refused, what is kept."""
 
-from typing import Any
+from itertools import product
 
 import pytest
-import reference
 import torch
-from models import adapted, tiny_model, token_examples
+from models import adapted, tiny_model
+from test_layers import ADAPTERS, N, assert_same, batch, captured, checkpointed, textbook
 from torch import Tensor, nn
 
 from hf_poprisk import PopRiskAdamW
+from hf_poprisk.per_example import capture as capturing
 from hf_poprisk.per_example.window import ExampleWindow
 
-B = 5
 
-
-def assert_sums_equal_the_loop(model: nn.Module, examples: list[dict[str, Tensor]], gradients: Any) -> None:
-    """One window of one-example backwards."""
-    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    window = ExampleWindow(params.values())
-    for example in examples:
-        with window.example():
-            (model(**example).loss / B).backward()
-    b, sq_sums = window.reduce()
-    assert b == B and len(sq_sums) == len(params)
-    seen = 0
-    for name, p in params.items():
-        tolerance = 1e-12 if p.dtype == torch.float64 else 1e-5
-        expected = reference.grad_and_square_sums(gradients, name)
-        for ours, theirs in zip((p.grad, sq_sums[p]), expected, strict=True):
-            assert (ours.double() - theirs).abs().max() <= tolerance * theirs.abs().max(), name
-        seen += expected[1].count_nonzero().item()
-    assert seen > 100
-
-
-MODELS = [
-    *((kind, tied, "full") for kind in ("llama", "qwen2", "gpt2") for tied in (False, True)),
-    *(
-        (kind, False, adapter)
-        for kind in ("llama", "gpt2")
-        for adapter in ("lora", "dora", "modules_to_save")
-    ),
-]
-WAYS = [(way, dtype) for way in ("plain", "checkpointing") for dtype in (torch.float64, torch.float32)]
+def parts(inputs: dict[str, Tensor], *rows: list[int]) -> list[dict[str, Tensor]]:
+    return [{k: v[some] for k, v in inputs.items()} for some in rows]
 
 
 @pytest.mark.parametrize(
-    ("model", "way", "dtype"),
-    [
-        *((model, way, dtype) for model in MODELS for way, dtype in WAYS),
-        (("llama", True, "full"), "compiled", torch.float64),
-    ],
+    ("kind", "adapter", "way"),
+    [*product(("llama", "gpt2"), ADAPTERS, ("plain", "checkpointing")), ("llama", "full", "compiled")],
 )
-def test_sums_equal_the_loop(model: Any, way: str, dtype: torch.dtype) -> None:
-    kind, tied, adapter = model
-    model = adapted(tiny_model(kind, tied, dtype), adapter)
-    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    examples = token_examples(B)
-    gradients = reference.per_example_gradients(params, lambda e: model(**e).loss / B, examples)
+def test_single_examples_equal_the_loop(kind: str, adapter: str, way: str) -> None:
+    """The hooks on the parameters, which know of no layer."""
+    model, inputs = adapted(tiny_model(kind, adapter == "full", torch.float64), adapter), batch(N)
+    expected = textbook(model, inputs, N, False)
     if way == "checkpointing":
-        model.enable_input_require_grads()
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.train()
+        checkpointed(model)
     elif way == "compiled":
         model.compile(backend="aot_eager")  # the backward is traced; no code generator needed
-    assert_sums_equal_the_loop(model, examples, gradients)
+    alone = [(part, None) for part in parts(inputs, *([i] for i in range(N)))]
+    assert_same(captured(model, alone, False, N), expected, 1e-12)
+
+
+@pytest.mark.parametrize("small", [0, 1 << 17])
+def test_a_window_of_several_batches_and_single_examples(small: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capturing, "_SMALL", small)
+    model, inputs = tiny_model("llama", True, torch.float64), batch(7)
+    expected = textbook(model, inputs, 7, False)
+    batches = zip(parts(inputs, [0], [1, 2, 3], [4, 5], [6]), (None, 3, 2, 1), strict=True)
+    assert_same(captured(model, list(batches), False, 7), expected, 1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
