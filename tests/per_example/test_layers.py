@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from hf_poprisk import PopRiskAdamW
 from hf_poprisk.per_example import BatchedGradients, Capture, Rows, products
 from hf_poprisk.per_example import capture as capturing
 from hf_poprisk.per_example.window import ExampleWindow
@@ -273,64 +272,6 @@ def test_what_is_covered_is_found_out_by_trying_without_a_trace() -> None:
     wrong = {"2.weight", "3.weight", *(f"{i}.{name}" for i in (4, 5) for name in ("weight", "bias"))}
     assert set(layers.uncovered) == wrong and layers.uncovered["2.weight"] == "a parameter of Scale"
     assert not BatchedGradients(model, model[:2].parameters()).uncovered
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_under_bfloat16_autocast_the_gate_is_that_of_single_examples(kind: str) -> None:
-    model, inputs = tiny_model(kind), batch(2 * N)
-    decided = []
-    for n in (1, 2 * N):
-        optimizer = PopRiskAdamW(model.parameters())
-        layers = BatchedGradients(model, optimizer.gated_parameters)
-        for start in range(0, 2 * N, n):
-            rows = {k: v[start : start + n] for k, v in inputs.items()}
-            with optimizer.batch(layers, Rows(n, n)) if n > 1 else optimizer.example():
-                with torch.autocast("cpu", torch.bfloat16):
-                    loss = example_losses(model, rows, False).sum() / (2 * N)
-                loss.backward()
-        optimizer.close_window()
-        decided.append(torch.cat([optimizer._openness[p].flatten() for p in model.parameters()]))
-        optimizer.zero_grad()
-    assert (decided[0] != decided[1]).float().mean() <= 1e-3
-    assert decided[0].mean() > 0.05
-
-
-class Sparse(nn.Module):
-    """Each example has features of its own; one token per row, and a bias that the ReLU shuts for most."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.last = nn.Linear(4 * N, 300), nn.Linear(300, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.first(x).relu())
-
-
-@pytest.mark.parametrize("pairs", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "sparse"])
-def test_what_one_example_touched_stays_closed_in_low_precision(
-    kind: str, dtype: torch.dtype, pairs: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """There G² = Q exactly, if what is squared was rounded as G is; for small layers and for large ones."""
-    monkeypatch.setattr(capturing, "_SMALL", 1 << 12)
-    rows = 2 * N if pairs else N
-    if kind == "sparse":
-        model: nn.Module = Sparse().to(dtype)
-        inputs = {"x": torch.block_diag(*torch.randn(N, 1, 4)).to(dtype).repeat(rows // N, 1)}
-        losses = lambda batch: model(batch["x"]).float().square().sum(1)  # noqa: E731
-    else:
-        model, inputs = tiny_model(kind, dtype=dtype), batch(rows)
-        losses = lambda batch: example_losses(model, batch, pairs)  # noqa: E731
-    examples = [{k: v[i::N] for k, v in inputs.items()} for i in range(N)]
-    alone = reference.per_example_gradients(trainable(model), lambda e: losses(e).sum() / N, examples)
-    seen = 0
-    for name, (grad, square) in batched(model, lambda: losses(inputs).sum() / N, rows)[1].items():
-        single = torch.stack([h[name] != 0 for h in alone]).sum(0) == 1
-        assert not ((grad.to(square.dtype).square() > square) & single).any(), name
-        seen += int(single.sum())
-    assert seen > 100
 
 
 def test_reentrant_checkpointing_gives_the_same_sums() -> None:
