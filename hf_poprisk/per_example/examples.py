@@ -212,7 +212,7 @@ class _Taker:
 
 
 def _take_packed(inputs: Any, layout: Packed, examples: Sequence[int]) -> Any:
-    spans, lengths = ([of[i] for i in examples] for of in (layout.spans(), layout.lengths))
+    spans, lengths = [layout.spans()[i] for i in examples], layout.of(examples).lengths
 
     def part(value: Any, name: str) -> Any:
         if name.startswith("cu_seq_lens"):

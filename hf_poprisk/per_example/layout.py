@@ -26,6 +26,10 @@ class Rows:
     def __str__(self) -> str:
         return f"the batch has {self.num_rows} rows"
 
+    def of(self, examples: Sequence[int]) -> Rows:
+        """Of a micro-batch of some of the examples."""
+        return Rows(len(examples), self.num_rows // self.num_examples * len(examples))
+
     def fits(self, x: Tensor) -> bool:
         """Whether the examples can be seen in ``x``."""
         return x.dim() >= 2 and x.shape[0] == self.num_rows
@@ -72,6 +76,10 @@ class Packed:
 
     def __str__(self) -> str:
         return f"the batch has {self.num_tokens} tokens in one row"
+
+    def of(self, examples: Sequence[int]) -> Packed:
+        """Of a micro-batch of some of the examples."""
+        return Packed(tuple(self.lengths[i] for i in examples))
 
     def fits(self, x: Tensor) -> bool:
         return x.dim() >= 2 and x.shape[:2] == (1, self.num_tokens)
