@@ -16,7 +16,7 @@ from transformers import BatchEncoding, DataCollatorWithFlattening, Trainer
 
 from hf_poprisk import PopRiskMixin
 from hf_poprisk.per_example import Packed, Rows
-from hf_poprisk.per_example.examples import NotSeparable, find_layout, take
+from hf_poprisk.per_example.examples import NotSeparable, copied, find_layout, take
 
 
 def test_rows_are_found_in_nested_batches() -> None:
@@ -45,6 +45,8 @@ def test_containers_keep_their_kind() -> None:
     ):
         taken = take(inputs, Rows(4, 4), [2])
         assert type(taken) is kind and taken["x"].tolist() == [[4, 5]]
+        again = copied(inputs)  # for a loss that works in place
+        assert type(again) is kind and again["x"] is not x and torch.equal(again["x"], x)
     taken = take(([x, x, x], {"n": (x,)}, None, "text"), Rows(2, 4), [1])
     assert [t.tolist() for t in taken[0]] == [[[2, 3], [6, 7]]] * 3
     assert taken[1]["n"][0].tolist() == [[2, 3], [6, 7]] and taken[2:] == (None, "text")

@@ -307,7 +307,7 @@ def test_arguments_by_name_and_a_forward_replaced_later() -> None:
     assert layer.forward(3) == 3  # and it is not lost
 
 
-def test_a_loss_that_is_held_on_to_holds_no_buffers() -> None:
+def test_a_loss_that_is_held_on_to_holds_no_buffers(large: None) -> None:
     model, x = nn.Linear(6, 6), torch.randn(N, 3, 6)
     losses = []
     capture, _ = batched(model, lambda: losses.append(model(x).sum()) or losses[0])

@@ -112,20 +112,15 @@ class ReadsLast(OwnLoss):
         return loss + seen[-1].square().mean(), outputs
 
 
-class Interleaved(OwnLoss):
-    """Each example's two views side by side; rows i and i + N are taken for one example."""
+def views(repeated: Callable[[Tensor], Tensor]) -> type[OwnLoss]:
+    """Two views of each example, of which rows i and i + N are taken for one."""
 
-    def own_loss(self, model: Any, inputs: Any) -> tuple[Tensor, Any]:
-        outputs = model(*(inputs[name].repeat_interleave(2, 0) for name in ("x", "labels")))
-        return outputs["loss"], outputs
+    class Views(OwnLoss):
+        def own_loss(self, model: Any, inputs: Any) -> tuple[Tensor, Any]:
+            outputs = model(repeated(inputs["x"]), repeated(inputs["labels"]))
+            return outputs["loss"], outputs
 
-
-class Tiled(OwnLoss):
-    """Rows i and i + N are of one example."""
-
-    def own_loss(self, model: Any, inputs: Any) -> tuple[Tensor, Any]:
-        outputs = model(inputs["x"].repeat(2, 1, 1), inputs["labels"].repeat(2))
-        return outputs["loss"], outputs
+    return Views
 
 
 COUPLED = "trainer's .*the loss would be .*set per_device_train_batch"
@@ -141,7 +136,7 @@ COUPLED = "trainer's .*the loss would be .*set per_device_train_batch"
         (lambda: Classifier(conv=True), ReadsLast, "the loss would be"),
         (
             lambda: Classifier(conv=True),
-            Interleaved,
+            views(lambda x: x.repeat_interleave(2, 0)),
             "the rows that the model is called on are not example after example",
         ),
     ],
@@ -160,7 +155,7 @@ def test_examples_that_do_not_stand_alone_are_refused(
         # drawn inside the model in every mode, as a VAE does
         (lambda: Shifted(lambda x, training: 0.1 * torch.randn_like(x)), PopRiskTrainer, True),
         (Frozen, PopRiskTrainer, True),
-        (lambda: Classifier(conv=True), Tiled, False),
+        (lambda: Classifier(conv=True), views(lambda x: torch.cat([x, x])), False),
     ],
     ids=["random numbers", "frozen norm", "tiled"],
 )
