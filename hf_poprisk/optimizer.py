@@ -15,7 +15,7 @@ from hf_poprisk.finite import all_finite, none_finite, why_none_is
 from hf_poprisk.gate import null_openness
 from hf_poprisk.gated_adamw import Row, decide, gated_adamw, plain_adamw
 from hf_poprisk.options import NOTHING_TO_TRAIN, check_options
-from hf_poprisk.per_example import BatchedGradients, Capture, ExampleWindow, Layout, Sink
+from hf_poprisk.per_example import BatchedGradients, Capture, ExampleWindow, Layout
 from hf_poprisk.statistics import GateStatistics
 
 logger = logging.getLogger(__name__)
@@ -138,34 +138,27 @@ class PopRiskAdamW(torch.optim.AdamW):
         """A parameter's name, or else its shape."""
         return self._open_window().describe(param)
 
-    def example(self, sink: Sink | None = None, index: int = 0) -> AbstractContextManager[None]:
+    def example(self) -> AbstractContextManager[None]:
         """Block around the backward of one example (of one micro-batch with ``estimator="group"``).
-
-        Args:
-            sink: is shown the gradient too; works with the gate off as well.
-            index: of this example among its N.
 
         Raises:
             RuntimeError: see ``ExampleWindow.example``; or the window was closed and not stepped.
         """
-        if not self.needs_examples and sink is None:
+        if not self.needs_examples:
             return nullcontext()
-        return self._free_window().example(sink, index)
+        return self._free_window().example()
 
     def no_example(self, allowed: Iterable[Tensor]) -> AbstractContextManager[set[Tensor]]:
         """Block around a backward whose gradients belong to no example; see ``ExampleWindow.no_example``."""
         return self._free_window().no_example(allowed)
 
-    def batch(
-        self, layers: BatchedGradients, layout: Layout, sink: Sink | None = None
-    ) -> AbstractContextManager[Capture | None]:
+    def batch(self, layers: BatchedGradients, layout: Layout) -> AbstractContextManager[Capture | None]:
         """Block around the forward and the backward of several examples; the sums are those of ``example``.
 
         Args:
             layers: ``BatchedGradients(model, optimizer.gated_parameters)`` with nothing uncovered.
             layout: ``Rows(N, rows)`` if row j belongs to example j mod N; ``Packed(lengths)`` for sequences
                 packed into one row.
-            sink: as for ``example``; ``layers`` must hold what it wants.
 
         Raises:
             RuntimeError: see ``ExampleWindow.batch``.
@@ -173,9 +166,9 @@ class PopRiskAdamW(torch.optim.AdamW):
         """
         if self.estimator == "group":
             raise ValueError("estimator='group' takes a batch as one unit: use optimizer.example().")
-        if not self.needs_examples and sink is None:
+        if not self.needs_examples:
             return nullcontext()
-        return self._free_window().batch(layers, layout, sink)
+        return self._free_window().batch(layers, layout)
 
     def _free_window(self) -> ExampleWindow:
         """The window, not closed."""
