@@ -138,8 +138,6 @@ EXPERIMENT = Experiment(
         "robust": {"poprisk_gate": "none", "losses": lambda noise: {"robust": 1.0}},
         "conservative": {"poprisk_gate": "none", "losses": conservative},
         "ipo": {"poprisk_gate": "none", "losses": lambda noise: {"ipo": 1.0}},
-        # the streaming form, at its default threshold
-        "ema-soft": {"poprisk_gate": "soft", "poprisk_estimator": "ema", "poprisk_ema_alpha": 1 / 19},
     },
     facets={"data": list(DATA), "noise": [0.0, 0.1, 0.2, 0.3, 0.4]},
     grid={"learning_rate": [3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3]},
