@@ -54,8 +54,8 @@ def aims(rows: pd.DataFrame) -> str:
                 f"{min(areas):.3f}" if len(areas) else "–",
             ]
         )
-    heads = "data, mislabeled | adamw | weight | difference [95 %] | seeds ahead | to AdamW's best epoch [95 %] "
-    heads += "| at equal rate | ε̂ | AUROC, least"
+    heads = "data, mislabeled | adamw | weight | difference [95 %] | seeds ahead "
+    heads += "| to AdamW's best epoch [95 %] | at equal rate | ε̂ | AUROC, least"
     return markdown(heads.split(" | "), lines)
 
 
