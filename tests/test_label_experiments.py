@@ -236,15 +236,14 @@ def test_validation_pairs_are_set_apart_with_their_labels_as_they_are(recipe: Pa
         assert len(data.pop("test")) == 6
         prompts = {name: {row["prompt"] for row in part} for name, part in data.items()}
         assert not prompts["train"] & prompts["validation"] and prompts["mislabeled"] < prompts["train"]
-        kept = {name: {row["prompt"] for row in part if is_clean(row, clean)} for name, part in data.items()}
+        kept = {
+            name: {row["prompt"] for row in part if row["chosen"] == clean[row["prompt"]] + "<|end|>"}
+            for name, part in data.items()
+        }
         assert kept["validation"] == prompts["validation"] and not kept["mislabeled"]
         assert kept["train"] == prompts["train"] - prompts["mislabeled"]
         drawn.append(prompts["validation"])
     assert drawn[0] != drawn[1]
-
-
-def is_clean(row: dict[str, str], clean: dict[str, str]) -> bool:
-    return row["chosen"].removesuffix("<|end|>") == clean[row["prompt"]]
 
 
 def test_pairs_are_told_or_dropped_before_training(recipe: Path, tmp_path: Path) -> None:
