@@ -169,7 +169,7 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     if wanted is None or wanted.lower() in ("false", "none"):
         return None
     if wanted.lower() in ("last", "true"):
-        last = newest_checkpoint(args.output_dir)
+        last = newest_checkpoint(args.output_dir, args.save_only_model)
         if last is None:
             raise RecipeError(
                 f"resume_from_checkpoint={wanted}, but {args.output_dir} holds no complete checkpoint."
