@@ -168,7 +168,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], other_data: bool 
     had, has = before["data"]["examples"], now["data"]["examples"]
     if gated and not other_data and None not in (had, has):
         pairs["the number of training examples"] = had, has
-    found = [f"{name} from {a!r:.100} to {b!r:.100}" for name, (a, b) in pairs.items() if a != b]
+    found = [f"{name} from {a!r} to {b!r}" for name, (a, b) in pairs.items() if a != b]
     weights = now["data"].get("weights")
     if (gated or weights is not None) and before["data"].get("weights") != weights:
         found.append("the weights of the examples (poprisk_weight_column)")
