@@ -52,14 +52,14 @@ def damage(checkpoint: Path, weights_only: bool = False) -> str | None:
     """Why a checkpoint cannot be resumed from; None if it is whole. Reads the ends of its files.
 
     Args:
-        weights_only: the optimizer, the schedule and the random state may be missing.
+        weights_only: one that holds nothing beside the weights is whole too.
     """
     for path in sorted(p for p in checkpoint.rglob("*") if p.is_file()):
         if _cut_off(path):
             return f"{path.name} is cut off"
-    for name in ("model.safetensors",) if weights_only else _PARTS:
-        if not _holds(checkpoint, name):
-            return f"{name} is gone"
+    gone = [name for name in _PARTS if not _holds(checkpoint, name)]
+    if gone and not (weights_only and gone == list(_PARTS)[1:]):
+        return f"{gone[0]} is gone"
     if not (checkpoint / TRAINER_STATE_NAME).is_file():
         return f"it has no {TRAINER_STATE_NAME}, which is written last"
     return None

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +34,7 @@ _CITATION = """\
 
 
 class HubError(RuntimeError):
-    """The Hub refused or could not be reached; the message says what is safe and what to do."""
+    """A push failed; the message says where the model is."""
 
 
 class HubMixin:
@@ -48,31 +46,28 @@ class HubMixin:
         """As in transformers; with ``poprisk_hub_access``, the repository is private until it is filled.
 
         Raises:
-            HubError: the repository cannot be made, gated or written to.
+            huggingface_hub.errors.HfHubHTTPError: the repository cannot be made, gated or written to.
         """
         if not self.is_world_process_zero():
             return
         access, token = self.args.poprisk_hub_access, token or self.args.hub_token
         private = self.args.hub_private_repo if private is None else private
-        name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
         api = HfApi(token=token)
-        with _told(
-            f"the repository {name} could not be made ready on the Hub",
-            ": check hub_model_id and hub_token, or train with push_to_hub=false and push afterwards.",
-        ):
-            if access:
-                self._open_when_filled = _create_private(api, name) and private is not True
-            super().init_hf_repo(token, private=bool(access) or private)  # type: ignore[misc]
-            if access:
-                api.update_repo_settings(self.hub_model_id, gated=access)
-            api.auth_check(self.hub_model_id, write=True)  # one that exists may be readable only
+        if access:
+            name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+            self._open_when_filled = _create_private(api, name) and private is not True
+        super().init_hf_repo(token, private=bool(access) or private)  # type: ignore[misc]
+        if access:
+            api.update_repo_settings(self.hub_model_id, gated=access)
+        api.auth_check(self.hub_model_id, write=True)  # one that exists may be readable only
 
     def push_to_hub(
         self,
         commit_message: str | None = "End of training",
         blocking: bool = True,
         token: str | None = None,
-        *args: Any,
+        revision: str | None = None,
+        private: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """As in transformers.
@@ -80,11 +75,12 @@ class HubMixin:
         Raises:
             HubError: the push failed; the model is complete in ``output_dir``.
         """
-        with _told(
-            f"the push to {self.hub_model_id} failed",
-            f"; the model is complete in {self.args.output_dir}: call trainer.push_to_hub() again.",
-        ):
-            pushed = super().push_to_hub(commit_message, blocking, token, *args, **kwargs)  # type: ignore[misc]
+        if self.hub_model_id is None:
+            self.init_hf_repo(token, private)
+        try:
+            pushed = super().push_to_hub(  # type: ignore[misc]
+                commit_message, blocking, token, revision, private, **kwargs
+            )
             if self._open_when_filled and self.is_world_process_zero():
                 if not blocking:
                     pushed.result()
@@ -92,6 +88,14 @@ class HubMixin:
                 api.update_repo_settings(self.hub_model_id, private=False)
                 self._open_when_filled = False
             return pushed
+        except Exception as error:
+            # a refused upload or card is the cause of another error
+            if not isinstance(error.__cause__ or error, _UNREACHED):
+                raise
+            raise HubError(
+                f"the push to {self.hub_model_id} failed ({_reason(error)}); the model is complete in "
+                f"{self.args.output_dir}: call trainer.push_to_hub() again."
+            ) from error
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         earlier = self.push_in_progress.jobs[:] if self.push_in_progress else []
@@ -183,18 +187,6 @@ def _is_written(text: str) -> bool:
     """Whether somebody wrote the card: not a trainer, whose cards have our section, and not PEFT."""
     section = _SECTION.search(text)
     return _WRITTEN in section[0] if section else _PEFT_TEMPLATE not in text
-
-
-@contextmanager
-def _told(what: str, way_out: str) -> Iterator[None]:
-    """Make one sentence of what the Hub refuses, with its reason between the two parts."""
-    try:
-        yield
-    except Exception as error:
-        # a refused upload or card is the cause of another error
-        if isinstance(error, HubError) or not isinstance(error.__cause__ or error, _UNREACHED):
-            raise
-        raise HubError(f"{what} ({_reason(error)}){way_out}") from error
 
 
 def _reason(error: BaseException) -> str:

@@ -89,7 +89,6 @@ class FakeHub:
     def create_repo(
         self, user: str, repo_id: str, private: bool | None = None, exist_ok: bool = False
     ) -> RepoUrl:
-        self._fail("create")
         name = repo_id if "/" in repo_id else f"{user}/{repo_id}"
         if name not in self.repos:
             if not name.startswith(f"{user}/"):
