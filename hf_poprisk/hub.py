@@ -56,7 +56,7 @@ class HubMixin:
         if access:
             name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
             self._open_when_filled = _create_private(api, name) and private is not True
-        super().init_hf_repo(token, private=bool(access) or private)  # type: ignore[misc]
+        super().init_hf_repo(token, private)  # type: ignore[misc]
         if access:
             api.update_repo_settings(self.hub_model_id, gated=access)
         api.auth_check(self.hub_model_id, write=True)  # one that exists may be readable only
