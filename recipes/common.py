@@ -163,7 +163,7 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     if wanted is None or wanted.lower() in ("false", "none"):
         return None
     last = wanted.lower() in ("last", "true")
-    found = newest_checkpoint(args.output_dir) if last else Path(wanted)
+    found = newest_checkpoint(args.output_dir, args.save_only_model) if last else Path(wanted)
     if found is None:
         raise RecipeError(f"resume_from_checkpoint={wanted}: {args.output_dir} holds no complete checkpoint.")
     if not found.is_dir():
