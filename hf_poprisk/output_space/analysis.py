@@ -1,9 +1,10 @@
-"""The numbers of a recorded run that figures and the report show."""
+"""The numbers of a recorded run that the report and the experiments show."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -11,8 +12,6 @@ from torch import Tensor
 from hf_poprisk.output_space.dynamics import Evolution, Split, intervals, nothing, split
 from hf_poprisk.output_space.preconditioner import NONE
 from hf_poprisk.output_space.recording import Recording, RecordingError
-
-_LEADING = 20  # eigenvectors of the kernel that are followed
 
 
 @dataclass(frozen=True)
@@ -28,8 +27,8 @@ class Analysis:
         reservoir: direction → its share in the reservoir, [R]; ``initial error`` is g at the first record.
         visible: direction → ‖𝒢v‖ of its part in the reservoir over that of the whole, [R]: 0 where the
             reservoir is ker W, more where the spectrum is cut through.
-        alignment: [R, r]: the mean squared cosine between the 1, 2, … r leading eigenvectors of the kernel at
-            the first record and at each; 1 where the eigenspaces are the first ones, r/N for random ones.
+        leading: how many leading eigenvectors of the kernel are followed.
+        alignment: their mean squared cosine with those of the first record, [R]; 1: they span the same space.
         kernel_change: ‖K − K₀‖/‖K₀‖ of each record, Frobenius, [R].
         gradients: g of each record, [R, N].
         stable: whether no step of SGD overshot a mode of the probe's loss.
@@ -46,6 +45,7 @@ class Analysis:
     splits: list[Split]
     reservoir: dict[str, Tensor]
     visible: dict[str, Tensor]
+    leading: int
     alignment: Tensor
     kernel_change: Tensor
     gradients: Tensor
@@ -70,18 +70,17 @@ def analyse(recording: Recording) -> Analysis:
         RecordingError: nothing moved, or a Gramian is not finite, as steps were far too large.
     """
     names = ("gradients", "test_outputs", "losses", "test_losses")
-    series = {name: torch.stack(recording.series[name]).double() for name in names}
-    g, outputs = series["gradients"].flatten(1), series["test_outputs"].flatten(1)
-    evolutions, predicted = [nothing(g.shape[1], outputs.shape[1])], []
-    for i, part in enumerate(intervals(recording)):
-        whole = evolutions[-1].then(part)
-        if not bool(whole.gramian.isfinite().all() and whole.transfer.isfinite().all()):
+    g, outputs, losses, test_losses = (torch.stack(recording.series[name]).double() for name in names)
+    g, outputs = g.flatten(1), outputs.flatten(1)
+    parts = list(intervals(recording))
+    start = nothing(g.shape[1], outputs.shape[1])
+    evolutions = list(accumulate(parts, Evolution.then, initial=start))
+    for i, whole in enumerate(evolutions):
+        if not (whole.gramian.isfinite().all() and whole.transfer.isfinite().all()):
             raise RecordingError(
-                f"from step {recording.steps[i]} to {recording.steps[i + 1]} the picture of a frozen kernel "
+                f"from step {recording.steps[i - 1]} to {recording.steps[i]} the picture of a frozen kernel "
                 "diverges, as steps overshot: record more often, or train with a lower learning rate."
             )
-        evolutions.append(whole)
-        predicted.append(-(g[i] @ part.gramian @ g[i]))
     if not evolutions[-1].gramian.any():
         raise RecordingError(
             "nothing moved between the first record and the last: train on, until a learning rate is above 0."
@@ -89,13 +88,14 @@ def analyse(recording: Recording) -> Analysis:
     splits = [split(whole.gramian, recording.series["kernel"][0].dtype) for whole in evolutions]
     directions = {"initial error": g[0], **recording.directions}
     directions = {name: v.reshape(-1).double() for name, v in directions.items() if v.any()}
-    alignment, kernel_change = _turned(recording.series["kernel"])
+    leading = min(20, max(1, g.shape[1] // 2))
+    alignment, kernel_change = _turned(recording.series["kernel"], leading)
     return Analysis(
         steps=torch.tensor(recording.steps),
-        losses=series["losses"],
-        test_losses=series["test_losses"],
-        measured=series["losses"].diff(),
-        predicted=torch.stack(predicted),
+        losses=losses,
+        test_losses=test_losses,
+        measured=losses.diff(),
+        predicted=torch.stack([-(u @ part.gramian @ u) for u, part in zip(g, parts, strict=False)]),
         displacement=outputs - outputs[0],
         transfer=torch.stack([-(whole.transfer @ g[0]) for whole in evolutions]),
         evolutions=evolutions,
@@ -104,6 +104,7 @@ def analyse(recording: Recording) -> Analysis:
             k: torch.tensor([cut.reservoir_share(v) for cut in splits]) for k, v in directions.items()
         },
         visible={k: _visible(v, evolutions, splits) for k, v in directions.items()},
+        leading=leading,
         alignment=alignment,
         kernel_change=kernel_change,
         gradients=g,
@@ -121,15 +122,13 @@ def _visible(v: Tensor, evolutions: Sequence[Evolution], splits: Sequence[Split]
     return torch.stack(found)
 
 
-def _turned(kernels: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def _turned(kernels: Sequence[Tensor], leading: int) -> tuple[Tensor, Tensor]:
     """``alignment`` and ``kernel_change``, a kernel at a time."""
-    leading = min(_LEADING, max(1, len(kernels[0]) // 2))
-    ranks, first = torch.arange(1, leading + 1), kernels[0].double()
-    alignment, change, start = [], [], None
+    first, start = kernels[0].double(), None
+    alignment, change = [], []
     for kernel in kernels:
-        vectors = torch.linalg.eigh(kernel.double()).eigenvectors[:, -leading:].flip(1)
+        vectors = torch.linalg.eigh(kernel.double()).eigenvectors[:, -leading:]
         start = vectors if start is None else start
-        cosines = (start.T @ vectors).square()
-        alignment.append(cosines.cumsum(0).cumsum(1).diagonal() / ranks)
+        alignment.append((start.T @ vectors).square().sum() / leading)
         change.append((kernel.double() - first).norm() / first.norm())
     return torch.stack(alignment), torch.stack(change)
