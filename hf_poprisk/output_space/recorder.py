@@ -194,8 +194,9 @@ class OutputSpaceCallback(TrainerCallback):
         It is not with dropout, label smoothing, weights, another loss or other examples. The difference is
         relative to the gradient at the first record, as both sink to rounding at the end.
         """
-        series, expected = self._recording.series, 0.0
+        series = self._recording.series
         params = [p for p in model.parameters() if p.requires_grad]
+        expected = torch.zeros_like(parameters_to_vector(params))
         with evaluating(model):
             for batch in self._batches[0]:
                 loss = self.task.losses(self.task.outputs(model, batch), batch).sum()

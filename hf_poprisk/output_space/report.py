@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hf_poprisk.command import folder_beside, need
-from hf_poprisk.output_space.analysis import Analysis, analyse
+from hf_poprisk.output_space.analysis import Analysis
 from hf_poprisk.output_space.recording import (
     FILE_NAME,
     GRADIENT_DESCENT,
@@ -67,7 +67,7 @@ def report(args: argparse.Namespace) -> Path:
     recording = load_recording(args.run)
     if len(recording.steps) < 2:
         raise RecordingError(f"{args.run / FILE_NAME} has one record only: train at least one step.")
-    analysis = analyse(recording)
+    analysis = Analysis(recording)
     printed = about_run(recording, analysis)
     content = [f"<p>{html.escape(line)}</p>" for line in printed]
     for title, section in SECTIONS.items():

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import jacrev
 
 from hf_poprisk.output_space import Recording, cumulative, evolve, intervals, split
-from hf_poprisk.output_space.analysis import analyse
+from hf_poprisk.output_space.analysis import Analysis
 from hf_poprisk.output_space.dynamics import nothing
 from hf_poprisk.output_space.recording import FLOW, GRADIENT_DESCENT
 
@@ -96,7 +96,7 @@ def test_feature_learning_is_predicted_and_better_with_smaller_steps(tmp_path: P
         run = train(tmp_path / str(eta), Regression(body), data, recorder(data, test), **settings)
         kernels = run.series["kernel"]
         assert (kernels[-1] - kernels[0]).norm() > kernels[0].norm()  # it moves by more than its own norm
-        found = analyse(run)
+        found = Analysis(run)
         ends.append(float(found.transfer_error[-1]))
         worst.append(float(found.transfer_error.max()))
         fallen.append(abs(float(found.predicted.sum() / found.measured.sum()) - 1))
