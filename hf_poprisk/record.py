@@ -58,10 +58,12 @@ def load_record(
 
     Raises:
         FileNotFoundError: there is no record.
-        ValueError: one that cannot be read: damaged, or of a later version; no folder and no name.
+        ValueError: one that cannot be read: damaged, or of a later version.
     """
     folder = Path(path_or_repo)
     if not folder.is_dir():
+        if folder.is_absolute() or str(path_or_repo).startswith("."):
+            raise FileNotFoundError(f"{path_or_repo} is not a folder.")
         wanted = [CONFIG_NAME, STATISTICS_NAME]
         folder = Path(
             snapshot_download(str(path_or_repo), revision=revision, token=token, allow_patterns=wanted)
