@@ -6,16 +6,13 @@ import os
 import tempfile
 import warnings
 from dataclasses import dataclass, field, fields
-from importlib.util import find_spec
-from textwrap import fill
 from typing import Any, ClassVar, Literal
 
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from hf_poprisk import refusals
-from hf_poprisk.leave_one_out import LABEL_NOISE_MODES
-from hf_poprisk.options import check_gate_options, check_patterns
+from hf_poprisk.options import check_options
 from hf_poprisk.refusals import Rule, refuse
 
 OPTIM = "poprisk_adamw"
@@ -99,19 +96,19 @@ class PopRiskArgumentsMixin:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.__doc__ = _with_fields(cls.__doc__ or f"{cls.__name__}, with the gate's fields.")
+        ours = (f for f in fields(PopRiskArgumentsMixin) if f.name.startswith(_PREFIX))
+        lines = (f"    {f.name} (default {f.default!r}): {f.metadata['help']}" for f in ours)
+        doc = cls.__doc__ or f"{cls.__name__}, with the gate's fields."
+        cls.__doc__ = "\n".join([doc, "", "Args:", *lines, ""])
 
     def __post_init__(self) -> None:
         self._read_old_name()
         name = str(getattr(self.optim, "value", self.optim))
-        known = [member.value for member in OptimizerNames]
-        if name not in (OPTIM, *known):
-            raise ValueError(f"{name} is not a valid OptimizerNames, please select one of {[OPTIM, *known]}")
+        known = [OPTIM, *(member.value for member in OptimizerNames)]
+        if name not in known:
+            raise ValueError(f"{name} is not a valid OptimizerNames, please select one of {known}")
         if name == OPTIM:
             self._read_optim_args()
-            per_example = self.poprisk_gate != "none" or self.poprisk_label_noise != "off"
-            if self.deepspeed and per_example and find_spec("deepspeed") is None:  # type: ignore[attr-defined]
-                raise refusals.DEEPSPEED.error(self, **self._our_words)  # before its package is asked for
         # The stock class turns `optim` into its Enum, which does not hold our name.
         self.optim = "adamw_torch" if name == OPTIM else name
         super().__post_init__()  # type: ignore[misc]
@@ -143,56 +140,46 @@ class PopRiskArgumentsMixin:
         changes a field would otherwise find it contradicted.
         """
         text, self.optim_args = self.optim_args, None  # type: ignore[has-type]
-        fields_ = {n: _PREFIX + n for n in (*self.gate_options(), "exclude")}
-        seen = set()
+        keys, seen = (*self.gate_options(), "exclude"), set()
         for item in text.split(",") if text else ():
-            key, separator, value = (part.strip() for part in item.partition("="))
-            if key not in fields_ or not separator or not value or key in seen:
+            key, _, value = (part.strip() for part in item.partition("="))
+            if key not in keys or not value or key in seen:
                 raise ValueError(
                     f"optim_args has {item.strip()!r}; with optim={OPTIM} it is a comma-separated list of "
-                    f"key=value, each key once, with the keys {', '.join(fields_)}."
+                    f"key=value, each key once, with the keys {', '.join(keys)}."
                 )
             seen.add(key)
-            parsed = _parse(key, value)
-            current, default = getattr(self, fields_[key]), self.__dataclass_fields__[fields_[key]].default
+            name, parsed = _PREFIX + key, _parse(key, value)
+            current, default = getattr(self, name), self.__dataclass_fields__[name].default
             if not override and current not in (default, parsed):
                 raise ValueError(
-                    f"optim_args sets {key}={value} and {fields_[key]} is {current!r}: set one of them only."
+                    f"optim_args sets {key}={value} and {name} is {current!r}: set one of them only."
                 )
-            setattr(self, fields_[key], parsed)
+            setattr(self, name, parsed)
 
     def _check_options(self) -> None:
-        check_gate_options(**self.gate_options(), prefix=_PREFIX)
-        if isinstance(self.poprisk_exclude, str):
-            self.poprisk_exclude = [self.poprisk_exclude]
-        exclude = self.poprisk_exclude = self.poprisk_exclude or None
-        if exclude is not None and not (
-            isinstance(exclude, list) and all(isinstance(p, str) for p in exclude)
-        ):
-            raise ValueError(f"poprisk_exclude must be a list of strings; got {exclude!r}.")
-        check_patterns(exclude or ())
+        exclude = self.poprisk_exclude or None
+        self.poprisk_exclude = [exclude] if isinstance(exclude, str) else exclude
         if self.poprisk_label_noise is False:  # how YAML reads off
             self.poprisk_label_noise = "off"
-        for name, choices in (("label_noise", LABEL_NOISE_MODES), ("hub_access", (None, "auto", "manual"))):
-            value = getattr(self, _PREFIX + name)
-            if value not in choices:
-                allowed = ", ".join(filter(None, choices))
-                raise ValueError(f"{_PREFIX}{name} must be one of {allowed}; got {value!r}.")
-        column = self.poprisk_weight_column
-        if column is not None and not (isinstance(column, str) and column):
-            raise ValueError(f"poprisk_weight_column must be the name of a column; got {column!r}.")
+        others = {
+            name: getattr(self, _PREFIX + name)
+            for name in ("exclude", "label_noise", "weight_column", "hub_access")
+        }
+        check_options(_PREFIX, **self.gate_options(), **others)
         if self.optim == OPTIM:
             return
-        others = {"hub_access", "risk", "weight_column"}  # not of this optimizer
-        others |= {"allow_change"} if column else set()
-        for name, spec in self.__dataclass_fields__.items():
-            if name.removeprefix(_PREFIX) in others:
+        any_optimizer = {"hub_access", "risk", "weight_column"}
+        if self.poprisk_weight_column is not None:
+            any_optimizer.add("allow_change")
+        for spec in fields(self):
+            option = spec.name.removeprefix(_PREFIX)
+            if option in (spec.name, *any_optimizer) or getattr(self, spec.name) == spec.default:
                 continue
-            if name.startswith(_PREFIX) and getattr(self, name) != spec.default:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} has no effect with optim="
-                    f"{getattr(self.optim, 'value', self.optim)}: remove it or set optim={OPTIM}."
-                )
+            raise ValueError(
+                f"{spec.name}={getattr(self, spec.name)!r} has no effect with optim="
+                f"{getattr(self.optim, 'value', self.optim)}: remove it or set optim={OPTIM}."
+            )
 
     def gate_options(self) -> dict[str, Any]:
         """The keyword arguments of ``PopRiskAdamW`` that the fields set, the exclusions aside."""
@@ -233,25 +220,23 @@ class PopRiskArgumentsMixin:
         """
         refuse(refusals.LAUNCH, self)
         self._check_output_dir()
+        whole = refusals.WHOLE_PARAMETERS
         if self.poprisk_risk:
-            refuse(refusals.WHOLE_PARAMETERS, self, of="poprisk_risk=true", without="poprisk_risk=false")
+            refuse(whole, self, of="poprisk_risk=true", without="poprisk_risk=false")
         if self.poprisk_weight_column is not None:
-            words = {"of": "poprisk_weight_column", "without": "no poprisk_weight_column"}
-            refuse((*self._weight_rules, *refusals.WHOLE_PARAMETERS), self, **words)
+            refuse(self._weight_rules, self)
+            refuse(whole, self, of="poprisk_weight_column", without="no poprisk_weight_column")
         if self.optim != OPTIM:
             return
         refuse(refusals.OPTIMIZER, self)
+        if self.poprisk_label_noise != "off" or self.poprisk_gate != "none":
+            refuse(whole, self, of=f"optim={OPTIM}", without=self.plain_options)
         if self.poprisk_label_noise != "off":
-            refuse(refusals.WHOLE_PARAMETERS, self, **self._our_words)
             refuse(self._label_rules, self)
         if self.poprisk_gate != "none":
-            refuse((*refusals.GATE, *refusals.WHOLE_PARAMETERS), self, **self._our_words)
+            refuse(refusals.GATE, self)
             if self.poprisk_estimator != "ema":
                 refuse(self._example_rules, self)
-
-    @property
-    def _our_words(self) -> dict[str, str]:
-        return {"of": f"optim={OPTIM}", "without": self.plain_options}
 
     def _check_output_dir(self) -> None:
         args: Any = self
@@ -265,21 +250,6 @@ class PopRiskArgumentsMixin:
             raise ValueError(
                 f"output_dir={args.output_dir} cannot be written to ({error.strerror}): choose another one."
             ) from error
-
-
-def _with_fields(doc: str) -> str:
-    """A docstring with the meaning of every field below it, for ``help``."""
-    lines = [doc, "", "Args:"]
-    for f in fields(PopRiskArgumentsMixin):
-        if f.name.startswith(_PREFIX):
-            text = f"{f.name} (default {f.default!r}): {f.metadata['help']}"
-            lines.append(
-                fill(text, 100, initial_indent="    ", subsequent_indent="        ", break_on_hyphens=False)
-            )
-    return "\n".join(lines) + "\n"
-
-
-PopRiskArgumentsMixin.__doc__ = _with_fields(PopRiskArgumentsMixin.__doc__)
 
 
 def _parse(key: str, value: str) -> Any:

@@ -15,25 +15,25 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_poprisk.arguments import OPTIM
 from hf_poprisk.record import (
     CONFIG_NAME,
-    Record,
-    changed_weights,
+    SCHEMA_VERSION,
+    STATISTICS_NAME,
     changes,
-    digest,
+    describe_trainable,
     load_record,
     make_config,
-    write_record,
+    write_json,
 )
 from hf_poprisk.statistics import GateStatistics
 
 logger = logging.getLogger(__name__)
 
-# What a checkpoint holds beside the weights. Other names: of transformers under FSDP, DeepSpeed.
-_BESIDE_WEIGHTS = {
+# What a checkpoint holds. Other names: adapters and shards; of transformers under FSDP, DeepSpeed.
+_PARTS = {
+    "model.safetensors": ("*model*", "*.safetensors"),
     "optimizer.pt": ("optimizer*", "global_step*"),
     "scheduler.pt": ("scheduler*",),
     "rng_state.pth": ("rng_state*",),
@@ -48,54 +48,50 @@ class ResumeError(ValueError):
     """A checkpoint that is not whole, or of a run with other settings."""
 
 
-def damage(checkpoint: Path) -> str | None:
-    """Why a checkpoint cannot be resumed from; None if it is whole, or whole but for ``save_only_model``.
+def damage(checkpoint: Path, weights_only: bool = False) -> str | None:
+    """Why a checkpoint cannot be resumed from; None if it is whole. Reads the ends of its files.
 
-    Reads the ends of its files, not the tensors.
+    Args:
+        weights_only: one that holds nothing beside the weights is whole too.
     """
     for path in sorted(p for p in checkpoint.rglob("*") if p.is_file()):
         if _cut_off(path):
             return f"{path.name} is cut off"
-    beside = {} if holds_weights_only(checkpoint) else _BESIDE_WEIGHTS
-    # the weights may also be an adapter's, or shards
-    for name, patterns in {"model.safetensors": ("*model*", "*.safetensors"), **beside}.items():
-        if not any(next(checkpoint.glob(pattern), None) for pattern in patterns):
-            return f"{name} is gone"
+    gone = [name for name in _PARTS if not _holds(checkpoint, name)]
+    if gone and not (weights_only and gone == list(_PARTS)[1:]):
+        return f"{gone[0]} is gone"
     if not (checkpoint / TRAINER_STATE_NAME).is_file():
         return f"it has no {TRAINER_STATE_NAME}, which is written last"
     return None
 
 
+def _holds(checkpoint: Path, part: str) -> bool:
+    return any(next(checkpoint.glob(pattern), None) for pattern in _PARTS[part])
+
+
 def _cut_off(path: Path) -> bool:
     try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt"):
-                return False
-        if path.suffix == ".json":
-            json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, SafetensorError):
+        match path.suffix:
+            case ".safetensors":
+                with safe_open(path, "pt"):
+                    return False
+            case ".json":
+                json.loads(path.read_text(encoding="utf-8"))
+            case ".pt" | ".pth" | ".bin":
+                return not zipfile.is_zipfile(path)
+            case ".parquet":
+                return not path.read_bytes().endswith(b"PAR1")
+    except (OSError, ValueError, SafetensorError):
         return True
-    torn = path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path)
-    return torn or path.suffix == ".parquet" and not path.read_bytes().endswith(b"PAR1")
+    return False
 
 
-def holds_weights_only(checkpoint: Path) -> bool:
-    """Whether it was saved with ``save_only_model=True``, by our trainers or by the stock one.
-
-    A checkpoint that was being deleted has lost files too; the record, where there is one, says which it is.
-    """
-    if any(next(checkpoint.glob(p), None) for patterns in _BESIDE_WEIGHTS.values() for p in patterns):
-        return False
-    record = checkpoint / CONFIG_NAME
-    return not record.is_file() or json.loads(record.read_text()).get("save_only_model") is not False
-
-
-def newest_checkpoint(output_dir: str | Path) -> Path | None:
+def newest_checkpoint(output_dir: str | Path, weights_only: bool = False) -> Path | None:
     """The whole checkpoint with the highest step; those that are not whole are skipped with a warning."""
     folders = (p for p in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if p.is_dir())
     steps = {int(s): p for p in folders if (s := p.name.rpartition("-")[2]).isdecimal()}
     for _, path in sorted(steps.items(), reverse=True):
-        reason = damage(path)
+        reason = damage(path, weights_only)
         if reason is None:
             return path
         logger.warning(f"{path} is skipped: {reason}.")
@@ -110,70 +106,51 @@ class CheckpointMixin:
     _trainable: dict[str, Any] | None = None  # when training began
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        saves = self.args.save_only_model and self.args.save_strategy != SaveStrategy.NO
-        if saves and self.is_world_process_zero():
-            logger.warning("save_only_model=True: a resumed run starts with a fresh optimizer.")
         if self._trainable is None:  # a second call goes on with the optimizer of the first
-            self._trainable = digest(self._trainable_names())
+            self._trainable = describe_trainable(self._trainable_names())
         if resume_from_checkpoint:
-            resume_from_checkpoint = str(self._checkpoint_to_resume(resume_from_checkpoint))
-            self._check_same_run(resume_from_checkpoint)
+            checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
+            self._check_same_run(checkpoint)
+            resume_from_checkpoint = str(checkpoint)
         return super().train(resume_from_checkpoint or None, *args, **kwargs)  # type: ignore[misc]
 
     def _checkpoint_to_resume(self, wanted: str | bool) -> Path:
-        found = newest_checkpoint(self.args.output_dir) if wanted is True else Path(str(wanted))
+        """With ``save_only_model``, weights alone will do."""
+        alone, hint = self.args.save_only_model, "save_only_model=true goes on from weights alone"
+        found = newest_checkpoint(self.args.output_dir, alone) if wanted is True else Path(str(wanted))
         if found is None:
             raise ResumeError(
-                f"resume_from_checkpoint=True, but {self.args.output_dir} holds no complete checkpoint."
+                f"resume_from_checkpoint=True, but {self.args.output_dir} holds no complete checkpoint "
+                f"({hint})."
             )
         if not found.is_dir():
             raise ResumeError(f"resume_from_checkpoint={wanted} is not a folder.")
-        if reason := damage(found):
-            raise ResumeError(f"{found} cannot be resumed from: {reason}; take an older checkpoint.")
-        if not holds_weights_only(found):
-            return found
-        if not self.args.save_only_model:
-            raise ResumeError(
-                f"{found} holds weights only: set save_only_model=True to go on from them with a fresh "
-                "optimizer, or take a checkpoint that holds the optimizer."
-            )
-        if self.is_world_process_zero():
+        if reason := damage(found, alone):
+            raise ResumeError(f"{found} cannot be resumed from: {reason}; take an older checkpoint ({hint}).")
+        if not _holds(found, "optimizer.pt") and self.is_world_process_zero():
             logger.warning(
                 f"{found} holds weights only: the optimizer and the learning-rate schedule start afresh."
             )
         return found
 
-    def _check_same_run(self, checkpoint: str) -> None:
+    def _check_same_run(self, checkpoint: Path) -> None:
         """Refuse other parameters, which the optimizer's state does not fit, other data, other settings."""
-        if not Path(checkpoint, CONFIG_NAME).is_file():
+        if not (checkpoint / CONFIG_NAME).is_file():  # of a stock trainer
             return
-        record = load_record(checkpoint)
-        if not holds_weights_only(Path(checkpoint)):
-            self._check_same_parameters(checkpoint, record)
-        if self.args.poprisk_allow_change or self.args.optim != OPTIM and self._weights is None:
-            return
-        if self.args.optim == OPTIM:
-            changed = changes(record.config, self._record(), self.args.ignore_data_skip)
-        else:
-            changed = changed_weights(record.config, self._record())
-        if changed:
+        config = load_record(checkpoint).config
+        had, has = config.get("trainable"), self._trainable
+        if had not in (None, has) and _holds(checkpoint, "optimizer.pt"):
+            raise ResumeError(
+                f"{checkpoint} holds the optimizer's state of {had['tensors']} trainable tensors, and this "
+                f"model has {has['tensors'] or 'none'}{' others' * (had['tensors'] == has['tensors'])}: "
+                "freeze and unfreeze parameters as in that run, or start over."
+            )
+        changed = changes(config, self._record(), self.args.ignore_data_skip)
+        if changed and not self.args.poprisk_allow_change:
             raise ResumeError(
                 f"resuming from {checkpoint} would change {', '.join(changed)}: set it back, or set "
                 "poprisk_allow_change=true."
             )
-
-    def _check_same_parameters(self, checkpoint: str, record: Record) -> None:
-        had, has = record.config.get("trainable"), self._trainable
-        if had is None or had == has:
-            return
-        names = set(self._trainable_names())
-        gone = sorted(set((record.statistics or {}).get("parameters", ())) - names)
-        some = f" (no longer trainable: {', '.join(gone[:3])}{', …' * (len(gone) > 3)})" if gone else ""
-        raise ResumeError(
-            f"{checkpoint} holds the optimizer's state of {had['tensors']} trainable tensors, and this model "
-            f"has {has['tensors'] or 'none'}{' others' * (had['tensors'] == has['tensors'])}{some}: freeze "
-            "and unfreeze parameters as in that run, or start over."
-        )
 
     def _trainable_names(self) -> list[str]:
         """Of what the optimizer will be made of, or of what one that was handed to the trainer holds."""
@@ -185,12 +162,11 @@ class CheckpointMixin:
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
-        optimizer, self._weights_step = self._poprisk_optimizer(), None
+        self._weights_step = None
         if self._risk is not None:
-            self._risk.clear()
-            if checkpoint is not None:
-                self._risk.load(checkpoint, self.args.device)
+            self._risk.load(checkpoint, self.args.device)
         self._load_label_noise(checkpoint)
+        optimizer = self._poprisk_optimizer()
         if optimizer is None:
             return
         optimizer.statistics = GateStatistics()  # of a new run
@@ -231,9 +207,9 @@ class CheckpointMixin:
             self.accelerator.wait_for_everyone()  # before another rank writes its part
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
         except (OSError, RuntimeError, SafetensorError) as error:
-            if damage(folder) is None:  # it was written; something after it failed
+            left = newest_checkpoint(output_dir, self.args.save_only_model)
+            if left == folder:  # it was written; what failed came after it
                 raise
-            left = newest_checkpoint(output_dir)
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise CheckpointError(
                 f"{folder} could not be written ({reason}); "
@@ -243,8 +219,13 @@ class CheckpointMixin:
     def _write_record(self, folder: str | Path) -> None:
         if Path(folder, CONFIG_NAME).is_file() and not self.state.global_step:
             return  # this trainer has not trained, and the record is of the run that has
-        optimizer = self._poprisk_optimizer()  # which may not exist yet, or be a stock one
-        write_record(folder, self._record(), optimizer and optimizer.statistics.of_run(optimizer.names))
+        write_json(Path(folder, CONFIG_NAME), self._record())
+        path, optimizer = Path(folder, STATISTICS_NAME), self._poprisk_optimizer()
+        if optimizer is None:  # not made yet, or a stock one: those of an earlier run go
+            path.unlink(missing_ok=True)
+        else:
+            of_run = optimizer.statistics.of_run(optimizer.names)
+            write_json(path, {"schema_version": SCHEMA_VERSION, **of_run})
         self._write_label_noise(folder)
 
     def _record(self) -> dict[str, Any]:

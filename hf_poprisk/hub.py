@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from transformers.training_args import HubStrategy
-from transformers.utils.hub import PushInProgress
 
 from hf_poprisk.arguments import OPTIM
 from hf_poprisk.record import SOURCE
@@ -36,7 +34,7 @@ _CITATION = """\
 
 
 class HubError(RuntimeError):
-    """The Hub refused or could not be reached; the message says what is safe and what to do."""
+    """A push failed; the message says where the model is."""
 
 
 class HubMixin:
@@ -48,31 +46,28 @@ class HubMixin:
         """As in transformers; with ``poprisk_hub_access``, the repository is private until it is filled.
 
         Raises:
-            HubError: the repository cannot be made, gated or written to.
+            huggingface_hub.errors.HfHubHTTPError: the repository cannot be made, gated or written to.
         """
         if not self.is_world_process_zero():
             return
         access, token = self.args.poprisk_hub_access, token or self.args.hub_token
         private = self.args.hub_private_repo if private is None else private
-        name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
         api = HfApi(token=token)
-        with _told(
-            f"the repository {name} could not be made ready on the Hub",
-            ": check hub_model_id and hub_token, or train with push_to_hub=false and push afterwards.",
-        ):
-            if access:
-                self._open_when_filled = _create_private(api, name) and private is not True
-            super().init_hf_repo(token=token, private=True if access else private)  # type: ignore[misc]
-            if access:
-                api.update_repo_settings(self.hub_model_id, gated=access)
-            api.auth_check(self.hub_model_id, write=True)  # one that exists may be readable only
+        if access:
+            name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+            self._open_when_filled = _create_private(api, name) and private is not True
+        super().init_hf_repo(token, private)  # type: ignore[misc]
+        if access:
+            api.update_repo_settings(self.hub_model_id, gated=access)
+        api.auth_check(self.hub_model_id, write=True)  # one that exists may be readable only
 
     def push_to_hub(
         self,
         commit_message: str | None = "End of training",
         blocking: bool = True,
         token: str | None = None,
-        *args: Any,
+        revision: str | None = None,
+        private: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """As in transformers.
@@ -80,11 +75,12 @@ class HubMixin:
         Raises:
             HubError: the push failed; the model is complete in ``output_dir``.
         """
-        with _told(
-            f"the push to {self.hub_model_id} failed",
-            f"; the model is complete in {self.args.output_dir}: call trainer.push_to_hub() again.",
-        ):
-            pushed = super().push_to_hub(commit_message, blocking, token, *args, **kwargs)  # type: ignore[misc]
+        if self.hub_model_id is None:
+            self.init_hf_repo(token, private)
+        try:
+            pushed = super().push_to_hub(  # type: ignore[misc]
+                commit_message, blocking, token, revision, private, **kwargs
+            )
             if self._open_when_filled and self.is_world_process_zero():
                 if not blocking:
                     pushed.result()
@@ -92,28 +88,33 @@ class HubMixin:
                 api.update_repo_settings(self.hub_model_id, private=False)
                 self._open_when_filled = False
             return pushed
+        except Exception as error:
+            # a refused upload or card is the cause of another error
+            if not isinstance(error.__cause__ or error, _UNREACHED):
+                raise
+            raise HubError(
+                f"the push to {self.hub_model_id} failed ({_reason(error)}); the model is complete in "
+                f"{self.args.output_dir}: call trainer.push_to_hub() again."
+            ) from error
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        before = self.push_in_progress
-        busy = before is not None and not before.is_done() and not self.args.hub_always_push
+        earlier = self.push_in_progress.jobs[:] if self.push_in_progress else []
+        busy = not self.args.hub_always_push and not all(job.done() for job in earlier)
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END or busy:
             return  # as in transformers, and the record stays with the weights that lie there
         # transformers copies a fixed list of files from the checkpoint, and the record is not in it
         self._write_record(self.args.output_dir)
         super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
-        self._report_failed_pushes(before)  # done, or still among those in progress
+        for job in self.push_in_progress.jobs:
+            if job not in earlier:
+                job.add_done_callback(self._warn_if_failed)
 
-    def _finish_current_push(self) -> None:
-        super()._finish_current_push()  # type: ignore[misc]
-        self._report_failed_pushes(getattr(self, "push_in_progress", None))
-
-    def _report_failed_pushes(self, push: PushInProgress | None) -> None:
+    def _warn_if_failed(self, push: Future[Any]) -> None:
         """Pushes during training run beside it, and transformers never looks at how they ended."""
-        for job in [job for job in push.jobs if job.done() and job.exception()] if push else ():
-            push.jobs.remove(job)
+        if error := push.exception():
             logger.warning(
-                f"a push to {self.hub_model_id} failed ({_reason(job.exception())}); training goes on, and "
-                f"the checkpoint is complete in {self.args.output_dir}."
+                f"a push to {self.hub_model_id} failed ({_reason(error)}); training goes on, and the "
+                f"checkpoint is complete in {self.args.output_dir}."
             )
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -121,32 +122,24 @@ class HubMixin:
         if not self.is_world_process_zero():
             return
         path = Path(self.args.output_dir, "README.md")
-        card = ModelCard.load(path, ignore_metadata_errors=True) if path.is_file() else None
-        written = card is not None and _is_written(card.text)
+        written = path.is_file() and _is_written(path.read_text(encoding="utf-8"))
         if not written:
             super().create_model_card(*args, **kwargs)  # type: ignore[misc]
-            card = ModelCard.load(path, ignore_metadata_errors=True)
-        self._complete_metadata(card.data)
-        section = f"{_WRITTEN}\n" * written + self._card_section()
+        card, record = ModelCard.load(path), self._record()
+        data = card.data
+        data["poprisk"] = {k: record[k] for k in ("source", "optim", "gate", "estimator", "units_per_step")}
+        if hasattr(self.accelerator.unwrap_model(self.model), "peft_config"):
+            data.library_name = "peft"
+        # The Hub makes base_model: tags itself, and a base that is a folder of this machine is none.
+        data.tags = sorted({t for t in data.tags or () if not t.startswith("base_model:")} | {"poprisk"})
+        if data.base_model and Path(str(data.base_model)).exists():
+            data.base_model = None
+        section = f"{_WRITTEN}\n" * written + self._card_section(record)
         body = _SECTION.sub("\n", card.text).strip()
         card.text = f"{body}\n\n<!-- hf_poprisk:begin -->\n{section}\n<!-- hf_poprisk:end -->\n"
         card.save(path)
 
-    def _complete_metadata(self, data: Any) -> None:
-        """Add the gate, and an adapter's base unless it is a folder of this machine."""
-        record = self._record()
-        data["poprisk"] = {k: record[k] for k in ("source", "optim", "gate", "estimator", "units_per_step")}
-        # PEFT's base_model:adapter:… may hold a folder too, and the Hub makes these tags itself
-        tags = (tag for tag in map(str, data.tags or ()) if not tag.startswith("base_model:"))
-        data.tags = sorted({*tags, "poprisk"})
-        for adapter in getattr(self.accelerator.unwrap_model(self.model), "peft_config", {}).values():
-            data.library_name = "peft"
-            data.base_model = data.base_model or adapter.base_model_name_or_path
-        if data.base_model and Path(str(data.base_model)).exists():
-            data.base_model = None
-
-    def _card_section(self) -> str:
-        record = self._record()
+    def _card_section(self, record: dict[str, Any]) -> str:
         altered, examples = record["data"]["altered_labels"], record["data"]["examples"]
         lines = ["## Population-risk gate", ""]
         if record["optim"] != OPTIM or record["gate"] == "none":
@@ -186,7 +179,6 @@ def _create_private(api: HfApi, name: str) -> bool:
     except HfHubHTTPError as error:
         if error.response.status_code != 409:
             raise
-        logger.warning(f"{name} exists on the Hub: it is gated, and stays private or public.")
         return False
     return True
 
@@ -194,23 +186,9 @@ def _create_private(api: HfApi, name: str) -> bool:
 def _is_written(text: str) -> bool:
     """Whether somebody wrote the card: not a trainer, whose cards have our section, and not PEFT."""
     section = _SECTION.search(text)
-    return _WRITTEN in section[0] if section else not text.strip().startswith(_PEFT_TEMPLATE)
-
-
-@contextmanager
-def _told(what: str, way_out: str) -> Iterator[None]:
-    """Make one sentence of what the Hub refuses, with its reason between the two parts."""
-    try:
-        yield
-    except HubError:  # from within
-        raise
-    except (*_UNREACHED, RuntimeError, ValueError) as error:
-        # its refusals of an upload or a card are the cause of another error
-        if not isinstance(error, _UNREACHED) and not isinstance(error.__cause__, _UNREACHED):
-            raise
-        raise HubError(f"{what} ({_reason(error)}){way_out}") from error
+    return _WRITTEN in section[0] if section else _PEFT_TEMPLATE not in text
 
 
 def _reason(error: BaseException) -> str:
-    cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+    cause = error.__cause__ or error
     return (str(cause).strip().splitlines() or [type(cause).__name__])[0]

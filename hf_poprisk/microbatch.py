@@ -21,6 +21,9 @@ from hf_poprisk.per_example.self_check import SelfCheck, Verdict, some_examples
 from hf_poprisk.per_example.undisturbed import mode
 
 logger = logging.getLogger(__name__)
+_WAY_OUT = (
+    "set per_device_train_batch_size=1 and raise gradient_accumulation_steps, or poprisk_estimator=group"
+)
 
 
 class MicrobatchMixin:
@@ -35,7 +38,7 @@ class MicrobatchMixin:
     _not_together: str | None = None  # why it is not
     _one_by_one: OneByOne | None = None  # where it is not
     _shared: set[torch.Tensor] = set()  # parameters with a term in the loss that belongs to no example
-    _paths_checked = _count_checked = _compiled = False
+    _paths_checked = False
 
     def _gated_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any) -> torch.Tensor:
         optimizer = self._poprisk_optimizer()
@@ -45,7 +48,9 @@ class MicrobatchMixin:
             with weighting:
                 return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
         layout = self._layout(optimizer, inputs)
-        if layout is not None and self._takes_several(layout) and not self._paths_checked:
+        # every rank must come to the same answer
+        several = layout is not None and (self._announces_several or layout.num_examples > 1)
+        if several and not self._paths_checked:
             self._check_paths(optimizer, model, inputs, num_items_in_batch, layout)
         step = partial(super().training_step, model, inputs, num_items_in_batch)  # type: ignore[misc]
         with weighting:
@@ -60,16 +65,6 @@ class MicrobatchMixin:
         if self.accelerator.sync_gradients:
             optimizer.close_window()
         return loss
-
-    def _takes_several(self, layout: Layout) -> bool:
-        """Whether micro-batches hold several examples: every rank must give the same answer."""
-        announced = self._announces_several
-        if isinstance(layout, Packed) and not announced and self.accelerator.num_processes > 1:
-            raise ValueError(
-                "a row holds several sequences, which nothing announced to the other processes: set "
-                "per_device_train_batch_size above 1, or train on one process."
-            )
-        return announced or layout.num_examples > 1
 
     @property
     def _announces_several(self) -> bool:
@@ -90,8 +85,13 @@ class MicrobatchMixin:
         except NotSeparable as error:
             if size == 1:
                 return Rows(1, 1)
-            raise ValueError(f"{error}: {self._way_out}.") from error
+            raise ValueError(f"{error}: {_WAY_OUT}.") from error
         if isinstance(layout, Packed):
+            if not self._announces_several and self.accelerator.num_processes > 1:
+                raise ValueError(
+                    "a row holds several sequences, which nothing announced to the other processes: set "
+                    "per_device_train_batch_size above 1, or train on one process."
+                )
             return layout
         if size == 1:
             return Rows(1, layout.num_rows)
@@ -127,14 +127,20 @@ class MicrobatchMixin:
                     ):
                         one_by_one.backward(i, model if last and self.accelerator.num_processes > 1 else None)
             except NotSeparable as error:
-                raise RuntimeError(f"{error}, which it did not at the start: {self._way_out}.") from error
+                raise RuntimeError(f"{error}, which it did not at the start: {_WAY_OUT}.") from error
             finally:
                 one_by_one.release()
         return loss
 
     def _uncompiled(self) -> AbstractContextManager[Any]:
         """Examples alone are not what a compiled model was compiled for."""
-        return torch.compiler.set_stance("force_eager") if self._compiled else nullcontext()
+        return torch.compiler.set_stance("force_eager") if self._compiled_by() else nullcontext()
+
+    def _compiled_by(self) -> str | None:
+        if self.args.torch_compile:
+            return "torch_compile=True"
+        compiled = is_compiled_in_place(self.accelerator.unwrap_model(self.model))
+        return "model.compile()" if compiled else None
 
     def _check_paths(
         self, optimizer: PopRiskAdamW, model: nn.Module, inputs: Any, num_items_in_batch: Any, layout: Layout
@@ -188,7 +194,7 @@ class MicrobatchMixin:
             reasons = dict.fromkeys(filter(None, (verdict.not_together, verdict.not_one_by_one)))
             raise ValueError(
                 "the gradient of the examples of a micro-batch would not be the stock trainer's ("
-                f"{'; '.join(reasons) or elsewhere}): {self._way_out}."
+                f"{'; '.join(reasons) or elsewhere}): {_WAY_OUT}."
             )
         self._layers = None
         if self._not_together is None:
@@ -207,12 +213,11 @@ class MicrobatchMixin:
     def _trying_out(self, model: nn.Module) -> Iterator[None]:
         """Losses inside this block are not logged, wait for no rank, and leave the trainer as it was."""
         before, metrics = dict(vars(self)), copy.deepcopy(getattr(self, "_metrics", None))
-        local = {"gather": _itself, "gather_for_metrics": _itself, "reduce": _itself}
         with ExitStack() as stack:
             stack.enter_context(self.accelerator.no_sync(model))
             stack.enter_context(self._uncompiled())
-            for name, function in local.items():
-                setattr(self.accelerator, name, function)
+            for name in ("gather", "gather_for_metrics", "reduce"):
+                setattr(self.accelerator, name, lambda tensor, *_, **__: tensor)
                 stack.callback(delattr, self.accelerator, name)
             try:
                 yield
@@ -222,20 +227,13 @@ class MicrobatchMixin:
                 if metrics is not None:
                     self._metrics = metrics
 
-    @property
-    def _way_out(self) -> str:
-        return (
-            "set per_device_train_batch_size=1 and raise gradient_accumulation_steps, or "
-            "poprisk_estimator=group"
-        )
-
     def _check_count(self, count: int) -> None:
         """The collator must leave as many examples as it was given; only the last of an epoch may be few."""
         size, data = self.args.per_device_train_batch_size, self.train_dataset
         if self.accelerator.split_batches:
             size //= self.args.world_size
         full = has_length(data) and len(data) >= size * self.args.world_size
-        first, self._count_checked = not self._count_checked and self.state.global_step == 0, True
+        first = not self._paths_checked and self.state.global_step == 0
         if count > size or count < size and full and first:
             rows = count // size
             several = f" or, if an example has {rows} rows, rows_per_example = {rows} in the class"
@@ -264,30 +262,25 @@ class MicrobatchMixin:
     def _prepare_layers(self, optimizer: PopRiskAdamW) -> None:
         """Decide how micro-batches of several examples are taken, and say so."""
         self._layers = self._not_together = None
-        self._paths_checked = self._count_checked = False
-        if not self._takes_examples(optimizer):
+        self._paths_checked = False
+        if not self._takes_examples(optimizer) or not self._announces_several:
             return
         model = self.accelerator.unwrap_model(self.model)
-        if not self._announces_several:
-            return
         if self._balances_experts(model):
             raise ValueError(
                 "router_aux_loss_coef balances the experts over the examples of a micro-batch: set it to 0, "
-                f"or {self._way_out}."
+                f"or {_WAY_OUT}."
             )
-        check_batch_norm(model, self._way_out)
+        check_batch_norm(model, _WAY_OUT)
         self._find_layers(optimizer)
 
     def _find_layers(self, optimizer: PopRiskAdamW) -> None:
         """The layers for one backward, or why there is none."""
-        model = self.accelerator.unwrap_model(self.model)
-        self._compiled = bool(self.args.torch_compile) or is_compiled_in_place(model)
-        if self._compiled:
-            what = "torch_compile=True" if self.args.torch_compile else "model.compile()"
+        if what := self._compiled_by():
             return self._say_one_by_one(f"{what}, and not compiled")
         if getattr(self.args, "use_liger_kernel", False):
             return self._say_one_by_one("use_liger_kernel=True")
-        layers = BatchedGradients(model, optimizer.gated_parameters)
+        layers = BatchedGradients(self.accelerator.unwrap_model(self.model), optimizer.gated_parameters)
         if layers.uncovered:
             some = [f"{name} ({why})" for name, why in list(layers.uncovered.items())[:3]]
             more = f" and {len(layers.uncovered) - 3} more" if len(layers.uncovered) > 3 else ""
@@ -309,10 +302,6 @@ class MicrobatchMixin:
 def is_compiled_in_place(model: nn.Module) -> bool:
     """Whether ``model.compile()`` was called, of the model or of a part."""
     return any(module._compiled_call_impl is not None for module in model.modules())
-
-
-def _itself(tensor: Any, *_: Any, **__: Any) -> Any:
-    return tensor
 
 
 def check_batch_norm(model: nn.Module, way_out: str) -> None:

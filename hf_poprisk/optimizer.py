@@ -14,14 +14,15 @@ from torch.distributed.tensor import DTensor
 from hf_poprisk.finite import all_finite, none_finite, why_none_is
 from hf_poprisk.gate import null_openness
 from hf_poprisk.gated_adamw import Row, decide, gated_adamw, plain_adamw
-from hf_poprisk.options import NOTHING_TO_TRAIN, check_gate_options, check_group
-from hf_poprisk.per_example import BatchedGradients, Capture, ExampleWindow, Layout, Sink
+from hf_poprisk.options import NOTHING_TO_TRAIN, check_options
+from hf_poprisk.per_example import BatchedGradients, Capture, ExampleWindow, Layout
 from hf_poprisk.statistics import GateStatistics
 
 logger = logging.getLogger(__name__)
 
 _UNDERFLOW = 1e-30  # below this ΣG² says nothing: the squares of such gradients underflow in float32
-_KEPT = "gate estimator warmup_steps ema_alpha keep_written _ungated _names _said_single".split()  # in copies
+_UNSUPPORTED = ("amsgrad", "maximize", "differentiable")  # of what AdamW's groups may ask for
+_KEPT = "gate estimator warmup_steps ema_alpha keep_written _ungated _names".split()  # in copies
 
 
 class PopRiskAdamW(torch.optim.AdamW):
@@ -46,7 +47,7 @@ class PopRiskAdamW(torch.optim.AdamW):
 
     Args:
         params: as for ``torch.optim.AdamW``; ``model.named_parameters()`` puts names into messages.
-        lr, betas, eps, weight_decay: as for ``torch.optim.AdamW``.
+        lr, betas, eps, weight_decay: as for ``torch.optim.AdamW``; ``amsgrad`` is refused by the first step.
         gate: ``hard`` (q is 0 or 1), ``soft`` (shrinkage in [0, 1]) or ``none`` (AdamW, for comparison: the
             other options stay as they are).
         estimator: ``example``: every block is one example, exact. ``group``: every block is a micro-batch,
@@ -54,17 +55,22 @@ class PopRiskAdamW(torch.optim.AdamW):
         ungated: parameters that the gate leaves alone (see ``options.matching``).
         warmup_steps: ungated steps at the start.
         ema_alpha: threshold of ``ema``; default ``(1−β₁)/(1+β₁)``. The published 1 closes almost everything.
-        amsgrad: not supported; present so that it is refused by name.
 
     Attributes:
-        open_share: once the window is closed, the mean of q over the coordinates that some example touched,
-            1 for ungated parameters; of ``ema``, which decides in the step, what it opens of noise.
         keep_written: if set to True, a gated step leaves its q in ``state[p]["written"]``, for ``risk.py``.
 
     Raises:
         ValueError: a bad value, an option that would have no effect, or no parameter left to train or gate.
         NotImplementedError: sharded parameters (DTensor).
     """
+
+    keep_written = False
+    _said_single = False
+    # of the window: copies start without
+    _window: ExampleWindow | None = None
+    _openness: dict[Tensor, Tensor] | None = None  # q, once it is closed
+    _skip_step = False
+    _none_finite: bool | None = None  # no step was ever taken, nor will be; None until it is asked
 
     def __new__(cls, *args: Any, **options: Any) -> PopRiskAdamW:
         """``estimator="ema"`` is the one form without examples, and a class of its own."""
@@ -91,21 +97,13 @@ class PopRiskAdamW(torch.optim.AdamW):
         warmup_steps: int = 0,
         ema_alpha: float | None = None,
     ) -> None:
-        check_gate_options(gate, estimator, warmup_steps, ema_alpha)
-        check_group({"amsgrad": amsgrad})
+        check_options(gate=gate, estimator=estimator, warmup_steps=warmup_steps, ema_alpha=ema_alpha)
         self.gate, self.estimator = gate, estimator
         self.warmup_steps, self.ema_alpha = warmup_steps, ema_alpha
         self.statistics = GateStatistics()
-        self.open_share: Tensor | float = 1.0
-        self.keep_written = False
         self._ungated = set(ungated)
         self._names: dict[Tensor, str] = {}
-        self._window: ExampleWindow | None = None
-        self._openness: dict[Tensor, Tensor] | None = None  # q of the closed window
-        self._skip_step = False
-        self._none_finite: bool | None = None  # no step was ever taken, nor will be; None until it is asked
-        self._said_single = False
-        super().__init__(params, lr, betas, eps, weight_decay)
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad)
         known = set(self._all_parameters())
         if not self._ungated <= known:
             raise ValueError("`ungated` names parameters that this optimizer does not hold.")
@@ -140,34 +138,27 @@ class PopRiskAdamW(torch.optim.AdamW):
         """A parameter's name, or else its shape."""
         return self._open_window().describe(param)
 
-    def example(self, sink: Sink | None = None, index: int = 0) -> AbstractContextManager[None]:
+    def example(self) -> AbstractContextManager[None]:
         """Block around the backward of one example (of one micro-batch with ``estimator="group"``).
-
-        Args:
-            sink: is shown the gradient too; works with the gate off as well.
-            index: of this example among its N.
 
         Raises:
             RuntimeError: see ``ExampleWindow.example``; or the window was closed and not stepped.
         """
-        if not self.needs_examples and sink is None:
+        if not self.needs_examples:
             return nullcontext()
-        return self._free_window().example(sink, index)
+        return self._free_window().example()
 
     def no_example(self, allowed: Iterable[Tensor]) -> AbstractContextManager[set[Tensor]]:
         """Block around a backward whose gradients belong to no example; see ``ExampleWindow.no_example``."""
         return self._free_window().no_example(allowed)
 
-    def batch(
-        self, layers: BatchedGradients, layout: Layout, sink: Sink | None = None
-    ) -> AbstractContextManager[Capture | None]:
+    def batch(self, layers: BatchedGradients, layout: Layout) -> AbstractContextManager[Capture | None]:
         """Block around the forward and the backward of several examples; the sums are those of ``example``.
 
         Args:
             layers: ``BatchedGradients(model, optimizer.gated_parameters)`` with nothing uncovered.
             layout: ``Rows(N, rows)`` if row j belongs to example j mod N; ``Packed(lengths)`` for sequences
                 packed into one row.
-            sink: as for ``example``; ``layers`` must hold what it wants.
 
         Raises:
             RuntimeError: see ``ExampleWindow.batch``.
@@ -175,9 +166,9 @@ class PopRiskAdamW(torch.optim.AdamW):
         """
         if self.estimator == "group":
             raise ValueError("estimator='group' takes a batch as one unit: use optimizer.example().")
-        if not self.needs_examples and sink is None:
+        if not self.needs_examples:
             return nullcontext()
-        return self._free_window().batch(layers, layout, sink)
+        return self._free_window().batch(layers, layout)
 
     def _free_window(self) -> ExampleWindow:
         """The window, not closed."""
@@ -198,7 +189,6 @@ class PopRiskAdamW(torch.optim.AdamW):
         Raises:
             RuntimeError: see ``ExampleWindow.reduce``; or a gradient whose parts were never seen.
         """
-        self.open_share = 1.0
         self._none_finite = self._is_never_finite()  # before clipping, which spreads a NaN over all gradients
         if self.needs_examples:
             self._decide()
@@ -237,19 +227,10 @@ class PopRiskAdamW(torch.optim.AdamW):
         if self._skip_step:
             return
         self.statistics.add(list(sq_sums), stacked, null_openness(num_examples, self.gate), num_examples)
-        if not self._warming_up(sq_sums):
-            openness, live = stacked[:, 0].sum(), stacked[:, 1].sum()
-            ungated = sum(p.numel() for p in self._ungated if p.grad is not None)
-            self.open_share = (openness + ungated) / (live + ungated).clamp(min=1)
 
     def decide(self, grad: Tensor, sq_sum: Tensor, num_examples: int) -> Tensor:
         """Write a parameter's q over its Q; returns its sums, see ``gated_adamw.decide``."""
         return decide(grad, sq_sum, num_examples, self.gate)
-
-    def _warming_up(self, params: Iterable[Tensor]) -> bool:
-        """Whether the next step is not gated yet."""
-        steps = (float(self.state.get(p, {}).get("step", 0)) for p in params)
-        return self.warmup_steps > 0 and all(step < self.warmup_steps for step in steps)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -281,7 +262,8 @@ class PopRiskAdamW(torch.optim.AdamW):
 
     def _update(self) -> None:
         for group in self.param_groups:
-            check_group(group)
+            if unsupported := [name for name in _UNSUPPORTED if group.get(name)]:
+                raise ValueError(f"{unsupported[0]}=True is not supported by PopRiskAdamW: leave it off.")
             columns: list[list[Tensor]] = [[], [], [], [], []]
             if self._init_group(group, *columns[:4], [], columns[4]):
                 raise NotImplementedError("complex parameters are not supported by PopRiskAdamW.")
@@ -313,9 +295,8 @@ class PopRiskAdamW(torch.optim.AdamW):
 
     def __getstate__(self) -> dict[str, Any]:
         """As in torch, with the gate's options: copies and pickles are gated as well."""
-        window = {"_window": None, "_openness": None, "_skip_step": False, "_none_finite": None}
-        fresh = {"statistics": GateStatistics(), "open_share": 1.0, **window}
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in _KEPT}, **fresh}
+        kept = {name: getattr(self, name) for name in _KEPT}
+        return {**super().__getstate__(), **kept, "statistics": GateStatistics()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
         """As in torch; also takes a ``torch.optim.AdamW`` state, whatever kernel wrote it."""

@@ -1,10 +1,10 @@
-"""The options of the gate: which values they take, and which parameters a pattern names."""
+"""The options: the values that each may have, and the parameters that a pattern names."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -12,16 +12,42 @@ from torch import Tensor
 from hf_poprisk.gate import GATES
 
 ESTIMATORS = ("example", "group", "ema")
+LABEL_NOISE = ("off", "audit", "weight")
+HUB_ACCESS = ("auto", "manual")
 NOTHING_TO_TRAIN = (
     "nothing to train: no parameter requires a gradient; unfreeze some, or load an adapter with "
     "is_trainable=True."
 )
 
 
-def check_gate_options(
-    gate: str, estimator: str, warmup_steps: int, ema_alpha: float | None, prefix: str = ""
-) -> None:
-    """Refuse bad values and options that would have no effect.
+def _is_pattern(text: Any) -> bool:
+    try:
+        return isinstance(text, str) and re.compile(text) is not None
+    except re.error:
+        return False
+
+
+# option → whether it fits, and what it must be
+ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "gate": (lambda v: v in GATES, f"one of {', '.join(GATES)}"),
+    "estimator": (lambda v: v in ESTIMATORS, f"one of {', '.join(ESTIMATORS)}"),
+    "warmup_steps": (lambda v: type(v) is int and v >= 0, "an integer ≥ 0"),
+    "ema_alpha": (
+        lambda v: v is None or isinstance(v, int | float) and v is not True and 0 < v < math.inf,
+        "a number > 0",
+    ),
+    "exclude": (
+        lambda v: v is None or isinstance(v, list) and all(map(_is_pattern, v)),
+        "a list of regular expressions",
+    ),
+    "label_noise": (lambda v: v in LABEL_NOISE, f"one of {', '.join(LABEL_NOISE)}"),
+    "weight_column": (lambda v: v is None or isinstance(v, str) and v != "", "the name of a column"),
+    "hub_access": (lambda v: v is None or v in HUB_ACCESS, f"one of {', '.join(HUB_ACCESS)}"),
+}
+
+
+def check_options(prefix: str = "", **options: Any) -> None:
+    """Refuse bad values, and a threshold that would have no effect.
 
     Args:
         prefix: how the caller's users spell the names, for the messages.
@@ -29,20 +55,14 @@ def check_gate_options(
     Raises:
         ValueError: one sentence that names the option and the way out.
     """
-    whole = isinstance(warmup_steps, int) and not isinstance(warmup_steps, bool)
-    number = isinstance(ema_alpha, int | float) and not isinstance(ema_alpha, bool)
-    for name, value, fits, allowed in (
-        ("gate", gate, gate in GATES, f"one of {', '.join(GATES)}"),
-        ("estimator", estimator, estimator in ESTIMATORS, f"one of {', '.join(ESTIMATORS)}"),
-        ("warmup_steps", warmup_steps, whole and warmup_steps >= 0, "an integer ≥ 0"),
-        ("ema_alpha", ema_alpha, ema_alpha is None or number and 0 < ema_alpha < math.inf, "a number > 0"),
-    ):
-        if not fits:
+    for name, value in options.items():
+        fits, allowed = ALLOWED[name]
+        if not fits(value):
             raise ValueError(f"{prefix}{name} must be {allowed}; got {value!r}.")
-    if ema_alpha is not None and estimator != "ema":
+    if options["ema_alpha"] is not None and options["estimator"] != "ema":
         raise ValueError(
-            f"{prefix}ema_alpha has no effect with {prefix}estimator={estimator!r}: remove it or set "
-            f"{prefix}estimator='ema'."
+            f"{prefix}ema_alpha has no effect with {prefix}estimator={options['estimator']!r}: remove it or "
+            f"set {prefix}estimator='ema'."
         )
 
 
@@ -50,33 +70,12 @@ def matching(named_parameters: Iterable[tuple[str, Tensor]], patterns: Sequence[
     """The trainable parameters whose name matches one of the regular expressions (``re.search``).
 
     Raises:
-        ValueError: a pattern that is not a regular expression, or that matches no trainable parameter, of
-            which there may be none.
+        ValueError: a pattern that matches no trainable parameter, of which there may be none.
     """
-    check_patterns(patterns)
     named = [(name, p) for name, p in named_parameters if p.requires_grad]
     if patterns and not named:
         raise ValueError(NOTHING_TO_TRAIN)
-    found: dict[Tensor, None] = {}
     for pattern in patterns:
-        hits = [p for name, p in named if re.search(pattern, name)]
-        if not hits:
+        if not any(re.search(pattern, name) for name, _ in named):
             raise ValueError(f"the pattern {pattern!r} matches no trainable parameter.")
-        found.update(dict.fromkeys(hits))
-    return list(found)
-
-
-def check_patterns(patterns: Sequence[str]) -> None:
-    """Raise ``ValueError`` for the first pattern that is not a regular expression."""
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"{pattern!r} is not a regular expression: {error}.") from error
-
-
-def check_group(group: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` for what AdamW's parameter groups may ask for and the gate cannot do."""
-    for option in ("amsgrad", "maximize", "differentiable"):
-        if group.get(option):
-            raise ValueError(f"{option}=True is not supported by PopRiskAdamW: leave it off.")
+    return [p for name, p in named if any(re.search(pattern, name) for pattern in patterns)]

@@ -1,19 +1,19 @@
 """The record beside the weights: how the gate was set, and what it did.
 
 Two JSON files lie in every checkpoint, every saved model and every pushed repository:
-``poprisk_config.json`` (``make_config``) and ``poprisk_statistics.json`` (``GateStatistics.of_run``). What is
-in them stands at the end of this file. Nothing of it is ever executed, unpickled or used as a path.
+``poprisk_config.json``, whose entries ``make_config`` lists, and ``poprisk_statistics.json``, whose entries
+``GateStatistics.of_run`` lists.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
-import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,7 @@ import numpy as np
 from huggingface_hub import snapshot_download
 from transformers.trainer_utils import has_length
 
-from hf_poprisk.gate import GATES
-from hf_poprisk.options import ESTIMATORS
+from hf_poprisk.arguments import OPTIM
 
 CONFIG_NAME = "poprisk_config.json"
 STATISTICS_NAME = "poprisk_statistics.json"
@@ -36,7 +35,7 @@ _GONE = {"reduction": "element", "gate_weight_decay": False}
 
 @dataclass(frozen=True)
 class Record:
-    """What ``load_record`` gives: the contents of the two files, checked.
+    """What ``load_record`` gives: the contents of the two files.
 
     Attributes:
         config: ``poprisk_config.json``.
@@ -61,45 +60,77 @@ def load_record(
         FileNotFoundError: there is no record.
         ValueError: one that cannot be read: damaged, or of a later version.
     """
-    folder, name = Path(path_or_repo), str(path_or_repo)
+    folder = Path(path_or_repo)
     if not folder.is_dir():
-        if folder.is_absolute() or name.startswith("."):
-            raise FileNotFoundError(f"{name} is not a folder.")
-        patterns = [CONFIG_NAME, STATISTICS_NAME]
-        folder = Path(snapshot_download(name, revision=revision, token=token, allow_patterns=patterns))
+        if folder.is_absolute() or str(path_or_repo).startswith("."):
+            raise FileNotFoundError(f"{path_or_repo} is not a folder.")
+        wanted = [CONFIG_NAME, STATISTICS_NAME]
+        folder = Path(
+            snapshot_download(str(path_or_repo), revision=revision, token=token, allow_patterns=wanted)
+        )
     if not (folder / CONFIG_NAME).is_file():
-        raise FileNotFoundError(f"{name} has no {CONFIG_NAME}: it was not saved by a trainer of hf_poprisk.")
+        raise FileNotFoundError(
+            f"{path_or_repo} has no {CONFIG_NAME}: it was not saved by a trainer of hf_poprisk."
+        )
     has_statistics = (folder / STATISTICS_NAME).is_file()
     return Record(
-        _read(folder / CONFIG_NAME, _CONFIG, name),
-        _read(folder / STATISTICS_NAME, _STATISTICS, name) if has_statistics else None,
+        _read(folder / CONFIG_NAME, path_or_repo),
+        _read(folder / STATISTICS_NAME, path_or_repo) if has_statistics else None,
     )
 
 
-def make_config(args: Any, **of_run: Any) -> dict[str, Any]:
+def _read(path: Path, where: Any) -> dict[str, Any]:
+    damaged = f"{path.name} of {where} is damaged: "
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{damaged}{error}.") from error
+    if not isinstance(content, dict) or "schema_version" not in content:
+        raise ValueError(f"{damaged}it holds no schema_version.")
+    if content["schema_version"] != SCHEMA_VERSION:
+        raise ValueError(
+            f"{path.name} of {where} has schema version {content['schema_version']}, and this version of "
+            f"hf_poprisk reads {SCHEMA_VERSION}: update hf_poprisk."
+        )
+    return content
+
+
+def make_config(
+    args: Any, steps: int, weights_step: int, data: dict[str, Any], trainable: dict[str, Any] | None
+) -> dict[str, Any]:
     """``poprisk_config.json``.
 
     Args:
         args: training arguments with the gate's fields.
-        of_run: steps, weights_step, data, trainable.
+        steps: optimizer steps taken.
+        weights_step: that the weights are of; another one after ``load_best_model_at_end``.
+        data: what ``describe_data`` says.
+        trainable: what ``describe_trainable`` said when the run began.
     """
+    versions = {}
+    for package in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
     return {
         "schema_version": SCHEMA_VERSION,
-        "source": SOURCE,
-        "optim": str(getattr(args.optim, "value", args.optim)),
-        **args.gate_options(),
+        "source": SOURCE,  # where the method comes from
+        "optim": str(getattr(args.optim, "value", args.optim)),  # a stock one in a run without the gate
+        **args.gate_options(),  # gate, estimator, warmup_steps, ema_alpha
         "exclude": list(args.poprisk_exclude or ()),
         "label_noise": args.poprisk_label_noise,
-        "unit": "group" if args.poprisk_estimator == "group" else "example",
-        "units_per_step": args.units_per_step,
+        "unit": "group" if args.poprisk_estimator == "group" else "example",  # what the gate held out
+        "units_per_step": args.units_per_step,  # b of a full step
         "save_only_model": args.save_only_model,
         "layout": {
             "processes": args.world_size,
             "gradient_accumulation_steps": args.gradient_accumulation_steps,
             "per_device_train_batch_size": args.per_device_train_batch_size,
         },
-        **of_run,
-        "versions": {name: version for name in _PACKAGES if (version := _version(name))},
+        "steps": steps,
+        "weights_step": weights_step,
+        "data": data,
+        "trainable": trainable,
+        "versions": versions,
     }
 
 
@@ -117,47 +148,33 @@ def describe_data(dataset: Any, weights: np.ndarray | None = None) -> dict[str, 
     return {"examples": examples, "altered_labels": altered, **digest}
 
 
-def digest(names: list[str]) -> dict[str, Any]:
-    """The entry ``trainable``: how many names, and what tells these from others."""
+def describe_trainable(names: list[str]) -> dict[str, Any]:
+    """How many parameters the optimizer holds, and what tells these from others."""
     text = "\n".join(sorted(names))
     return {"tensors": len(names), "names": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any], other_data: bool = False) -> list[str]:
-    """What a run with the gate would change by going on from another's record, in words.
+    """What a run would change by going on from another's record, in words.
 
     Args:
         other_data: the data may have another length.
     """
-    found = []
-    if before["optim"] == now["optim"]:
+    gated, pairs = now["optim"] == OPTIM, {}
+    if gated and before["optim"] == OPTIM:
         old = {"label_noise": "off", **before}  # older than the setting
         pairs = {f"poprisk_{name}": (old[name], now[name]) for name in _SETTINGS}
         pairs |= {f"{name} (of version 0.1)": (old.get(name, value), value) for name, value in _GONE.items()}
         if "ema" not in (before["estimator"], now["estimator"]):
             pairs[f"{now['unit']}s per step"] = before["units_per_step"], now["units_per_step"]
-        found = [f"{name} from {a!r:.100} to {b!r:.100}" for name, (a, b) in pairs.items() if a != b]
     had, has = before["data"]["examples"], now["data"]["examples"]
-    if None not in (had, has) and had != has and not other_data:
-        found.append(f"the number of training examples from {had} to {has}")
-    return found + changed_weights(before, now)
-
-
-def changed_weights(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What a run would change in the examples' weights by going on from another's record, in words."""
-    same = before["data"].get("weights") == now["data"].get("weights")
-    return [] if same else ["the weights of the examples (poprisk_weight_column)"]
-
-
-def write_record(
-    folder: str | os.PathLike[str], config: Mapping[str, Any], statistics: Mapping[str, Any] | None
-) -> None:
-    """Write the two files; without statistics, those of an earlier run are removed."""
-    write_json(Path(folder, CONFIG_NAME), config)
-    if statistics is None:
-        Path(folder, STATISTICS_NAME).unlink(missing_ok=True)
-    else:
-        write_json(Path(folder, STATISTICS_NAME), {"schema_version": SCHEMA_VERSION, **statistics})
+    if gated and not other_data and None not in (had, has):
+        pairs["the number of training examples"] = had, has
+    found = [f"{name} from {a!r} to {b!r}" for name, (a, b) in pairs.items() if a != b]
+    weights = now["data"].get("weights")
+    if (gated or weights is not None) and before["data"].get("weights") != weights:
+        found.append("the weights of the examples (poprisk_weight_column)")
+    return found
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -172,87 +189,3 @@ def write_json(path: Path, content: Any) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _read(path: Path, schema: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A JSON object whose entries have their shapes; anything else is one sentence."""
-    damaged = f"{path.name} of {where} is damaged: "
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{damaged}{str(error).splitlines()[0]}.") from error
-    version = content.get("schema_version") if isinstance(content, dict) else None
-    if not _fits(version, int):
-        raise ValueError(f"{damaged}it holds no schema_version.")
-    if version != SCHEMA_VERSION:
-        raise ValueError(
-            f"{path.name} of {where} has schema version {version}, and this version of hf_poprisk reads "
-            f"{SCHEMA_VERSION}: update hf_poprisk."
-        )
-    for name, shape in schema.items():
-        if not _fits(content.get(name), shape):
-            raise ValueError(f"{damaged}{name} is {json.dumps(content.get(name))[:60]}.")
-    return content
-
-
-def _fits(value: Any, shape: Any) -> bool:
-    """A shape is a type, a literal, [of each], {name: shape}, {str: of each value} or (either, or)."""
-    match shape:
-        case tuple():
-            return any(_fits(value, s) for s in shape)
-        case list():
-            return isinstance(value, list) and all(_fits(x, shape[0]) for x in value)
-        case dict() if str in shape:
-            return isinstance(value, dict) and all(_fits(x, shape[str]) for x in value.values())
-        case dict():
-            return isinstance(value, dict) and all(_fits(value.get(name), s) for name, s in shape.items())
-    if shape is int:
-        return type(value) is int and 0 <= value < 2**63
-    if shape is float:
-        return _fits(value, int) or isinstance(value, float) and math.isfinite(value)
-    return isinstance(value, shape) if isinstance(shape, type) else value == shape
-
-
-_CONFIG: dict[str, Any] = {
-    "source": str,  # where the method comes from
-    "optim": str,  # poprisk_adamw, or the stock optimizer of a run without the gate
-    "gate": GATES,
-    "estimator": ESTIMATORS,
-    "warmup_steps": int,
-    "ema_alpha": (float, None),
-    "exclude": [str],
-    "label_noise": (str, None),  # None in older records, as below
-    "unit": ("example", "group"),  # what the gate held out
-    "units_per_step": int,  # b of a full step
-    "save_only_model": (bool, None),
-    "layout": {"processes": int, "gradient_accumulation_steps": int, "per_device_train_batch_size": int},
-    "steps": int,  # optimizer steps taken
-    "weights_step": int,  # that the weights are of: another one after load_best_model_at_end
-    # labels changed on purpose; a digest of the sample weights
-    "data": {"examples": (int, None), "altered_labels": (int, None), "weights": (str, None)},
-    "trainable": ({"tensors": int, "names": str}, None),  # when the run began
-    "versions": {str: str},  # of packages
-}
-_STATISTICS: dict[str, Any] = {
-    "steps_skipped": int,
-    "parameters": {
-        str: {
-            "numel": int,
-            "steps": int,
-            "examples": int,
-            "null": float,
-            "sums": [float],
-            "fraction_open": float,
-            "fraction_open_null": float,
-            "margin": (float, None),
-        }
-    },
-    "interval": {"sums": ([float], None), "null": float, "examples": int, "steps": int, "skipped": int},
-}

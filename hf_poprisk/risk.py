@@ -5,8 +5,7 @@ To first order, the step made at time t − 1 lowers the loss of any batch with 
 without one). Put the *next* batch's gradient there, which had no part in m̂ or q, and the average over batches
 estimates how much one step lowers the population loss; put that gradient in the place of m̂ too, and as Adam
 would into v̂, and it is the empirical loss. Once the first vanishes and the second does not, the model
-memorises. (The batch's own q would keep what looks confirmed on it, which is no longer held out.) Source:
-arXiv:2605.01172, section on training on population risk; the next-batch form is ours.
+memorises. Source: arXiv:2605.01172, section on training on population risk; the next-batch form is ours.
 
 It is held out from the last steps, not from the weights: an example seen in an earlier epoch is not fresh.
 And it is first order, at the end of the step: where steps are so large that they overshoot (a large learning
@@ -58,26 +57,27 @@ def gains(
     """
     if getattr(optimizer, "gate", "none") != "none" and not getattr(optimizer, "keep_written", True):
         raise ValueError("the gains of a gated step need its q: set optimizer.keep_written = True.")
-    total: Tensor | None = None
-    clip: Tensor | float = 1.0
+    total, clip = None, torch.tensor(1.0)
     if max_norm:
         every = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         clip = (max_norm * scale / (torch.nn.utils.get_total_norm(every) + 1e-6)).clamp(max=1.0)
     for group in optimizer.param_groups:
         beta1, beta2 = group.get("betas", (0.0, 0.0))
-        params = [p for p in group["params"] if p.grad is not None and optimizer.state.get(p)]
-        states = [optimizer.state[p] for p in params]
-        if not all("exp_avg" in state and "exp_avg_sq" in state for state in states):
-            raise no_moments(optimizer)
-        for p, state, step in zip(params, states, _steps(states), strict=True):
+        for p in group["params"]:
+            state = optimizer.state.get(p)
+            if p.grad is None or not state:
+                continue
+            if "exp_avg" not in state or "exp_avg_sq" not in state:
+                raise no_moments(optimizer)
+            step = torch.as_tensor(state["step"]).double()  # on the device if fused: not read here
             grad, square = p.grad.float() / scale, state["exp_avg_sq"].float()
             written = grad * state["written"] if "written" in state else grad
-            last = square.sqrt().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
+            last = square.sqrt().div_((1 - beta2**step).sqrt()).add_(group["eps"])
             signal = (written * state["exp_avg"] / last).sum() / (1 - beta1**step)
             # with v̂ of the last step a number that had no gradient so far would count by 1 / eps
-            grad = grad * (clip if isinstance(clip, float) else clip.to(grad.device))
+            grad = grad * clip.to(grad.device)
             square = torch.addcmul(square * beta2, grad, grad, value=1 - beta2)
-            coming = square.sqrt_().div_(math.sqrt(1 - beta2 ** (step + 1))).add_(group["eps"])
+            coming = square.sqrt_().div_((1 - beta2 ** (step + 1)).sqrt()).add_(group["eps"])
             both = float(group["lr"]) * torch.stack([signal, (written * grad / coming).sum()]).float()
             total = both if total is None else total + both.to(total.device)
     return total
@@ -90,30 +90,20 @@ def no_moments(optimizer: torch.optim.Optimizer) -> ValueError:
     )
 
 
-def _steps(states: list[dict[str, Any]]) -> list[float]:
-    """How many steps each parameter has made; a fused optimizer counts on the device, which is read once."""
-    if not states:
-        return []
-    device = torch.as_tensor(states[0]["step"]).device  # of the first one, if a model is spread over several
-    return torch.stack([torch.as_tensor(s["step"], device=device) for s in states]).tolist()
-
-
 class RiskMeter:
     """Collects ``gains`` on the device and reads them once per logging interval."""
 
     def __init__(self) -> None:
         self._seen: list[Tensor] = []
 
-    def clear(self) -> None:
-        self._seen.clear()
-
     def save(self, folder: str | Path) -> None:
         """What has been seen since the last log, for a run that goes on from a checkpoint."""
         write_json(Path(folder, GAINS_NAME), [seen.tolist() for seen in self._seen if seen.isfinite().all()])
 
-    def load(self, folder: str | Path, device: torch.device) -> None:
-        """Go on from where ``save`` was, if it was there."""
-        if Path(folder, GAINS_NAME).is_file():
+    def load(self, folder: str | Path | None, device: torch.device) -> None:
+        """Start over, or go on from where ``save`` was."""
+        self._seen.clear()
+        if folder is not None and Path(folder, GAINS_NAME).is_file():
             seen = json.loads(Path(folder, GAINS_NAME).read_text())
             self._seen += [torch.tensor(both, device=device) for both in seen]
 
@@ -130,10 +120,9 @@ class RiskMeter:
         Args:
             history: the logs so far, which hold the running sum (and come back with a checkpoint).
 
-        ``gain_population`` and ``gain_empirical`` are means over the interval's batches, ``gain_spread``
-        the standard error of the first (from the spread over the batches; left out for a single one),
-        ``gain_ratio`` the first over the second, ``gain_total`` the sum of the first since the start.
-        Batches whose gradient is not finite are left out, as their steps are.
+        ``gain_population`` and ``gain_empirical`` are means over the interval's batches, ``gain_spread`` the
+        standard error of the first (not for a single batch), ``gain_ratio`` the first over the second,
+        ``gain_total`` the sum of the first since the start. Batches that are not finite are left out.
         """
         if not self._seen:
             return {}
@@ -180,10 +169,8 @@ class PopRiskEarlyStoppingCallback(TrainerCallback):
                 f"{type(self).__name__} reads {POPULATION} from the logs: set poprisk_risk=true, with one of "
                 "the trainers of hf_poprisk."
             )
-        if args.logging_strategy == "steps":
-            every = state.logging_steps or args.logging_steps  # the state has a share of the run in steps
-        else:
-            every = state.max_steps // max(state.num_train_epochs, 1)
+        by_steps = args.logging_strategy == "steps"  # a share of the run is in steps in the state
+        every = state.logging_steps if by_steps else state.max_steps // state.num_train_epochs
         if args.logging_strategy == "no" or every < 2:
             raise ValueError(
                 f"{type(self).__name__} needs the spread of the gain over the batches of a log: set "

@@ -121,8 +121,7 @@ class GateStatistics:
         return {"steps_skipped": self._skipped, "parameters": parameters, "interval": interval}
 
     def load(self, saved: Mapping[str, Any], params: Mapping[str, Tensor]) -> None:
-        """Go on from ``of_run``; parameters that ``params`` (name → parameter) lacks are left out."""
-        self.__init__()  # type: ignore[misc]
+        """Go on from ``of_run``, once and first; what ``params`` (name → parameter) lacks is left out."""
         self._skipped = saved["steps_skipped"]
         for name, entry in saved["parameters"].items():
             if name in params:

@@ -61,12 +61,6 @@ class StreamingPopRiskAdamW(PopRiskAdamW):
 
     needs_examples = False
 
-    def close_window(self) -> None:
-        """There is no window. What opens is known after the step only; ``open_share`` is that of noise."""
-        super().close_window()
-        if not self._warming_up(self._all_parameters()):
-            self.open_share = self._null_openness()
-
     def _prepare_step(self) -> None:
         self._skip_step = not all_finite(p.grad for p in self._all_parameters())
         if self._none_finite is None:  # close_window, which this form does not ask for, was not called
@@ -80,7 +74,9 @@ class StreamingPopRiskAdamW(PopRiskAdamW):
         super()._update()
         if self._sums:
             sums = torch.stack(list(self._sums.values()))
-            self.statistics.add(list(self._sums), sums, self._null_openness(), None)
+            beta1 = self.param_groups[0]["betas"][0]
+            null = streaming_null_openness(self._alpha(beta1), beta1, self.gate)
+            self.statistics.add(list(self._sums), sums, null, None)
             self._sums = {}
 
     def _openness_of(self, group: dict[str, Any], row: Row) -> Tensor:
@@ -104,7 +100,3 @@ class StreamingPopRiskAdamW(PopRiskAdamW):
 
     def _alpha(self, beta1: float) -> float:
         return (1 - beta1) / (1 + beta1) if self.ema_alpha is None else self.ema_alpha
-
-    def _null_openness(self) -> float:
-        beta1 = self.param_groups[0]["betas"][0]
-        return streaming_null_openness(self._alpha(beta1), beta1, self.gate)

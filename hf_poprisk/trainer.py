@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections import Counter
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, ParamSpec
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 from transformers.trainer_utils import has_length
 
 from hf_poprisk.arguments import OPTIM, PopRiskArgumentsMixin, PopRiskTrainingArguments
@@ -22,7 +22,6 @@ from hf_poprisk.leave_one_out.mixin import LabelNoiseMixin
 from hf_poprisk.microbatch import MicrobatchMixin
 from hf_poprisk.optimizer import PopRiskAdamW
 from hf_poprisk.options import matching
-from hf_poprisk.per_example.examples import take_example as take_example
 from hf_poprisk.record import describe_data
 from hf_poprisk.risk import RiskMeter, no_moments
 from hf_poprisk.sample_weights import SampleWeightMixin, take_weights
@@ -31,17 +30,14 @@ logger = logging.getLogger(__name__)
 _P = ParamSpec("_P")
 
 
-def takes_what(stock: Callable[_P, None]) -> Callable[[Callable[..., None]], Callable[_P, None]]:
-    """Give an ``__init__`` that passes everything on the parameters of the stock one.
+def takes_what(stock: Callable[_P, None]) -> Callable[_P, None]:
+    """``PopRiskMixin.__init__`` with the stock parameters, for editors, type checkers and ``help``."""
 
-    For editors, type checkers, ``help`` and ``inspect.signature``, which would see ``*args, **kwargs``.
-    """
+    @wraps(stock)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        PopRiskMixin.__init__(self, *args, **kwargs)
 
-    def decorate(init: Callable[..., None]) -> Callable[_P, None]:
-        init.__signature__, init.__doc__ = inspect.signature(stock), stock.__doc__  # type: ignore[attr-defined]
-        return init
-
-    return decorate
+    return init  # type: ignore[return-value]  # which takes anything
 
 
 class PopRiskMixin(MicrobatchMixin, HubMixin, CheckpointMixin, SampleWeightMixin, LabelNoiseMixin):
@@ -58,7 +54,6 @@ class PopRiskMixin(MicrobatchMixin, HubMixin, CheckpointMixin, SampleWeightMixin
 
     # Of the trainers with a config of their own; TRL would make its stock config of another class.
     _config_class: type[Any] | None = None
-    _said_without_gate = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # Bound by name, because DPO has `ref_model` where the others have `args`.
@@ -66,10 +61,13 @@ class PopRiskMixin(MicrobatchMixin, HubMixin, CheckpointMixin, SampleWeightMixin
         config = call.arguments.get("args")
         if config is None:  # the stock trainers would make a config of their own, without the gate
             config = call.arguments["args"] = (self._config_class or PopRiskTrainingArguments)()
-        wanted: type[Any] = self._config_class or PopRiskArgumentsMixin
-        if not isinstance(config, wanted):
-            raise self._wrong_config(config)
-        data, ids, weights = call.arguments.get("train_dataset"), None, None
+        if not isinstance(config, self._config_class or PopRiskArgumentsMixin):
+            name = type(config).__name__
+            way_out = f"put PopRiskArgumentsMixin before {name} in a dataclass of your own"
+            if self._config_class is not None:
+                way_out = f"use {self._config_class.__name__}"
+            raise TypeError(f"{type(self).__name__} does not take {name}: {way_out}.")
+        data, weights = call.arguments.get("train_dataset"), None
         judged = data is not None and config.poprisk_label_noise != "off"
         if data is not None:
             config.check_training()
@@ -85,12 +83,7 @@ class PopRiskMixin(MicrobatchMixin, HubMixin, CheckpointMixin, SampleWeightMixin
             call.arguments["train_dataset"], ids = with_index(data)
             sample = take_sample(data, ids)  # before the trainer makes tokens of it
         self._risk = RiskMeter() if config.poprisk_risk else None
-        try:
-            super().__init__(*call.args, **call.kwargs)
-        except AttributeError as error:
-            if error.obj is not config:
-                raise
-            raise self._wrong_config(config, f" ({error.name} is missing)") from error
+        super().__init__(*call.args, **call.kwargs)
         left = getattr(self, "train_dataset", None)
         if data is not None and has_length(left) and len(left) == 0:  # the sampler would not say why
             raise ValueError(
@@ -118,17 +111,6 @@ class PopRiskMixin(MicrobatchMixin, HubMixin, CheckpointMixin, SampleWeightMixin
             f"{type(self).__name__} does not read the column label_weight: train with "
             "poprisk_weight_column=label_weight, remove it, or read it in a compute_loss of your own."
         )
-
-    def _wrong_config(self, config: Any, why: str = "") -> TypeError:
-        if self._config_class is not None:
-            way_out = f"use {self._config_class.__name__}"
-        elif type(config) is TrainingArguments:
-            way_out = f"use {PopRiskTrainingArguments.__name__}"
-        else:
-            gated = isinstance(config, PopRiskArgumentsMixin)  # and made for another trainer
-            stock = "the config class of the stock trainer" if gated else type(config).__name__
-            way_out = f"put PopRiskArgumentsMixin before {stock} in a dataclass of your own"
-        return TypeError(f"{type(self).__name__} does not take {type(config).__name__}{why}: {way_out}.")
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
@@ -162,7 +144,7 @@ class PopRiskMixin(MicrobatchMixin, HubMixin, CheckpointMixin, SampleWeightMixin
             optimizer.name_parameters(named.items())
             if self.is_world_process_zero():
                 # A warning, because the default verbosity hides anything less and a run must say it.
-                logger.warning(_summary(optimizer, named, self.args))
+                logger.warning(_summary(optimizer, self.args))
             self._prepare_layers(optimizer)
         return self.optimizer
 
@@ -173,21 +155,18 @@ class PopRiskMixin(MicrobatchMixin, HubMixin, CheckpointMixin, SampleWeightMixin
                 "poprisk_label_noise was set without a training set: give train_dataset when the trainer is "
                 "built."
             )
-        if self.args.optim == OPTIM and (self.args.poprisk_gate != "none" or self._label_noise is not None):
+        gated = self.args.optim == OPTIM and self.args.poprisk_gate != "none"
+        if gated or self._label_noise is not None:
             self._check_launch(f"optim={OPTIM}", self.args.plain_options)
+        if gated:
             self._check_copies()
         if self._risk is not None:
             self._check_launch("poprisk_risk=true", "poprisk_risk=false")
         self._check_weights()
-        self._say_without_gate()
+        if self.args.optim != OPTIM and self.is_world_process_zero():
+            name = getattr(self.args.optim, "value", self.args.optim)
+            logger.warning(f"optim={name}: plain {name}, no population-risk gate; set optim={OPTIM} for it.")
         return super().train(*args, **kwargs)  # type: ignore[misc]
-
-    def _say_without_gate(self) -> None:
-        if self.args.optim == OPTIM or self._said_without_gate or not self.is_world_process_zero():
-            return
-        self._said_without_gate = True
-        name = getattr(self.args.optim, "value", self.args.optim)
-        logger.warning(f"optim={name}: plain {name}, no population-risk gate; set optim={OPTIM} for it.")
 
     def _check_launch(self, what: str, without: str) -> None:
         """Sharding that the launcher switched on, which only the built trainer knows."""
@@ -197,14 +176,12 @@ class PopRiskMixin(MicrobatchMixin, HubMixin, CheckpointMixin, SampleWeightMixin
 
     def _check_copies(self) -> None:
         """Padding copies beside their originals in one step."""
-        if self.args.poprisk_gate == "none":
-            return  # copies of an example are booked once
         world, micro_batch = self.args.world_size, self.args.per_device_train_batch_size
-        per_step = self.args.gradient_accumulation_steps * world * micro_batch
-        size = len(self.train_dataset) if has_length(self.train_dataset) else per_step
-        drop_last = self.args.dataloader_drop_last
         together = world * micro_batch
-        if world > 1 and size < per_step and size % together and not drop_last:
+        if world == 1 or self.args.dataloader_drop_last or not has_length(self.train_dataset):
+            return
+        size = len(self.train_dataset)
+        if size < together * self.args.gradient_accumulation_steps and size % together:
             raise ValueError(
                 f"{size} training examples do not divide over {world} processes × {micro_batch} examples, "
                 "and the copies that fill the gap would stand beside their originals in one step, where the "
@@ -225,13 +202,14 @@ class PopRiskMixin(MicrobatchMixin, HubMixin, CheckpointMixin, SampleWeightMixin
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        optimizer = self._poprisk_optimizer()
-        if optimizer is not None and "loss" in logs:
-            logs = {**logs, **optimizer.statistics.pop(_units(self.args))}
-        if self._risk is not None and "loss" in logs:
-            logs = {**logs, **self._risk.pop(self.state.log_history)}
-        if self._label_noise is not None and "loss" in logs:
-            logs = {**logs, **self._label_noise.logs()}
+        if "loss" in logs:
+            logs, optimizer = {**logs}, self._poprisk_optimizer()
+            if optimizer is not None:
+                logs |= optimizer.statistics.pop(_units(self.args))
+            if self._risk is not None:
+                logs |= self._risk.pop(self.state.log_history)
+            if self._label_noise is not None:
+                logs |= self._label_noise.logs()
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def _poprisk_optimizer(self) -> PopRiskAdamW | None:
@@ -266,29 +244,27 @@ def _check_agreement(optimizer: PopRiskAdamW, named: dict[str, torch.Tensor], ar
         )
 
 
-def _summary(optimizer: PopRiskAdamW, named: dict[str, torch.Tensor], args: Any) -> str:
-    """One line that says what is gated and what is not, adapter parts counted by kind."""
+def _summary(optimizer: PopRiskAdamW, args: Any) -> str:
+    """One line that says what is gated and what is not."""
     if optimizer.gate == "none":
         return "population-risk gate: off (gate=none), plain AdamW."
-    gated = set(optimizer.gated_parameters)
-    kinds = Counter(_kind(name) for name, p in named.items() if p in gated)
-    ungated = sum(p.requires_grad and p not in gated for p in named.values())
-    per_step, few = "", ""
+    gated = optimizer.gated_parameters
+    trainable = sum(p.requires_grad for group in optimizer.param_groups for p in group["params"])
+    per_step, few, units = "", "", args.units_per_step
     if optimizer.estimator != "ema":
-        factors = [f"{args.world_size} process(es)", f"{args.gradient_accumulation_steps} backwards"]
+        layout = f"{args.world_size} process(es) × {args.gradient_accumulation_steps} backwards"
         if args.per_device_train_batch_size > 1:
-            factors.append(str(args.per_device_train_batch_size))
-        per_step = f", {args.units_per_step} {_units(args)} per step ({' × '.join(factors)})"
-        if args.units_per_step < 4:
+            layout += f" × {args.per_device_train_batch_size}"
+        per_step = f", {units} {_units(args)} per step ({layout})"
+        if units < 4:
             few = (
-                f" With {args.units_per_step} per step the test has little power, and noise often passes: "
-                "raise gradient_accumulation_steps."
+                f" With {units} per step the test has little power, and noise often passes: raise "
+                "gradient_accumulation_steps."
             )
     return (
-        f"population-risk gate: {optimizer.gate}, estimator={optimizer.estimator}{per_step}; "
-        f"gated {sum(p.numel() for p in gated):,} parameters in "
-        f"{len(gated)} tensors ({', '.join(f'{kind} {n}' for kind, n in sorted(kinds.items()))}), "
-        f"{ungated} trainable tensors ungated.{few}"
+        f"population-risk gate: {optimizer.gate}, estimator={optimizer.estimator}{per_step}; gated "
+        f"{sum(p.numel() for p in gated):,} parameters in {len(gated)} tensors, {trainable - len(gated)} "
+        f"trainable tensors ungated.{few}"
     )
 
 
@@ -296,18 +272,8 @@ def _units(args: Any) -> str:
     return "groups" if args.poprisk_estimator == "group" else "examples"
 
 
-def _kind(name: str) -> str:
-    """``lora_A``, ``lora_magnitude_vector``, ``modules_to_save`` …, or ``model``."""
-    parts = name.split(".")
-    adapter = (part for part in parts if part.startswith("lora_") or part == "modules_to_save")
-    return next(adapter, "model")
-
-
 class PopRiskTrainer(PopRiskMixin, Trainer):
     """``transformers.Trainer`` with the gate."""
 
     _config_class = PopRiskTrainingArguments
-
-    @takes_what(Trainer.__init__)
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    __init__ = takes_what(Trainer.__init__)

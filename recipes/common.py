@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import re
 import statistics
 import sys
 import time
@@ -14,6 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import yaml
 from datasets import Dataset, DatasetDict, disable_progress_bars, load_dataset, load_from_disk
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -135,8 +136,6 @@ def flip_preferences(dataset: Dataset, fraction: float, seed: int) -> Dataset:
         The data set with a bool column ``is_flipped``. One that is there already is kept when nothing
         more is to be flipped.
     """
-    import numpy as np
-
     if not 0.0 <= fraction <= 1.0:
         raise RecipeError(f"flip_fraction must be between 0 and 1; got {fraction}.")
     if "is_flipped" in dataset.column_names:
@@ -146,11 +145,6 @@ def flip_preferences(dataset: Dataset, fraction: float, seed: int) -> Dataset:
     count = round(fraction * len(dataset))
     flipped = np.zeros(len(dataset), dtype=bool)
     flipped[np.random.default_rng(seed).permutation(len(dataset))[:count]] = True
-    return swap_preferences(dataset, flipped)
-
-
-def swap_preferences(dataset: Dataset, flipped: Sequence[bool]) -> Dataset:
-    """Swap chosen and rejected in the rows that ``flipped``, [n], names; with a column ``is_flipped``."""
 
     def swap(row: dict[str, Any], index: int) -> dict[str, Any]:
         if not flipped[index]:
@@ -160,7 +154,7 @@ def swap_preferences(dataset: Dataset, flipped: Sequence[bool]) -> Dataset:
             swapped |= {"score_chosen": row["score_rejected"], "score_rejected": row["score_chosen"]}
         return swapped
 
-    return dataset.map(swap, with_indices=True, desc=f"Flipping {sum(flipped)} of {len(dataset)} labels")
+    return dataset.map(swap, with_indices=True, desc=f"Flipping {count} of {len(dataset)} labels")
 
 
 def checkpoint_to_resume(args: TrainingArguments) -> str | None:
@@ -168,34 +162,26 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     wanted = args.resume_from_checkpoint
     if wanted is None or wanted.lower() in ("false", "none"):
         return None
-    if wanted.lower() in ("last", "true"):
-        last = newest_checkpoint(args.output_dir)
-        if last is None:
-            raise RecipeError(
-                f"resume_from_checkpoint={wanted}, but {args.output_dir} holds no complete checkpoint."
-            )
-        return str(last)
-    if not Path(wanted).is_dir():
+    last = wanted.lower() in ("last", "true")
+    found = newest_checkpoint(args.output_dir, args.save_only_model) if last else Path(wanted)
+    if found is None:
+        raise RecipeError(f"resume_from_checkpoint={wanted}: {args.output_dir} holds no complete checkpoint.")
+    if not found.is_dir():
         raise RecipeError(f"resume_from_checkpoint={wanted} is not a folder.")
-    return wanted
+    return str(found)
 
 
 class StepTimer(TrainerCallback):
     """Seconds per optimizer step, evaluation and saving left out."""
 
     def __init__(self) -> None:
-        self._durations: list[float] = []
+        self.seconds: list[float] = []
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self._start = time.perf_counter()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self._durations.append(time.perf_counter() - self._start)
-
-    @property
-    def median(self) -> float:
-        """The median step in seconds; NaN before the first one."""
-        return statistics.median(self._durations) if self._durations else float("nan")
+        self.seconds.append(time.perf_counter() - self._start)
 
 
 class ShortLog(TrainerCallback):
@@ -229,46 +215,35 @@ def train(trainer: Trainer, data: Dataset, resume: str | None) -> StepTimer:
     return timer
 
 
-def gate_summary(log_history: list[dict[str, float]]) -> dict[str, float]:
-    """Mean of every ``poprisk/`` entry over the logs of a run."""
-    names = sorted({key for entry in log_history for key in entry if key.startswith("poprisk/")})
-    return {
-        name.removeprefix("poprisk/"): statistics.fmean(e[name] for e in log_history if name in e)
-        for name in names
-    }
-
-
-def settings(*groups: Any) -> dict[str, Any]:
-    """The arguments of a run as plain values, tokens left out."""
-    merged: dict[str, Any] = {}
-    for group in groups:
-        values = group.to_dict() if hasattr(group, "to_dict") else vars(group)
-        merged |= {k: v for k, v in values.items() if not re.search(r"token$", k)}
-    return json.loads(json.dumps(merged, default=str))
-
-
 def finish(
     trainer: Trainer, results: dict[str, Any], timer: StepTimer, groups: Sequence[Any], **card: Any
 ) -> None:
-    """Write ``results.json``, push, and leave the process group, all together."""
+    """Write ``results.json``, push, and leave the process group, all together.
+
+    Args:
+        results: to which the mean of every ``poprisk/`` entry over the logs, seconds and steps are added.
+        groups: the arguments of the run, which are written as well, tokens left out.
+        card: of the model card that is pushed.
+    """
     if trainer.is_world_process_zero():
+        logs = pd.DataFrame(trainer.state.log_history).filter(regex="^poprisk/").mean()
         results |= {
-            "gate": gate_summary(trainer.state.log_history),
-            "seconds_per_step": timer.median,
+            "gate": {name.removeprefix("poprisk/"): value for name, value in logs.items()},
+            "seconds_per_step": statistics.median(timer.seconds) if timer.seconds else None,
             "steps": trainer.state.global_step,
         }
-        content = {"results": results, "settings": settings(*groups)}
-        write_json(Path(trainer.args.output_dir, "results.json"), content)
+        settings = {
+            name: value
+            for group in groups
+            for name, value in (group.to_dict() if hasattr(group, "to_dict") else vars(group)).items()
+            if not name.endswith("token")
+        }
+        content = {"results": results, "settings": settings}
+        path = Path(trainer.args.output_dir, "results.json")
+        path.write_text(json.dumps(content, indent=2, sort_keys=True, default=str) + "\n")
     if trainer.args.push_to_hub:
         trainer.push_to_hub(**card)
     # Without the barrier a rank may exit in the instant after its last collective. The thread that then joins
     # gloo's worker holds the interpreter's lock, which the worker wants to free that collective's tensor.
     trainer.accelerator.wait_for_everyone()
     trainer.end()
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write beside the target and rename, so that a reader never sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-    temporary.replace(path)

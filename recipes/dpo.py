@@ -94,14 +94,6 @@ def reference_of(trainer: PopRiskDPOTrainer, model_args: ModelConfig) -> torch.n
     return reference.to(trainer.accelerator.device).eval()
 
 
-def evaluation_sets(train: Dataset, splits: dict[str, Dataset]) -> dict[str, Dataset]:
-    """The held-out splits, and the flipped training pairs as they are labelled."""
-    flipped = [row for row, is_flipped in enumerate(train["is_flipped"]) if is_flipped]
-    if flipped:
-        splits = {**splits, "flipped": train.select(flipped[:MAX_FLIPPED_EVAL])}
-    return splits
-
-
 @torch.no_grad()
 def score(trainer: PopRiskDPOTrainer, reference: torch.nn.Module | None, name: str) -> dict[str, float]:
     """Preference accuracy, reward margin and KL to the reference on one of the evaluation sets.
@@ -153,9 +145,11 @@ def main() -> None:
     script_args, args, model_args = common.parse(ARGUMENTS)
     common.require_path(model_args.model_name_or_path, "model_name_or_path")
     resume = common.checkpoint_to_resume(args)
-    train, held_out = load(script_args)
+    train, sets = load(script_args)
     train = common.flip_preferences(train, script_args.flip_fraction, script_args.flip_seed)
-    sets = evaluation_sets(train, held_out)
+    flipped = [row for row, is_flipped in enumerate(train["is_flipped"]) if is_flipped]
+    if flipped:  # as they are labelled
+        sets["flipped"] = train.select(flipped[:MAX_FLIPPED_EVAL])
     trainer = make_trainer(PopRiskDPOTrainer, args, model_args, train, sets)
     timer = common.train(trainer, train, resume)
     reference = reference_of(trainer, model_args)

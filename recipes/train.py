@@ -90,9 +90,7 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def main() -> None:
-    script_args, args, model_args = common.parse(
-        (TrainScriptArguments, PopRiskTrainingArguments, ModelConfig)
-    )
+    script_args, args, model_args = common.parse(ARGUMENTS)
     if script_args.task not in TASKS:
         raise RecipeError(f"task must be one of {', '.join(TASKS)}; got {script_args.task!r}.")
     if script_args.flip_fraction and script_args.task != "classification":

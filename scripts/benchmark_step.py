@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
-import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -87,14 +87,9 @@ def gated(model: nn.Module, ids: Tensor, single: bool = False) -> Made:
     layers = None if single else BatchedGradients(model, optimizer.gated_parameters)
 
     def backward() -> None:
-        if layers is not None:
-            with optimizer.batch(layers, Rows(len(ids), len(ids))):
-                loss_of(model, ids).backward()
-            return
-        for row in ids.split(1):
-            loss = loss_of(model, row) / len(ids)
-            with optimizer.example():
-                loss.backward()
+        for rows in ids.split(1 if single else len(ids)):
+            with optimizer.example() if single else optimizer.batch(layers, Rows(len(ids), len(ids))):
+                (loss_of(model, rows) * len(rows) / len(ids)).backward()
 
     def closed() -> None:
         backward()
@@ -198,28 +193,29 @@ def error_of(squares: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
 
 
 def peak_megabytes(arm: str, args: argparse.Namespace) -> float | None:
-    settings = {k: getattr(args, k) for k in ("model", "width", "batch", "tokens", "adapter")}
-    command = [sys.executable, __file__, "--memory_of", arm, "--settings", json.dumps(settings)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return float(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
+    """Of three steps of an arm in a process of its own; None where that fails."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        try:
+            return pool.submit(memory_of, arm, args).result()
+        except Exception:  # a peer's, or the process was killed
+            return None
 
 
-def print_memory(arm: str, settings: str) -> None:
+def memory_of(arm: str, args: argparse.Namespace) -> float:
+    warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    args = argparse.Namespace(**json.loads(settings))
     build(args)  # imports what it needs
     kernels_cpu.usable(torch.empty(0))  # and numba, where it is installed
     before = peak_resident()
     step, _ = make(arm, args)
     for _ in range(3):
         step()
-    print((peak_resident() - before) / 1024)
+    return (peak_resident() - before) / 1024
 
 
 def peak_resident() -> int:
     """Kilobytes; Linux. (``ru_maxrss`` starts at what the parent process had.)"""
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0])
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 
 
 def interleaved(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
@@ -249,8 +245,7 @@ def measure(args: argparse.Namespace) -> None:
     )
     expected = {n: reference.grad_and_square_sums(gradients, n)[1].float() for n in trainable(model)}
     del gradients
-    steps: dict[str, Step] = {}
-    errors: dict[str, str] = {}
+    steps, errors = {}, {}
     for name in arms:
         try:
             step, squares = make(name, args)
@@ -334,13 +329,8 @@ def main() -> None:
     parser.add_argument("--ours", action="store_true", help="leave the other libraries out")
     parser.add_argument("--at_most", type=float, metavar="GFLOP", help="leave out larger steps")
     parser.add_argument("--plot", help="where to write a plot of how the cost grows")
-    parser.add_argument("--memory_of", help=argparse.SUPPRESS)
-    parser.add_argument("--settings", help=argparse.SUPPRESS)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
-    if args.memory_of:
-        print_memory(args.memory_of, args.settings)
-        return
     if args.rounds < 3:
         parser.error(f"--rounds must be at least 3; got {args.rounds}.")
     torch.set_num_threads(1)

@@ -15,8 +15,6 @@ Splits are by topic, and a paragraph that several topics repeat belongs to the s
 is in two splits.
 """
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import json
@@ -32,9 +30,16 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from pydoc_data.topics import topics as reference
 from typing import Any
 
-# torch and transformers are imported where they are used: the cache check is instant
+import torch
+from datasets import Dataset, disable_progress_bars
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers.utils import logging as transformers_logging
+
 logger = logging.getLogger("prepare_tiny")
 
 PROMPT_WORDS, COMPLETION_WORDS = 14, 12
@@ -86,11 +91,9 @@ def docstrings(unseen: dict[str, list[str]]) -> list[str]:
 
 def topics() -> dict[str, list[str]]:
     """Topic → its paragraphs; one that several topics repeat goes to the smallest of them."""
-    from pydoc_data.topics import topics as raw
-
     owner: dict[str, str] = {}
     kept: dict[str, list[str]] = {}
-    cleaned = {name: list(paragraphs(text)) for name, text in sorted(raw.items())}
+    cleaned = {name: list(paragraphs(text)) for name, text in sorted(reference.items())}
     for name in sorted(cleaned, key=lambda n: (sum(map(len, cleaned[n])), n)):
         for paragraph in cleaned[name]:
             owner.setdefault(paragraph, name)
@@ -123,9 +126,6 @@ def split_topics(found: dict[str, list[str]], wanted: dict[str, int], seed: int)
 
 def new_model(texts: list[str], vocab_size: int) -> tuple[Any, Any]:
     """A tokenizer that fits the texts, and 1.1 M parameters in float32."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -144,17 +144,12 @@ def new_model(texts: list[str], vocab_size: int) -> tuple[Any, Any]:
 
 def token_stream(texts: list[str], tokenizer: Any) -> Any:
     """All texts, each ended by the end token, as one row of ids, [tokens] int64."""
-    import torch
-
     ids = tokenizer([text + tokenizer.eos_token for text in texts])["input_ids"]
     return torch.tensor([token for row in ids for token in row])
 
 
 def pretrain(model: Any, stream: Any, steps: int, seed: int) -> None:
     """AdamW with warm-up and a cosine, on random windows of the stream."""
-    import torch
-    from tqdm import tqdm
-
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
     warmup = max(1, steps // 20)
@@ -177,8 +172,6 @@ def pretrain(model: Any, stream: Any, steps: int, seed: int) -> None:
 
 def bits_per_character(model: Any, tokenizer: Any, texts: list[str]) -> float:
     """Cross-entropy of the texts under the model in bits, over their characters."""
-    import torch
-
     stream = token_stream(texts, tokenizer)
     rows = stream[: len(stream) // CONTEXT * CONTEXT].view(-1, CONTEXT)
     model.eval()
@@ -189,19 +182,14 @@ def bits_per_character(model: Any, tokenizer: Any, texts: list[str]) -> float:
 
 def sample(model: Any, tokenizer: Any, prompts: list[str]) -> list[str | None]:
     """For each prompt a continuation at temperature 1, cut to its words; None where it cannot be used."""
-    import torch
-
-    tokenizer.padding_side = "left"
-    model.eval()
     sampled: list[str | None] = []
     # a fixed length: the end token would come before the last word too often
     options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     options |= {"min_new_tokens": 40, "max_new_tokens": 40}
     for start in range(0, len(prompts), 64):
-        batch = tokenizer(prompts[start : start + 64], return_tensors="pt", padding=True)
+        batch = tokenizer(prompts[start : start + 64], return_tensors="pt", padding=True, padding_side="left")
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        with torch.no_grad():
-            out = model.generate(**inputs, **options)
+        out = model.generate(**inputs, **options)
         for row in out[:, batch["input_ids"].shape[1] :]:
             text = tokenizer.decode(row, skip_special_tokens=True)
             words = text.split()[:COMPLETION_WORDS]
@@ -209,7 +197,6 @@ def sample(model: Any, tokenizer: Any, prompts: list[str]) -> list[str | None]:
             # one that goes on in the middle of the prompt's last word, stops early or breaks a character
             unusable = text[:1] != " " or len(words) < COMPLETION_WORDS or "\ufffd" in continuation
             sampled.append(None if unusable else continuation)
-    tokenizer.padding_side = "right"
     return sampled
 
 
@@ -231,8 +218,6 @@ def reject(model: Any, tokenizer: Any, pool: list[dict[str, Any]], wanted: int) 
 
 
 def write_data(folder: Path, split: str, rows: list[dict[str, Any]]) -> None:
-    from datasets import Dataset
-
     sides = (("chosen", 1), ("rejected", 0))
     detection = [{"text": row["prompt"] + row[s], "label": label} for row in rows for s, label in sides]
     text = [{"text": row["prompt"] + row["chosen"]} for row in rows]
@@ -247,11 +232,6 @@ def build(folder: Path, args: Namespace, docs: list[str], found: dict[str, list[
     Raises:
         SystemExit: a split is left with fewer than two pairs.
     """
-    import torch
-    from datasets import disable_progress_bars
-    from transformers import set_seed
-    from transformers.utils import logging as transformers_logging
-
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()  # the stream is longer than the context, on purpose
     disable_progress_bars()
@@ -324,8 +304,7 @@ def parse(argv: list[str] | None) -> Namespace:
             parser.error(f"--{name} must be at least {least}; got {getattr(args, name)}.")
     if args.output_dir.exists() and not (args.output_dir / "metadata.json").is_file():
         parser.error(
-            f"--output_dir {args.output_dir} exists and was not made by this script: delete it, or "
-            "choose another folder."
+            f"--output_dir {args.output_dir} exists and was not made by this script: choose another folder."
         )
     return args
 
@@ -348,11 +327,7 @@ def main(argv: list[str] | None = None) -> None:
         logger.info("%s is up to date", target)
         return
     temporary, old = (target.with_name(f".{target.name}-{age}-{os.getpid()}") for age in ("new", "old"))
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-    except OSError as error:
-        sys.exit(f"prepare_tiny.py: error: cannot write beside --output_dir {target}: {error.strerror}.")
+    temporary.mkdir(parents=True)
     try:
         outcome = build(temporary, args, docs, found)
         metadata = made_from | outcome

@@ -8,7 +8,7 @@ from typing import Any
 import peft
 import torch
 import transformers
-from models import tiny_model
+from models import tiny_model, trainer_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import TrainerCallback
@@ -290,13 +290,9 @@ def first_step(
     """The gradient of the first step of a run, and its trainer."""
     torch.manual_seed(0)
     grab = FirstGradient()
-    options: dict[str, Any] = {
-        **{"use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True},
-        **{"logging_steps": 1, "max_steps": 1, "max_grad_norm": 0.0, "optim": optim},
-        "train_sampling_strategy": "sequential",
-    }
-    options |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, **kind.options}
-    args = PopRiskTrainingArguments(str(folder), **options)
-    trainer = kind.trainer(kind.model(), args=args, train_dataset=kind.data, callbacks=[grab], **kind.more)
+    options = {**kind.options, **kind.more, "callbacks": [grab], "optim": optim}
+    options |= {"max_steps": 1, "max_grad_norm": 0.0}
+    options |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
+    trainer = trainer_of(folder, kind.data, kind.model(), (kind.trainer, PopRiskTrainingArguments), **options)
     trainer.train()
     return grab.gradient, trainer

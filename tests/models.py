@@ -188,7 +188,7 @@ def trainer_of(
 ) -> Any:
     """A trainer, of a tiny Llama on eight rows unless told otherwise; options of its config and its own."""
     trainer, config = kinds
-    names = ("eval_dataset", "data_collator", "processing_class", "callbacks", "peft_config")
+    names = "eval_dataset data_collator processing_class callbacks peft_config compute_loss_func".split()
     own = {name: options.pop(name) for name in names if name in options}
     args = config(str(folder), **{**QUIET, **options})
     data = rows(8) if data is None else data

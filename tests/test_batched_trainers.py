@@ -13,7 +13,6 @@ from test_trainer import Record
 from torch import Tensor, nn
 from transformers import LlamaConfig, Trainer
 
-from hf_poprisk.trainer import take_example
 from hf_poprisk.trl import trl_utils
 
 ONE_BY_ONE = "are taken one by one, because of"
@@ -135,17 +134,6 @@ def test_trl_fused_head(
     assert_same_windows(*found)
     head = "model.embed_tokens.weight" if tied else "lm_head.weight"
     assert found[0][0][1][head][1].count_nonzero() > 100
-
-
-def test_an_example_is_taken_with_all_its_rows() -> None:
-    inputs = {"x": torch.arange(8).view(4, 2), "y": torch.arange(2), "z": ["a", "b", "c", "d"], "n": 3}
-    inputs["nested"] = {"x": inputs["x"]}
-    taken = take_example(inputs, 1, count=2, rows=4)
-    assert taken["nested"]["x"].tolist() == [[2, 3], [6, 7]]
-    assert taken["x"].tolist() == [[2, 3], [6, 7]] and taken["y"].tolist() == [1]
-    assert taken["z"] == ["b", "d"] and taken["n"] == 3
-    with pytest.raises(ValueError, match=r"inputs\['y'\] has 3 entries for 2 examples"):
-        take_example({"y": torch.arange(3)}, 0, count=2, rows=4)
 
 
 def test_evaluation_and_stock_optimizers_see_nothing_of_it(tmp_path: Path) -> None:

@@ -3,16 +3,19 @@
 import json
 import logging
 import re
+import resource
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fault_worker import assert_complete, one_sentence
 from models import QUIET, layout, preferences, rows, save_tiny_model, tiny_model, trainer_of, trl_trainer_of
 from peft import LoraConfig
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from hf_poprisk import PopRiskTrainer, PopRiskTrainingArguments, load_record
 from hf_poprisk.checkpoints import CheckpointError, ResumeError, damage, newest_checkpoint
@@ -85,26 +88,21 @@ def steps_of(trainer: Any) -> set[int]:
     return {int(entry["step"]) for entry in trainer.optimizer.state_dict()["state"].values()}
 
 
-def one_sentence(caught: pytest.ExceptionInfo[Exception]) -> bool:
-    return str(caught.value).endswith(".") and "\n" not in str(caught.value) and len(str(caught.value)) < 1000
-
-
 # Resuming
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("at", "options"),
     [
-        {},
-        {"dtype": torch.bfloat16},
-        {"poprisk_gate": "soft", "logging_steps": 4},  # a log over steps before and after the checkpoint
-        {"poprisk_estimator": "ema"},
-        layout(2, 4),
-        {"poprisk_warmup_steps": 4},
+        (2, {}),
+        (3, {}),
+        (3, {"dtype": torch.bfloat16}),
+        (2, {"poprisk_gate": "soft", "logging_steps": 4}),  # a log over steps before and after it
+        (3, {"poprisk_estimator": "ema"}),
+        (2, layout(2, 4)),
+        (3, {"poprisk_warmup_steps": 4}),
     ],
-    ids=["hard", "bfloat16", "soft", "ema", "batched", "warm-up"],
 )
-@pytest.mark.parametrize("at", [2, 3])
 def test_a_resumed_run_is_the_uninterrupted_one(at: int, options: dict[str, Any], tmp_path: Path) -> None:
     whole, resumed = causal(tmp_path, **options), causal(tmp_path, **options)
     whole.train()
@@ -219,29 +217,16 @@ def edit_record(checkpoint: Path, **changes: Any) -> None:
     path.write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
 
 
-def test_a_hostile_record_makes_a_short_sentence(run: Path) -> None:
-    edit_record(run / "checkpoint-3", exclude=["x" * 1000] * 1000)
-    with pytest.raises(ResumeError) as caught:
-        resume(causal(run))
-    assert one_sentence(caught)
-
-
 @pytest.mark.parametrize(("gone", "value"), [("reduction", "tensor"), ("gate_weight_decay", True)])
-def test_a_record_of_a_setting_that_is_gone(gone: str, value: Any, run: Path) -> None:
-    """Version 0.1 wrote both names; their defaults are what every run does now."""
-    defaults = {"reduction": "element", "gate_weight_decay": False}
-    edit_record(run / "checkpoint-3", **{**defaults, gone: value})
+def test_a_record_of_version_0_1(gone: str, value: Any, run: Path) -> None:
+    """It had settings that are gone, whose defaults are what every run does now, and lacked some entries."""
+    old = {"reduction": "element", "gate_weight_decay": False, "trainable": ..., "label_noise": ...}
+    edit_record(run / "checkpoint-3", **{**old, gone: value})
     with pytest.raises(ResumeError, match=f"would change {gone} .of version 0.1. from") as caught:
         resume(causal(run))
-    assert one_sentence(caught)
-    edit_record(run / "checkpoint-3", **defaults)
+    one_sentence(caught.value)
+    edit_record(run / "checkpoint-3", **old)
     resume(causal(run))
-
-
-@pytest.mark.parametrize("optim", ["poprisk_adamw", "adamw_torch"])
-def test_a_record_of_before_says_nothing_about_parameters(optim: str, run: Path) -> None:
-    edit_record(run / "checkpoint-3", trainable=..., save_only_model=...)
-    resume(causal(run, optim=optim))
 
 
 def freeze(trainer: Any, pattern: str) -> Any:
@@ -250,28 +235,24 @@ def freeze(trainer: Any, pattern: str) -> Any:
     return trainer
 
 
-@pytest.mark.parametrize("optim", ["poprisk_adamw", "adamw_torch"])
 @pytest.mark.parametrize(
-    ("before", "after", "said"),
+    ("optim", "before", "after", "said"),
     [
-        ("^$", "embed|norm", "of 21 trainable tensors, and this model has 15"),
-        ("embed", "^$", "of 20 trainable tensors, and this model has 21"),
-        ("embed", "lm_head", "of 20 trainable tensors, and this model has 20 others"),
-        ("embed", "", "of 20 trainable tensors, and this model has none"),
+        ("poprisk_adamw", "^$", "embed|norm", "of 21 trainable tensors, and this model has 15"),
+        ("adamw_torch", "embed", "^$", "of 20 trainable tensors, and this model has 21"),
+        ("poprisk_adamw", "embed", "lm_head", "of 20 trainable tensors, and this model has 20 others"),
+        ("adamw_torch", "embed", "", "of 20 trainable tensors, and this model has none"),
     ],
-    ids=["fewer", "more", "others", "none"],
 )
 def test_other_trainable_parameters_are_refused(
-    before: str, after: str, said: str, optim: str, tmp_path: Path
+    optim: str, before: str, after: str, said: str, tmp_path: Path
 ) -> None:
     freeze(causal(tmp_path, max_steps=2, optim=optim), before).train()
     other = freeze(causal(tmp_path, max_steps=4, optim=optim), after)
     other._load_from_checkpoint = None  # nothing is loaded before the check
     with pytest.raises(ResumeError, match=f"holds the optimizer's state {said}.*, or start over") as caught:
         resume(other)
-    assert one_sentence(caught)
-    if optim == "poprisk_adamw" and after != "^$":
-        assert "(no longer trainable: " in str(caught.value)
+    one_sentence(caught.value)
     same = freeze(causal(tmp_path, max_steps=4, optim=optim), before)
     assert steps_of(resume(same)) == {4}
 
@@ -315,14 +296,9 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def nest(path: Path) -> None:
-    path.write_bytes(b"[" * 100_000)  # deeper than Python reads
-
-
 WRITTEN = ("model.safetensors", "optimizer.pt", "rng_state.pth")
 DAMAGES: list[tuple[Callable[[Path], None], str, str]] = [
     *((cut, name, "is cut off") for name in (*WRITTEN, "trainer_state.json", "poprisk_config.json")),
-    (nest, "poprisk_config.json", "is cut off"),
     *((Path.unlink, name, "is gone") for name in (*WRITTEN, "scheduler.pt")),
 ]
 
@@ -333,7 +309,8 @@ def test_half_a_checkpoint_is_not_resumed_from(
 ) -> None:
     assert damage(run / "checkpoint-3") is None and newest_checkpoint(run) == run / "checkpoint-3"
     spoil(run / "checkpoint-3" / name)
-    assert damage(run / "checkpoint-3") == f"{name} {said}"
+    for weights_only in (False, True):  # where all or nothing may be beside the weights
+        assert damage(run / "checkpoint-3", weights_only) == f"{name} {said}"
     with pytest.raises(ResumeError, match=f"cannot be resumed from: {name} {said}; take an older"):
         resume(causal(run), run / "checkpoint-3")
     shutil.rmtree(run / "checkpoint-2")
@@ -373,25 +350,57 @@ def test_the_seal_is_broken_before_anything_is_written(run: Path, monkeypatch: p
     assert damage(run / "checkpoint-2") is not None
 
 
-@pytest.mark.parametrize(
-    "error", [OSError(28, "No space left on device"), RuntimeError()], ids=["full", "mute"]
-)
-def test_a_seal_that_could_not_be_written_is_none(
-    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_seal_that_could_not_be_written_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save = TrainerState.save_to_json
 
     def fail(state: TrainerState, path: str) -> None:
         if state.global_step == 2:
             Path(path).write_text('{"best')
-            raise error
+            raise RuntimeError
         save(state, path)
 
     monkeypatch.setattr(TrainerState, "save_to_json", fail)
-    reason = "No space left" if error.args else "RuntimeError"
-    said = f"checkpoint-2 could not be .*{reason}.*checkpoint-1 is complete"
+    said = r"checkpoint-2 could not be written \(RuntimeError\); .*checkpoint-1 is complete"
     with pytest.raises(CheckpointError, match=said):
         causal(tmp_path, max_steps=2).train()
+
+
+# the moments (118 kB) do not fit, which torch tells in its own words; nor do the weights (59 kB)
+@pytest.mark.parametrize(("size", "reason"), [(80_000, "could not be"), (30_000, "File too large")])
+def test_no_room_for_a_checkpoint(size: int, reason: str, tmp_path: Path) -> None:
+    """A limit on the size of files, which write(2) says as it does a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class Full(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # or the process ends
+    try:
+        with pytest.raises(CheckpointError, match=reason) as caught:
+            causal(tmp_path, callbacks=[Full()]).train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    said = one_sentence(caught.value)
+    assert said.startswith(f"{tmp_path}/checkpoint-2 could not be written (")
+    assert said.endswith(f"); {tmp_path}/checkpoint-1 is complete.")
+    assert_complete(tmp_path, [1])
+    resume(causal(tmp_path))  # with room again
+    assert_complete(tmp_path, [1, 2, 3, 4, 5])
+
+
+def test_what_fails_after_a_checkpoint_is_not_its_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(**kwargs: Any) -> None:
+        raise OSError("no deletions here")
+
+    monkeypatch.setattr("transformers.trainer.rotate_checkpoints", fail)
+    with pytest.raises(OSError, match="^no deletions here$"):
+        causal(tmp_path).train()
+    assert damage(tmp_path / "checkpoint-1") is None
 
 
 # The record
@@ -448,97 +457,84 @@ def test_the_record_names_the_step_that_the_weights_are_of(tmp_path: Path) -> No
     assert config["steps"] == 3 and config["weights_step"] == trainer.state.best_global_step < 3
 
 
-def test_reading_what_is_no_record(run: Path, tmp_path: Path) -> None:
+UNREADABLE = {
+    "later version": (
+        b'{"schema_version": 2}',
+        "has schema version 2, .* reads 1: update hf_poprisk",
+    ),
+    "no version": (b"{}", "is damaged: it holds no schema_version"),
+    "no object": (b"[1]", "is damaged: it holds no schema_version"),
+    "half": (b'{"schema_ver', "is damaged: Unterminated string"),
+    "not UTF-8": ('{"schema_version": 1}'.encode("utf-16"), "is damaged: 'utf-8' codec can't decode"),
+}
+
+
+@pytest.mark.parametrize("name", ["poprisk_config.json", "poprisk_statistics.json"])
+@pytest.mark.parametrize(("content", "said"), UNREADABLE.values(), ids=UNREADABLE)
+def test_a_record_that_cannot_be_read(content: bytes, said: str, name: str, run: Path) -> None:
+    checkpoint = run / "checkpoint-3"
+    (checkpoint / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name} of {checkpoint} {said}") as caught:
+        load_record(checkpoint)
+    one_sentence(caught.value)
+    refused = causal(run)
+    refused._load_from_checkpoint = None  # nothing is loaded before the check
+    with pytest.raises(ValueError, match=f"{said}|{name} is cut off; take an older checkpoint"):
+        resume(refused, checkpoint)
+
+
+def test_a_folder_without_a_record(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="has no poprisk_config.json: it was not saved by"):
         load_record(tmp_path)
-    checkpoint = run / "checkpoint-3"
-    for before, change, said in (
-        (1, {"schema_version": 2}, "has schema version 2, and this version of hf_poprisk reads 1: update"),
-        (1, {"schema_version": "1"}, "is damaged: it holds no schema_version"),
-        ("hard", {"gate": "open"}, 'is damaged: gate is "open"'),
-        (4, {"units_per_step": 1e300}, "is damaged: units_per_step is 1e\\+300"),
-    ):
-        edit_record(checkpoint, **change)
-        with pytest.raises(ValueError, match=f"poprisk_config.json of .*{said}"):
-            load_record(checkpoint)
-        edit_record(checkpoint, **dict.fromkeys(change, before))
-    cut(checkpoint / "poprisk_config.json")
-    with pytest.raises(ValueError, match="is damaged: "):
-        load_record(checkpoint)
 
 
 # Checkpoints of weights alone
 
 
 @pytest.mark.parametrize("optim", ["poprisk_adamw", "adamw_torch"])
-@pytest.mark.parametrize("newest", [False, True])
 def test_weights_alone_are_gone_on_from_with_a_fresh_optimizer(
-    newest: bool, optim: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    optim: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     options = {"optim": optim, "save_only_model": True}
+    causal(tmp_path, max_steps=2, **options).train()
+    # they fit whatever is trained
+    resumed = freeze(causal(tmp_path, max_steps=4, **options), "embed" if optim == "poprisk_adamw" else "^$")
+    seen = loaded(resumed)
     with caplog.at_level(logging.WARNING):
-        causal(tmp_path, max_steps=2, **options).train()
-        resumed = causal(tmp_path, max_steps=4, **options)
-        seen = loaded(resumed)
-        resume(resumed, True if newest else tmp_path / "checkpoint-2")
-    fresh = "save_only_model=True: a resumed run starts with a fresh optimizer."
-    assert [r.message for r in caplog.records if "fresh" in r.message] == [
-        fresh,
-        fresh,
-        f"{tmp_path}/checkpoint-2 holds weights only: the optimizer and the learning-rate schedule start "
-        "afresh.",
-    ]
+        resume(resumed)
+    (said,) = [r.message for r in caplog.records if "weights only" in r.message]
+    assert said.startswith(f"{tmp_path}/checkpoint-2 holds weights only: the optimizer and the learning-rate")
     assert steps_of(resumed) == {2}
     before = tiny_model().named_parameters()
     assert not [name for name, p in before if "proj" in name and torch.equal(seen[name][0], p)]
     if optim == "poprisk_adamw":  # what the gate did is of the whole run
         parameters = load_record(tmp_path / "checkpoint-4").statistics["parameters"]
-        assert {entry["steps"] for entry in parameters.values()} == {4}
+        assert {e["steps"] for name, e in parameters.items() if "embed" not in name} == {4}
     else:
         other = resume(stock(tmp_path, max_steps=4, **options), tmp_path / "checkpoint-2")
         for p, q in zip(resumed.model.parameters(), other.model.parameters(), strict=True):
             assert torch.equal(p, q)
 
 
-@pytest.mark.parametrize("optim", ["poprisk_adamw", "adamw_torch"])
 @pytest.mark.parametrize("by", [causal, stock])
-def test_a_run_that_did_not_ask_for_weights_alone_does_not_take_them(
-    by: Any, optim: str, tmp_path: Path
-) -> None:
-    optim_of_saver = "adamw_torch" if by is stock else optim
-    by(tmp_path, max_steps=2, save_steps=2, save_only_model=True, optim=optim_of_saver).train()
-    for wanted in (True, tmp_path / "checkpoint-2"):
-        with pytest.raises(ResumeError, match="holds weights only: set save_only_model=True to go") as caught:
-            resume(causal(tmp_path, max_steps=4, optim=optim), wanted)
-        assert one_sentence(caught)
-    resume(causal(tmp_path, max_steps=4, optim=optim, save_only_model=True))
+def test_a_run_that_did_not_ask_for_weights_alone_does_not_take_them(by: Any, tmp_path: Path) -> None:
+    by(tmp_path, max_steps=2, save_only_model=True).train()
+    for wanted, said in (
+        (True, "no complete checkpoint"),
+        (tmp_path / "checkpoint-2", "optimizer.pt is gone"),
+    ):
+        with pytest.raises(ResumeError, match=f"{said}.*save_only_model=true goes on") as caught:
+            resume(causal(tmp_path, max_steps=4), wanted)
+        one_sentence(caught.value)
 
 
 def test_with_weights_alone_damage_is_still_damage(tmp_path: Path) -> None:
     options: dict[str, Any] = {"max_steps": 3, "save_only_model": True}
     causal(tmp_path, **options).train()
-    resume(freeze(causal(tmp_path, **options), "embed"))  # they fit whatever is trained
     cut(tmp_path / "checkpoint-3/model.safetensors")
     (tmp_path / "checkpoint-2/trainer_state.json").unlink()
     (tmp_path / "checkpoint-1/model.safetensors").unlink()
     for step, said in ((3, "is cut off"), (2, "which is written last"), (1, "model.safetensors is gone")):
-        assert damage(tmp_path / f"checkpoint-{step}").endswith(said)
+        assert damage(tmp_path / f"checkpoint-{step}", weights_only=True).endswith(said)
     with pytest.raises(ResumeError, match="holds no complete checkpoint"):
         resume(causal(tmp_path, **options))
-
-
-def test_a_checkpoint_that_was_being_deleted_is_none_of_weights_alone(run: Path) -> None:
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
-        (run / "checkpoint-3" / name).unlink()
-    assert damage(run / "checkpoint-3") == "optimizer.pt is gone"
-    # whole ones are taken as they are
-    assert steps_of(resume(causal(run, max_steps=3, save_only_model=True))) == {3}
-
-
-def test_without_saves_nothing_is_said_about_checkpoints(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.WARNING):
-        causal(tmp_path, max_steps=1, save_only_model=True, save_strategy="no").train()
-        causal(tmp_path, max_steps=1).train()
-    assert "save_only_model" not in caplog.text

@@ -40,41 +40,31 @@ def test_the_version_is_the_projects() -> None:
     assert hf_poprisk.__version__ == PROJECT["project"]["version"]
 
 
-@pytest.fixture
-def clone(tmp_path: Path) -> Path:
-    """A copy of the project in a folder of the package's name, as `git clone` makes it."""
-    folder = tmp_path / "hf_poprisk"
-    shutil.copytree(ROOT / "hf_poprisk", folder / "hf_poprisk", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder)
-    return folder
-
-
-def build(kind: str, root: Path, out: Path) -> zipfile.ZipFile:
-    """What pip does: ask the build backend of the folder for a wheel, "wheel" or "editable"."""
-    backend = PROJECT["build-system"]["build-backend"]
+def test_what_is_built_holds_the_package_and_is_found(tmp_path: Path) -> None:
+    """As pip does it: a wheel, and an editable install in a clone of the package's name, seen from above."""
+    backend, clone = PROJECT["build-system"]["build-backend"], tmp_path / "hf_poprisk"
     pytest.importorskip(backend.partition(".")[0])
-    out.mkdir()
-    code = f"import {backend} as backend, sys; print(backend.build_{kind}(sys.argv[1]))"
-    return zipfile.ZipFile(out / output(sys.executable, "-c", code, out, cwd=root).splitlines()[-1])
+    shutil.copytree(ROOT / "hf_poprisk", clone / "hf_poprisk", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, clone)
 
+    def build(kind: str) -> zipfile.ZipFile:
+        code = f"import {backend} as backend, sys; print(backend.build_{kind}(sys.argv[1]))"
+        (tmp_path / kind).mkdir()
+        name = output(sys.executable, "-c", code, tmp_path / kind, cwd=clone).splitlines()[-1]
+        return zipfile.ZipFile(tmp_path / kind / name)
 
-def test_an_editable_install_is_found_from_above_the_clone(clone: Path, tmp_path: Path) -> None:
+    names = build("wheel").namelist()
+    files = {str(p.relative_to(clone)) for p in clone.glob("hf_poprisk/**/*") if p.is_file()}
+    assert {name for name in names if ".dist-info/" not in name} == files and "hf_poprisk/py.typed" in files
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+
     venv.create(tmp_path / "venv")
     [site] = (tmp_path / "venv").glob("lib/python*/site-packages")
-    with build("editable", clone, tmp_path / "wheel") as wheel:
-        wheel.extractall(site)
+    build("editable").extractall(site)
     # what the package needs, without this environment's own installation of it
     (site / "zz_dependencies.pth").write_text("\n".join(p for p in sys.path if "-packages" in p))
     code = "import hf_poprisk; print(hf_poprisk.__file__, hf_poprisk.__version__, hf_poprisk.PopRiskAdamW)"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    said = output(tmp_path / "venv/bin/python", "-c", code, cwd=clone.parent, env=environment).split()
+    said = output(tmp_path / "venv/bin/python", "-c", code, cwd=tmp_path, env=environment).split()
     assert said[:2] == [str(clone / "hf_poprisk/__init__.py"), hf_poprisk.__version__]
-
-
-def test_the_wheel_holds_the_package_and_nothing_else(clone: Path, tmp_path: Path) -> None:
-    with build("wheel", clone, tmp_path / "wheel") as wheel:
-        names = wheel.namelist()
-    files = {str(p.relative_to(clone)) for p in clone.glob("hf_poprisk/**/*") if p.is_file()}
-    assert {name for name in names if ".dist-info/" not in name} == files and "hf_poprisk/py.typed" in files
-    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)

@@ -24,8 +24,6 @@ import labels_judged  # noqa: E402
 import labels_pairs  # noqa: E402
 import labels_tables  # noqa: E402
 import run  # noqa: E402
-import shuffled_words  # noqa: E402
-import training  # noqa: E402
 
 from hf_poprisk.leave_one_out import ExampleTable  # noqa: E402
 
@@ -45,16 +43,11 @@ def test_every_arm_of_a_classification_runs(tmp_path: Path) -> None:
         judged = "poprisk_label_noise" in CLASSES.arms[arm]
         assert (row["noise_rate"] is not None) == judged, arm
         assert not judged or row["auroc_suspicion"] > 0.8, arm
-    assert found["adamw"]["steps"] == 76 and found["adamw-early"]["steps"] == 68  # of 900 examples and 810
-    most, plain = found["right-only"], found["adamw"]  # what it is told changes what is learned
-    assert most["mislabeled_fitted"] < 0.6 * plain["mislabeled_fitted"], (
-        most["mislabeled_fitted"],
-        plain["mislabeled_fitted"],
-    )
-    scores = {
-        (row["test_accuracy"], row["validation_accuracy"], row["mislabeled_fitted"]) for row in found.values()
-    }
-    assert len(scores) > 8  # the arms are not the same run
+    fitted = {arm: row["mislabeled_fitted"] for arm, row in found.items()}
+    assert fitted["right-only"] < 0.6 * fitted["adamw"]  # what it is told changes what is learned
+    scores = {arm: (row["test_accuracy"], fitted[arm]) for arm, row in found.items()}
+    assert len(set(scores.values())) > 8  # the arms are not the same run
+    assert scores["hard"] != scores["random-mask"] and scores["soft"] != scores["random-mask-soft"]
 
 
 def test_early_stopping_takes_the_epoch_that_its_split_prefers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,10 +63,8 @@ def test_early_stopping_takes_the_epoch_that_its_split_prefers(monkeypatch: pyte
         noisy = labels_classes.spoil(every, clean, cell)[0][apart]
         assert len(x) == 810 and len(apart) == 90 and 20 < (noisy != clean[apart]).sum() < 60
         score, true = setup.score, setup.score("held")["accuracy"]
-        hits = setup.trainer.model(torch.from_numpy(every[apart]), torch.from_numpy(noisy))["logits"].argmax(
-            1
-        )
-        assert true == pytest.approx((hits.numpy() == noisy).mean())
+        logits = setup.trainer.model(torch.from_numpy(every[apart]), torch.from_numpy(noisy))["logits"]
+        assert true == pytest.approx((logits.argmax(1).numpy() == noisy).mean())
 
         def told(name: str) -> dict[str, float]:
             found = score(name)
@@ -126,24 +117,6 @@ def test_weights_of_an_arm_are_of_the_log_odds_in_the_very_step() -> None:
     assert em.rate == pytest.approx(0.1 + 0.025 * ((1 - w).mean().item() - 0.1))
 
 
-def test_a_mask_has_the_density_of_its_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    decide, written = training.RandomMaskAdamW.decide, []
-
-    def watched(self: Any, grad: torch.Tensor, sq_sum: torch.Tensor, num_examples: int) -> torch.Tensor:
-        sums = decide(self, grad, sq_sum, num_examples)
-        written.append(sq_sum.mean().item())
-        return sums
-
-    monkeypatch.setattr(training.RandomMaskAdamW, "decide", watched)
-    density = {}
-    for arm in ("random-mask", "random-mask-soft"):
-        written.clear()
-        labels_classes.prepare(cell(CLASSES, "digits", arm, 0.3, 1e-3, 0, 1), str(tmp_path)).trainer.train()
-        density[arm] = np.mean(written)
-    # of noise the gates open 0.32 and 0.16, and early in training there is signal
-    assert 0.32 < density["random-mask"] < 0.5 and 0.16 < density["random-mask-soft"] < 0.28
-
-
 def test_losses_that_are_told_the_share_are_the_published_ones(recipe: Path, tmp_path: Path) -> None:
     noise, found = 0.3, {}
     for arm in ("adamw", "robust", "conservative", "ipo"):
@@ -184,33 +157,16 @@ def test_labels_are_spoiled_as_said(kind: str, tmp_path: Path) -> None:
 
 def test_completions_are_put_out_of_order() -> None:
     text = " one two three four five six seven eight"
-    prose = Dataset.from_dict(
-        {"prompt": ["a"] * 40, "chosen": [text] * 39 + [" no no"], "topic": [f"{i % 4}" for i in range(40)]}
-    )
-    data = shuffled_words.easier(prose, 0.5, 3)
-    assert len(data) == 39 and abs(sum(data["tie"]) - 20) <= 1  # of one word twice nothing can be made
+    prose = Dataset.from_dict({"prompt": ["a"] * 40, "chosen": [text] * 39 + [" no no"]})
+    data = labels_pairs.easier(prose, 3)
+    assert len(data) == 39  # of one word twice nothing can be made
     for row in data:
         before, after = text.split(" "), row["rejected"].split(" ")
         moved = [a != b for a, b in zip(before, after, strict=True)]
         assert sorted(before) == sorted(after) and not moved[0]
-        assert sum(moved) == (2 if row["tie"] else shuffled_words.EXCHANGED), row
-        assert not row["tie"] or moved[moved.index(True) + 1]
-    assert (
-        shuffled_words.easier(prose, 0.5, 3)["rejected"]
-        == data["rejected"]
-        != shuffled_words.easier(prose, 0.5, 4)["rejected"]
-    )
-
-    mislabeled = shuffled_words.mislabeled_of(data, "ties", 0.2, 3)
-    assert mislabeled.sum() == 8 and all(np.array(data["tie"])[mislabeled])
-    assert not np.array_equal(mislabeled, shuffled_words.mislabeled_of(data, "ties", 0.2, 4))
-    mislabeled = shuffled_words.mislabeled_of(data, "group", 0.25, 3)
-    topics = np.array(data["topic"])
-    assert (
-        mislabeled.sum() == 10
-        and len(set(topics[mislabeled])) == 1
-        and (topics == topics[mislabeled][0]).sum() == 10
-    )
+        assert sum(moved) == labels_pairs.EXCHANGED, row
+    again, other = (labels_pairs.easier(prose, seed)["rejected"] for seed in (3, 4))
+    assert again == data["rejected"] != other
 
 
 @pytest.fixture
@@ -294,15 +250,14 @@ def test_validation_pairs_are_set_apart_with_their_labels_as_they_are(recipe: Pa
         assert len(data.pop("test")) == 6
         prompts = {name: {row["prompt"] for row in part} for name, part in data.items()}
         assert not prompts["train"] & prompts["validation"] and prompts["mislabeled"] < prompts["train"]
-        kept = {name: {row["prompt"] for row in part if is_clean(row, clean)} for name, part in data.items()}
+        kept = {
+            name: {row["prompt"] for row in part if row["chosen"] == clean[row["prompt"]] + "<|end|>"}
+            for name, part in data.items()
+        }
         assert kept["validation"] == prompts["validation"] and not kept["mislabeled"]
         assert kept["train"] == prompts["train"] - prompts["mislabeled"]
         drawn.append(prompts["validation"])
     assert drawn[0] != drawn[1]
-
-
-def is_clean(row: dict[str, str], clean: dict[str, str]) -> bool:
-    return row["chosen"].removesuffix("<|end|>") == clean[row["prompt"]]
 
 
 def test_pairs_are_told_or_dropped_before_training(recipe: Path, tmp_path: Path) -> None:
@@ -332,7 +287,7 @@ def test_pairs_are_judged_at_every_share_of_flips(monkeypatch: pytest.MonkeyPatc
     for noise in (10, 20, 30):
         assert row[f"auroc_least_{noise}"] > 0.97 and row[f"error_{noise}"] < 0.15
         assert row[f"low_{noise}"] < noise / 100 < row[f"high_{noise}"]
-    assert f"| dpo | 20 % | {row['rate_20']:.3f} [" in labels_tables.judged(
+    assert f"| dpo, 20 % | {row['rate_20']:.3f} [" in labels_tables.judged(
         pd.DataFrame(
             [{"data": "dpo", "arm": "gradients", **row}, {"data": "dpo", "arm": "last-state", **other}]
         )
@@ -343,9 +298,7 @@ def test_pairs_are_judged_at_every_share_of_flips(monkeypatch: pytest.MonkeyPatc
     ("changed", "message"),
     [
         ({"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}, "SystemExit"),
-        ({"poprisk_gaet": "soft"}, "SystemExit"),
         ({"model_name_or_path": "./nowhere"}, "model_name_or_path=./nowhere is not a folder"),
-        ({"dataset_name": "./nowhere"}, "dataset_name=./nowhere is not a folder"),
         ({"max_steps": 3}, "max_steps of .* has no place here"),
     ],
 )

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from hf_poprisk import PopRiskAdamW
 from hf_poprisk.output_space import load_recording
-from hf_poprisk.output_space.analysis import analyse
+from hf_poprisk.output_space.analysis import Analysis
 
 README = Path(__file__).parents[1] / "README.md"
 GUIDES = [
@@ -89,4 +89,4 @@ def test_the_recorded_run_is_reported(tmp_path: Path, monkeypatch: pytest.Monkey
     recording = load_recording("seen")
     assert recording.steps == list(range(0, 31, 3)) and recording.rule == "gradient descent"
     assert recording.series["outputs"][0].shape == (24, 3)
-    assert analyse(recording).transfer_error.max() < 0.05
+    assert Analysis(recording).transfer_error.max() < 0.05

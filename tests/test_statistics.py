@@ -74,11 +74,9 @@ def held(value: Any) -> int:
 
 
 def test_a_record_of_parameters_that_are_gone_is_left_out() -> None:
-    params, statistics = parameters(), GateStatistics()
+    params, statistics, resumed = parameters(), GateStatistics(), GateStatistics()
     statistics.add(list(params.values()), torch.ones(len(params), 4), 0.5, 4)
     saved = of_run(statistics, params)
     del params["layer.3"]
-    statistics.load(saved, params)
-    assert of_run(statistics, params)["parameters"].keys() == params.keys()
-    statistics.load({**saved, "parameters": {}}, params)
-    assert of_run(statistics, params)["parameters"] == {}
+    resumed.load(saved, params)
+    assert of_run(resumed, params)["parameters"].keys() == params.keys()

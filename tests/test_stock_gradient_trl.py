@@ -10,14 +10,7 @@ import pytest
 import torch
 from losses import KINDS as LOSSES
 from losses import FirstGradient, gap, mt5
-from models import (
-    layout,
-    preferences,
-    tiny_model,
-    tiny_tokenizer,
-    trainer_of,
-    trl_trainer_of,
-)
+from models import layout, preferences, tiny_model, tiny_tokenizer, trainer_of, trl_trainer_of
 from peft import LoraConfig
 from torch import Tensor
 from transformers import (
@@ -118,54 +111,40 @@ def test_a_router_loss_is_refused_whoever_asks_for_it(experts: dict[str, Path], 
             trainer_of(tmp_path, kind.data, model, **layout(4)).train()
 
 
-@dataclass
-class MyORPOConfig(PopRiskArgumentsMixin, ORPOConfig):
-    pass
+def behind_the_mixins(trainer: type[Any], config: type[Any]) -> tuple[Any, Any]:
+    """As a user writes them."""
 
+    class Trainer(PopRiskMixin, trainer): ...
 
-class MyORPOTrainer(PopRiskMixin, ORPOTrainer):
-    pass
+    @dataclass
+    class Config(PopRiskArgumentsMixin, config): ...
 
-
-@dataclass
-class MyCPOConfig(PopRiskArgumentsMixin, CPOConfig):
-    pass
-
-
-class MyCPOTrainer(PopRiskMixin, CPOTrainer):
-    pass
+    return Trainer, Config
 
 
 @pytest.mark.parametrize("size", [4, 2])
-@pytest.mark.parametrize("kinds", [(MyORPOTrainer, MyORPOConfig), (MyCPOTrainer, MyCPOConfig)])
-def test_preference_trainers_behind_the_mixin(kinds: tuple[Any, Any], size: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("theirs", [(ORPOTrainer, ORPOConfig), (CPOTrainer, CPOConfig)])
+def test_preference_trainers_behind_the_mixin(theirs: tuple[Any, Any], size: int, tmp_path: Path) -> None:
     """The collator gives a row per pair, and the model sees two."""
-    found = []
+    found, kinds = [], behind_the_mixins(*theirs)
     for optim in ("poprisk_adamw", "adamw_torch"):
         make = partial(trainer_of, tmp_path, preferences(8), tiny_model(), kinds, bf16=False, max_length=64)
         found.append(trained(make, **layout(size, 4), processing_class=tiny_tokenizer(), optim=optim))
-    (ours, mine), (stock, theirs) = ((grad, t.state.log_history[0]) for grad, t in found)
+    (ours, mine), (stock, plain) = ((grad, t.state.log_history[0]) for grad, t in found)
     assert gap(ours, stock) < TOLERANCE
-    assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5) and mine["poprisk/examples"] == 4
-
-
-@dataclass
-class MySeq2SeqArguments(PopRiskArgumentsMixin, Seq2SeqTrainingArguments):
-    pass
-
-
-class MySeq2SeqTrainer(PopRiskMixin, Seq2SeqTrainer):
-    pass
+    assert mine["loss"] == pytest.approx(plain["loss"], rel=1e-5) and mine["poprisk/examples"] == 4
 
 
 @pytest.mark.parametrize("name", ["token mean: mt5", "token mean: bart"])
 def test_sequence_to_sequence_behind_both_mixins(name: str, tmp_path: Path) -> None:
     kind, found = LOSSES[name], []
+    kinds = behind_the_mixins(Seq2SeqTrainer, Seq2SeqTrainingArguments)
     for optim in ("poprisk_adamw", "adamw_torch"):
         torch.manual_seed(0)
-        kinds = MySeq2SeqTrainer, MySeq2SeqArguments
         make = partial(trainer_of, tmp_path, kind.data, kind.model(), kinds, predict_with_generate=True)
-        found.append(trained(make, **layout(4), optim=optim)[0])
+        gradient, trainer = trained(make, **layout(4), optim=optim)
+        found.append(gradient)
+        assert "eval_loss" in trainer.evaluate(kind.data[:2])  # with generation, by the stock trainer
     assert gap(*found) < TOLERANCE
 
 

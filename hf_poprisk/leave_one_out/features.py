@@ -74,7 +74,7 @@ def label_features(
         if len(z) > 1:
             factors.backward(z * (torch.arange(len(z), device=z.device) == 0), rows_per_example)
 
-    def run(see: Any, count: int | None, done: Callable[[], None] = lambda: None) -> None:
+    def run(see: Any, count: int | None, done: Callable[[int], None] = lambda _: None) -> None:
         nonlocal checked
         for batch in batches(count):
             if not checked:
@@ -84,7 +84,7 @@ def label_features(
             with factors.forward():
                 z = log_odds(model, batch)
             factors.backward(z, rows_per_example)
-            done()
+            done(len(z))
 
     with undisturbed(model, model.parameters()), mode(model, False), torch.enable_grad():
         bases = measure_bases(lambda see: run(see, _NUM_FOR_BASES))
@@ -103,9 +103,9 @@ def label_features(
             for part in parts:
                 part.see(name, a, d)
 
-        def done() -> None:
+        def done(num_examples: int) -> None:
             for part, found in zip(parts, rows, strict=True):
-                found.append(part.take().cpu())
+                found.append(part.take(num_examples).cpu())
 
         run(see, None, done)
     return [torch.cat(found).numpy() for found in rows]

@@ -1,55 +1,90 @@
-"""The numbers of a recorded run that figures and the report show."""
+"""The numbers of a recorded run that the report and the experiments show."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from hf_poprisk.output_space.dynamics import Evolution, Split, intervals, nothing, split
+from hf_poprisk.output_space.dynamics import Evolution, intervals, nothing, split
 from hf_poprisk.output_space.preconditioner import NONE
 from hf_poprisk.output_space.recording import Recording, RecordingError
 
-_LEADING = 20  # eigenvectors of the kernel that are followed
 
-
-@dataclass(frozen=True)
 class Analysis:
-    """R records, N probe outputs, M test outputs; float64.
+    """R records, N probe outputs, M test outputs; float64. Some eigendecompositions of N × N per record.
 
     Attributes:
         steps: optimizer steps before each record, [R].
         losses, test_losses: Φ on the probe and on the test examples, [R].
+        gradients: g of each record, [R, N].
         measured, predicted: the change of Φ from each record to the next, and −gᵀWg, [R − 1].
         displacement, transfer: the test outputs' way from the first record to each, real and −𝒢 g, [R, M].
         evolutions, splits: from the first record to each, and channel and reservoir of their W; R of them.
         reservoir: direction → its share in the reservoir, [R]; ``initial error`` is g at the first record.
         visible: direction → ‖𝒢v‖ of its part in the reservoir over that of the whole, [R]: 0 where the
             reservoir is ker W, more where the spectrum is cut through.
-        alignment: [R, r]: the mean squared cosine between the 1, 2, … r leading eigenvectors of the kernel at
-            the first record and at each; 1 where the eigenspaces are the first ones, r/N for random ones.
+        leading, alignment: so many leading eigenvectors of the kernel, and their mean squared cosine with
+            those of the first record, [R]: 1 where they span the same space.
         kernel_change: ‖K − K₀‖/‖K₀‖ of each record, Frobenius, [R].
-        gradients: g of each record, [R, N].
         stable: whether no step of SGD overshot a mode of the probe's loss.
+
+    Raises:
+        RecordingError: nothing moved, or a Gramian is not finite, as steps were far too large.
     """
 
-    steps: Tensor
-    losses: Tensor
-    test_losses: Tensor
-    measured: Tensor
-    predicted: Tensor
-    displacement: Tensor
-    transfer: Tensor
-    evolutions: list[Evolution]
-    splits: list[Split]
-    reservoir: dict[str, Tensor]
-    visible: dict[str, Tensor]
-    alignment: Tensor
-    kernel_change: Tensor
-    gradients: Tensor
-    stable: bool
+    def __init__(self, recording: Recording) -> None:
+        def stacked(name: str) -> Tensor:
+            return torch.stack(recording.series[name]).double()
+
+        self.steps = torch.tensor(recording.steps)
+        self.losses, self.test_losses = stacked("losses"), stacked("test_losses")
+        self.gradients, outputs = stacked("gradients").flatten(1), stacked("test_outputs").flatten(1)
+        self.displacement, self.measured = outputs - outputs[0], self.losses.diff()
+        parts, g = list(intervals(recording)), self.gradients
+        start = nothing(g.shape[1], outputs.shape[1])
+        self.evolutions = list(accumulate(parts, Evolution.then, initial=start))
+        self._check(recording)
+        self.predicted = torch.stack([-(u @ part.gramian @ u) for u, part in zip(g, parts, strict=False)])
+        self.transfer = torch.stack([-(whole.transfer @ g[0]) for whole in self.evolutions])
+        self.stable = self.evolutions[-1].stable or recording.preconditioner != NONE
+        self.splits = [split(e.gramian, recording.series["kernel"][0].dtype) for e in self.evolutions]
+        directions = {"initial error": g[0], **recording.directions}
+        directions = {name: v.reshape(-1).double() for name, v in directions.items() if v.any()}
+        self.reservoir = {
+            name: torch.tensor([cut.reservoir_share(v) for cut in self.splits])
+            for name, v in directions.items()
+        }
+        self.visible = {name: self._visible(v) for name, v in directions.items()}
+        kernels = [kernel.double() for kernel in recording.series["kernel"]]
+        self.kernel_change = torch.stack([(k - kernels[0]).norm() / kernels[0].norm() for k in kernels])
+        self.leading = min(20, max(1, g.shape[1] // 2))
+        spaces = [torch.linalg.eigh(k).eigenvectors[:, -self.leading :] for k in kernels]
+        self.alignment = torch.stack([(spaces[0].T @ v).square().sum() / self.leading for v in spaces])
+
+    def _check(self, recording: Recording) -> None:
+        for i, whole in enumerate(self.evolutions):
+            if not (whole.gramian.isfinite().all() and whole.transfer.isfinite().all()):
+                raise RecordingError(
+                    f"from step {recording.steps[i - 1]} to {recording.steps[i]} the picture of a frozen "
+                    "kernel diverges, as steps overshot: record more often, or train with a lower learning "
+                    "rate."
+                )
+        if not self.evolutions[-1].gramian.any():
+            raise RecordingError(
+                "nothing moved between the first record and the last: train on, until a learning rate is "
+                "above 0."
+            )
+
+    def _visible(self, v: Tensor) -> Tensor:
+        """``visible`` of one direction [N]."""
+        found = []
+        for whole, cut in zip(self.evolutions, self.splits, strict=True):
+            hidden = cut.vectors[:, cut.channel :]
+            part, all_of_it = (whole.transfer @ torch.stack([hidden @ (hidden.T @ v), v], 1)).norm(dim=0)
+            found.append(part / all_of_it if all_of_it else torch.zeros_like(part))
+        return torch.stack(found)
 
     @property
     def transfer_error(self) -> Tensor:
@@ -61,75 +96,3 @@ class Analysis:
     def error_by_mode(self) -> Tensor:
         """(vᵢᵀ g)² of each record along the eigenvectors of the last W, [R, N]."""
         return (self.gradients @ self.splits[-1].vectors).square()
-
-
-def analyse(recording: Recording) -> Analysis:
-    """Everything in one pass; some eigendecompositions of N × N per record.
-
-    Raises:
-        RecordingError: nothing moved, or a Gramian is not finite, as steps were far too large.
-    """
-    names = ("gradients", "test_outputs", "losses", "test_losses")
-    series = {name: torch.stack(recording.series[name]).double() for name in names}
-    g, outputs = series["gradients"].flatten(1), series["test_outputs"].flatten(1)
-    evolutions, predicted = [nothing(g.shape[1], outputs.shape[1])], []
-    for i, part in enumerate(intervals(recording)):
-        whole = evolutions[-1].then(part)
-        if not bool(whole.gramian.isfinite().all() and whole.transfer.isfinite().all()):
-            raise RecordingError(
-                f"from step {recording.steps[i]} to {recording.steps[i + 1]} the picture of a frozen kernel "
-                "diverges, as steps overshot: record more often, or train with a lower learning rate."
-            )
-        evolutions.append(whole)
-        predicted.append(-(g[i] @ part.gramian @ g[i]))
-    if not evolutions[-1].gramian.any():
-        raise RecordingError(
-            "nothing moved between the first record and the last: train on, until a learning rate is above 0."
-        )
-    splits = [split(whole.gramian, recording.series["kernel"][0].dtype) for whole in evolutions]
-    directions = {"initial error": g[0], **recording.directions}
-    directions = {name: v.reshape(-1).double() for name, v in directions.items() if v.any()}
-    alignment, kernel_change = _turned(recording.series["kernel"])
-    return Analysis(
-        steps=torch.tensor(recording.steps),
-        losses=series["losses"],
-        test_losses=series["test_losses"],
-        measured=series["losses"].diff(),
-        predicted=torch.stack(predicted),
-        displacement=outputs - outputs[0],
-        transfer=torch.stack([-(whole.transfer @ g[0]) for whole in evolutions]),
-        evolutions=evolutions,
-        splits=splits,
-        reservoir={
-            k: torch.tensor([cut.reservoir_share(v) for cut in splits]) for k, v in directions.items()
-        },
-        visible={k: _visible(v, evolutions, splits) for k, v in directions.items()},
-        alignment=alignment,
-        kernel_change=kernel_change,
-        gradients=g,
-        stable=evolutions[-1].stable or recording.preconditioner != NONE,
-    )
-
-
-def _visible(v: Tensor, evolutions: Sequence[Evolution], splits: Sequence[Split]) -> Tensor:
-    """``visible`` of one direction [N]."""
-    found = []
-    for whole, cut in zip(evolutions, splits, strict=True):
-        hidden = cut.vectors[:, cut.channel :]
-        part, all_of_it = (whole.transfer @ torch.stack([hidden @ (hidden.T @ v), v], 1)).norm(dim=0)
-        found.append(part / all_of_it if all_of_it else torch.zeros_like(part))
-    return torch.stack(found)
-
-
-def _turned(kernels: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """``alignment`` and ``kernel_change``, a kernel at a time."""
-    leading = min(_LEADING, max(1, len(kernels[0]) // 2))
-    ranks, first = torch.arange(1, leading + 1), kernels[0].double()
-    alignment, change, start = [], [], None
-    for kernel in kernels:
-        vectors = torch.linalg.eigh(kernel.double()).eigenvectors[:, -leading:].flip(1)
-        start = vectors if start is None else start
-        cosines = (start.T @ vectors).square()
-        alignment.append(cosines.cumsum(0).cumsum(1).diagonal() / ranks)
-        change.append((kernel.double() - first).norm() / first.norm())
-    return torch.stack(alignment), torch.stack(change)

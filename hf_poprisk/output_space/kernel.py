@@ -66,55 +66,32 @@ def kernels(
         if n == 0:
             raise ValueError("the probe has no outputs: give at least one example.")
         kernel = torch.zeros(every, n, dtype=torch.float64)
-        parts = [range(a, min(a + chunk, n)) for a in range(0, n, chunk)]
-        tests = [range(a, min(a + chunk, every)) for a in range(n, every, chunk)]
-        first, there = parts.pop(0), None
+        first, *parts = (slice(a, min(a + chunk, n)) for a in range(0, n, chunk))
+        tests = [slice(a, a + chunk) for a in range(n, every, chunk)]
+        left = jacobian(first)
         while True:
-            left = jacobian(first) if there is None else there
-            kernel[first.start : first.stop, first.start : first.stop] = (left @ left.T).double()
+            kernel[first, first] = (left @ left.T).double()
             there = None
             for part in [*tests, *parts]:  # the last of them is kept, and is the next one on the left
                 del there
                 there = jacobian(part)
-                block = (there @ left.T).double()
-                kernel[part.start : part.stop, first.start : first.stop] = block
-                if part.start < n:
-                    kernel[first.start : first.stop, part.start : part.stop] = block.T
+                kernel[part, first] = (there @ left.T).double()
+            for part in parts:
+                kernel[first, part] = kernel[part, first].T
             if not parts:
                 return kernel[:n], kernel[n:]
-            first = parts.pop()
-            del left
-
-
-def output_pull(model: nn.Module, batches: Sequence[Batch], gradients: Tensor, outputs: Outputs) -> Tensor:
-    """Jᵀ g, one backward per batch: the parameters' gradient of a loss whose gradient in the outputs is g.
-
-    Args:
-        gradients: of all outputs, [n, k].
-
-    Returns:
-        [P] over the trainable parameters in the model's order, of their precision, at least float32.
-    """
-    with evaluating(model):
-        jacobian = _Jacobian(model, outputs, batches)
-        parts = gradients.reshape(-1).split(jacobian.sizes)
-        return torch.stack([jacobian.pull(index, part) for index, part in enumerate(parts)]).sum(0)
+            first, left = parts.pop(), there
 
 
 class _Jacobian:
-    """J √P of the outputs of some batches, row by row.
-
-    Attributes:
-        sizes: outputs of each batch.
-        rows: of each output its batch and its place there.
-    """
+    """J √P of the outputs of some batches, row by row; ``rows`` are each output's batch and place there."""
 
     def __init__(
         self,
         model: nn.Module,
         outputs: Outputs,
         batches: Sequence[Batch],
-        scales: Mapping[str, Tensor] | None = None,
+        scales: Mapping[str, Tensor] | None,
     ) -> None:
         # aliases, so that no hook of the model's own parameters is called and no .grad is written
         self._params = {
@@ -124,49 +101,31 @@ class _Jacobian:
             raise ValueError("the model has no trainable parameter: set requires_grad on what is trained.")
         self._model, self._outputs, self._batches = model, outputs, batches
         params = self._params.values()
-        self._size, self._device = sum(p.numel() for p in params), next(iter(params)).device
         wide = any(p.dtype == torch.float64 for p in params)
-        self._dtype = torch.float64 if wide else torch.float32
-        self._roots: Tensor | float = 1.0
-        if scales is not None:
-            flat = [scales[name].reshape(-1).to(self._device, self._dtype) for name in self._params]
-            self._roots = torch.cat(flat).sqrt_()
+        self._kind = next(iter(params)).new_empty(0, dtype=torch.float64 if wide else torch.float32)
+        self._roots = None if scales is None else self._flat([scales[name] for name in self._params]).sqrt_()
         with torch.no_grad():
-            self.sizes = [outputs(model, batch).numel() for batch in batches]
-        self.rows = [(index, j) for index, size in enumerate(self.sizes) for j in range(size)]
+            sizes = [outputs(model, batch).numel() for batch in batches]
+        self.rows = [(index, j) for index, size in enumerate(sizes) for j in range(size)]
 
-    def _values(self, index: int) -> Tensor:
-        """The outputs of a batch side by side, as a function of the aliases."""
-        return self._outputs(
-            lambda *args, **kwargs: functional_call(self._model, self._params, args, kwargs),
-            self._batches[index],
-        ).reshape(-1)
+    def _flat(self, values: Sequence[Tensor]) -> Tensor:
+        return torch.cat([value.reshape(-1).to(self._kind) for value in values])
 
     @torch.enable_grad()
-    def __call__(self, picked: Sequence[int]) -> Tensor:
+    def __call__(self, picked: slice) -> Tensor:
         """[rows, parameters]; an output that does not depend on a parameter has zeros there."""
-        params, filled = list(self._params.values()), 0
-        found = torch.zeros(len(picked), self._size, dtype=self._dtype, device=self._device)
-        for index, group in groupby((self.rows[i] for i in picked), key=lambda row: row[0]):
-            values = self._values(index)
+        params, rows = list(self._params.values()), self.rows[picked]
+        found = self._kind.new_empty(len(rows), sum(p.numel() for p in params))
+        unfilled = iter(found)
+        for index, group in groupby(rows, key=lambda row: row[0]):
+            values = self._outputs(
+                lambda *args, **kwargs: functional_call(self._model, self._params, args, kwargs),
+                self._batches[index],
+            ).reshape(-1)
             for _, j in group:
-                grads = torch.autograd.grad(values[j], params, retain_graph=True, allow_unused=True)
-                start = 0
-                for p, grad in zip(params, grads, strict=True):
-                    if grad is not None:
-                        found[filled, start : start + p.numel()] = grad.reshape(-1)
-                    start += p.numel()
-                filled += 1
-        return found.mul_(self._roots)
-
-    @torch.enable_grad()
-    def pull(self, index: int, vector: Tensor) -> Tensor:
-        """Jᵀ v [parameters] of the outputs of one batch."""
-        values, params = self._values(index), list(self._params.values())
-        grads = torch.autograd.grad(
-            values, params, vector.to(values), allow_unused=True, materialize_grads=True
-        )
-        return torch.cat([grad.reshape(-1).to(self._dtype) for grad in grads])
+                grads = torch.autograd.grad(values[j], params, retain_graph=True, materialize_grads=True)
+                next(unfilled).copy_(self._flat(grads))
+        return found if self._roots is None else found.mul_(self._roots)
 
 
 @contextmanager

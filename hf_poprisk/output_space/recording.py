@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hf_poprisk.command import UserError
+from hf_poprisk.command import UserError, folder_beside
 
 FILE_NAME = "output_space.safetensors"
 SCHEMA_VERSION = "1"
@@ -74,13 +74,9 @@ class Recording:
         tensors["learning_rates"] = torch.tensor(self.learning_rates, dtype=torch.float64)
         tensors |= {_DIRECTION + name: value.contiguous() for name, value in self.directions.items()}
         metadata = {"schema_version": SCHEMA_VERSION} | {name: getattr(self, name) for name in _META}
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f"_{FILE_NAME}.{os.getpid()}"  # pushes leave out _*
-        try:
-            save_file(tensors, temporary, metadata)
-            temporary.replace(folder / FILE_NAME)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with folder_beside(folder / FILE_NAME) as beside:
+            save_file(tensors, beside / FILE_NAME, metadata)
+            (beside / FILE_NAME).replace(folder / FILE_NAME)
 
 
 def load_recording(folder: str | os.PathLike[str]) -> Recording:

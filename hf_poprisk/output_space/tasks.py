@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.func import grad, vjp
 from torch.nn import functional as F
 
 Batch = Mapping[str, Tensor]
@@ -99,22 +100,12 @@ def _log_prob(logits: Tensor, ids: Tensor, kept: Tensor) -> Tensor:
 
 
 def loss_terms(task: Task, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Each example's loss, its gradient and its curvature in its own outputs.
+    """Each example's loss [b], and its gradient [b, k] and curvature [b, k, k] in its own outputs [b, k]."""
 
-    Args:
-        outputs: [b, k].
+    def total(u: Tensor) -> tuple[Tensor, Tensor]:
+        losses = task.losses(u, batch)
+        return losses.sum(), losses
 
-    Returns:
-        [b], [b, k] and [b, k, k], detached; the caller divides by the number of examples.
-    """
-    with torch.enable_grad():
-        outputs = outputs.detach().requires_grad_()
-        losses = task.losses(outputs, batch)
-        (gradient,) = torch.autograd.grad(losses.sum(), outputs, create_graph=True)
-        rows = [torch.zeros_like(outputs) for _ in range(outputs.shape[1])]
-        if gradient.requires_grad:  # a loss that is linear in the outputs has no curvature
-            for j in range(len(rows)):
-                column = gradient[:, j].sum()
-                (found,) = torch.autograd.grad(column, outputs, retain_graph=True, allow_unused=True)
-                rows[j] = rows[j] if found is None else found
-    return losses.detach(), gradient.detach(), torch.stack(rows, 1).detach()
+    gradient, pull, losses = vjp(grad(total, has_aux=True), outputs.detach(), has_aux=True)
+    columns = torch.eye(outputs.shape[1]).to(outputs)
+    return losses, gradient, torch.stack([pull(e.expand_as(outputs))[0] for e in columns], 1)

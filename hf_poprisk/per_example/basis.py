@@ -129,11 +129,10 @@ class Features:
         phi = phi.roll(self._offsets[name], 1)
         self._sum = phi if self._sum is None else self._sum.add_(phi)
 
-    def take(self) -> Tensor:
-        """The features of the examples seen since the last call, [N, k] float32."""
+    def take(self, num_examples: int) -> Tensor:
+        """The features of the N examples seen since the last call, [N, k] float32; zero if no layer ran."""
         found, self._sum = self._sum, None
-        assert found is not None, "no layer was seen"
-        return found
+        return torch.zeros(num_examples, self._k) if found is None else found
 
 
 class _TestMatrices:

@@ -1,26 +1,23 @@
-"""What becomes of the examples' gradients of one backward: summed into G, squared into Q."""
+"""The examples' gradients of one backward, squared into Q, and the autograd functions that form them."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.nn import functional as F
 
-from hf_poprisk.per_example.functions import PerExample, PerRow
 from hf_poprisk.per_example.layout import Layout, wide
-from hf_poprisk.per_example.products import Products, Scratch, Use, all_products, flat, rows_per_block
-from hf_poprisk.per_example.sinks import Sink
-from hf_poprisk.per_example.tokens import Tokens, rounded
+from hf_poprisk.per_example.products import Products, Tokens, Use, all_products, rounded, rows_per_block
+from hf_poprisk.per_example.squares import SquareSum
 
 # Up to this many elements, the gradients of all examples are kept side by side.
 _SMALL = 1 << 17
-
-
-class Uncovered(RuntimeError):
-    """A parameter is used in a way whose per-example gradients this module cannot form."""
 
 
 class Capture:
@@ -28,19 +25,24 @@ class Capture:
 
     Args:
         layout: which part of the batch belongs to which example.
-        params: the parameters whose per-example gradients are wanted.
-        sinks: are shown the per-example gradients.
+        squares: of the parameters whose per-example gradients are wanted; they are added to it.
+        describe: names a parameter in messages.
         verify: compare what was captured with what autograd accumulated.
+
+    Raises:
+        RuntimeError: in the backward, for a parameter whose per-example gradients cannot be formed.
     """
 
-    def __init__(self, layout: Layout, params: Iterable[Tensor], sinks: Sequence[Sink], verify: bool) -> None:
+    def __init__(
+        self, layout: Layout, squares: SquareSum, describe: Callable[[Tensor], str], verify: bool
+    ) -> None:
         self.layout = layout
         self.num_examples = layout.num_examples
         self.misfits: dict[Tensor, str] = {}  # parameters seen with a shape that hides the rows
         self.positions: set[Tensor] = set()  # tables whose [1, T] lookups belong to every row
-        self._params = set(params)
-        self._sinks = sinks
-        self._uses: Counter[Tensor] = Counter()  # in the forward, recomputation aside
+        self.params = {p for p in squares.params if p.requires_grad}  # that are captured
+        self._squares, self._describe = squares, describe
+        self._uses: Counter[Tensor] = Counter()  # in layers; recomputation aside
         self._in_forward: set[Tensor] = set()  # whose uses were counted there
         self._kept: dict[Tensor, Tensor] = {}  # small parameter → Σ over uses of h, [N, *shape]
         self._repeated: dict[Tensor, list[Use]] = defaultdict(list)  # of layers that are used several times
@@ -48,45 +50,41 @@ class Capture:
         self._seen: set[Tensor] = set()  # in the backward
         self._paused = False
         self._returned: dict[Tensor, list[Tensor]] | None = defaultdict(list) if verify else None
-        self._scratch: Scratch = {}
-        self._products = Products(layout, self._scratch)
+        self._products = Products(layout, squares)
 
     # -- forward ----------------------------------------------------------------------------------------
 
-    def captures(self, param: Tensor) -> bool:
-        return param in self._params
-
     def wants(self, param: Tensor | None) -> bool:
         """Whether this use of the parameter is to be captured."""
-        return param in self._params and torch.is_grad_enabled() and not self._paused
+        return param in self.params and torch.is_grad_enabled() and not self._paused
 
-    def used(self, param: Tensor) -> bool:
-        """Count a use; False for the recomputation of a checkpoint, whose forward was counted.
+    def used(self, param: Tensor) -> None:
+        """Count a use of a weight in a layer."""
+        self._uses[param] += self._counts(param)
+
+    def lookup(self, weight: Tensor, ids: Tensor) -> None:
+        """Note a lookup of token ids, [rows, …], in an embedding."""
+        if self._counts(weight):
+            if weight not in self._tokens:
+                self._tokens[weight] = Tokens(weight, self.layout)
+            self._tokens[weight].see(ids)
+
+    def _counts(self, param: Tensor) -> bool:
+        """False for the recomputation of a checkpoint, whose forward was counted.
 
         Reentrant checkpointing shows its forward without gradients, so there the recomputation counts.
         """
-        in_backward = torch._C._current_graph_task_id() != -1
-        if in_backward and param in self._in_forward:
-            return False
-        if not in_backward:
+        if torch._C._current_graph_task_id() == -1:  # no backward is running
             self._in_forward.add(param)
-        self._uses[param] += 1
-        return True
-
-    def lookup(self, weight: Tensor, ids: Tensor) -> None:
-        """Count a lookup of token ids, [rows, …], in an embedding."""
-        if self.used(weight):
-            if weight not in self._tokens:
-                self._tokens[weight] = Tokens(weight, self.layout)
-            self._tokens[weight].uses += 1
-            self._tokens[weight].see(ids)
+            return True
+        return param not in self._in_forward
 
     def release(self) -> None:
         """Let go of what was kept; a loss that is held on to would hold it too."""
         self._kept.clear()
         self._repeated.clear()
         self._tokens.clear()
-        self._scratch.clear()
+        self._products.scratch.clear()
 
     def fits(self, x: Tensor, params: Iterable[Tensor | None]) -> bool:
         """Whether the examples can be seen in ``x``; if not, remember whom it concerns."""
@@ -137,11 +135,11 @@ class Capture:
         self._seen.add(param)
         if self._is_small(param):
             return self._returning(param, self._keep(param, all_products(a, d, self.layout)))
-        if self._dense_uses(param) > 1:
+        if self._uses[param] > 1:
             self._repeated[param].append((a, d))
-            return self._returning(param, flat(d).T @ flat(a))
+            return self._returning(param, d.flatten(0, 1).T @ a.flatten(0, 1))
         grad = torch.empty_like(param, dtype=wide(param.dtype))
-        self._products.show(param, [(a, d)], grad, self._tokens.get(param), self._of(param))
+        self._products.square(param, [(a, d)], grad, self._tokens.get(param))
         return self._returning(param, grad)
 
     def elementwise(self, param: Tensor, h: Tensor) -> Tensor:
@@ -154,7 +152,9 @@ class Capture:
         self._seen.add(param)
         tokens = self._tokens.get(param)
         if tokens is None:
-            raise Uncovered("it is looked up inside a reentrant checkpoint and used outside of it too")
+            raise self._uncovered(
+                param, "it is looked up inside a reentrant checkpoint and used outside of it too"
+            )
         h = tokens.add(ids, d, padding)
         grad = torch.zeros_like(param, dtype=h.dtype).index_add_(0, tokens.ids, h)
         return self._returning(param, grad)
@@ -168,53 +168,45 @@ class Capture:
                 self._kept[param] = h.new_zeros(self.num_examples, *param.shape, dtype=wide(h.dtype))
             self._kept[param][example] += h
             return
-        if self._dense_uses(param) > 1:
-            raise Uncovered("a large weight is used both by a fused head and elsewhere")
+        if self._uses[param] > 1:
+            raise self._uncovered(param, "a large weight is used both by a fused head and elsewhere")
         rows = rows_per_block(param)
         for start in range(0, param.shape[0], rows):
             block = h[start : start + rows].to(wide(h.dtype), copy=True)
             if param in self._tokens:
                 self._tokens[param].take(example, start, block)
-            for sink in self._of(param):
-                sink.add(param, example, block[None], start)
+            self._squares.add(param, block[None], start)
 
     def finish(self, param: Tensor, grad: Tensor) -> None:
-        """The leaf hook: every use of ``param`` has been through its backward.
-
-        Raises:
-            Uncovered: the gradient is not made of what was captured.
-        """
+        """The leaf hook: every use of ``param`` has been through its backward."""
         if param in self.misfits:
-            raise Uncovered(f"a layer does not see the examples: {self.misfits[param]}")
+            raise self._uncovered(param, f"a layer does not see the examples: {self.misfits[param]}")
         if param not in self._seen:
-            raise Uncovered("it was used outside the layers whose gradients are captured")
+            raise self._uncovered(param, "it was used outside the layers whose gradients are captured")
         if self._returned is not None:
             parts = self._returned.pop(param, [])
             gap = (grad - sum(parts)).abs().max()
             if not parts or gap > 1e-2 * grad.abs().max():
-                raise Uncovered("a part of its gradient did not come through the captured layers")
+                raise self._uncovered(
+                    param, "a part of its gradient did not come through the captured layers"
+                )
         if param in self._kept:
-            h = rounded(self._kept.pop(param), param)
-            for sink in self._of(param):
-                sink.add(param, 0, h)
+            self._squares.add(param, rounded(self._kept.pop(param), param))
         elif param in self._repeated:
-            uses = self._repeated.pop(param)
-            self._products.show(param, uses, None, self._tokens.get(param), self._of(param))
+            self._products.square(param, self._repeated.pop(param), None, self._tokens.get(param))
         if param in self._tokens:
             tokens = self._tokens.pop(param)
-            grads = rounded(tokens.grads, param)
-            for sink in self._of(param):
-                sink.add_rows(param, tokens.ids, tokens.examples, grads)
+            self._squares.add_rows(param, tokens.ids, rounded(tokens.grads, param))
 
     def _is_small(self, param: Tensor) -> bool:
         """Whether its gradients are kept; those of an embedding are kept by token."""
         return self.num_examples * param.numel() <= _SMALL and param not in self._tokens
 
-    def _dense_uses(self, param: Tensor) -> int:
-        return self._uses[param] - (self._tokens[param].uses if param in self._tokens else 0)
-
-    def _of(self, param: Tensor) -> list[Sink]:
-        return [sink for sink in self._sinks if sink.wants(param)]
+    def _uncovered(self, param: Tensor, why: str) -> RuntimeError:
+        return RuntimeError(
+            f"the per-example gradients of {self._describe(param)} cannot be formed: {why}; set "
+            "per_device_train_batch_size=1 and accumulate."
+        )
 
     def _returning(self, param: Tensor, grad: Tensor) -> Tensor:
         grad = grad.to(param.dtype)
@@ -228,3 +220,89 @@ class Capture:
         h = rounded(h, param)
         self._kept[param] = self._kept[param].add_(h) if param in self._kept else h
         return total
+
+
+def _node(param: Tensor | None) -> Any:
+    """Where the parameter's gradient arrives in the graph."""
+    needed = param is not None and param.requires_grad
+    return torch.autograd.graph.get_gradient_edge(param).node if needed else None
+
+
+def _wanted(node: Any) -> bool:
+    """Whether this backward is after the parameter's gradient: ``autograd.grad`` in a loss is not."""
+    return node is not None and torch._C._will_engine_execute_node(node)
+
+
+class Linear(Function):
+    """``F.linear`` with a captured weight, [out, in] or (Conv1D) [in, out]; x is [rows, …, in]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, capture: Capture, transposed: bool
+    ) -> Tensor:
+        y = F.linear(x, weight.T if transposed else weight, bias)
+        ctx.weight, ctx.bias, ctx.capture, ctx.transposed = weight, bias, capture, transposed
+        ctx.input_dtype = x.dtype
+        ctx.nodes = _node(weight), _node(bias)
+        ctx.save_for_backward(x.to(y.dtype))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> tuple[Any, ...]:
+        (x,) = ctx.saved_tensors
+        grad_x = grad_weight = grad_bias = None
+        with torch.autocast(d.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                weight = ctx.weight.to(d.dtype)
+                grad_x = (d @ (weight.T if ctx.transposed else weight)).to(ctx.input_dtype)
+            x = x.reshape(x.shape[0], -1, x.shape[-1])
+            d = d.reshape(d.shape[0], -1, d.shape[-1])
+            if _wanted(ctx.nodes[0]):
+                grad_weight = ctx.capture.dense(ctx.weight, *((d, x) if ctx.transposed else (x, d)))
+            if _wanted(ctx.nodes[1]):
+                if ctx.bias in ctx.capture.params:
+                    grad_bias = ctx.capture.elementwise(ctx.bias, d)
+                else:
+                    grad_bias = d.sum((0, 1)).to(ctx.bias.dtype)
+        return grad_x, grad_weight, grad_bias, None, None
+
+
+class Embedding(Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, ids: Tensor, padding: int | None, capture: Capture) -> Tensor:
+        ctx.weight, ctx.padding, ctx.capture, ctx.node = weight, padding, capture, _node(weight)
+        ctx.save_for_backward(ids)
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> tuple[Any, ...]:
+        (ids,) = ctx.saved_tensors
+        if not _wanted(ctx.node):
+            return None, None, None, None
+        return ctx.capture.embedding(ctx.weight, ids, d, ctx.padding), None, None, None
+
+
+class PerRow(Function):
+    @staticmethod
+    def forward(ctx: Any, param: Tensor, capture: Capture, dims: int) -> Tensor:
+        ctx.param, ctx.capture, ctx.node = param, capture, _node(param)
+        return capture.layout.copies(param, dims)
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> tuple[Any, ...]:
+        if not _wanted(ctx.node):
+            return None, None, None
+        return ctx.capture.elementwise(ctx.param, d), None, None
+
+
+class PerExample(Function):
+    @staticmethod
+    def forward(ctx: Any, param: Tensor, capture: Capture, example: int) -> Tensor:
+        ctx.param, ctx.capture, ctx.example, ctx.node = param, capture, example, _node(param)
+        return param.view_as(param)
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> tuple[Any, ...]:
+        if _wanted(ctx.node):
+            ctx.capture.whole(ctx.param, ctx.example, d)
+        return d, None, None

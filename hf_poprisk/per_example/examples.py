@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_poprisk.per_example import Layout, Packed, Rows
+from hf_poprisk.per_example.layout import Layout, Packed, Rows
 
 # What a vision processor gives per image, and the shape of the patches that one image has in it.
 _IMAGES = {"pixel_values": "image_grid_thw", "pixel_values_videos": "video_grid_thw"}
@@ -100,24 +99,19 @@ def take_example(inputs: Mapping[str, Any], index: int, count: int, rows: int) -
     return take(inputs, Rows(count, rows), [index])
 
 
-@dataclass(frozen=True)
 class _Taker:
-    layout: Rows
-    examples: Sequence[int]
-    config: Any
+    """Takes the rows of some examples."""
 
-    @property
-    def _rows(self) -> list[int]:
-        n = self.layout.num_examples
-        return [
-            row for first in range(0, self.layout.num_rows, n) for row in (first + i for i in self.examples)
-        ]
+    def __init__(self, layout: Rows, examples: Sequence[int], config: Any) -> None:
+        self._layout, self._examples, self._config = layout, examples, config
+        firsts = range(0, layout.num_rows, layout.num_examples)
+        self._rows = [first + i for first in firsts for i in examples]
 
     def __call__(self, value: Any, name: str = "") -> Any:
         if isinstance(value, Mapping):
             images = self._images(value)
             parts = {k: images[k] if k in images else self(v, k) for k, v in value.items()}
-            return like(value, {k: v for k, v in parts.items() if v is not _NO_IMAGE})
+            return _like(value, {k: v for k, v in parts.items() if v is not _NO_IMAGE})
         if isinstance(value, Tensor):
             return self._tensor(value, name)
         if isinstance(value, list | tuple):
@@ -125,42 +119,45 @@ class _Taker:
         return value
 
     def _tensor(self, value: Tensor, name: str) -> Tensor:
-        rows, count = self.layout.num_rows, self.layout.num_examples
+        rows = self._layout.num_rows
         if value.dim() == 0:
             return value
         if name == "position_ids" and value.dim() == 3 and value.shape[1] == rows:
             return _select(value, 1, self._rows)  # of several kinds: [3, rows, tokens]
-        if value.shape[0] == rows:
-            return _select(value, 0, self._rows)
-        if value.shape[0] == count:
-            return _select(value, 0, self.examples)
+        if (own := self._own(value)) is not None:
+            return _select(value, 0, own)
         if value.shape[0] == 1:
             return value
         if value.dim() > 1 and value.shape[1] == rows:  # sequence first
             return _select(value, 1, self._rows)
-        raise self._hidden(name, len(value))
+        raise self._hidden(name, value)
 
     def _sequence(self, value: Any, name: str) -> Any:
-        rows, count = self.layout.num_rows, self.layout.num_examples
-        held = [isinstance(x, Tensor) and x.dim() > 0 and len(x) in (rows, count) for x in _leaves(value)]
-        if len(value) in (rows, count) and (name or not any(held)):
+        own, leaves = self._own(value), list(_leaves(value))
+        held = [isinstance(x, Tensor) and x.dim() > 0 and self._own(x) is not None for x in leaves]
+        if own is not None and (name or not any(held)):
             if held and all(held):
                 raise NotSeparable(
                     f"inputs[{name!r}] may hold an entry per example or tensors of all of them: its length "
                     "is theirs"
                 )
-            taken = self._rows if len(value) == rows else self.examples
-            return like(value, [value[i] for i in taken])
+            return _like(value, [value[i] for i in own])
         if any(held):
-            return like(value, [self(v, f"{name}[{i}]") for i, v in enumerate(value)])
-        if not any(isinstance(x, Tensor) for x in _leaves(value)):
+            return _like(value, [self(v, f"{name}[{i}]") for i, v in enumerate(value)])
+        if not any(isinstance(x, Tensor) for x in leaves):
             return value
-        raise self._hidden(name, len(value))
+        raise self._hidden(name, value)
 
-    def _hidden(self, name: str, entries: int) -> NotSeparable:
+    def _own(self, value: Any) -> Sequence[int] | None:
+        """Which entries are the examples', where there is one per row or example."""
+        if len(value) == self._layout.num_rows:
+            return self._rows
+        return self._examples if len(value) == self._layout.num_examples else None
+
+    def _hidden(self, name: str, value: Any) -> NotSeparable:
         return NotSeparable(
-            f"inputs[{name!r}] has {entries} entries for {self.layout.num_examples} examples, which hides "
-            "them"
+            f"inputs[{name!r}] has {len(value)} entries for {self._layout.num_examples} examples, which "
+            "hides them"
         )
 
     def _images(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -171,7 +168,7 @@ class _Taker:
             if not isinstance(values, Tensor):
                 continue
             if not isinstance(grids, Tensor):
-                if len(values) in (self.layout.num_rows, self.layout.num_examples):
+                if self._own(values) is not None:
                     continue  # one image per row
                 sizes, patches = None, [1] * len(values)
             else:
@@ -190,9 +187,9 @@ class _Taker:
         self, inputs: Mapping[str, Any], name: str, images: int, sizes: list[int] | None
     ) -> list[int]:
         """The row of each image: in order, as many as the row has image tokens for."""
-        rows = self.layout.num_rows
+        rows = self._layout.num_rows
         kind = "video" if name.endswith("videos") else "image"
-        token = getattr(self.config, f"{kind}_token_id", None)
+        token = getattr(self._config, f"{kind}_token_id", None)
         ids = inputs.get("input_ids")
         tokens = None if token is None or ids is None else (ids == token).sum(1).tolist()
         if tokens is None or not sum(tokens):
@@ -201,7 +198,7 @@ class _Taker:
             raise NotSeparable(
                 f"{name!r} holds {images} images for {rows} rows, and nothing says whose they are"
             )
-        merge = getattr(getattr(self.config, "vision_config", None), "spatial_merge_size", 1) ** 2
+        merge = getattr(getattr(self._config, "vision_config", None), "spatial_merge_size", 1) ** 2
         left = [sum(tokens) // images] * images if sizes is None else [size // merge for size in sizes]
         owners, row, room = [], 0, tokens[0]
         for size in left:
@@ -215,17 +212,11 @@ class _Taker:
 
 
 def _take_packed(inputs: Any, layout: Packed, examples: Sequence[int]) -> Any:
-    spans = [layout.spans()[i] for i in examples]
-    lengths = [layout.lengths[i] for i in examples]
+    spans, lengths = [layout.spans()[i] for i in examples], layout.of(examples).lengths
 
-    def part(value: Any, name: str = "") -> Any:
-        if isinstance(value, Mapping):
-            return like(value, {k: part(v, k) for k, v in value.items()})
-        if isinstance(value, list | tuple):
-            return like(value, [part(v, name) for v in value])
+    def part(value: Any, name: str) -> Any:
         if name.startswith("cu_seq_lens"):
-            ends = torch.tensor([0, *lengths], device=value.device).cumsum(0)
-            return ends.to(value.dtype)
+            return torch.tensor([0, *lengths], device=value.device).cumsum(0).to(value.dtype)
         if name.startswith("max_length"):
             return max(lengths)
         if not isinstance(value, Tensor) or value.dim() == 0:
@@ -234,16 +225,21 @@ def _take_packed(inputs: Any, layout: Packed, examples: Sequence[int]) -> Any:
             raise NotSeparable(f"inputs[{name!r}] is {list(value.shape)}, which hides the packed sequences")
         return torch.cat([value[:, span] for span in spans], 1)
 
-    return part(inputs)
+    return _mapped(part, inputs)
 
 
 def copied(batch: Any) -> Any:
     """A loss may take things out of the batch that it is given, or scale them in place."""
-    if isinstance(batch, Mapping):
-        return like(batch, {name: copied(value) for name, value in batch.items()})
-    if isinstance(batch, list | tuple):
-        return like(batch, [copied(value) for value in batch])
-    return batch.clone() if isinstance(batch, Tensor) else batch
+    return _mapped(lambda value, name: value.clone() if isinstance(value, Tensor) else value, batch)
+
+
+def _mapped(function: Callable[[Any, str], Any], value: Any, name: str = "") -> Any:
+    """``function(value, name)`` of everything in a batch; the name is that in the innermost mapping."""
+    if isinstance(value, Mapping):
+        return _like(value, {k: _mapped(function, v, k) for k, v in value.items()})
+    if isinstance(value, list | tuple):
+        return _like(value, [_mapped(function, v, name) for v in value])
+    return function(value, name)
 
 
 def _select(value: Tensor, axis: int, rows: Sequence[int]) -> Tensor:
@@ -252,7 +248,7 @@ def _select(value: Tensor, axis: int, rows: Sequence[int]) -> Tensor:
     return value.index_select(axis, torch.tensor(rows, device=value.device))
 
 
-def like(value: Any, content: Any) -> Any:
+def _like(value: Any, content: Any) -> Any:
     """A container of the kind of ``value`` with another content."""
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*content)

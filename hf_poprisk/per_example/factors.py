@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_poprisk.per_example.layout import by_example
+
 See = Callable[[str, Tensor, Tensor], None]
 
 
@@ -104,5 +106,4 @@ class LinearFactors:
                 f"labels cannot be judged by the gradients of {name}: its input is {list(x.shape)}, which "
                 f"does not show the {self._num_rows} rows of the micro-batch."
             )
-        x = x.reshape(-1, self._num_examples, x[0].numel() // x.shape[-1], x.shape[-1])
-        return x.transpose(0, 1).flatten(1, 2)
+        return by_example(x, self._num_examples)

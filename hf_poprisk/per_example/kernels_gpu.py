@@ -126,6 +126,7 @@ def gated_adamw(
             lr * group["weight_decay"], lr / (1 - beta1**step), 1 - beta1, 1 - beta2,
             math.sqrt(1 - beta2**step), group["eps"], BLOCK=_ELEMENTS,
         )  # fmt: skip
+    torch.autograd.graph.increment_version((param, exp_avg, exp_avg_sq))  # as torch's own operations do
 
 
 if triton is not None:

@@ -14,8 +14,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
-from hf_poprisk.per_example.capture import Capture
-from hf_poprisk.per_example.functions import Embedding, Linear
+from hf_poprisk.per_example.capture import Capture, Embedding, Linear
 
 _DORA = "peft.tuners.lora.dora.DoraLinearLayer"  # by name: PEFT need not be installed
 

@@ -26,6 +26,10 @@ class Rows:
     def __str__(self) -> str:
         return f"the batch has {self.num_rows} rows"
 
+    def of(self, examples: Sequence[int]) -> Rows:
+        """Of a micro-batch of some of the examples."""
+        return Rows(len(examples), self.num_rows // self.num_examples * len(examples))
+
     def fits(self, x: Tensor) -> bool:
         """Whether the examples can be seen in ``x``."""
         return x.dim() >= 2 and x.shape[0] == self.num_rows
@@ -73,6 +77,10 @@ class Packed:
     def __str__(self) -> str:
         return f"the batch has {self.num_tokens} tokens in one row"
 
+    def of(self, examples: Sequence[int]) -> Packed:
+        """Of a micro-batch of some of the examples."""
+        return Packed(tuple(self.lengths[i] for i in examples))
+
     def fits(self, x: Tensor) -> bool:
         return x.dim() >= 2 and x.shape[:2] == (1, self.num_tokens)
 
@@ -107,3 +115,63 @@ Layout = Rows | Packed
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums: float32, float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def by_example(x: Tensor, num_examples: int) -> Tensor:
+    """[rows, …, width] as [N, tokens of all its rows, width]; a view if an example is a row."""
+    x = x.reshape(-1, num_examples, *x.shape[1:]).transpose(0, 1)
+    return x.reshape(num_examples, -1, x.shape[-1])
+
+
+@dataclass
+class Slot:
+    """How the examples lie in a tensor that a module gave."""
+
+    axis: int | None  # None: the examples share it, or it is no function of single ones
+    shift: int = 0  # of packed sequences: entries fewer than tokens
+    slope: Tensor | None = None  # of the loss, there
+
+
+def find(whole: Tensor, one: Tensor, layout: Layout) -> Slot:
+    """Where the examples lie in an output, by its shape for all of them and for the first."""
+    if whole.dim() != one.dim():
+        return Slot(None)
+    other = [axis for axis in range(whole.dim()) if whole.shape[axis] != one.shape[axis]]
+    if len(other) == 1:
+        (axis,) = other
+        if isinstance(layout, Packed):
+            shift = layout.lengths[0] - one.shape[axis]
+            if shift >= 0 and whole.shape[axis] == layout.num_tokens - shift:
+                return Slot(axis, shift)
+        elif whole.shape[axis] == layout.num_examples * one.shape[axis]:
+            return Slot(axis)
+    return Slot(None)
+
+
+def joined(parts: Sequence[Tensor], slot: Slot, layout: Layout) -> Tensor:
+    """The examples' tensors as one; the inverse of ``part_of``."""
+    axis = slot.axis
+    if axis is None:
+        return parts[0].clone()
+    if isinstance(layout, Packed):
+        shape = list(parts[0].shape)
+        shape[axis] = layout.num_tokens - slot.shift
+        whole = parts[0].new_zeros(shape)
+        for span, part in zip(layout.spans(), parts, strict=True):
+            whole.narrow(axis, span.start, part.shape[axis]).copy_(part)
+        return whole
+    per_example = layout.num_rows // layout.num_examples
+    chunks = [part.tensor_split(per_example, axis) for part in parts]  # row j is of example j mod N
+    return torch.cat([chunk for row in zip(*chunks, strict=True) for chunk in row], axis)
+
+
+def part_of(whole: Tensor, slot: Slot, layout: Layout, example: int) -> Tensor:
+    """An example's part of a tensor that holds all of them."""
+    axis = slot.axis
+    assert axis is not None
+    if isinstance(layout, Packed):
+        span = layout.spans()[example]
+        return whole.narrow(axis, span.start, span.stop - span.start - slot.shift)
+    per_example = layout.num_rows // layout.num_examples
+    parts = whole.unflatten(axis, (per_example, layout.num_examples, -1))
+    return parts.select(axis + 1, example).flatten(axis, axis + 1)

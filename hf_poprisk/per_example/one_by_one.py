@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.utils._pytree import tree_flatten_with_path, tree_unflatten
 
-from hf_poprisk.per_example import Layout, Rows
 from hf_poprisk.per_example.examples import NotSeparable, num_rows, take
-from hf_poprisk.per_example.joined import Joined, Slot, find, joined, part_of
+from hf_poprisk.per_example.layout import Layout, Rows, Slot, find, joined, part_of
 from hf_poprisk.per_example.undisturbed import random_state, same_random_numbers, set_random_state
 
 _Outputs = list[tuple[nn.Module, Any]]  # modules and what they gave, in the order of the calls
@@ -52,10 +52,8 @@ class OneByOne:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._config = getattr(model, "config", None)
-        self._main_input = getattr(model, "main_input_name", "input_ids")
         self._cut: list[nn.Module] = [model]  # whose outputs are cached
-        self._axes: dict[tuple[int, int, Any], Slot] = {}  # call, output, path in it → the examples
+        self._slots: dict[tuple[int, int, Any], Slot] = {}  # call, output, path in it → the examples
         self._calls: list[_Call] = []
         self.alone = False  # an example is being run
 
@@ -69,15 +67,9 @@ class OneByOne:
         """
         self._calls = []
         if learn:
-            self._axes = {}
-        original = self._model.forward
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if not torch.is_grad_enabled():
-                return original(*args, **kwargs)
-            return self._answer(original, layout, args, kwargs, learn)
-
-        with _replaced({self._model: forward}):
+            self._slots = {}
+        answer = partial(self._answer, self._model.forward, layout, learn)
+        with _replaced({self._model: answer}):
             yield
 
     def check(self) -> None:
@@ -103,25 +95,23 @@ class OneByOne:
         for call in self._calls:
             outputs, call.outputs[example] = call.outputs[example], []
             if through is not None:
-                outputs = self._again(call, example, through)
+                args, kwargs = self._piece(call, example)
+                with same_random_numbers(), self._recorded() as outputs:
+                    set_random_state(call.state)
+                    through(*args, **kwargs)
             for (_, output), slots in zip(outputs, call.slots, strict=True):
-                for (_, tensor), slot in zip(tree_flatten_with_path(output)[0], slots, strict=True):
+                for (_, tensor), slot in zip(_leaves(output), slots, strict=True):
                     if slot.slope is not None and slot.axis is not None and tensor.requires_grad:
                         tensors.append(tensor)
                         slopes.append(part_of(slot.slope, slot, call.layout, example).to(tensor.dtype))
         if tensors:
             torch.autograd.backward(tensors, slopes)
 
-    def _again(self, call: _Call, example: int, through: Callable[..., Any]) -> _Outputs:
-        args, kwargs = self._piece(call, example)
-        with same_random_numbers(), self._recorded() as outputs:
-            set_random_state(call.state)
-            through(*args, **kwargs)
-        return outputs
-
     def release(self) -> None:
         """Let go of the last micro-batch."""
         self._calls = []
+
+    # -- once per run ------------------------------------------------------------------------------------
 
     def check_rows(self, layout: Layout, run: Callable[[], Any]) -> None:
         """If the model was called on other rows: were the first example's those that it has alone?
@@ -144,8 +134,8 @@ class OneByOne:
 
         with _replaced({self._model: forward}):
             run()
-        for (args, kwargs), (own_args, own_kwargs) in zip(expected, seen, strict=True):
-            for (_, x), (_, y) in zip(_leaves([args, kwargs]), _leaves([own_args, own_kwargs]), strict=False):
+        for ours, its_own in zip(expected, seen, strict=True):
+            for (_, x), (_, y) in zip(_leaves(ours), _leaves(its_own), strict=False):
                 comparable = isinstance(x, Tensor) and isinstance(y, Tensor) and x.shape == y.shape
                 if comparable and not torch.equal(x, y):
                     raise NotSeparable("the rows that the model is called on are not example after example")
@@ -175,17 +165,13 @@ class OneByOne:
 
     def _parts(self, modules: list[nn.Module]) -> list[nn.Module]:
         """The submodules that these call, and not one another; found out on the first example."""
-        cut, self._cut = (
-            self._cut,
-            [part for module in modules for part in module.modules() if part is not module],
-        )
+        cut = self._cut
+        self._cut = [part for module in modules for part in module.modules() if part is not module]
         try:
             called: list[nn.Module] = []
             for call in self._calls:
-                args, kwargs = self._piece(call, 0)
-                with torch.no_grad(), self._recorded() as outputs:
-                    self._model.forward(*args, **kwargs)
-                called += [module for module, _ in outputs]
+                with torch.no_grad():
+                    called += [module for module, _ in self._run(call, 0)]
             return called
         finally:
             self._cut = cut
@@ -193,52 +179,60 @@ class OneByOne:
     # -- the micro-batch ---------------------------------------------------------------------------------
 
     def _answer(
-        self,
-        original: Callable[..., Any],
-        layout: Layout,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        learn: bool,
+        self, original: Callable[..., Any], layout: Layout, learn: bool, /, *args: Any, **kwargs: Any
     ) -> Any:
         """The model's answer to the whole micro-batch, from its answers to the examples."""
-        if isinstance(layout, Rows):
-            rows = num_rows(kwargs if self._main_input in kwargs else (args, kwargs), self._main_input)
-            if rows is None or rows % layout.num_examples:
-                raise NotSeparable(f"the model is called on {rows} rows for {layout.num_examples} examples")
-            layout = Rows(layout.num_examples, rows)
-        call = _Call(layout, args, kwargs)
-        answers = call.outputs
-        self.alone = True
-        try:
-            with _replaced({self._model: original}):
-                for example in range(layout.num_examples):
-                    piece_args, piece_kwargs = self._piece(call, example)
-                    if example == layout.num_examples - 1:
-                        call.state = random_state()
-                    with self._recorded() as outputs:
-                        self._model.forward(*piece_args, **piece_kwargs)
-                    answers.append(outputs)
-                if learn:
-                    with torch.no_grad(), self._recorded() as outputs:
-                        self._model.forward(*args, **kwargs)
-                    self._learn(len(self._calls), outputs, answers[0], layout)
-        finally:
-            self.alone = False
-        call.modules = [module for module, _ in answers[0]]
-        if any([module for module, _ in outputs] != call.modules for outputs in answers):
+        if not torch.is_grad_enabled():
+            return original(*args, **kwargs)
+        with _replaced({self._model: original}):
+            call = _Call(self._layout_of(layout, args, kwargs), args, kwargs)
+            self.alone = True
+            try:
+                self._run_examples(call, learn)
+            finally:
+                self.alone = False
+            answers = [
+                self._join((len(self._calls), k), [output for _, output in parts], call)
+                for k, parts in enumerate(zip(*call.outputs, strict=True))
+            ]
+            self._calls.append(call)
+            with self._answered(call.modules, answers):
+                return self._model.forward(*args, **kwargs)
+
+    def _layout_of(self, layout: Layout, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Layout:
+        """Of a call of the model, which may have other rows than the micro-batch."""
+        if not isinstance(layout, Rows):
+            return layout
+        main_input = getattr(self._model, "main_input_name", "input_ids")
+        rows = num_rows(kwargs if main_input in kwargs else (args, kwargs), main_input)
+        if rows is None or rows % layout.num_examples:
+            raise NotSeparable(f"the model is called on {rows} rows for {layout.num_examples} examples")
+        return Rows(layout.num_examples, rows)
+
+    def _run_examples(self, call: _Call, learn: bool) -> None:
+        for example in range(call.layout.num_examples):
+            if example == call.layout.num_examples - 1:
+                call.state = random_state()
+            call.outputs.append(self._run(call, example))
+        call.modules = [module for module, _ in call.outputs[0]]
+        if any([module for module, _ in outputs] != call.modules for outputs in call.outputs):
             raise NotSeparable("the model's parts are called in another order for some of the examples")
-        joined = []
-        for k, parts in enumerate(zip(*answers, strict=True)):
-            whole, slots = self._join((len(self._calls), k), [output for _, output in parts], layout)
-            joined.append(whole)
-            call.slots.append(slots)
-        self._calls.append(call)
-        with _replaced({self._model: original}), self._answered(call.modules, joined):
-            return self._model.forward(*args, **kwargs)
+        if learn:
+            with torch.no_grad(), self._recorded() as whole:
+                self._model.forward(*call.args, **call.kwargs)
+            self._learn(len(self._calls), whole, call)
+
+    def _run(self, call: _Call, example: int) -> _Outputs:
+        args, kwargs = self._piece(call, example)
+        with self._recorded() as outputs:
+            self._model.forward(*args, **kwargs)
+        return outputs
 
     def _piece(self, call: _Call, example: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        args = tuple(take(x, call.layout, [example], self._config) for x in call.args)
-        return args, take(call.kwargs, call.layout, [example], self._config)
+        """An example's arguments."""
+        config = getattr(self._model, "config", None)
+        args = tuple(take(x, call.layout, [example], config) for x in call.args)
+        return args, take(call.kwargs, call.layout, [example], config)
 
     @contextmanager
     def _recorded(self) -> Iterator[_Outputs]:
@@ -276,37 +270,41 @@ class OneByOne:
 
     # -- outputs -----------------------------------------------------------------------------------------
 
-    def _learn(
-        self,
-        call: int,
-        whole: list[tuple[nn.Module, Any]],
-        first: list[tuple[nn.Module, Any]],
-        layout: Layout,
-    ) -> None:
-        if [module for module, _ in whole] != [module for module, _ in first]:
+    def _learn(self, index: int, whole: _Outputs, call: _Call) -> None:
+        if [module for module, _ in whole] != call.modules:
             raise NotSeparable("the model's parts are called in another order for a single example")
-        for k, ((_, all_), (_, one)) in enumerate(zip(whole, first, strict=True)):
+        for k, ((_, all_), (_, one)) in enumerate(zip(whole, call.outputs[0], strict=True)):
             for (path, x), (_, y) in zip(*map(_leaves, (all_, one)), strict=True):
                 if isinstance(x, Tensor):
-                    self._axes[call, k, path] = find(x, y, layout)
+                    self._slots[index, k, path] = find(x, y, call.layout)
 
-    def _join(self, key: tuple[int, int], outputs: Sequence[Any], layout: Layout) -> tuple[Any, list[Slot]]:
-        """The examples' outputs of one module side by side, and where the loss's slope is to be left."""
-        spec, leaves, slots = tree_flatten_with_path(outputs[0])[1], [], []
+    def _join(self, key: tuple[int, int], outputs: Sequence[Any], call: _Call) -> Any:
+        """The examples' outputs of one module side by side; slots for the loss's slope there."""
+        leaves, slots = [], []
         for found in zip(*map(_leaves, outputs), strict=True):
             path, parts = found[0][0], [part for _, part in found]
-            slot = replace(self._axes.get((*key, path), Slot(None)))
-            slots.append(slot)
+            slots.append(slot := replace(self._slots.get((*key, path), Slot(None))))
             if not isinstance(parts[0], Tensor):
                 leaves.append(parts[0])
                 continue
-            parts = [part.detach() for part in parts]
-            if parts[0].is_floating_point():
-                anchor = torch.zeros((), requires_grad=True)
-                leaves.append(Joined.apply(anchor, slot, layout, *parts))
-            else:
-                leaves.append(joined(parts, slot, layout))
-        return tree_unflatten(leaves, spec), slots
+            anchor = torch.zeros((), requires_grad=parts[0].is_floating_point())
+            leaves.append(_Joined.apply(anchor, slot, call.layout, *(part.detach() for part in parts)))
+        call.slots.append(slots)
+        return tree_unflatten(leaves, tree_flatten_with_path(outputs[0])[1])
+
+
+class _Joined(Function):
+    """The examples' tensors as one, without a graph behind it; backward leaves the slope in the slot."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, slot: Slot, layout: Layout, *parts: Tensor) -> Tensor:
+        ctx.slot, ctx.parts = slot, len(parts)
+        return joined(parts, slot, layout)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Any, ...]:
+        ctx.slot.slope = slope if ctx.slot.slope is None else ctx.slot.slope + slope
+        return (None,) * (3 + ctx.parts)
 
 
 def _leaves(output: Any) -> list[tuple[Any, Any]]:

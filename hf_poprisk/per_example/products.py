@@ -1,17 +1,17 @@
-"""The per-example gradients ``h_i = D_iᵀ A_i`` of a large weight, shown to the sinks while in the cache."""
+"""The per-example gradients of a large weight: ``h_i = D_iᵀ A_i``, squared while in the cache; of a table."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from hf_poprisk.per_example import kernels_cpu, kernels_gpu
-from hf_poprisk.per_example.layout import Layout, Rows, wide
-from hf_poprisk.per_example.sinks import Sink, SquareSum
-from hf_poprisk.per_example.tokens import Tokens
+from hf_poprisk.per_example.layout import Layout, Rows, by_example, wide
+from hf_poprisk.per_example.squares import SquareSum
 
 # Elements of G, Q and h_i that are worked on together: three of these fit a core's cache.
 _BLOCK = 1 << 16
@@ -20,7 +20,6 @@ _SIDE_BY_SIDE = 1 << 19
 
 # What a layer was given and the gradient of what it gave: A [rows, tokens, in] and D [rows, tokens, out].
 Use = tuple[Tensor, Tensor]
-Scratch = dict[tuple[torch.dtype, torch.device], Tensor]
 
 
 class Products:
@@ -28,16 +27,15 @@ class Products:
 
     Args:
         layout: which part of the batch belongs to which example.
-        scratch: buffers, kept from weight to weight.
+        squares: to which they are added.
     """
 
-    def __init__(self, layout: Layout, scratch: Scratch) -> None:
-        self._layout, self._scratch = layout, scratch
+    def __init__(self, layout: Layout, squares: SquareSum) -> None:
+        self._layout, self._squares = layout, squares
+        self.scratch: dict[tuple[torch.dtype, torch.device], Tensor] = {}  # kept from weight to weight
 
-    def show(
-        self, param: Tensor, uses: list[Use], grad: Tensor | None, tokens: Tokens | None, sinks: list[Sink]
-    ) -> None:
-        """The h_i of a weight, summed over its uses, to the sinks.
+    def square(self, param: Tensor, uses: list[Use], grad: Tensor | None, tokens: Tokens | None) -> None:
+        """Square the h_i of a weight, summed over its uses.
 
         Args:
             param: [out, in].
@@ -46,31 +44,35 @@ class Products:
             tokens: of a weight that is an embedding too: its rows are moved there.
         """
         single = tokens is None and len(uses) == 1 and isinstance(self._layout, Rows)
-        if not (single and self._several_at_once(param, *uses[0], grad, sinks)):
-            self._one_by_one(param, uses, grad, tokens, sinks)
+        if not (single and self._several_at_once(param, *uses[0], grad)):
+            self._one_by_one(param, uses, grad, tokens, self._squares)
 
-    def _several_at_once(
-        self, param: Tensor, a: Tensor, d: Tensor, grad: Tensor | None, sinks: list[Sink]
-    ) -> bool:
+    def _several_at_once(self, param: Tensor, a: Tensor, d: Tensor, grad: Tensor | None) -> bool:
         """Take several examples in one pass over G and Q, if there is a way that is faster."""
         n = self._layout.num_examples
-        squares = sinks[0] if len(sinks) == 1 and isinstance(sinks[0], SquareSum) else None
         # of low precision h_i must be rounded before it is squared, so it must be formed
-        if squares is not None and a.shape[:2] == (n, 1) and wide(param.dtype) == param.dtype:
-            _square_single_tokens(squares, param, a[:, 0], d[:, 0], grad)
+        if a.shape[:2] == (n, 1) and wide(param.dtype) == param.dtype:
+            self._single_tokens(param, a[:, 0], d[:, 0], grad)
             return True
         if grad is None:
             return False
-        gpu = squares is not None and kernels_gpu.usable(a, d, grad)
-        if gpu and self._kernel_is_faster(param, a, d, grad):
-            kernels_gpu.weight_gradient(d, a, n, grad, *squares.buffer(param))
+        if kernels_gpu.usable(a, d, grad) and self._kernel_is_faster(param, a, d, grad):
+            kernels_gpu.weight_gradient(d, a, n, grad, *self._squares.buffer(param))
             return True
         # on more threads torch's own passes are ahead
-        quick = torch.get_num_threads() == 1 or squares is None
-        if quick and a.dtype == d.dtype == torch.float32 and kernels_cpu.usable(grad):
-            self._side_by_side(param, a, d, grad, sinks)
+        single_thread = torch.get_num_threads() == 1
+        if single_thread and a.dtype == d.dtype == torch.float32 and kernels_cpu.usable(grad):
+            self._side_by_side(param, a, d, grad)
             return True
         return False
+
+    def _single_tokens(self, param: Tensor, a: Tensor, d: Tensor, grad: Tensor | None) -> None:
+        """Of one token per example no h_i need be formed: ``Q = (D²)ᵀ(A²)``."""
+        target, fresh = self._squares.buffer(param)
+        if grad is not None:
+            grad.copy_(d.T @ a)
+        a, d = (x.to(target.dtype).square() for x in (a, d))
+        target.copy_(d.T @ a) if fresh else target.addmm_(d.T, a)
 
     def _kernel_is_faster(self, param: Tensor, a: Tensor, d: Tensor, grad: Tensor) -> bool:
         n, (rows, length, width), out = self._layout.num_examples, a.shape, d.shape[-1]
@@ -80,9 +82,21 @@ class Products:
         def ways() -> tuple[Callable[[], None], Callable[[], None]]:
             spare, squares = torch.empty_like(grad), SquareSum([param])
             kernel = partial(kernels_gpu.weight_gradient, d, a, n, spare, squares.buffer(param)[0], True)
-            return kernel, partial(self._one_by_one, param, [(a, d)], spare, None, [squares])
+            return kernel, partial(self._one_by_one, param, [(a, d)], spare, None, squares)
 
         return kernels_gpu.faster(key, ways)
+
+    def _side_by_side(self, param: Tensor, a: Tensor, d: Tensor, grad: Tensor) -> None:
+        """``_one_by_one`` for one use, with several examples in a product: one pass over G and Q for all."""
+        n, rows = self._layout.num_examples, min(rows_per_block(param), param.shape[0])
+        a, dt = by_example(a, n), by_example(d, n).transpose(1, 2)  # [N, tokens, in], [N, out, tokens]
+        some = max(1, _SIDE_BY_SIDE // (rows * param.shape[1]))
+        for start in range(0, param.shape[0], rows):
+            total = grad[start : start + rows]
+            for i in range(0, n, some):
+                h = self._scratch_like(total.expand(min(some, n - i), *total.shape), total.dtype)
+                torch.bmm(dt[i : i + some, start : start + rows], a[i : i + some], out=h)
+                self._squares.add_and_sum(param, h, start, total, first=i == 0)
 
     def _one_by_one(
         self,
@@ -90,7 +104,7 @@ class Products:
         uses: list[Use],
         grad: Tensor | None,
         tokens: Tokens | None,
-        sinks: Sequence[Sink],
+        squares: SquareSum,
     ) -> None:
         """One matrix product per example, block of rows and use."""
         rows, sums = rows_per_block(param), wide(param.dtype)
@@ -117,34 +131,70 @@ class Products:
                     total.copy_(into) if i == 0 else total.add_(into)
                 if tokens is not None:
                     tokens.take(i, start, into)
-                for sink in sinks:
-                    sink.add(param, i, into[None], start)
-
-    def _side_by_side(self, param: Tensor, a: Tensor, d: Tensor, grad: Tensor, sinks: list[Sink]) -> None:
-        """``_one_by_one`` for one use, with several examples in a product: one pass over G and Q for all."""
-        n, rows = self._layout.num_examples, min(rows_per_block(param), param.shape[0])
-        a, dt = by_example(a, n), by_example(d, n).transpose(1, 2)  # [N, tokens, in], [N, out, tokens]
-        some = max(1, _SIDE_BY_SIDE // (rows * param.shape[1]))
-        squares = next((sink for sink in sinks if isinstance(sink, SquareSum)), None)
-        for start in range(0, param.shape[0], rows):
-            total = grad[start : start + rows]
-            for i in range(0, n, some):
-                h = self._scratch_like(total.expand(min(some, n - i), *total.shape), total.dtype)
-                torch.bmm(dt[i : i + some, start : start + rows], a[i : i + some], out=h)
-                for sink in sinks:
-                    if sink is not squares:
-                        sink.add(param, i, h, start)
-                if squares is not None:
-                    squares.add_and_sum(param, i, h, start, total)
-                else:
-                    torch.sum(h, 0, out=total) if i == 0 else total.add_(h.sum(0))
+                squares.add(param, into[None], start)
 
     def _scratch_like(self, like: Tensor, dtype: torch.dtype) -> Tensor:
         key = (dtype, like.device)
-        buffer = self._scratch.get(key)
+        buffer = self.scratch.get(key)
         if buffer is None or buffer.numel() < like.numel():
-            buffer = self._scratch[key] = torch.empty(like.numel(), dtype=dtype, device=like.device)
+            buffer = self.scratch[key] = torch.empty(like.numel(), dtype=dtype, device=like.device)
         return buffer[: like.numel()].view(like.shape)
+
+
+class Tokens:
+    """The rows of an embedding's gradient that the examples touch, one row per example and token.
+
+    Attributes:
+        ids: token of each row, [rows] int64, sorted within an example.
+        grads: their gradients, [rows, width].
+    """
+
+    def __init__(self, weight: Tensor, layout: Layout) -> None:
+        self._weight, self._layout = weight, layout
+        self._vocabulary, self._width = weight.shape
+        self._keys: Tensor | None = None  # example · vocabulary + token, sorted
+
+    def see(self, ids: Tensor) -> None:
+        """Forward: ids [rows, …]."""
+        keys = self._key(ids).unique()
+        self._keys = keys if self._keys is None else torch.cat([self._keys, keys]).unique()
+        self.ids = self._keys % self._vocabulary
+        self._per_example: list[list[int]] | None = None
+        self.grads = torch.zeros(
+            len(self.ids), self._width, dtype=wide(self._weight.dtype), device=self.ids.device
+        )
+
+    def _key(self, ids: Tensor) -> Tensor:
+        return (ids + self._vocabulary * self._layout.owners(ids)).reshape(-1)
+
+    def add(self, ids: Tensor, d: Tensor, padding: int | None) -> Tensor:
+        """Add the gradients of one lookup; returns the rows of this lookup alone."""
+        d = d.reshape(-1, self._width).to(self.grads.dtype)
+        if padding is not None:
+            d = d.masked_fill((ids.reshape(-1) == padding)[:, None], 0)
+        h = torch.zeros_like(self.grads)
+        h.index_add_(0, torch.searchsorted(self._keys, self._key(ids)), d)
+        self.grads.add_(rounded(h, self._weight))
+        return h
+
+    def take(self, example: int, start: int, block: Tensor) -> None:
+        """Move the example's rows out of ``block``, rows ``start`` … of its gradient: they are not final."""
+        if self._per_example is None:
+            edges = torch.arange(self._layout.num_examples + 1, device=self.ids.device) * self._vocabulary
+            self._edges = torch.searchsorted(self._keys, edges).tolist()
+            ids = self.ids.tolist()
+            self._per_example = [ids[lo:hi] for lo, hi in zip(self._edges[:-1], self._edges[1:], strict=True)]
+        mine, offset = self._per_example[example], self._edges[example]
+        lo, hi = bisect_left(mine, start), bisect_left(mine, start + block.shape[0])
+        if lo < hi:
+            where = self.ids[offset + lo : offset + hi] - start
+            self.grads[offset + lo : offset + hi].add_(block[where])
+            block[where] = 0
+
+
+def rounded(h: Tensor, param: Tensor) -> Tensor:
+    """As the parameter's gradient is rounded, or an element that one example touched has G² ≠ Q."""
+    return h if h.dtype == param.dtype else h.to(param.dtype).to(h.dtype)
 
 
 def all_products(a: Tensor, d: Tensor, layout: Layout) -> Tensor:
@@ -160,24 +210,3 @@ def rows_per_block(param: Tensor) -> int:
     if param.device.type != "cpu":  # launches cost more than the cache saves
         return param.shape[0]
     return max(1, _BLOCK // (param.numel() // param.shape[0]))
-
-
-def flat(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
-
-
-def by_example(x: Tensor, num_examples: int) -> Tensor:
-    """[rows, tokens, width] as [N, tokens of all its rows, width]; a view if an example is a row."""
-    x = x.reshape(-1, num_examples, *x.shape[1:]).transpose(0, 1)
-    return x.reshape(num_examples, -1, x.shape[-1])
-
-
-def _square_single_tokens(
-    squares: SquareSum, param: Tensor, a: Tensor, d: Tensor, grad: Tensor | None
-) -> None:
-    """Of one token per example no h_i need be formed: ``Q = (D²)ᵀ(A²)``."""
-    target, fresh = squares.buffer(param)
-    if grad is not None:
-        grad.copy_(d.T @ a)
-    a, d = (x.to(target.dtype).square() for x in (a, d))
-    target.copy_(d.T @ a) if fresh else target.addmm_(d.T, a)

@@ -1,4 +1,4 @@
-"""Before a run begins: is what the sinks are shown the gradient that the stock trainer computes?
+"""Before a run begins: is what is squared the gradient that the stock trainer computes?
 
 On the run's first micro-batch each path's sum over the examples is compared with the gradient of the whole
 micro-batch, and the squares of the path in one backward with those of the examples backpropagated alone. In
@@ -9,18 +9,20 @@ alone. Gradients, buffers, attributes and random numbers are afterwards as they 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from hf_poprisk.per_example.capture import Capture
 from hf_poprisk.per_example.examples import NotSeparable, take
 from hf_poprisk.per_example.layers import BatchedGradients
-from hf_poprisk.per_example.layout import Layout, Packed, Rows, wide
+from hf_poprisk.per_example.layout import Layout, Packed, wide
 from hf_poprisk.per_example.one_by_one import OneByOne
 from hf_poprisk.per_example.undisturbed import mode, random_state, same_random_numbers, undisturbed
 from hf_poprisk.per_example.window import ExampleWindow
@@ -28,19 +30,12 @@ from hf_poprisk.per_example.window import ExampleWindow
 
 @dataclass(frozen=True)
 class _Tolerance:
-    """How far two ways of computing the same sums may be apart by rounding.
+    """How far two ways of computing the same sums may be apart by rounding."""
 
-    Args:
-        gradient: of a parameter's G, in units of its norm and of √ΣQ.
-        square: of a parameter's Q, in units of its sum.
-        floor: share of the whole model's gradient that counts as nothing in a single parameter.
-        loss: of the loss, in units of its size.
-    """
-
-    gradient: float
-    square: float
-    floor: float
-    loss: float
+    gradient: float  # of a parameter's G, in units of its norm and of √ΣQ
+    square: float  # of a parameter's Q, in units of its sum
+    floor: float  # share of the whole model's gradient that counts as nothing in a single parameter
+    loss: float  # in units of its size
 
 
 _EXACT = _Tolerance(gradient=1e-3, square=1e-2, floor=1e-3, loss=1e-4)
@@ -52,21 +47,13 @@ _Gradients = dict[Tensor, Tensor]
 
 @dataclass
 class Verdict:
-    """Why a path is not to be taken; None where it is right.
+    """Why a path is not to be taken; None where it is right."""
 
-    Attributes:
-        not_together: of all examples in one backward.
-        not_one_by_one: of one backward per example.
-        shared: the parameters with a term in the loss that belongs to no example.
-        unreached: those of them that no example's backward reaches.
-        decided: False if the gradient was not finite: there was nothing to compare with.
-    """
-
-    not_together: str | None = None
-    not_one_by_one: str | None = None
-    shared: set[Tensor] = field(default_factory=set)
-    unreached: set[Tensor] = field(default_factory=set)
-    decided: bool = True
+    not_together: str | None = None  # of all examples in one backward
+    not_one_by_one: str | None = None  # of one backward per example
+    shared: set[Tensor] = field(default_factory=set)  # parameters with a term in the loss of no example
+    unreached: set[Tensor] = field(default_factory=set)  # those of them that no example's backward reaches
+    decided: bool = True  # False if the gradient was not finite: there was nothing to compare with
 
 
 class SelfCheck:
@@ -91,12 +78,12 @@ class SelfCheck:
         low_precision: bool,
     ) -> None:
         self._model, self._inputs, self._layout = model, inputs, layout
-        self._window, self._stock_backward = window, backward
+        self._window, self._backward = window, backward
         self._tolerance = _LOW_PRECISION if low_precision else _EXACT
         self._params = [p for p in model.parameters() if p.requires_grad]
         self._names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
-        self._loss = self._stock_loss = 0.0  # of the last backward, of the stock trainer
         self._stock: _Gradients = {}
+        self._stock_loss = 0.0
         self._draws = self._keeps_state = False
 
     def run(
@@ -141,35 +128,32 @@ class SelfCheck:
 
     # -- passes ------------------------------------------------------------------------------------------
 
-    def _backward(self, batch: Any) -> None:
-        self._loss = self._stock_backward(batch)
-
     def _run_stock(self) -> None:
         """The gradient to compare with; sees whether the pass draws random numbers and changes buffers."""
 
-        def watched() -> None:
-            random = random_state()
+        def watched() -> float:
+            random = tree_leaves(random_state())
             buffers = {name: b.clone() for name, b in self._model.named_buffers()}
-            self._backward(self._inputs)
-            self._draws = not _same(random, random_state())
+            loss = self._backward(self._inputs)
+            self._draws = not all(map(np.array_equal, random, tree_leaves(random_state())))
             self._keeps_state |= any(
-                not torch.equal(b, buffers[name])
+                name in buffers and not torch.equal(b, buffers[name])
                 for name, b in self._model.named_buffers()
-                if name in buffers
             )
+            return loss
 
-        self._stock, self._stock_loss = self._fresh(watched), self._loss
+        self._stock, self._stock_loss = self._fresh(watched)
 
     def _run_together(
         self,
         layers: BatchedGradients,
         capturing: Callable[[Capture], AbstractContextManager[Any]],
         window: ExampleWindow,
-    ) -> None:
+    ) -> float:
         with window.batch(layers, self._layout) as capture, capturing(capture):
-            self._backward(self._inputs)
+            return self._backward(self._inputs)
 
-    def _run_alone(self, window: ExampleWindow) -> None:
+    def _run_alone(self, window: ExampleWindow) -> float:
         one_by_one, layout, verdict = self._one_by_one, self._layout, self._verdict
         while True:
             with one_by_one.cached(layout, learn=True), same_random_numbers():
@@ -178,24 +162,23 @@ class SelfCheck:
             if not one_by_one.refine():
                 break
         with one_by_one.cached(layout), window.no_example(self._params) as met:
-            self._backward(self._inputs)
+            loss = self._backward(self._inputs)
         verdict.shared = set(met)
         reached: set[Tensor] = set()
-        hooks = [p.register_hook(lambda _, p=p: reached.add(p)) for p in met]
-        try:
+        with ExitStack() as stack:
+            for p in met:
+                stack.callback(p.register_hook(lambda _, p=p: reached.add(p)).remove)
             for example in range(layout.num_examples):
                 with window.example():
                     one_by_one.backward(example)
-        finally:
-            for hook in hooks:
-                hook.remove()
         verdict.unreached = verdict.shared - reached
+        return loss
 
-    def _fresh(self, run: Callable[[], Any]) -> _Gradients:
-        """The gradients of a pass that finds everything as at the start, and leaves it so."""
+    def _fresh(self, run: Callable[[], Any]) -> tuple[_Gradients, Any]:
+        """A pass that finds everything as at the start, and leaves it so: its gradients, what it returns."""
         with undisturbed(self._model, self._params):
-            run()
-            return self._take_gradients()
+            returned = run()
+            return self._take_gradients(), returned
 
     def _take_gradients(self) -> _Gradients:
         """The accumulated gradients, which are taken away."""
@@ -206,14 +189,14 @@ class SelfCheck:
 
     # -- comparisons -------------------------------------------------------------------------------------
 
-    def _try(self, run: Callable[[ExampleWindow], None]) -> tuple[str | None, _Gradients]:
+    def _try(self, run: Callable[[ExampleWindow], float]) -> tuple[str | None, _Gradients]:
         """Why a path is wrong, if it is, and the squares that it gives."""
         window = self._window()
 
         def compare() -> None:
-            ours, loss = self._fresh(lambda: run(window)), self._stock_loss
-            if abs(self._loss - loss) > self._tolerance.loss * max(abs(loss), 1e-3):
-                raise NotSeparable(f"the loss would be {self._loss:.4g} and not {loss:.4g}")
+            (ours, loss), stock = self._fresh(partial(run, window)), self._stock_loss
+            if abs(loss - stock) > self._tolerance.loss * max(abs(stock), 1e-3):
+                raise NotSeparable(f"the loss would be {loss:.4g} and not {stock:.4g}")
             self._compare(ours, window.squares.so_far())
 
         return self._reason(compare), window.squares.so_far()
@@ -248,23 +231,20 @@ class SelfCheck:
 
     def _check_parts(self) -> None:
         """One by one: are the rows the examples', and is what no example owns the same whatever they are?"""
-        one_by_one, last = self._one_by_one, self._layout.num_examples - 1
-
-        def some(examples: list[int]) -> tuple[Any, Layout]:
-            return some_examples(self._inputs, self._layout, examples, self._model)
-
+        one_by_one, n = self._one_by_one, self._layout.num_examples
+        some = partial(some_examples, self._inputs, self._layout, model=self._model)
         first, _ = some([0])
         self._fresh(lambda: one_by_one.check_rows(self._layout, lambda: self._backward(first)))
         gated = self._verdict.shared & set(self._window().squares.params)
         if not gated:
             return
 
-        def shared_terms(batch: Any, part: Layout) -> None:
+        def shared_terms(batch: Any, part: Layout) -> float:
             with one_by_one.cached(part):
-                self._backward(batch)
+                return self._backward(batch)
 
-        parts = [some(examples) for examples in ([*range(last + 1)], [0], [last])]
-        whole, *others = (self._fresh(partial(shared_terms, *part)) for part in parts)
+        parts = [some(examples) for examples in ([*range(n)], [0], [n - 1])]
+        whole, *others = (self._fresh(partial(shared_terms, *part))[0] for part in parts)
         for p in gated:
             for other in others:
                 gap = (whole[p] - other.get(p, torch.zeros_like(p))).norm()
@@ -291,10 +271,7 @@ class SelfCheck:
 
 def some_examples(inputs: Any, layout: Layout, examples: list[int], model: nn.Module) -> tuple[Any, Layout]:
     """Some examples as a micro-batch of their own; one may be there twice."""
-    batch = take(inputs, layout, examples, getattr(model, "config", None))
-    if isinstance(layout, Packed):
-        return batch, Packed(tuple(layout.lengths[i] for i in examples))
-    return batch, Rows(len(examples), layout.num_rows // layout.num_examples * len(examples))
+    return take(inputs, layout, examples, getattr(model, "config", None)), layout.of(examples)
 
 
 def _could_be_other_rows(inputs: Any, layout: Layout) -> bool:
@@ -302,11 +279,3 @@ def _could_be_other_rows(inputs: Any, layout: Layout) -> bool:
     values = inputs.values() if hasattr(inputs, "values") else inputs
     shapes = (x.shape for x in values if isinstance(x, Tensor) and x.dim() > 1)
     return isinstance(layout, Packed) or any(shape[1] == layout.num_rows for shape in shapes)
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(_same, a, b))
-    return bool((a == b).all()) if hasattr(a, "all") else bool(a == b)

@@ -21,8 +21,7 @@ from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_flatten_with_path
 
 from hf_poprisk.per_example.examples import NotSeparable
-from hf_poprisk.per_example.joined import find, part_of
-from hf_poprisk.per_example.layout import Rows, wide
+from hf_poprisk.per_example.layout import Rows, find, part_of, wide
 
 Place = tuple[int, str]  # a call of the model within the loss, and where in its output
 Outputs = dict[Place, Tensor]

@@ -15,23 +15,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_poprisk.per_example.capture import Capture, Uncovered
+from hf_poprisk.per_example.capture import Capture
 from hf_poprisk.per_example.layers import BatchedGradients
 from hf_poprisk.per_example.layout import Layout
-from hf_poprisk.per_example.sinks import Sink, SquareSum
+from hf_poprisk.per_example.squares import SquareSum
 
 VERIFIED_EVERY = 100  # windows: a loss may change in the course of a run
 
 
 class ExampleWindow:
-    """Accumulates ``Q = Σ h_i²`` over the backwards of one optimizer step, and shows the h_i to other sinks.
+    """Accumulates ``Q = Σ h_i²`` over the backwards of one optimizer step.
 
     Q is zero at every step boundary, so it is not part of any checkpoint.
 
     Args:
         params: the parameters whose squares are summed; plain dense tensors.
         names: parameter → name, only for messages.
-        others: further parameters, for other sinks only.
+        others: further ones, which ``no_example`` watches too.
     """
 
     def __init__(
@@ -52,19 +52,20 @@ class ExampleWindow:
         self.shared: set[Tensor] = set()  # parameters whose gradient may hold a term of no example
 
     @contextmanager
-    def example(self, sink: Sink | None = None, index: int = 0) -> Iterator[None]:
+    def example(self) -> Iterator[None]:
         """Capture the one backward inside this block as one example's contribution.
-
-        Args:
-            sink: is shown the gradients too.
-            index: of the example, for ``sink``.
 
         Raises:
             RuntimeError: the gradients changed since the last example (clipped, unscaled, or touched
                 by a backward outside the block), none was produced, or a parameter's gradient came in
                 several parts, whose squares do not add up to the square of their sum.
         """
-        with self._backward(partial(self._add, sink, index), every=sink is not None):
+
+        def square(param: Tensor, grad: Tensor) -> None:
+            self._check_part(param, grad)
+            self.squares.add(param, grad[None])
+
+        with self._backward(square, self._params):
             yield
         self.num_examples += 1
 
@@ -88,7 +89,7 @@ class ExampleWindow:
         def see(param: Tensor, grad: Tensor) -> None:
             met.add(param)
 
-        with self._backward(see, every=True):
+        with self._backward(see, self._params + self._others):
             self.shared = expected
             yield met
         if met - expected:
@@ -99,48 +100,30 @@ class ExampleWindow:
             )
 
     @contextmanager
-    def batch(
-        self,
-        layers: BatchedGradients,
-        layout: Layout,
-        sink: Sink | None = None,
-    ) -> Iterator[Capture]:
+    def batch(self, layers: BatchedGradients, layout: Layout) -> Iterator[Capture]:
         """Capture the one forward and backward inside this block as those of several examples.
 
         Args:
             layers: of the model; its ``uncovered`` must be empty.
             layout: which part of the batch belongs to which example.
-            sink: is shown the gradients too, of N examples.
 
         Raises:
             RuntimeError: as ``example``; or a gradient that is not made of what was captured.
         """
-        every = sink is not None
-        sinks = [self.squares] if sink is None else [self.squares, sink]
-        capture = Capture(layout, self._seen(every), sinks, not self._verified)
+        capture = Capture(layout, self.squares, self.describe, verify=not self._verified)
 
         def finish(param: Tensor, grad: Tensor) -> None:
             self._check_part(param, grad)
-            try:
-                capture.finish(param, grad)
-            except Uncovered as error:
-                raise Uncovered(
-                    f"the per-example gradients of {self.describe(param)} cannot be formed: {error}; set "
-                    "per_device_train_batch_size=1 and accumulate."
-                ) from error
+            capture.finish(param, grad)
 
-        with layers.capture(capture), self._backward(finish, every):
+        with layers.capture(capture), self._backward(finish, self._params):
             yield capture
         self._verified = True
         self.num_examples += layout.num_examples
 
-    def _seen(self, every: bool) -> list[Tensor]:
-        """The trainable parameters whose gradients are looked at: the gated ones, or every one."""
-        return [p for p in self._params + self._others * every if p.requires_grad]
-
     @contextmanager
-    def _backward(self, hook: Callable[[Tensor, Tensor], None], every: bool) -> Iterator[None]:
-        """Call ``hook(param, grad)`` for each parameter when this backward is through with it."""
+    def _backward(self, hook: Callable[[Tensor, Tensor], None], params: list[Tensor]) -> Iterator[None]:
+        """Call ``hook(param, grad)`` for each trainable parameter when this backward is through with it."""
         if all(p.grad is None for p in self._params):
             self.reset()  # the accumulated gradient is gone, so is what was collected beside it
         elif self._stamp is not None:
@@ -151,7 +134,7 @@ class ExampleWindow:
                 "optimizer.zero_grad() after optimizer.step()."
             )
         self._fired.clear()
-        handles = [p.register_hook(partial(hook, p)) for p in self._seen(every)]
+        handles = [p.register_hook(partial(hook, p)) for p in params if p.requires_grad]
         try:
             yield
         finally:
@@ -173,13 +156,6 @@ class ExampleWindow:
                 "build its embedding with sparse=False."
             )
         self._fired.add(param)
-
-    def _add(self, sink: Sink | None, index: int, param: Tensor, grad: Tensor) -> None:
-        """Leaf hook of one example."""
-        self._check_part(param, grad)
-        for each in (self.squares, sink):
-            if each is not None and each.wants(param):
-                each.add(param, index, grad[None])
 
     @torch.no_grad()
     def reduce(self) -> tuple[int, dict[Tensor, Tensor]]:

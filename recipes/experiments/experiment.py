@@ -69,10 +69,10 @@ class Experiment:
         """What ``run`` is given: the settings, the options of the arm, and the cell itself."""
         return self.settings | self.arms[cell["arm"]] | cell
 
-    def declared(self, rows: pd.DataFrame, seeds: Sequence[int] | None = None) -> pd.DataFrame:
-        """Those of ``rows`` that are on the grid, of the declared seeds or of others."""
-        axes = self.axes | {"seed": list(self.seeds if seeds is None else seeds)}
-        return rows[pd.concat([rows[name].isin(values) for name, values in axes.items()], axis=1).all(axis=1)]
+    def declared(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """Those of ``rows`` that are on the grid."""
+        known = [rows[name].isin(values) for name, values in self.axes.items()]
+        return rows[pd.concat(known, axis=1).all(axis=1)]
 
 
 def load(name: str) -> Experiment:

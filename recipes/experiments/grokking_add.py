@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from experiment import Experiment, Report
 from torch import Tensor, nn
-from training import GATES, Rows, fit
+from training import GATES, Classifier, Rows, fit
 
 THRESHOLD = 0.95  # of the held-out pairs
 
 
-class Perceptron(nn.Module):
+class Perceptron(Classifier):
     """Two embeddings of 32 numbers, one hidden layer of 128."""
 
     def __init__(self, p: int, width: int) -> None:
@@ -20,12 +20,8 @@ class Perceptron(nn.Module):
         self.register_buffer("offset", torch.tensor([0, p]))
         self.layers = nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, p))
 
-    def logits(self, pairs: Tensor) -> Tensor:  # [n, 2] → [n, p]
-        return self.layers(self.embed(pairs + self.offset).flatten(1))
-
-    def forward(self, pairs: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        logits = self.logits(pairs)
-        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+    def logits(self, x: Tensor) -> Tensor:  # [n, 2] → [n, p]
+        return self.layers(self.embed(x + self.offset).flatten(1))
 
 
 def steps_to_grok(
@@ -54,7 +50,7 @@ def steps_to_grok(
                 reached.setdefault(name, step)
         return {}
 
-    data = Rows(pairs=pairs[parts["train"]], labels=labels[parts["train"]])
+    data = Rows(x=pairs[parts["train"]], labels=labels[parts["train"]])
     fit(model, data, cell, measure)
     return {f"{name}_steps": reached.get(name) for name in ("validation", "test")}
 
@@ -75,13 +71,10 @@ EXPERIMENT = Experiment(
         "examples_per_step": 280,
         "steps": 1000,
         "every": 25,
+        "adam_beta2": 0.98,
     },
     arms={name: GATES[name] for name in ("adamw", "hard", "soft", "ema-soft", "random-mask")},
-    grid={
-        "learning_rate": [0.05, 0.1, 0.2],
-        "weight_decay": [0.25, 0.5, 1.0],
-        "adam_beta2": [0.98, 0.999],
-    },
+    grid={"learning_rate": [0.05, 0.1, 0.2], "weight_decay": [0.25, 0.5, 1.0]},
     reports=[Report("validation_steps", "test_steps", "lower", ratio=True)],
-    equal={"learning_rate": 0.1, "weight_decay": 0.5, "adam_beta2": 0.98},
+    equal={"learning_rate": 0.1, "weight_decay": 0.5},
 )

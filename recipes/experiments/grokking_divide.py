@@ -6,10 +6,10 @@ import torch
 from experiment import Experiment, Report
 from grokking_add import steps_to_grok
 from torch import Tensor, nn
-from training import GATES
+from training import GATES, Classifier
 
 
-class Transformer(nn.Module):
+class Transformer(Classifier):
     """One block that attends from the second number; no normalisation, as is usual for this task."""
 
     def __init__(self, p: int, width: int, heads: int = 4) -> None:
@@ -19,20 +19,16 @@ class Transformer(nn.Module):
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
         self.unembed = nn.Linear(width, p, bias=False)
 
-    def logits(self, pairs: Tensor) -> Tensor:
-        n = len(pairs)
-        x = self.embed(pairs) + self.position(torch.arange(2, device=pairs.device).expand(n, 2))
-        parts = (
+    def logits(self, x: Tensor) -> Tensor:  # [n, 2] → [n, p]
+        n = len(x)
+        x = self.embed(x) + self.position(torch.arange(2).expand(n, 2))
+        heads = (
             part(x).view(n, 2, self.heads, -1).transpose(1, 2) for part in (self.query, self.key, self.value)
         )
-        mixed = nn.functional.scaled_dot_product_attention(*parts)
+        mixed = nn.functional.scaled_dot_product_attention(*heads)
         x = x + self.out(mixed.transpose(1, 2).reshape(n, 2, -1))
         x = x + self.down(torch.relu(self.up(x)))
         return self.unembed(x[:, 1])
-
-    def forward(self, pairs: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        logits = self.logits(pairs)
-        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
 def divisions(p: int) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,8 @@ from experiment import Cell, Experiment, Report
 from labels_arms import ARMS, CLASS_ARMS
 from labels_run import Setup, hold_out, run_cell, trainer_class, training_arguments
 from sklearn.datasets import load_digits
-from torch import Tensor, nn
+from torch import nn
+from training import Classifier
 
 from hf_poprisk import PopRiskTrainer, PopRiskTrainingArguments
 
@@ -43,17 +44,13 @@ TITLES = {
 }
 
 
-class Classifier(nn.Module):
+class Network(Classifier):
     """A perceptron with two hidden layers of 96."""
 
     def __init__(self, dimensions: int, classes: int) -> None:
         super().__init__()
         hidden = (nn.Linear(dimensions, 96), nn.ReLU(), nn.Linear(96, 96), nn.ReLU())
         self.layers = nn.Sequential(*hidden, nn.Linear(96, classes))
-
-    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        logits = self.layers(x)
-        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
 def draw(name: str, seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -94,7 +91,7 @@ def prepare(cell: Cell, folder: str) -> Setup:
     tensors = {name: [torch.from_numpy(a) for a in part] for name, part in sets.items() if len(part[1])}
 
     transformers.set_seed(cell["seed"])
-    model = Classifier(data.dimensions, data.classes)
+    model = Network(data.dimensions, data.classes)
     args = PopRiskTrainingArguments(
         **training_arguments(cell, folder),
         num_train_epochs=cell["epochs"],

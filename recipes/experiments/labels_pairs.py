@@ -11,7 +11,6 @@ from typing import Any
 
 import common
 import numpy as np
-import shuffled_words
 import transformers
 from datasets import Dataset
 from experiment import Cell, Experiment, Report
@@ -22,8 +21,7 @@ from labels_run import HELD_OUT, Setup, hold_out, run_cell, trainer_class, train
 @dataclass(frozen=True)
 class Pairs:
     recipe: str = "tiny/dpo/poprisk.yaml"
-    easier: bool = False  # pairs that are easily told apart, see shuffled_words.py
-    noise: str = "random"  # else on ``ties``, which half of the pairs then are, or a ``group``
+    easier: bool = False  # with the chosen completion out of order in place of the rejected one
     options: dict[str, Any] = field(default_factory=dict)  # in place of the recipe's
     count: int | None = None  # training pairs
 
@@ -35,8 +33,6 @@ DATA = {
     "dpo-lora": Pairs(LORA),
     "dpo-words": Pairs(easier=True),
     "dpo-words-lora": Pairs(LORA, easier=True),
-    "dpo-words-ties": Pairs(easier=True, noise="ties"),
-    "dpo-words-group": Pairs(easier=True, noise="group"),
     "sentiment": Pairs(
         REAL, options={"dataset_name": "outputs/real/sentiment", "num_train_epochs": 1}, count=600
     ),
@@ -48,6 +44,32 @@ TITLES = {
     "dpo-words": "DPO, text against the same words out of order",
     "dpo-words-lora": "the same with LoRA",
 }
+
+
+EXCHANGED = 6  # words of a completion that change places
+
+
+def out_of_order(text: str, rng: np.random.Generator) -> str:
+    """``text`` with some words in each other's places."""
+    words = np.array(text.split(" "), dtype=object)
+    start = int(words[0] == "")  # the space before a completion stays
+    places = rng.permutation(np.arange(start, len(words)))[:EXCHANGED]
+    words[places] = words[np.roll(places, 1)]
+    return " ".join(words)
+
+
+def easier(data: Dataset, seed: int) -> Dataset:
+    """Pairs that are easily told apart: the rejected completion is the chosen one, out of order.
+
+    Completions of which nothing else can be made, such as one word twice, are left out.
+    """
+    rng = np.random.default_rng([seed, 4])
+    rng.permutation(len(data))  # an earlier version drew something here: the pairs stay those of the results
+    data = data.map(
+        lambda row: {"rejected": out_of_order(row["chosen"], rng)},
+        load_from_cache_file=False,  # of the state of rng
+    )
+    return data.filter(lambda row: row["rejected"] != row["chosen"])
 
 
 def conservative(noise: float) -> dict[str, float]:
@@ -105,13 +127,9 @@ def prepare(cell: Cell, folder: str) -> Setup:
     data = DATA.get(cell["data"], Pairs())
     train = train.select(range(data.count or len(train)))
     if data.easier:
-        ties = 0.5 if data.noise == "ties" else 0.0
-        train = shuffled_words.easier(train, ties, seed)
-        held_out = {name: shuffled_words.easier(part, ties, seed) for name, part in held_out.items()}
-    if data.noise == "random":
-        train = common.flip_preferences(train, noise, seed)
-    else:
-        train = common.swap_preferences(train, shuffled_words.mislabeled_of(train, data.noise, noise, seed))
+        train = easier(train, seed)
+        held_out = {name: easier(part, seed) for name, part in held_out.items()}
+    train = common.flip_preferences(train, noise, seed)
     mislabeled = np.array(train["is_flipped"])
     kept, held = hold_out(len(train), cell)
     sets = {name: held_out[name] for name in ("validation", "test")}
@@ -138,8 +156,6 @@ EXPERIMENT = Experiment(
         "robust": {"poprisk_gate": "none", "losses": lambda noise: {"robust": 1.0}},
         "conservative": {"poprisk_gate": "none", "losses": conservative},
         "ipo": {"poprisk_gate": "none", "losses": lambda noise: {"ipo": 1.0}},
-        # the streaming form, at its default threshold
-        "ema-soft": {"poprisk_gate": "soft", "poprisk_estimator": "ema", "poprisk_ema_alpha": 1 / 19},
     },
     facets={"data": list(DATA), "noise": [0.0, 0.1, 0.2, 0.3, 0.4]},
     grid={"learning_rate": [3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3]},

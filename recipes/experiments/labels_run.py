@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import common
 import numpy as np
 import torch
 from experiment import Cell
@@ -102,9 +101,8 @@ def run_cell(cell: Cell, prepare: Callable[[Cell, str], Setup]) -> dict[str, flo
     """Train once; accuracies are on clean labels, ``mislabeled_fitted`` on mislabeled ones as labeled."""
     with tempfile.TemporaryDirectory() as folder:
         setup = prepare(cell, folder)
-        trainer, timer, curves = setup.trainer, common.StepTimer(), Curves(setup)
+        trainer, curves = setup.trainer, Curves(setup)
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(timer)
         trainer.add_callback(curves)
         if cell.get("poprisk_risk"):
             trainer.add_callback(PopRiskEarlyStoppingCallback())
@@ -125,16 +123,7 @@ def run_cell(cell: Cell, prepare: Callable[[Cell, str], Setup]) -> dict[str, flo
         "test_accuracy_best": max(s["accuracy"] for s in curve["test"]) if "test" in curve else None,
         "test_kl_per_token": final["test"].get("kl_per_token"),
         "mislabeled_fitted": final.get("mislabeled", {}).get("accuracy"),
-        **{
-            name: getattr(judge.fit, field) if judge is not None else None
-            for name, field in (
-                ("noise_rate", "rate"),
-                ("noise_rate_low", "low"),
-                ("noise_rate_high", "high"),
-            )
-        },
+        "noise_rate": judge.fit.rate if judge is not None else None,
         "below_half": float((judge.p_correct() < 0.5).mean()) if judge is not None else None,
         "auroc_suspicion": auroc,
-        "steps": trainer.state.global_step,
-        "seconds_per_step": timer.median,
     }

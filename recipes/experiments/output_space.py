@@ -6,8 +6,8 @@
 
 Every run goes through a stock ``Trainer`` (``dpo``: ours) with an ``OutputSpaceCallback`` and leaves its
 recording in ``outputs/output_space/NAME``, for ``hf-poprisk output-space``. The numbers go to
-``results/output_space_NAME.csv`` beside this file, with three plots. ``dpo`` needs ``outputs/tiny``, which
-``python scripts/prepare_tiny.py`` makes.
+``results/output_space_NAME.csv`` beside this file, ``benign`` with a plot. ``dpo`` needs ``outputs/tiny``,
+which ``python scripts/prepare_tiny.py`` makes.
 """
 
 import sys
@@ -22,28 +22,18 @@ import pandas as pd
 import torch
 import transformers
 from matplotlib.figure import Figure
+from output_space_runs import gone, seen_at_test, stable_rate, train, train_pairs
 from run import rounded, write
 from scipy.stats import spearmanr
 from sklearn.datasets import load_digits
 from tables import markdown
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from hf_poprisk.output_space import (
-    DPOMargin,
-    OutputSpaceCallback,
-    Recording,
-    Split,
-    SquaredError,
-    load_recording,
-    split,
-)
-from hf_poprisk.output_space.analysis import Analysis, analyse
+from hf_poprisk.output_space import Split, split
+from hf_poprisk.output_space.analysis import Analysis
 
-OUTPUTS, RESULTS = Path("outputs/output_space"), Path(__file__).with_name("results")
-Rows = list[dict[str, Tensor]]
-Found = tuple[list[dict[str, Any]], Figure | None]  # rows of results, and a plot
+Results = list[dict[str, Any]]
 
 FORMATS = {  # of the results of each kind, in their order
     "benign": ".0e .3f .3f .0f .0f .0% .0% .2% .0f .0% .0f .6f .2f .2f .0e",
@@ -52,12 +42,10 @@ FORMATS = {  # of the results of each kind, in their order
     "grokking": ".0f .2f .2f .2f .0f .0% .0%",
     "dpo": "s .3f .0% .0% .3f .3f .0% .0% .0% .0f .1f .0% .0% .0f .0% .0% .0%",
 }
-QUIET = {"logging_strategy": "no", "save_strategy": "no", "report_to": "none", "use_cpu": True}
-QUIET |= {"disable_tqdm": True}
 
 
 def results_of(kind: str) -> Path:
-    return RESULTS / f"output_space_{kind}.csv"
+    return Path(__file__).with_name("results") / f"output_space_{kind}.csv"
 
 
 def table(kind: str) -> str:
@@ -73,90 +61,7 @@ def table(kind: str) -> str:
     return markdown([""] * (1 + len(lines)), zip(rows, *lines, strict=True))
 
 
-class Regressor(nn.Module):
-    """Any network, with the loss of transformers' regression heads."""
-
-    def __init__(self, body: nn.Module) -> None:
-        super().__init__()
-        self.body = body.double()
-
-    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        logits = self.body(x)
-        return {"loss": F.mse_loss(logits, labels.reshape(logits.shape)), "logits": logits}
-
-
-def train(
-    name: str,
-    body: nn.Module,
-    data: tuple[Tensor, Tensor],
-    test: tuple[Tensor, Tensor],
-    directions: dict[str, Tensor],
-    rate: float,
-    steps: int,
-    records: int = 25,
-    **settings: Any,
-) -> tuple[Recording, Analysis]:
-    """Full-batch training on inputs and labels, recorded at steps that are evenly spaced in log time."""
-    rows, others = (
-        [{"x": x, "labels": y} for x, y in zip(*(part.double() for part in pair), strict=True)]
-        for pair in (data, test)
-    )
-    # one batch of all: such small networks spend their time between operations
-    probe, held_out = ([torch.utils.data.default_collate(part)] for part in (rows, others))
-    when = {0, *(round(steps ** (i / (records - 1))) for i in range(records - 1))}
-    args = TrainingArguments(
-        output_dir=str(OUTPUTS / name),
-        learning_rate=rate,
-        max_steps=steps,
-        per_device_train_batch_size=len(rows),
-        lr_scheduler_type="constant",
-        **{"optim": "sgd", "max_grad_norm": 0.0, **QUIET, **settings},
-    )
-    callback = OutputSpaceCallback(SquaredError(), probe, held_out, when, 256, directions)
-    trainer = Trainer(Regressor(body), args, train_dataset=rows, callbacks=[callback])
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    recording = load_recording(OUTPUTS / name)
-    return recording, analyse(recording)
-
-
-def seen_at_test(found: Analysis, direction: Tensor, than: Tensor) -> list[float]:
-    """How much a unit of one direction moves test outputs, against a unit of another, from record two on."""
-    moved = [
-        [float((whole.transfer @ v.double()).norm() / v.norm()) for v in (direction, than)]
-        for whole in found.evolutions[1:]
-    ]
-    return [one / other for one, other in moved]
-
-
-def gone(found: Analysis, direction: Tensor) -> list[float]:
-    """At each record, the share of the squared error along a direction that training has dissipated.
-
-    Of a squared loss of one output, whose curvature is 2/n: vᵀWv / (n/4) for a unit v.
-    """
-    v = direction.double() / direction.double().norm()
-    return [float(v @ whole.gramian @ v) * 4 / len(v) for whole in found.evolutions]
-
-
-def stable_rate(x: Tensor) -> float:
-    """Nine tenths of the largest stable learning rate of least squares on x [n, d]: its curvature is 2λ/n."""
-    return 0.9 * len(x) / float(torch.linalg.matrix_norm(x.double(), 2)) ** 2
-
-
-def plot(*panels: dict[str, Any]) -> Figure:
-    """Two panels: ``x``, ``lines`` as label → values and style, and settings of the axis."""
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
-    for axis, panel in zip(figure.subplots(1, 2), panels, strict=True):
-        x = panel.pop("x")
-        for label, (y, style) in panel.pop("lines").items():
-            axis.plot(x, y, style, label=label)
-        axis.set(xscale="log", **panel)
-        axis.grid(alpha=0.25)
-        axis.legend(frameon=False, fontsize=9)
-    return figure
-
-
-def benign() -> Found:
+def benign() -> Results:
     """Least squares with 5 strong and 2400 weak features, noisy labels, trained until it interpolates."""
     torch.manual_seed(0)
     n, strong, weak = 60, 5, 2400
@@ -189,21 +94,25 @@ def benign() -> Found:
         "noise seen at test at the end": visible[-1],
         "largest error of the prediction": found.transfer_error.max().item(),
     }
-    losses = {
-        "training loss (noisy labels)": (found.losses[1:], "-"),
-        "test loss (clean labels)": (found.test_losses[1:], "-"),
+    curves = {
+        "training loss (noisy labels)": found.losses[1:],
+        "test loss (clean labels)": found.test_losses[1:],
+        "label noise in the reservoir of W": found.reservoir["label noise"][1:],
+        "signal in the reservoir of W": found.reservoir["signal"][1:],
+        "noise that is fitted (of its square)": noise_gone[1:],
+        "noise seen at test, signal = 1": visible,
     }
-    shares = {f"{name} in the reservoir of W": (found.reservoir[name][1:], "-") for name in directions}
-    shares["noise that is fitted (of its square)"] = (noise_gone[1:], ":")
-    shares["noise seen at test, signal = 1"] = (visible, "--")
-    steps = {"x": found.steps[1:], "xlabel": "step"}
-    return [row], plot(
-        {**steps, "lines": losses, "yscale": "log", "title": "Benign overfitting"},
-        {**steps, "lines": shares, "ylim": (-0.03, 1.03), "title": "Where the noise is"},
-    )
+    lines, figure = pd.DataFrame(curves, found.steps[1:].tolist()), Figure((11, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    shown = {"logx": True, "xlabel": "step", "grid": True}
+    lines.iloc[:, :2].plot(ax=left, logy=True, title="Benign overfitting", **shown)
+    shown |= {"style": ["-", "-", ":", "--"], "ylim": (-0.03, 1.6)}
+    lines.iloc[:, 2:].plot(ax=right, title="Where the noise is", **shown)
+    figure.savefig(results_of("benign").with_suffix(".png"), dpi=80)
+    return [row]
 
 
-def descent() -> Found:
+def descent() -> Results:
     """Random tanh features of growing width under a trained head, the same data and noise."""
     torch.manual_seed(0)
     n, inputs, rows = 60, 12, []
@@ -230,26 +139,10 @@ def descent() -> Found:
                 "noise seen at test": seen_at_test(found, noise, signal)[-1],
             }
         )
-    of = pd.DataFrame(rows)
-    losses = {
-        "training loss": (of["training loss"], "o-"),
-        "test loss (clean labels)": (of["test loss"], "o-"),
-    }
-    shares = {
-        "label noise in the reservoir of W": (of["noise in the reservoir"], "o-"),
-        "noise seen at test, signal = 1": (of["noise seen at test"], "o--"),
-    }
-    widths = {"x": of["width"], "xlabel": "width"}
-    figure = plot(
-        {**widths, "lines": losses, "yscale": "log", "title": f"Double descent, {n} examples"},
-        {**widths, "lines": shares, "title": "Where the noise is"},
-    )
-    for axis in figure.axes:
-        axis.axvline(n, color="gray", linestyle=":", linewidth=1)
-    return rows, figure
+    return rows
 
 
-def bias() -> Found:
+def bias() -> Results:
     """A two-layer network on digits, below five against the rest: which modes the channel takes in first."""
     torch.manual_seed(0)
     n = 120
@@ -264,14 +157,15 @@ def bias() -> Found:
     left_of = (g / g[0]).square()  # [record, mode] of the squared error
     # W has the eigenvalue n/4 for what is gone of a squared loss of curvature 2/n
     by_w = 1 - torch.tensor([gone(found, v) for v in vectors.T]).T
-    (first, last), (predicted, _) = (_halved(left, found.steps.tolist()) for left in (left_of, by_w))
+    first, predicted = (_moments(left < 0.5, found.steps) for left in (left_of, by_w))
+    last = _moments((left_of < 0.5).flip(0).cumprod(0).flip(0).bool(), found.steps)  # and stay there
     right = recording.series["test_outputs"][-1].reshape(-1).sign() == y[n:]
     row = {
         "change of the kernel, of its own norm": found.kernel_change[-1].item(),
         "modes below half of their squared error": len(first),
         "their order, Spearman": _order(first),
-        "the first by step": first[0],
-        "the tenth by step": first[9],
+        "the first by step": first[0].item(),
+        "the tenth by step": first[9].item(),
         "modes that stay there": len(last),
         "order of these, Spearman": _order(last),
         "modes with a larger error at the end": int((left_of[-1] > 1).sum()),
@@ -284,38 +178,25 @@ def bias() -> Found:
         "largest error of the prediction": found.transfer_error.max().item(),
         "test accuracy": right.double().mean().item(),
     }
-    return [row], None
+    return [row]
 
 
-def _halved(left_of: Tensor, steps: list[int]) -> tuple[dict[int, int], dict[int, int]]:
-    """Mode → the first record at which its squared error [record, mode] is below half; and for good."""
-    first: dict[int, int] = {}
-    last: dict[int, int] = {}
-    for mode, column in enumerate((left_of < 0.5).T.tolist()):
-        if True in column:
-            first[mode] = steps[column.index(True)]
-        if column[-1]:
-            last[mode] = steps[len(column) - column[::-1].index(False)]
-    return first, last
+def _moments(reached: Tensor, steps: Tensor) -> Tensor:
+    """Of each mode that gets there, in their order, the step of the first record with ``reached`` [R, N]."""
+    return steps[reached.int().argmax(0)][reached.any(0)]
 
 
-def _order(moments: dict[int, int]) -> float:
+def _order(moments: Tensor) -> float:
     """How far the moments are in the order of the modes, Spearman."""
-    return float(spearmanr(list(moments), list(moments.values())).statistic)
+    return float(spearmanr(range(len(moments)), moments).statistic)
 
 
-class SumNetwork(nn.Module):
-    """Two one-hot numbers through one layer of squares: it can add modulo p exactly."""
-
-    def __init__(self, p: int, width: int) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(2 * p, width, bias=False), nn.Linear(width, p, bias=False)
-
+class Square(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.first(x).square())
+        return x.square()
 
 
-def grokking() -> Found:
+def grokking() -> Results:
     """Addition modulo 11 from 70 % of the table, AdamW with weight decay: memorised, then understood."""
     torch.manual_seed(0)
     p = 11
@@ -326,7 +207,8 @@ def grokking() -> Found:
     x, y, n = x[order], y[order], round(0.7 * p * p)
     signal, data, test = y[:n] - 1 / p, (x[:n], y[:n]), (x[n:], y[n:])
     settings = {"records": 17, "optim": "adamw_torch", "weight_decay": 1.0}
-    network = SumNetwork(p, 64)
+    # one layer of squares can add two one-hot numbers modulo p exactly
+    network = nn.Sequential(nn.Linear(2 * p, 64, bias=False), Square(), nn.Linear(64, p, bias=False))
     recording, found = train("grokking", network, data, test, {"signal": signal}, 0.01, 1000, **settings)
     cuts = [split(kernel) for kernel in recording.series["kernel"]]
     guesses = [
@@ -341,23 +223,8 @@ def grokking() -> Found:
         "signal in it": [1 - cut.reservoir_share(signal) for cut in cuts],
         "signal in the reservoir of W": found.reservoir["signal"].tolist(),
     }
-    lines = {name: values[1:] for name, values in columns.items()}
-    accuracies = {
-        "training": (lines["training accuracy"], "-"),
-        "test": (lines["test accuracy"], "-"),
-        "test, regression with the kernel": (lines["kernel regression"], "--"),
-    }
-    shares = {
-        "signal in the channel of the kernel of the moment": (lines["signal in it"], "-"),
-        "signal in the reservoir of W": (lines["signal in the reservoir of W"], "-"),
-    }
-    steps = {"x": lines["step"], "xlabel": "step"}
-    figure = plot(
-        {**steps, "lines": accuracies, "ylabel": "accuracy", "title": "Grokking, addition modulo 11"},
-        {**steps, "lines": shares, "ylim": (-0.03, 1.03), "title": "Where the signal is"},
-    )
     print(f"error of the prediction at the end: {found.transfer_error[-1]:.0%}")
-    return pd.DataFrame(columns).to_dict("records"), figure
+    return pd.DataFrame(columns).to_dict("records")
 
 
 def _kernel_regression(kernel: Split, cross_kernel: Tensor, targets: Tensor) -> Tensor:
@@ -371,76 +238,38 @@ def _hits(outputs: Tensor, labels: Tensor) -> float:
     return (outputs.argmax(1) == labels.argmax(1)).double().mean().item()
 
 
-def dpo() -> Found:
+def dpo() -> Results:
     """The embedded model on preference pairs with flipped labels, AdamW and the hard gate."""
-    rows = []
-    for arm, gate in (("AdamW", "none"), ("hard gate", "hard")):
-        recording, flipped = _train_pairs(gate)
-        run = analyse(recording)
-        cut, noise = run.splits[-1], run.reservoir["label noise"]
-        u = torch.stack(recording.series["outputs"]).double().squeeze(-1)
-        moved = u[-1] - u[0]
-        parts, tenth = cut.vectors * (cut.vectors.T @ moved), len(moved) // 10  # [pair, mode]
-        groups = {"clean": ~flipped, "flipped": flipped}
-        rows.append(
-            {
-                "arm": arm,
-                "held-out accuracy": (recording.series["test_outputs"][-1] > 0).double().mean().item(),
-                **{f"{k} fitted": (u[-1][part] > 0).double().mean().item() for k, part in groups.items()},
-                **{f"{k} margin": u[-1][part].mean().item() for k, part in groups.items()},
-                **{
-                    f"{k} margin in the leading tenth": float(parts[part, :tenth].sum() / moved[part].sum())
-                    for k, part in groups.items()
-                },
-                "all margins in the mode with the smallest eigenvalue": float(
-                    parts[:, -1].mean() / moved.mean()
-                ),
-                "channel of W": cut.channel,
-                "largest eigenvalue of W over the smallest": float(cut.eigenvalues[0] / cut.eigenvalues[-1]),
-                "flips in the reservoir": noise[-1].item(),
-                "seen of them from there": run.visible["label noise"][-1].item(),
-                "channel of W after the first step": run.splits[1].channel,
-                "flips in the reservoir after the first step": noise[1].item(),
-                "fall of the loss that is explained": float(run.predicted.sum() / run.measured.sum()),
-                "error of the prediction at the end": run.transfer_error[-1].item(),
-            }
-        )
-    return rows, None
+    return [_margins(arm, gate) for arm, gate in (("AdamW", "none"), ("hard gate", "hard"))]
 
 
-def _train_pairs(gate: str) -> tuple[Recording, Tensor]:
-    """12 steps of all of 96 training pairs; the recording, and which of them are flipped, [n] bool."""
-    from hf_poprisk import PopRiskDPOConfig, PopRiskDPOTrainer  # here, because TRL is slow to import
-
-    data = common.load_splits("outputs/tiny/preferences", None, False)
-    pairs = common.flip_preferences(data["train"].select(range(96)), 0.3, 0)
-    flipped = torch.tensor(pairs["is_flipped"])
-    args = PopRiskDPOConfig(
-        output_dir=str(OUTPUTS / f"dpo-{gate}"),
-        poprisk_gate=gate,
-        learning_rate=3e-4,
-        weight_decay=0.0,
-        max_steps=12,
-        per_device_train_batch_size=16,
-        gradient_accumulation_steps=6,
-        precompute_ref_log_probs=True,
-        model_init_kwargs={"dtype": "float32"},
-        max_length=160,
-        gradient_checkpointing=False,
-        bf16=False,
-        **QUIET,
-    )
-    held_out = data["test"].select(range(48))
-    trainer = PopRiskDPOTrainer("outputs/tiny/model", args=args, train_dataset=pairs, eval_dataset=held_out)
-    trainer.remove_callback(PrinterCallback)
-    parts = trainer.train_dataset, trainer.eval_dataset
-    probe, test = ([trainer.data_collator([row]) for row in part] for part in parts)
-    noise = -flipped.float()  # softplus(−u) was to be softplus(u): its gradient is off by −1
-    steps = [1, 2, 4, 6, 9]  # often at first, where Adam's preconditioner changes fastest
-    callback = OutputSpaceCallback(DPOMargin(args.beta), probe, test, steps, 96, {"label noise": noise})
-    trainer.add_callback(callback)
-    trainer.train()
-    return load_recording(args.output_dir), flipped
+def _margins(arm: str, gate: str) -> dict[str, Any]:
+    recording, flipped = train_pairs(gate)
+    found = Analysis(recording)
+    cut, noise = found.splits[-1], found.reservoir["label noise"]
+    u = torch.stack(recording.series["outputs"]).double().squeeze(-1)
+    end, moved = u[-1], u[-1] - u[0]
+    modes, groups = cut.vectors * (cut.vectors.T @ moved), {"clean": ~flipped, "flipped": flipped}
+    tenth = modes[:, : len(moved) // 10].sum(1)  # of each pair, in the leading modes
+    return {
+        "arm": arm,
+        "held-out accuracy": float((recording.series["test_outputs"][-1] > 0).double().mean()),
+        **{f"{k} fitted": float((end[part] > 0).double().mean()) for k, part in groups.items()},
+        **{f"{k} margin": float(end[part].mean()) for k, part in groups.items()},
+        **{
+            f"{k} margin in the leading tenth": float(tenth[part].sum() / moved[part].sum())
+            for k, part in groups.items()
+        },
+        "all margins in the mode with the smallest eigenvalue": float(modes[:, -1].mean() / moved.mean()),
+        "channel of W": cut.channel,
+        "largest eigenvalue of W over the smallest": float(cut.eigenvalues[0] / cut.eigenvalues[-1]),
+        "flips in the reservoir": float(noise[-1]),
+        "seen of them from there": float(found.visible["label noise"][-1]),
+        "channel of W after the first step": found.splits[1].channel,
+        "flips in the reservoir after the first step": float(noise[1]),
+        "fall of the loss that is explained": float(found.predicted.sum() / found.measured.sum()),
+        "error of the prediction at the end": float(found.transfer_error[-1]),
+    }
 
 
 KINDS = {kind.__name__: kind for kind in (benign, descent, bias, grokking, dpo)}
@@ -456,11 +285,8 @@ def main(argv: Sequence[str]) -> None:
     transformers.utils.logging.set_verbosity_error()
     for name in chosen:
         print(f"{name}: {KINDS[name].__doc__}", flush=True)
-        rows, figure = KINDS[name]()
-        rows = [{column: rounded(value) for column, value in row.items()} for row in rows]
+        rows = [{column: rounded(value) for column, value in row.items()} for row in KINDS[name]()]
         write(pd.DataFrame(rows), results_of(name))
-        if figure is not None:
-            figure.savefig(results_of(name).with_suffix(".png"), dpi=80)
         print(table(name), end="\n\n")
 
 

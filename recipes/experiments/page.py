@@ -9,41 +9,35 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 
 sys.path.insert(1, str(Path(__file__).parents[1]))  # recipes
 
 import common
-import figure
-import gates
 import labels_tables
 import output_space
 import pandas as pd
-from experiment import HERE, NAMES, Experiment, load, read, results_of
-from tables import arm_or_facet_table, best, digits, markdown, with_error
+from experiment import HERE, NAMES, Experiment, Report, load, read, results_of
+from matplotlib.figure import Figure
+from tables import best, difference, digits, error, in_words, markdown, paired, table, with_error
 
 ROOT = HERE.parents[1]
 GUIDE = ROOT / "hf_poprisk" / "output_space" / "README.md"
 PAGES = (HERE / "RESULTS.md", HERE / "LABEL_NOISE.md", ROOT / "README.md", GUIDE)
 END = "<!-- end of the generated part -->"
-MARKED = re.compile(rf"(<!-- generated: [^>]*?, ([\w-]+) -->)\n.*?\n({END})", re.S)
+MARKED = re.compile(rf"(<!-- generated: [^>]*?, ([\w-]+) -->)\n.*?({END})", re.S)
 LABELS = ("labels_classes", "labels_pairs")
-CLAIMS = [name for name in NAMES if name not in (*LABELS, "labels_judged")]  # of the source
-IN_TRAINING = HERE / "results" / "labels_pairs_in_training.csv"  # of an earlier version
-CLASSES_IN_TRAINING = HERE / "results" / "labels_classes_in_training.csv"
-SHOWN = ("adamw", "hard", "soft", "random-mask")  # the arms in README, for the gate
-SHOWN_OF_LABELS = ("adamw", "adamw-early", "soft", "drop-told", "weight")  # of labels
-OF_THE_GATE = {  # data → verdict, of the lines in README with 30 % mislabeled
-    "dpo": "supported only at equal learning rate, and a mask does the same",
-    "dpo-words": "supported only at equal learning rate, and a mask does the same",
+CLAIMS = [name for name in NAMES if not name.startswith("labels_")]  # of the source
+MASKS = {"hard": "random-mask", "soft": "random-mask-soft"}  # gate → its mask
+SHOWN = ("adamw", "hard", "soft", "random-mask")  # the arms in the table of all claims
+NO_GAIN = "supported only at equal learning rate, and a mask does the same"
+OF_THE_GATE = {  # data → verdict, of the lines of that table with 30 % mislabeled
+    "dpo": NO_GAIN,
+    "dpo-words": NO_GAIN,
     "dpo-words-lora": "the soft gate only at equal learning rate, as its mask; the hard one has one seed",
     "digits": "not supported: 0.6 and 1.0 points, and a mask has as many; judging labels gains 3.4 points",
     "gauss6": "not supported: 2.4 points, and a mask has as many; judging labels gains 6.4 points",
 }
-OF_LABELS = (  # data and share of mislabeled examples
-    *(("digits", noise) for noise in (0.2, 0.3, 0.4)),
-    *(("gauss6", 0.3), ("gauss10", 0.3), ("digits", 0.0), ("digits-class", 0.2)),
-    *(("dpo-words", 0.3), ("dpo", 0.3)),
-)
 
 
 def rows_of(name: str) -> tuple[Experiment, pd.DataFrame]:
@@ -59,16 +53,13 @@ def label_rows() -> pd.DataFrame:
 def section(name: str) -> str:
     """The tables of one experiment, and what they took."""
     experiment, rows = rows_of(name)
-    took = (
-        f"`python recipes/experiments/run.py {name}`: {len(rows)} of {len(experiment.cells())} cells, "
-        f"{rows['seconds'].sum() / 60:.0f} minutes of one core."
-    )
-    tables = (arm_or_facet_table(experiment, rows, report) for report in experiment.reports)
-    return "\n\n".join([took, *tables])
+    took = f"{len(rows)} runs, {rows['seconds'].sum() / 60:.0f} minutes of one core."
+    tables = (table(experiment, rows, report) for report in experiment.reports)
+    return "\n\n".join([f"`python recipes/experiments/run.py {name}`: {took}", *tables])
 
 
 def summary() -> str:
-    """README's table of the gate: the first report of every experiment, each arm at its best settings."""
+    """The first report of every experiment on a claim, each arm at its best settings."""
     out, labels = [], label_rows()
     for name in CLAIMS:
         experiment, rows = rows_of(name)
@@ -77,29 +68,97 @@ def summary() -> str:
         if not experiment.facets:
             chosen = [best(rows[rows["arm"] == arm], experiment.grid, report) for arm in SHOWN]
             values = [with_error(part, report.result, places) for part in chosen]
-        what = report.result.removeprefix("test_").replace("_", " ")
-        out.append([experiment.title, what, *values, experiment.verdict])
-    report, rate = labels_tables.REPORT, labels_tables.RATE
+        what = report.result.removeprefix("test_")
+        out.append([f"{experiment.title} ({what})", *values, experiment.verdict])
     for data, verdict in OF_THE_GATE.items():
         rows = labels[(labels["data"] == data) & (labels["noise"] == 0.3)]
-        values = [with_error(best(rows[rows["arm"] == arm], rate, report), report.result) for arm in SHOWN]
-        out.append([f"{labels_tables.title(data)}, 30 % mislabeled", "accuracy", *values, verdict])
-    return markdown(["", "on test data", *SHOWN, "the claim is"], out)
+        chosen = [best(rows[rows["arm"] == arm], labels_tables.RATE, labels_tables.REPORT) for arm in SHOWN]
+        values = [with_error(part, "test_accuracy") for part in chosen]
+        out.append([f"{labels_tables.TITLES[data]}, 30 % mislabeled (accuracy)", *values, verdict])
+    return markdown(["", *SHOWN, "the claim is"], out)
+
+
+def overview() -> str:
+    """Both gates beside AdamW and beside a random mask as dense, each arm at its own best settings.
+
+    The last line counts the intervals of three seeds or more that say that a gate is better or worse.
+    """
+    lines, signs = [], []
+    for name in NAMES:
+        experiment, rows = rows_of(name)
+        groups = rows.groupby(list(experiment.facets)) if experiment.facets else [((), rows)]
+        for report in experiment.reports:
+            for facet, part in groups:
+                if not part["arm"].isin(MASKS).any():
+                    continue
+                entries, found = beside_masks(part, experiment, report)
+                place = f" ({in_words(facet)})" if facet else ""
+                lines.append([f"{name}{place}: {report.result.removeprefix('test_')}", *entries])
+                signs.append(found)
+    counts = []
+    for column in zip(*signs, strict=True):
+        known = [sign for sign in column if sign is not None]
+        counts.append(f"{len(known)}, {known.count(1)} better, {known.count(-1)} worse")
+    header = [f"{gate} against {base} [95 %]" for gate in MASKS for base in ("adamw", "its mask")]
+    return markdown(["", *header, "seeds"], [*lines, ["intervals", *counts, ""]])
+
+
+def beside_masks(
+    rows: pd.DataFrame, experiment: Experiment, report: Report
+) -> tuple[list[str], list[int | None]]:
+    """One line of the overview, and what its intervals say."""
+    places = digits(rows, report.result)
+
+    def at_best(arm: str) -> pd.DataFrame:
+        return best(rows[rows["arm"] == arm], experiment.grid, report)
+
+    pairs = [(at_best(gate), at_best(base)) for gate, mask in MASKS.items() for base in ("adamw", mask)]
+    entries = [difference(*pair, report.result, places, report.ratio) for pair in pairs]
+    seeds = sorted({len(set(mine["seed"]) & set(base["seed"])) for mine, base in pairs} - {0})
+    few = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else str(*seeds)
+    return [*entries, few], [verdict(*pair, report) for pair in pairs]
+
+
+def verdict(rows: pd.DataFrame, base: pd.DataFrame, report: Report) -> int | None:
+    """1 for better and -1 for worse beyond the interval, 0 for neither; None for fewer than three seeds."""
+    values = paired(rows, base, report.result, report.ratio)
+    if len(set(rows["seed"]) & set(base["seed"])) < 3 or not values:
+        return None
+    if values[1] <= 0 <= values[2]:
+        return 0
+    return 1 if (values[0] > 0) == (report.better == "higher") else -1
+
+
+def draw(rows: pd.DataFrame, path: Path) -> None:
+    """Preferences: accuracy against KL to the reference, a line per arm over its learning rates; a PNG."""
+    markers = {"adamw": "o", "hard": "s", "random-mask": "v", "soft": "^", "weight": "X"}
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    for axis, data in zip(figure.subplots(1, 2), ("dpo", "dpo-words"), strict=True):
+        part = rows[(rows["data"] == data) & (rows["noise"] == 0.3)]
+        for i, (arm, marker) in enumerate(markers.items()):
+            points = [
+                (fmean(same["test_kl_per_token"]), fmean(same["test_accuracy"]), error(same["test_accuracy"]))
+                for _, same in part[part["arm"] == arm].groupby("learning_rate")
+            ]
+            x, y, bars = zip(*points, strict=True)
+            axis.errorbar(x, y, bars, label=arm, marker=marker, color=f"C{i}", lw=1)
+        axis.set(xscale="log", xlabel="KL to the reference (nats/token)", ylabel="accuracy on clean pairs")
+        axis.set_title(f"{data}, 30 % flipped")
+        axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=70, metadata={"Software": None}, pil_kwargs={"optimize": True})
 
 
 PARTS: dict[str, Callable[[], str]] = {
-    "overview": gates.overview,
+    "summary": summary,
+    "overview": overview,
     **{name: lambda name=name: section(name) for name in CLAIMS},
     "aims": lambda: labels_tables.aims(label_rows()),
-    "classes": lambda: labels_tables.in_training(
-        rows_of("labels_classes")[1], pd.read_csv(CLASSES_IN_TRAINING)
-    ),
-    "arms": lambda: labels_tables.tables(label_rows()),
-    "pairs": lambda: labels_tables.pairs(rows_of("labels_pairs")[1], pd.read_csv(IN_TRAINING)),
     "judged": lambda: labels_tables.judged(rows_of("labels_judged")[1]),
-    "summary": summary,
+    "pairs": lambda: labels_tables.pairs(rows_of("labels_pairs")[1]),
+    "arms": lambda: labels_tables.arms(label_rows()),
+    "labels": lambda: labels_tables.summary(label_rows()),
     **{f"output_space_{kind}": lambda kind=kind: output_space.table(kind) for kind in output_space.KINDS},
-    "labels": lambda: labels_tables.summary(label_rows(), OF_LABELS, SHOWN_OF_LABELS),
 }
 
 
@@ -122,7 +181,7 @@ def written(page: str) -> str:
 def main() -> None:
     for path in PAGES:
         path.write_text(written(path.read_text()))
-    figure.draw(rows_of("labels_pairs")[1], HERE / "results" / "preferences.png")
+    draw(rows_of("labels_pairs")[1], HERE / "results" / "preferences.png")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ import transformers
 from common import RecipeError
 from experiment import NAMES, Cell, Experiment, load, read, results_of
 from joblib import Parallel, delayed, parallel_config
-from tables import arm_or_facet_table
+from tables import table
 from tqdm import tqdm
 
 
@@ -154,7 +154,7 @@ def main(argv: list[str]) -> int:
         failed = run_cells(name, experiment.cells(chosen), path, jobs)
     rows = read(experiment, path)
     for report in experiment.reports if len(rows) else ():
-        print("", arm_or_facet_table(experiment, rows, report), sep="\n")
+        print("", table(experiment, rows, report), sep="\n")
     return int(failed > 0)
 
 

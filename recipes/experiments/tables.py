@@ -103,51 +103,60 @@ def point(rows: pd.DataFrame, every: pd.DataFrame, grid: dict[str, list[Any]]) -
     return " / ".join(out)
 
 
-def arm_or_facet_table(experiment: Experiment, rows: pd.DataFrame, report: Report) -> str:
+def table(experiment: Experiment, rows: pd.DataFrame, report: Report) -> str:
     """A report in Markdown: an arm a line; with facets, a facet a line and an arm a column."""
-    kind = facet_table if experiment.facets else arm_table
-    return kind(experiment, rows, report, list(experiment.arms))
+    if experiment.facets:
+        return facet_table(experiment, rows, report, list(experiment.arms))
+    return arm_table(experiment, rows, report)
 
 
-def arm_table(experiment: Experiment, rows: pd.DataFrame, report: Report, arms: Sequence[str]) -> str:
+def arm_table(experiment: Experiment, rows: pd.DataFrame, report: Report) -> str:
     """Every arm at its best settings, and where the experiment asks for it at equal ones."""
     name, grid, equal, places = report.result, experiment.grid, experiment.equal, digits(rows, report.result)
-    of = {arm: rows[rows["arm"] == arm] for arm in arms}
+    first, *others = experiment.arms
+    of = {arm: rows[rows["arm"] == arm] for arm in (first, *others)}
     same = {arm: part[(part[list(equal)] == list(equal.values())).all(axis=1)] for arm, part in of.items()}
-    base = best(of[arms[0]], grid, report)
-    header = ["arm", " / ".join(grid), report.select, f"{name} ± s.e.", f"against {arms[0]} [95 %]"]
+    base = best(of[first], grid, report)
+    header = ["arm", " / ".join(grid), f"{name} ± s.e.", f"against {first} [95 %]"]
     header += experiment.columns.values()
     if equal:
-        header += [f"at {', '.join(f'{k} {v:g}' for k, v in equal.items())}", f"against {arms[0]} there"]
+        header += [f"at {', '.join(f'{k} {v:g}' for k, v in equal.items())}", f"against {first} there"]
     lines = []
     for arm, part in of.items():
         if not len(part):
             continue
-        chosen, is_base = best(part, grid, report), arm == arms[0]
-        line = [arm, point(chosen, part, grid), mean(chosen, report.select, places)]
-        line += [with_error(chosen, name, places)]
-        line += ["" if is_base else difference(chosen, base, name, places, report.ratio)]
+        chosen = best(part, grid, report)
+        against = difference(chosen, base, name, places, report.ratio)
+        there = difference(same[arm], same[first], name, places, report.ratio)
+        line = [arm, point(chosen, part, grid), with_error(chosen, name, places)]
+        line += ["" if arm == first else against]
         line += [mean(chosen, more, digits(rows, more)) for more in experiment.columns]
         if equal:
-            there = difference(same[arm], same[arms[0]], name, places, report.ratio)
-            line += [with_error(same[arm], name, places), "" if is_base else there]
+            line += [with_error(same[arm], name, places), "" if arm == first else there]
         lines.append(line)
     return markdown(header, lines)
 
 
 def facet_table(experiment: Experiment, rows: pd.DataFrame, report: Report, arms: Sequence[str]) -> str:
-    """Every arm at the settings that are its best for a facet, and its difference to the first arm."""
-    name, grid, places = report.result, experiment.grid, digits(rows, report.result)
-    header, lines = [" / ".join(experiment.facets), arms[0]], []
-    for arm in arms[1:]:
-        header += [arm, "difference [95 %]"]
+    """The first arm's mean, and the others' differences to it; the settings that are best for a facet."""
+    name, grid, places, lines = report.result, experiment.grid, digits(rows, report.result), []
     for facet, part in rows.groupby(list(experiment.facets)):
-        base = best(part[part["arm"] == arms[0]], grid, report)
-        line = [" / ".join(f"{value:g}" if not isinstance(value, str) else value for value in facet)]
+        of = {arm: part[part["arm"] == arm] for arm in arms}
+        chosen = {arm: best(mine, grid, report) for arm, mine in of.items()}
+        base = chosen[arms[0]]
+        line = [in_words(facet)]
         for arm in arms:
-            chosen = best(mine := part[part["arm"] == arm], grid, report)
-            where = f" ({point(chosen, mine, grid)})" if grid and len(chosen) else ""
-            line += [with_error(chosen, name, places) + where]
-            line += [difference(chosen, base, name, places, report.ratio)] * (arm != arms[0])
+            if arm == arms[0]:
+                value = with_error(base, name, places)
+            else:
+                value = difference(chosen[arm], base, name, places, report.ratio)
+            where = f" ({point(chosen[arm], of[arm], grid)})" if grid and len(chosen[arm]) else ""
+            line.append(value + where)
         lines.append(line)
+    header = [" / ".join(experiment.facets), f"{arms[0]} ± s.e.", *(f"{arm} [95 %]" for arm in arms[1:])]
     return markdown(header, lines)
+
+
+def in_words(facet: Sequence[Any]) -> str:
+    """The values of a facet."""
+    return " / ".join(value if isinstance(value, str) else f"{value:g}" for value in facet)

@@ -1,8 +1,7 @@
 """Fine-tuning a small language model to say which library a docstring is from, with noisy labels.
 
 The model of ``scripts/prepare_tiny.py`` and docstrings of Python's standard library, which differ between
-Python versions; ``model`` and ``dataset`` may name others on the Hub, with ``text`` and ``label`` columns and
-three splits.
+Python versions.
 """
 
 import ast
@@ -14,7 +13,6 @@ from typing import Any
 import common
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict
 from experiment import Experiment, Report
 from training import GATES, Rows, fit
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -23,8 +21,8 @@ LIBRARIES = ("tkinter", "asyncio", "email", "importlib")
 SIZES = {"train": 512, "validation": 200, "test": 320}
 
 
-def docstrings() -> DatasetDict:
-    """Docstrings of six words or more, as many of each library, in a fixed random order."""
+def docstrings() -> dict[str, list[tuple[str, int]]]:
+    """Docstrings of six words or more and their library, as many of each, in a fixed random order."""
     root = Path(sysconfig.get_paths()["stdlib"])
     found = {library: set() for library in LIBRARIES}
     for library, texts in found.items():
@@ -38,17 +36,12 @@ def docstrings() -> DatasetDict:
                         texts.add(" ".join(words))
     rng, most = np.random.default_rng(0), sum(SIZES.values()) // len(LIBRARIES)
     rows = [
-        {"text": text, "label": label}
+        (text, label)
         for label, texts in enumerate(found.values())
         for text in rng.permutation(sorted(texts))[:most]
     ]
     order = iter(rng.permutation(len(rows)))
-    return DatasetDict(
-        {
-            name: Dataset.from_list([rows[i] for i in itertools.islice(order, size)])
-            for name, size in SIZES.items()
-        }
-    )
+    return {name: [rows[i] for i in itertools.islice(order, size)] for name, size in SIZES.items()}
 
 
 def run(cell: dict[str, Any]) -> dict[str, Any]:
@@ -57,13 +50,13 @@ def run(cell: dict[str, Any]) -> dict[str, Any]:
     ``early`` keeps 10 % of the noisy labels apart and reports the epoch at which their loss is lowest.
     """
     common.require_path(cell["model"], "model")
-    data = common.load_splits(cell["dataset"], None, False) if cell["dataset"] else docstrings()
     tokenizer = AutoTokenizer.from_pretrained(cell["model"])
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     sets, form = {}, {"truncation": True, "max_length": cell["max_length"], "padding": "max_length"}
-    for name in SIZES:
-        tokens = tokenizer(list(data[name]["text"]), return_tensors="pt", **form)
-        sets[name] = dict(tokens) | {"labels": torch.tensor(data[name]["label"])}
+    for name, rows in docstrings().items():
+        texts, labels = zip(*rows, strict=True)
+        tokens = tokenizer([str(text) for text in texts], return_tensors="pt", **form)
+        sets[name] = dict(tokens) | {"labels": torch.tensor(labels)}
     rng, labels = np.random.default_rng(cell["seed"]), sets["train"]["labels"].numpy()
     n, classes = len(labels), int(labels.max()) + 1
     mislabeled = rng.permutation(n)[: round(cell["noise"] * n)]
@@ -107,7 +100,7 @@ EXPERIMENT = Experiment(
     title="Mislabeled texts: fine-tuning a language model as a classifier, 30 % mislabeled",
     verdict="not supported here",
     run=run,
-    settings={"model": "outputs/tiny/model", "dataset": None, "max_length": 24, "noise": 0.3}
+    settings={"model": "outputs/tiny/model", "max_length": 24, "noise": 0.3}
     | {"examples_per_step": 16, "epochs": 6},
     arms={
         **{name: options for name, options in GATES.items() if name != "ema-soft"},

@@ -43,6 +43,17 @@ class RandomMaskTrainer(PopRiskTrainer):
         return RandomMaskAdamW, PopRiskTrainer.get_optimizer_cls_and_kwargs(args, model)[1]
 
 
+class Classifier(nn.Module):
+    """Cross-entropy of the ``logits``, by default those of ``layers``."""
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.logits(x)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
 class Rows(torch.utils.data.Dataset):
     """Tensors with one row per example, handed out a batch at a time."""
 

@@ -1,86 +1,71 @@
-"""Disks that are full and ranks that are killed: who says what, and which checkpoints are left."""
+"""Ranks that are killed: what the other one says, and which checkpoints are left."""
 
 import multiprocessing
+import os
+import signal
 import socket
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
-from fault_worker import assert_complete, build, child, disk, examples, rank
+import torch
+from fault_worker import assert_complete, build, examples
 
 DEATHS = [(where, victim) for where in ("window", "save") for victim in (0, 1)]  # of one rank of two
 
 
-class Ended(NamedTuple):
-    stdout: str
-    stderr: str
-    code: int
+def rank(folder: Path, environment: dict[str, str], where: str, victim: int) -> None:
+    """In a process of its own: the victim dies in the third step, or in its save."""
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    os.dup2(os.open(folder / f"{environment['RANK']}.err", os.O_WRONLY | os.O_CREAT), 2)
+    trainer = build(folder, examples(64), max_steps=5)
+    name, last = {"window": ("training_step", 10), "save": ("_save_rng_state", 3)}[where]
+    original, calls = getattr(trainer, name), []
+
+    def count(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        if trainer.args.process_index == victim and len(calls) == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(trainer, name, count)
+    trainer.train()
 
 
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Ended]]:
-    """The folder that all processes wrote to, and how each of them ended."""
-    folder = tmp_path_factory.mktemp("killed")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, tuple[Path, list[int | None]]]:
+    """Death → the folder of the run, and the exit codes of its ranks."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["transformers.trainer"])  # seconds for each process otherwise
-
-    def start(name: str, environment: dict[str, Any], *task: Any) -> Any:
-        environment = {key: str(value) for key, value in environment.items()}
-        process = context.Process(target=child, args=(folder, name, environment, *task))
-        process.start()
-        return process
-
-    processes = {"disk": start("disk", {}, disk, "disk")}
-    for where, victim in DEATHS:
+    started = {}
+    for death in DEATHS:
+        folder, processes = tmp_path_factory.mktemp("killed"), []
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
-        for r in (0, 1):
-            run, environment = f"{where}{victim}", {**address, "WORLD_SIZE": 2, "RANK": r, "LOCAL_RANK": r}
-            processes[f"{run}-{r}"] = start(f"{run}-{r}", environment, rank, run, where, victim)
-    found = {}
-    for name, process in processes.items():
-        process.join(timeout=120)
-        process.kill()  # a survivor must not wait for the dead: its exit code is then none of those below
-        process.join()
-        said = [(folder / f"{name}.{suffix}").read_text() for suffix in ("out", "err")]
-        found[name] = Ended(*said, process.exitcode)
-    return folder, found
-
-
-@pytest.mark.parametrize("lacking", ["moments", "weights"])
-def test_no_room_for_a_checkpoint(lacking: str, launched: tuple[Path, dict[str, Ended]]) -> None:
-    folder, processes = launched
-    process, run = processes["disk"], f"disk/{lacking}"
-    if lacking == "moments":  # torch does not pass on what the system said
-        [sentence] = [line for line in process.stdout.splitlines() if "could not be written" in line]
-    else:
-        name, _, sentence = process.stderr.splitlines()[-1].partition(": ")
-        assert process.code == 1 and name == "hf_poprisk.checkpoints.CheckpointError"
-        assert "File too large" in sentence
-    assert sentence.startswith(f"{run}/checkpoint-2 could not be written (")
-    assert sentence.endswith(f"); {run}/checkpoint-1 is complete.")
-    assert_complete(folder / run, [1])
-    assert (folder / run / "checkpoint-2").is_dir()
-    # with room again, the run goes on from there
-    build(folder / run, examples(12)).train(resume_from_checkpoint=True)
-    assert_complete(folder / run, [1, 2, 3])
+            port = str(free.getsockname()[1])
+        for r in "01":
+            environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+            environment |= {"RANK": r, "LOCAL_RANK": r}
+            processes.append(context.Process(target=rank, args=(folder, environment, *death)))
+            processes[-1].start()
+        started[death] = folder, processes
+    for _, processes in started.values():
+        for process in processes:
+            process.join(timeout=120)
+            process.kill()  # a survivor must not wait for the dead: its exit code is then none of those below
+            process.join()
+    return {death: (folder, [p.exitcode for p in both]) for death, (folder, both) in started.items()}
 
 
 @pytest.mark.parametrize(("where", "victim"), DEATHS)
-def test_a_rank_that_is_killed(where: str, victim: int, launched: tuple[Path, dict[str, Ended]]) -> None:
-    folder, processes = launched
-    run = f"{where}{victim}"
-    killed, survivor = (processes[f"{run}-{r}"] for r in (victim, 1 - victim))
-    assert (killed.code, survivor.code) == (-9, 1)
-    last = survivor.stderr.splitlines()[-1]
+def test_a_rank_that_is_killed(where: str, victim: int, ended: Any) -> None:
+    run, codes = ended[where, victim]
+    assert (codes[victim], codes[1 - victim]) == (-9, 1)
+    last = (run / f"{1 - victim}.err").read_text().splitlines()[-1]
     assert "reset by peer" in last or "closed by peer" in last
     if where == "save":
         assert f"CheckpointError: {run}/checkpoint-3 could not be written (" in last
         assert last.endswith(f"; {run}/checkpoint-2 is complete.")
-        assert (folder / run / "checkpoint-3").is_dir()
-    assert_complete(folder / run, [1, 2])
-    for process in (killed, survivor):  # a data set that does not divide was refused on both, without harm
-        said = process.stdout.splitlines()[0]
-        assert said.startswith("3 training examples do not divide over 2 processes")
-        assert said.endswith("set dataloader_drop_last=True or train on a multiple of 2.")
+        assert (run / "checkpoint-3").is_dir()
+    assert_complete(run, [1, 2])

@@ -6,7 +6,9 @@ Rank 0 saves what it saw. Not a test module: ``test_layout.py`` launches it and 
 """
 
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,33 +88,26 @@ def away_from_stock(name: str, folder: Path) -> tuple[float, bool]:
     return gap(ours, stock), trainer._layers is not None
 
 
-def away_without_gate(kind: str, model_dir: str, world: int) -> float:
-    """How far the weighted gradient of a step without the gate is from the one with it."""
+def away_without_gate(make: Callable[..., Any]) -> tuple[float, Any]:
+    """How far the gradient of a step without the gate is from the one with it, and the trainer with it."""
     found = []
-    for optim in ("poprisk_adamw", "adamw_torch"):
+    for optim in ("adamw_torch", "poprisk_adamw"):
         grab = FirstGradient()
-        trainer = build(kind, model_dir, world, 4, optim=optim, max_grad_norm=0.0, max_steps=1)
-        trainer.add_callback(grab)
+        trainer = make(optim=optim, max_grad_norm=0.0, callbacks=[grab])
         trainer.train()
         found.append(grab.gradient)
-    return gap(*found)
+    return gap(*found), trainer
 
 
 def uneven_packing(model_dir: str, folder: Path) -> tuple[float, list[float]]:
     """One rank's first packed row holds one sequence and the other's several: away from stock, and b."""
     lengths = [60] * 5 + [8, 7, 9, 8, 7, 9, 8] * 7
     ids = [[(7 * i + k) % 200 + 3 for k in range(n)] for i, n in enumerate(lengths)]
-    data, found, counts = Dataset.from_dict({"input_ids": ids}), [], []
-    for optim in ("poprisk_adamw", "adamw_torch"):
-        grab = FirstGradient()
-        options = {**layout(1, 2), "packing": True, "max_length": 60, "max_steps": 2, "optim": optim}
-        options |= {"max_grad_norm": 0.0, "learning_rate": 0.0, "callbacks": [grab]}
-        trainer = trl_trainer_of("SFT", model_dir, folder, data, **options)
-        trainer.train()
-        found.append(grab.gradient)
-        examples = [e["poprisk/examples"] for e in trainer.state.log_history if "poprisk/examples" in e]
-        counts = examples or counts
-    return gap(*found), counts
+    data = Dataset.from_dict({"input_ids": ids})
+    options = {**layout(1, 2), "packing": True, "max_length": 60, "max_steps": 2, "learning_rate": 0.0}
+    away, trainer = away_without_gate(partial(trl_trainer_of, "SFT", model_dir, folder, data, **options))
+    logs = trainer.state.log_history
+    return away, [e["poprisk/examples"] for e in logs if "poprisk/examples" in e]
 
 
 def resumed_is_uninterrupted(kind: str, model_dir: str, folder: Path, world: int) -> bool:
@@ -218,7 +213,8 @@ def main() -> None:
         saved["unused"] = {view: unused_on_one_rank(view) for view in (False, True)}
         saved["nan"] = nan_on_one_rank()
         saved["packing"] = uneven_packing(model_dir, Path(out).parent / "packing")
-        saved["column"] = away_without_gate("DPO-column", model_dir, world)
+        column = partial(build, "DPO-column", model_dir, world, 4, max_steps=1)
+        saved["column"], _ = away_without_gate(column)
         saved["stock"] = {name: away_from_stock(name, Path(out).parent / "stock") for name in STOCK}
         folder = Path(out).parent
         saved["resume"] = {k: resumed_is_uninterrupted(k, model_dir, folder, world) for k in RESUMED}

@@ -9,7 +9,6 @@ from typing import Any
 import common
 import experiment as system
 import filelock
-import gates
 import labels_tables
 import page
 import pandas as pd
@@ -61,15 +60,10 @@ def test_two_cells_run_resume_and_are_skipped_when_finished(
         printed = capsys.readouterr().out
         assert f"2 cells, {already} of them in" in printed
         assert made_up.with_name("log").read_text() == "xxx"
-    assert "| hard | 0.1 | 0.100 | 0.433 | +0.333 |" in printed
+    assert "| hard | 0.1 | 0.433 | +0.333 |" in printed
     rows = pd.read_csv(results)
     assert rows["test_error"].tolist() == [0.1, 0.433333] and rows["lost"].isna().all()
     assert list(rows)[:3] == ["arm", "rate", "seed"] and (rows["seconds"] >= 0).all()
-
-
-def test_cells_run_side_by_side(made_up: Path) -> None:
-    assert run.main([str(made_up), "--jobs", "2", "--seed", "0", "1"]) == 0
-    assert sorted(pd.read_csv(made_up.with_suffix(".csv"))["seed"]) == [0, 0, 1, 1]
 
 
 def test_a_cell_that_fails_leaves_the_others(made_up: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,9 +105,12 @@ def test_one_process_writes_to_a_file(made_up: Path, monkeypatch: pytest.MonkeyP
         run.main([str(made_up)])
 
 
-def test_values_of_ones_own_go_into_a_file_of_ones_own(made_up: Path, tmp_path: Path) -> None:
-    assert run.main([str(made_up), "--arm", "adamw", "--rate", "0.5", "--out", str(tmp_path / "my.csv")]) == 0
-    assert pd.read_csv(tmp_path / "my.csv")["rate"].tolist() == [0.5]
+def test_cells_run_side_by_side_with_values_of_ones_own(made_up: Path, tmp_path: Path) -> None:
+    out = tmp_path / "my.csv"
+    own = ["--arm", "adamw", "--rate", "0.5", "--seed", "0", "1", "--jobs", "2", "--out", str(out)]
+    assert run.main([str(made_up), *own]) == 0
+    rows = pd.read_csv(out)
+    assert rows["rate"].tolist() == [0.5, 0.5] and sorted(rows["seed"]) == [0, 1]
     assert not made_up.with_suffix(".csv").exists()
 
 
@@ -129,7 +126,7 @@ def test_every_experiment_is_well_formed(name: str) -> None:
     assert next(iter(experiment.arms.items())) == (first or ("adamw", {"poprisk_gate": "none"}))
     rows = system.read(experiment, system.results_of(name))
     assert not rows.duplicated(list(experiment.axes)).any()
-    assert len(experiment.declared(rows, range(10))) == len(rows)
+    assert len(experiment.declared(rows)) == len(rows)
     shown = {r for report in experiment.reports for r in (report.select, report.result)}
     assert shown | set(experiment.columns) <= set(rows)
 
@@ -198,13 +195,11 @@ def test_the_table_chooses_by_validation_and_pairs_the_seeds() -> None:
     experiment = experiment_of()
     found = experiment.declared(frame(*rows, ("hard", 0.7, 0, 0.0, 0.0)))  # not of this grid
     assert len(found) == 9
-    printed = tables.arm_or_facet_table(experiment, found, experiment.reports[0])
-    assert "| adamw | 0.2* | 0.800 | 0.200 ± 0.000 |  | 0.100 ± 0.000 |  |" in printed
-    assert (
-        "| hard | 0.2 | 0.800 | 0.350 ± 0.050 | +0.150 [-0.485, +0.785] | 0.250 ± 0.050 | +0.150 [" in printed
-    )
+    printed = tables.table(experiment, found, experiment.reports[0])
+    assert "| adamw | 0.2* | 0.200 ± 0.000 |  | 0.100 ± 0.000 |  |" in printed
+    assert "| hard | 0.2 | 0.350 ± 0.050 | +0.150 [-0.485, +0.785] | 0.250 ± 0.050 | +0.150 [" in printed
     higher = dataclasses.replace(experiment.reports[0], better="higher")
-    assert "| adamw | 0.1* | 0.900 | 0.100" in tables.arm_or_facet_table(experiment, found, higher)
+    assert "| adamw | 0.1* | 0.100" in tables.table(experiment, found, higher)
 
 
 def test_facets_are_chosen_for_one_by_one() -> None:
@@ -216,8 +211,8 @@ def test_facets_are_chosen_for_one_by_one() -> None:
         for arm in ("adamw", "hard")
         for seed in (0, 1)
     ]
-    printed = tables.arm_or_facet_table(experiment, pd.concat(rows), experiment.reports[0])
-    assert "| 1 | 0.105 ± 0.005 (0.1*) | 0.105 ± 0.005 (0.1*) | +0.000 [+0.000, +0.000] |" in printed
+    printed = tables.table(experiment, pd.concat(rows), experiment.reports[0])
+    assert "| 1 | 0.105 ± 0.005 (0.1*) | +0.000 [+0.000, +0.000] (0.1*) |" in printed
     assert "| 2 | 0.205 ± 0.005 (0.2*) |" in printed
 
 
@@ -233,9 +228,9 @@ def test_who_never_got_there_is_not_averaged() -> None:
         for seed, value in enumerate(pair)
     ]
     report = Report("validation_error", "test_error", "lower", ratio=True)
-    printed = tables.arm_or_facet_table(experiment_of(equal={"learning_rate": 0.2}), frame(*rows), report)
-    assert "| adamw | 0.1* | 150 | 150 ± 50 |  | 1 of 2, at 50 |  |" in printed
-    assert "| hard | 0.1* | 300 | 300 ± 100 | ×2.00 [2.00, 2.00] | 0 of 2 | – |" in printed
+    printed = tables.table(experiment_of(equal={"learning_rate": 0.2}), frame(*rows), report)
+    assert "| adamw | 0.1* | 150 ± 50 |  | 1 of 2, at 50 |  |" in printed
+    assert "| hard | 0.1* | 300 ± 100 | ×2.00 [2.00, 2.00] | 0 of 2 | – |" in printed
 
 
 def test_a_gate_is_held_against_adamw_and_its_own_mask() -> None:
@@ -246,9 +241,9 @@ def test_a_gate_is_held_against_adamw_and_its_own_mask() -> None:
         for seed in (0, 1, 2)
     ]
     experiment = experiment_of()
-    entries, verdicts = gates.line("one: error", frame(*rows), experiment, experiment.reports[0])
-    against = ["-0.190 [-0.215, -0.165]", "+0.110 [+0.085, +0.135]", "–", "–"]
-    assert entries == ["one: error", "0.500 ± 0.000", *against, "3"] and verdicts == [1, -1, None, None]
+    entries, verdicts = page.beside_masks(frame(*rows), experiment, experiment.reports[0])
+    assert entries == ["-0.190 [-0.215, -0.165]", "+0.110 [+0.085, +0.135]", "–", "–", "3"]
+    assert verdicts == [1, -1, None, None]
     report = Report("steps", "steps", "lower", ratio=True)
     base = pd.DataFrame({"seed": [0, 1, 2], "steps": 8})
     for steps, expected in (
@@ -259,7 +254,7 @@ def test_a_gate_is_held_against_adamw_and_its_own_mask() -> None:
         ((2, 2), None),
     ):
         mine = pd.DataFrame({"seed": range(len(steps)), "steps": steps})
-        assert gates.verdict(mine, base, report) == expected, steps
+        assert page.verdict(mine, base, report) == expected, steps
 
 
 def test_weight_is_held_against_what_it_should_beat() -> None:
@@ -269,16 +264,15 @@ def test_weight_is_held_against_what_it_should_beat() -> None:
         return plain | scores | {"noise_rate": None, "auroc_suspicion": None} | more
 
     rows = [row("adamw", rate, seed, 0.5 + rate, 0.6 - rate) for rate in (0.1, 0.2) for seed in (0, 1)]
-    rows += [row("drop-told", 0.1, seed, 0.9, 0.45) for seed in (0, 1)]
     rows += [
         row("weight", 0.2, seed, 0.9, 0.39 + 0.02 * seed, noise_rate=0.3 + seed, auroc_suspicion=0.9 + seed)
         for seed in (0, 1)
     ]
     rows += [row("adamw", 0.1, 0, 0.5, 0.6, noise=0.0)]  # beside nothing
     _, _, *lines = labels_tables.aims(pd.DataFrame(rows)).splitlines()
-    start = ["digits", "30 %", "2", "0.400", "0.400", "+0.000 [-0.127, +0.127]", "1"]
-    rest = ["-0.100 [-0.227, +0.027]", "-0.050 [-0.177, +0.077]", "+0.000 to +0.000", "0.30 to 1.30", "0.900"]
+    start = ["digits, 30 %", "0.400", "0.400", "+0.000 [-0.127, +0.127]", "1 of 2"]
+    rest = ["-0.100 [-0.227, +0.027]", "+0.000 to +0.000", "0.30 to 1.30", "0.900"]
     assert lines == [f"| {' | '.join([*start, *rest])} |"]
     only = [row("adamw", 0.1, 0, 0.5, 0.6), row("weight", 0.2, 0, 0.9, 0.7, noise_rate=0.3)]
     found = labels_tables.aims(pd.DataFrame(only))
-    assert "| 0.600 | 0.700 | +0.100 | 1 | +0.100 | – | – | 0.30 to 0.30 | – |" in found
+    assert "| 0.600 | 0.700 | +0.100 | 1 of 1 | +0.100 | – | 0.30 to 0.30 | – |" in found

@@ -6,9 +6,10 @@ import pytest
 import torch
 from runs import M, N, Regression, displacement, examples, flat, recorder, train
 from torch import Tensor, nn
+from torch.func import jacrev
 
 from hf_poprisk.output_space import Recording, cumulative, evolve, intervals, split
-from hf_poprisk.output_space.analysis import analyse
+from hf_poprisk.output_space.analysis import Analysis
 from hf_poprisk.output_space.dynamics import nothing
 from hf_poprisk.output_space.recording import FLOW, GRADIENT_DESCENT
 
@@ -95,7 +96,7 @@ def test_feature_learning_is_predicted_and_better_with_smaller_steps(tmp_path: P
         run = train(tmp_path / str(eta), Regression(body), data, recorder(data, test), **settings)
         kernels = run.series["kernel"]
         assert (kernels[-1] - kernels[0]).norm() > kernels[0].norm()  # it moves by more than its own norm
-        found = analyse(run)
+        found = Analysis(run)
         ends.append(float(found.transfer_error[-1]))
         worst.append(float(found.transfer_error.max()))
         fallen.append(abs(float(found.predicted.sum() / found.measured.sum()) - 1))
@@ -112,27 +113,22 @@ def test_feature_learning_is_predicted_and_better_with_smaller_steps(tmp_path: P
 def descent(eta: float, time: float) -> Recording:
     """Gradient descent of a small network without a trainer, every step recorded."""
     torch.manual_seed(3)
-    x, x_test = torch.randn(6, 3).double(), torch.randn(4, 3).double()
+    x, x_test, w = torch.randn(6, 3).double(), torch.randn(4, 3).double(), torch.randn(32).double() / 4
     y = torch.tanh(x[:, 0] - x[:, 1])
-    model = nn.Sequential(nn.Linear(3, 8, bias=False), nn.Tanh(), nn.Linear(8, 1, bias=False)).double()
+
+    def network(w: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(x @ w[:24].view(3, 8)) @ w[24:]
+
     run = Recording(GRADIENT_DESCENT, "SGD", "none", learning_rates=[eta] * round(time / eta))
     for step in range(len(run.learning_rates) + 1):
-        (u, j), (u_test, j_test) = (with_jacobian(model, part) for part in (x, x_test))
+        u, u_test, j, j_test = (f(w, part) for f in (network, jacrev(network)) for part in (x, x_test))
         g = (u - y) / len(y)
         values = {"kernel": j @ j.T, "cross_kernel": j_test @ j.T, "gradients": g[:, None]}
         values |= {"curvatures": torch.ones(6, 1, 1).double() / 6, "losses": (u - y).square().mean() / 2}
         values |= {"outputs": u[:, None], "test_outputs": u_test[:, None], "test_losses": u.new_zeros(())}
         run.add(step, values)
-        weights = nn.utils.parameters_to_vector(model.parameters()).detach()
-        nn.utils.vector_to_parameters(weights - eta * j.T @ g, model.parameters())
+        w = w - eta * j.T @ g
     return run
-
-
-def with_jacobian(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Outputs [n] and their Jacobian [n, P]."""
-    u, params = model(x)[:, 0], list(model.parameters())
-    rows = (torch.autograd.grad(value, params, retain_graph=True) for value in u)
-    return u.detach(), torch.stack([nn.utils.parameters_to_vector(row) for row in rows])
 
 
 def falls(run: Recording) -> tuple[float, float]:

@@ -1,17 +1,14 @@
 """The kernel against the slow textbook: one full Jacobian, all outputs at once, in float64."""
 
+import weakref
+
 import pytest
 import torch
 from models import adapted, tiny_model, token_examples
 from torch import Tensor, nn
 
-from hf_poprisk.output_space import (
-    ClassLogits,
-    DPOMargin,
-    SequenceLogProb,
-    empirical_ntk,
-    kernels,
-)
+from hf_poprisk.output_space import ClassLogits, DPOMargin, SequenceLogProb, empirical_ntk, kernels
+from hf_poprisk.output_space.kernel import _Jacobian
 from hf_poprisk.output_space.tasks import Batch, Outputs, loss_terms
 
 
@@ -45,32 +42,24 @@ def classified(count: int) -> list[Batch]:
 
 
 CASES = {
-    "classes": (lambda: tiny_model("bert", dtype=torch.float64), ClassLogits(), classified),
-    "sequences": (lambda: tiny_model(dtype=torch.float64), SequenceLogProb(), token_examples),
-    "tied sequences": (
-        lambda: tiny_model("gpt2", tied=True, dtype=torch.float64),
-        SequenceLogProb(),
-        token_examples,
-    ),
-    "pairs": (lambda: tiny_model("qwen2", dtype=torch.float64), DPOMargin(0.1), pairs),
-    "adapter": (lambda: adapted(tiny_model(dtype=torch.float64), "lora").double(), DPOMargin(0.1), pairs),
+    "classes": (lambda: tiny_model("bert"), ClassLogits(), classified),
+    "sequences": (tiny_model, SequenceLogProb(), token_examples),
+    "tied sequences": (lambda: tiny_model("gpt2", tied=True), SequenceLogProb(), token_examples),
+    "pairs": (lambda: tiny_model("qwen2"), DPOMargin(0.1), pairs),
+    "adapter": (lambda: adapted(tiny_model(), "lora"), DPOMargin(0.1), pairs),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_kernel_is_the_textbook_one(case: str) -> None:
     make, task, data = CASES[case]
-    model, batches = make().eval(), data(7)
+    model, batches = make().double().eval(), data(7)
     probe, test = batches[:5], batches[5:]
     j, j_test = (reference_jacobian(model, part, task.outputs) for part in (probe, test))
     close = {"rtol": 1e-10, "atol": 1e-10 * float((j @ j.T).abs().max())}
     torch.testing.assert_close(empirical_ntk(model, probe, task.outputs, chunk=2), j @ j.T, **close)
-    generator = torch.Generator().manual_seed(1)
-    scales = {
-        name: torch.rand(p.shape, generator=generator, dtype=torch.float64)
-        for name, p in model.named_parameters()
-        if p.requires_grad
-    }
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    scales = {name: torch.rand_like(p) for name, p in trained}
     p = torch.cat([s.reshape(-1) for s in scales.values()])
     for chunk in (3, 100):
         kernel, cross = kernels(model, probe, test, task.outputs, chunk, scales)
@@ -94,13 +83,17 @@ def test_chunks_of_every_size_give_one_kernel() -> None:
 
 
 def test_no_more_than_two_chunks_of_gradients_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = nn.Linear(50, 4)
-    size, made = sum(p.numel() for p in model.parameters()), []
-    zeros = torch.zeros
-    monkeypatch.setattr(torch, "zeros", lambda *shape, **kw: made.append(shape) or zeros(*shape, **kw))
-    empirical_ntk(model, [{"x": torch.randn(1, 50)}] * 10, lambda f, b: f(b["x"]), chunk=8)
-    gradients = [shape for shape in made if len(shape) == 2 and shape[1] == size]
-    assert {shape[0] for shape in gradients} == {8} and len(gradients) == 1 + 4 + 3 + 2 + 1
+    made, most, form = [], [], _Jacobian.__call__
+
+    def counted(self: _Jacobian, picked: slice) -> Tensor:
+        made.append(weakref.ref(found := form(self, picked)))
+        most.append(sum(ref() is not None for ref in made))
+        return found
+
+    monkeypatch.setattr(_Jacobian, "__call__", counted)
+    batches = [{"x": torch.randn(1, 50)}] * 10
+    kernels(nn.Linear(50, 4), batches, batches[:2], lambda f, b: f(b["x"]), chunk=8)
+    assert len(made) == 1 + (4 + 3 + 2 + 1) + 5 and max(most) == 2  # 5 chunks in pairs, 5 times the test's
 
 
 def test_the_model_is_left_as_it_was() -> None:

@@ -8,21 +8,15 @@ from typing import Any
 import pytest
 import torch
 from losses import Kind, first_step, gap
-from models import save_tiny_model, sequences, tiny_model
+from models import layout, save_tiny_model, trainer_of, trl_trainer_of
 from peft import LoraConfig
-from test_trainer import QUIET, Record
+from test_trainer import Record
 from torch import nn
 from transformers import BatchEncoding, DataCollatorWithFlattening, Trainer
 
-from hf_poprisk import (
-    PopRiskMixin,
-    PopRiskSFTConfig,
-    PopRiskSFTTrainer,
-    PopRiskTrainer,
-    PopRiskTrainingArguments,
-)
+from hf_poprisk import PopRiskMixin
 from hf_poprisk.per_example import Packed, Rows
-from hf_poprisk.per_example.examples import NotSeparable, find_layout, take
+from hf_poprisk.per_example.examples import NotSeparable, copied, find_layout, take
 
 
 def test_rows_are_found_in_nested_batches() -> None:
@@ -51,6 +45,8 @@ def test_containers_keep_their_kind() -> None:
     ):
         taken = take(inputs, Rows(4, 4), [2])
         assert type(taken) is kind and taken["x"].tolist() == [[4, 5]]
+        again = copied(inputs)  # for a loss that works in place
+        assert type(again) is kind and again["x"] is not x and torch.equal(again["x"], x)
     taken = take(([x, x, x], {"n": (x,)}, None, "text"), Rows(2, 4), [1])
     assert [t.tolist() for t in taken[0]] == [[[2, 3], [6, 7]]] * 3
     assert taken[1]["n"][0].tolist() == [[2, 3], [6, 7]] and taken[2:] == (None, "text")
@@ -180,8 +176,7 @@ def test_packed_sequences_are_examples(
         {"packing": True, "max_length": 1024},
     ):
         torch.manual_seed(0)
-        args = PopRiskSFTConfig(str(tmp_path), bf16=False, max_steps=1, **{**QUIET, **options})
-        trainer = PopRiskSFTTrainer(model, args=args, train_dataset=sequences(8), peft_config=adapter)
+        trainer = trl_trainer_of("SFT", model, tmp_path, max_steps=1, peft_config=adapter, **options)
         trainer.train()
         assert "gradient_accumulation_steps" in options or trainer._layers is not None
     alone, *together = record.windows
@@ -198,10 +193,8 @@ def test_a_collator_that_flattens_is_a_packed_row(tmp_path: Path, monkeypatch: p
     record = Record(monkeypatch)
     data = [{"input_ids": torch.arange(3, 3 + n).tolist()} for n in (4, 7, 2, 5, 6, 3, 9, 4)]
     for size in (1, 4):
-        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size}
-        args = PopRiskTrainingArguments(str(tmp_path), max_steps=1, **{**QUIET, **options})
-        collator = DataCollatorWithFlattening()
-        PopRiskTrainer(tiny_model(), args=args, train_dataset=data, data_collator=collator).train()
+        options = {"data_collator": DataCollatorWithFlattening(), "max_steps": 1, **layout(size)}
+        trainer_of(tmp_path, data, **options).train()
     alone, together = record.windows
     assert_same_sums(together, alone)
 

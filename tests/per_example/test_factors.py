@@ -27,18 +27,18 @@ def z_of(model: nn.Module, ids: Tensor, count: int) -> Tensor:
     return logits.square().mean((1, 2)).view(-1, count).sum(0)
 
 
-def seen(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
-    """Layer → H of every example, [N, out, in]."""
-    found: dict[str, Tensor] = {}
+def seen(model: nn.Module, z: Callable[[], Tensor], rows: int = 1) -> dict[str, tuple[Tensor, Tensor]]:
+    """Layer → A and D of every example."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
 
     def see(name: str, a: Tensor, d: Tensor) -> None:
         assert name not in found
-        found[name] = torch.bmm(d.mT, a)
+        found[name] = a, d
 
     factors = LinearFactors(model, linear_layers(model), see)
     with factors.forward():
-        z = z_of(model, ids, N)
-    factors.backward(z, ROWS)
+        value = z()
+    factors.backward(value, rows)
     return found
 
 
@@ -51,7 +51,7 @@ def test_factors_multiply_to_the_gradients(kind: str, adapter: str, frozen: bool
         model.requires_grad_(False)
     needed = {name: p.requires_grad for name, p in model.named_parameters()}
     ids = batch(model)
-    found = seen(model, ids)
+    found = seen(model, lambda: z_of(model, ids, N), ROWS)
     assert needed == {name: p.requires_grad for name, p in model.named_parameters()}
     assert all(p.grad is None for p in model.parameters())
     layers = linear_layers(model)
@@ -65,7 +65,8 @@ def test_factors_multiply_to_the_gradients(kind: str, adapter: str, frozen: bool
             expected = h if isinstance(layers[name], nn.Linear) else h.T  # Conv1D
             if weight is model.get_input_embeddings().weight:  # tied: the lookups are no part of the layer
                 continue
-            torch.testing.assert_close(found[name][i], expected)
+            a, d = found[name]
+            torch.testing.assert_close(d[i].T @ a[i], expected)
 
 
 class Twice(nn.Module):
@@ -83,16 +84,11 @@ class Twice(nn.Module):
 
 def check_layer(model: nn.Module, x: Tensor) -> set[str]:
     """Compare ``layer`` with autograd, example by example; returns the layers that were seen."""
-    found: dict[str, Tensor] = {}
-    factors = LinearFactors(
-        model, linear_layers(model), lambda n, a, d: found.update({n: torch.bmm(d.mT, a)})
-    )
-    with factors.forward():
-        z = model(x)
-    factors.backward(z)
+    found = seen(model, lambda: model(x))
+    a, d = found["layer"]
     for i in range(N):
         (expected,) = torch.autograd.grad(model(x[i : i + 1]).sum(), [model.layer.weight])
-        torch.testing.assert_close(found["layer"][i], expected)
+        torch.testing.assert_close(d[i].T @ a[i], expected)
     return set(found)
 
 
@@ -117,14 +113,10 @@ def test_tokens_of_all_rows_may_stand_one_after_the_other() -> None:
 
 
 def test_a_layer_that_hides_the_rows_is_named() -> None:
-    model = Flat()
-    factors = LinearFactors(model, linear_layers(model), lambda *_: None)
-    with factors.forward():
-        z = model(torch.randn(N, 2, 4), seen=False)
-    with pytest.raises(
-        ValueError, match=r"gradients of layer: its input is \[6, 4\], which does not show the 3"
-    ):
-        factors.backward(z)
+    model, x = Flat(), torch.randn(N, 2, 4)
+    sentence = r"gradients of layer: its input is \[6, 4\], which does not show the 3"
+    with pytest.raises(ValueError, match=sentence):
+        seen(model, lambda: model(x, seen=False))
 
 
 def run_of(factors: dict[str, tuple[Tensor, Tensor]]) -> Callable[[Any], None]:
@@ -210,7 +202,7 @@ def test_projected_features_have_the_inner_products_on_average() -> None:
     def gram(k: int, seed: int) -> Tensor:
         features = Features(bases, k, seed)
         run_of({name: (a[:2], d[:2]) for name, (a, d) in factors.items()})(features.see)
-        rows = features.take()
+        rows = features.take(2)
         assert rows.shape == (2, k)
         return rows @ rows.T
 
@@ -229,8 +221,9 @@ def test_with_a_bucket_for_every_coordinate_they_are_exact() -> None:
     a, d = factors["wide"]
     features.see("wide", a, d)
     features.see("another layer", a, d)  # not asked for
-    rows = features.take()
+    rows = features.take(6)
     assert rows.shape == (6, 21)
+    assert torch.equal(features.take(4), torch.zeros(4, 21))  # no layer was run since
     torch.testing.assert_close(rows @ rows.T, exact(bases, factors), rtol=1e-4, atol=1e-5)
 
 
@@ -248,12 +241,7 @@ def test_a_call_with_a_table_that_all_examples_share_is_left_out() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return (self.layer(x) * self.layer(self.table)).sum((1, 2))
 
-    model, seen = Shared(), {}
-    factors = LinearFactors(model, linear_layers(model), lambda name, a, d: seen.update({name: (a, d)}))
-    x = torch.randn(N, 5, 4)
-    with factors.forward():
-        z = model(x)
-    factors.backward(z)
-    a, d = seen["layer"]
+    model, x = Shared(), torch.randn(N, 5, 4)
+    a, d = seen(model, lambda: model(x))["layer"]
     torch.testing.assert_close(a, x)
     torch.testing.assert_close(d, model.layer(model.table).detach().expand(N, 5, 2))

@@ -1,6 +1,7 @@
 """Several examples per backward: the same G and Q as the textbook loop, for every architecture."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,13 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from hf_poprisk import PopRiskAdamW
-from hf_poprisk.per_example import BatchedGradients, Rows, products
+from hf_poprisk.per_example import BatchedGradients, Capture, Rows, products
 from hf_poprisk.per_example import capture as capturing
 from hf_poprisk.per_example.window import ExampleWindow
 
 N = 4
 KINDS = ("llama", "qwen2", "qwen3", "mistral", "gemma3", "gpt2", "bert")
+ADAPTERS = ("full", "lora", "dora", "modules_to_save")
 
 
 def batch(rows: int, side: str = "right") -> dict[str, Tensor]:
@@ -45,6 +46,12 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def checkpointed(model: nn.Module, reentrant: bool = False) -> None:
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.train()
+
+
 def textbook(
     model: nn.Module, inputs: dict[str, Tensor], n: int, pairs: bool
 ) -> dict[str, tuple[Tensor, Tensor]]:
@@ -56,19 +63,20 @@ def textbook(
 
 
 def captured(
-    model: nn.Module, batches: list[tuple[dict[str, Tensor], int]], pairs: bool, total: int
+    model: nn.Module, batches: list[tuple[dict[str, Tensor], int | None]], pairs: bool, total: int
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """G and Q after one window of backwards, one for each (inputs, examples)."""
+    """G and Q after one window of backwards, one per (inputs, examples or None for ``example``)."""
     params = trainable(model)
     layers = BatchedGradients(model, params.values())
-    assert not layers.uncovered
     window = ExampleWindow(params.values(), {p: name for name, p in params.items()})
     for inputs, n in batches:
-        with window.batch(layers, Rows(n, inputs["input_ids"].shape[0])) as capture:
+        rows = len(inputs["input_ids"])
+        with window.example() if n is None else window.batch(layers, Rows(n, rows)) as capture:
             (example_losses(model, inputs, pairs).sum() / total).backward()
-        assert not capture.misfits
+        assert capture is None or not capture.misfits
+    assert all("forward" not in vars(module) for module in model.modules())
     b, sq_sums = window.reduce()
-    assert b == total
+    assert b == total and not layers.uncovered
     return {name: (p.grad, sq_sums[p]) for name, p in params.items() if p.grad is not None}
 
 
@@ -109,9 +117,7 @@ def test_sums_equal_the_loop(
     inputs = batch(2 * N if pairs else N, "left" if left else "right")
     expected = textbook(model, inputs, N, pairs)
     if checkpointing:
-        model.enable_input_require_grads()
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.train()
+        checkpointed(model)
     got = captured(model, [(inputs, N)], pairs, N)
     exact = dtype == torch.float64 and kind != "gemma3"  # whose norms run in float32 whatever the model is in
     assert_same(got, expected, 1e-12 if exact else 1e-5)
@@ -135,24 +141,6 @@ def test_large_layers_equal_the_loop(kind: str, tied: bool, pairs: bool, large: 
     assert_same(got, textbook(model, inputs, N, pairs), 1e-12 if kind != "gemma3" else 1e-5)
 
 
-def test_a_window_of_several_batches_and_single_examples(large: None) -> None:
-    model = tiny_model("llama", True, torch.float64)
-    inputs = batch(7)
-    expected = textbook(model, inputs, 7, False)
-    part = lambda rows: {k: v[rows] for k, v in inputs.items()}  # noqa: E731
-    params = trainable(model)
-    layers, window = BatchedGradients(model, params.values()), ExampleWindow(params.values())
-    with window.example():
-        (example_losses(model, part([0]), False).sum() / 7).backward()
-    for rows in ([1, 2, 3], [4, 5], [6]):
-        with window.batch(layers, Rows(len(rows), len(rows))):
-            (example_losses(model, part(rows), False).sum() / 7).backward()
-    b, sq_sums = window.reduce()
-    assert b == 7
-    assert_same({name: (p.grad, sq_sums[p]) for name, p in params.items()}, expected, 1e-12)
-    assert all("forward" not in vars(module) for module in model.modules())
-
-
 class Uses(nn.Module):
     """A linear layer used twice, its weight once more from outside, a table without a row axis."""
 
@@ -174,21 +162,24 @@ class Uses(nn.Module):
         return self.last(h).sum((1, 2))
 
 
-def assert_follows_the_loop(
-    loss: Callable[[Tensor], Tensor], params: dict[str, nn.Parameter], model: nn.Module
-) -> None:
+def batched(
+    model: nn.Module, loss: Callable[[], Tensor], rows: int = N
+) -> tuple[Capture, dict[str, tuple[Tensor, Tensor]]]:
+    """G and Q after one backward of N examples."""
+    params = trainable(model)
+    window = ExampleWindow(params.values(), {p: name for name, p in params.items()})
+    with window.batch(BatchedGradients(model, params.values()), Rows(N, rows)) as capture:
+        loss().backward()
+    sq_sums = window.reduce()[1]
+    return capture, {name: (p.grad, sq_sums[p]) for name, p in params.items()}
+
+
+def assert_follows_the_loop(loss: Callable[[Tensor], Tensor], model: nn.Module) -> None:
     """G and Q of a loss of [N, 3, 6] rows, which it sums over."""
     x = torch.randn(N, 3, 6, dtype=torch.float64, requires_grad=True)  # as reentrant checkpointing needs it
-    gradients = reference.per_example_gradients(params, lambda row: loss(row[None]), x)
-    window = ExampleWindow(params.values())
-    with window.batch(BatchedGradients(model, params.values()), Rows(N, N)):
-        loss(x).backward()
-    sq_sums = window.reduce()[1]
-    for name, p in params.items():
-        for ours, theirs in zip(
-            (p.grad, sq_sums[p]), reference.grad_and_square_sums(gradients, name), strict=True
-        ):
-            torch.testing.assert_close(ours, theirs)
+    gradients = reference.per_example_gradients(trainable(model), lambda row: loss(row[None]), x)
+    for name, pair in batched(model, lambda: loss(x))[1].items():
+        torch.testing.assert_close(pair, reference.grad_and_square_sums(gradients, name))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -197,7 +188,7 @@ def test_a_layer_used_twice(width_of_small: int, reentrant: bool, monkeypatch: p
     monkeypatch.setattr(capturing, "_SMALL", width_of_small)
     model = Uses().double()
     if not reentrant:
-        assert_follows_the_loop(lambda x: model(x).square().sum(), trainable(model), model)
+        assert_follows_the_loop(lambda x: model(x).square().sum(), model)
     model.zero_grad()
     model.last.requires_grad_(False)
     model.layer.bias.requires_grad_(False)
@@ -207,7 +198,7 @@ def test_a_layer_used_twice(width_of_small: int, reentrant: bool, monkeypatch: p
         recomputed = reentrant and len(x) > 1
         return (checkpoint(model.twice, x, use_reentrant=True) if recomputed else model.twice(x)).sum()
 
-    assert_follows_the_loop(loss, trainable(model), model)
+    assert_follows_the_loop(loss, model)
 
 
 def test_a_gradient_that_the_loss_takes_for_itself_is_not_captured() -> None:
@@ -219,18 +210,13 @@ def test_a_gradient_that_the_loss_takes_for_itself_is_not_captured() -> None:
         (slope,) = torch.autograd.grad(model(rows).sum(), rows)
         return model(rows.detach() + 0.1 * slope.sign()).square().sum()
 
-    assert_follows_the_loop(loss, trainable(model), model)
+    assert_follows_the_loop(loss, model)
 
 
 def test_a_use_outside_the_layers_is_an_error_that_names_it() -> None:
     model, x = Uses(outside=True), torch.randn(N, 3, 6)
-    params = trainable(model)
-    window = ExampleWindow(params.values(), {p: name for name, p in params.items()})
-    with (
-        pytest.raises(RuntimeError, match="of layer.weight cannot be formed: a part of its gradient"),
-        window.batch(BatchedGradients(model, params.values()), Rows(N, N)),
-    ):
-        model(x).sum().backward()
+    with pytest.raises(RuntimeError, match="of layer.weight cannot be formed: a part of its gradient"):
+        batched(model, lambda: model(x).sum())
 
 
 class Positions(nn.Module):
@@ -248,134 +234,51 @@ class Positions(nn.Module):
 @pytest.mark.parametrize(
     ("model", "tokens", "hidden"),
     [
-        (Uses(flat=True), 3, {"last.weight", "last.bias"}),
-        (Uses(flat=True), 1, set()),  # one token per row: nothing is hidden
-        (Positions(flat=False), N, {"table.weight"}),  # as many positions as rows: not guessed at
-        (Positions(flat=True), N, {"table.weight"}),
+        (Uses(flat=True), 3, "last.(weight|bias)"),
+        (Uses(flat=True), 1, None),  # one token per row: nothing is hidden
+        (Positions(flat=False), N, "table.weight"),  # as many positions as rows: not guessed at
+        (Positions(flat=True), N, "table.weight"),
     ],
 )
-def test_rows_that_a_layer_cannot_see_are_reported(model: nn.Module, tokens: int, hidden: set[str]) -> None:
-    params = trainable(model)
-    window = ExampleWindow(params.values())
-    with window.batch(BatchedGradients(model, params.values()), Rows(N, N)) as capture:
-        model(torch.randn(N, tokens, 6))
-    assert capture.misfits.keys() == {params[name] for name in hidden}
+def test_rows_that_a_layer_cannot_see_are_refused(model: nn.Module, tokens: int, hidden: str | None) -> None:
+    sentence = f"of {hidden} cannot be formed: a layer does not see the examples: its input is"
+    with nullcontext() if hidden is None else pytest.raises(RuntimeError, match=sentence):
+        batched(model, lambda: model(torch.randn(N, tokens, 6)).sum())
 
 
 class Scale(nn.Module):
-    """Looks like a norm; its parameter multiplies the rows, or a function of all of them."""
+    """Looks like a norm, and scales the rows; counts its calls and draws from the generator."""
 
-    def __init__(self, couples: bool) -> None:
+    def __init__(self, fault: str = "") -> None:
         super().__init__()
-        self.weight, self.couples = nn.Parameter(torch.ones(6)), couples
+        self.weight, self.fault, self.calls = nn.Parameter(torch.ones(6)), fault, 0
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * (self.weight.sum() if self.couples else self.weight.float().to(x.dtype))
+        assert self.fault != "refuses"
+        self.calls += 1
+        torch.rand(1)
+        return x * (self.weight.sum() if self.fault == "couples" else self.weight.float().to(x.dtype))
 
 
-def test_what_is_covered_is_found_out_by_trying() -> None:
-    model = nn.Sequential(Scale(False), Scale(True), nn.Conv1d(6, 6, 1), nn.Linear(6, 6), nn.BatchNorm1d(6))
+def test_what_is_covered_is_found_out_by_trying_without_a_trace() -> None:
+    faults = Scale("couples"), Scale("refuses"), nn.Conv1d(6, 6, 1), nn.BatchNorm1d(6)
+    model = nn.Sequential(Scale(), nn.Linear(6, 6), *faults)
+    torch.manual_seed(0)
+    fresh = torch.rand(3)
+    torch.manual_seed(0)
     layers = BatchedGradients(model, model.parameters())
-    assert set(layers.uncovered) == {"1.weight", "2.weight", "2.bias", "4.weight", "4.bias"}
-    assert layers.uncovered["1.weight"] == "a parameter of Scale"
-    assert not BatchedGradients(model, [*model[0].parameters(), *model[3].parameters()]).uncovered
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_under_bfloat16_autocast_the_gate_is_that_of_single_examples(kind: str) -> None:
-    model, inputs = tiny_model(kind), batch(2 * N)
-    decided = []
-    for n in (1, 2 * N):
-        optimizer = PopRiskAdamW(model.parameters())
-        layers = BatchedGradients(model, optimizer.gated_parameters)
-        for start in range(0, 2 * N, n):
-            rows = {k: v[start : start + n] for k, v in inputs.items()}
-            with optimizer.batch(layers, Rows(n, n)) if n > 1 else optimizer.example():
-                with torch.autocast("cpu", torch.bfloat16):
-                    loss = example_losses(model, rows, False).sum() / (2 * N)
-                loss.backward()
-        optimizer.close_window()
-        decided.append(torch.cat([optimizer._openness[p].flatten() for p in model.parameters()]))
-        optimizer.zero_grad()
-    assert (decided[0] != decided[1]).float().mean() <= 1e-3
-    assert decided[0].mean() > 0.05
-
-
-class Sparse(nn.Module):
-    """Each example has features of its own; one token per row, and a bias that the ReLU shuts for most."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.last = nn.Linear(4 * N, 300), nn.Linear(300, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.first(x).relu())
-
-
-@pytest.mark.parametrize("pairs", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "sparse"])
-def test_what_one_example_touched_stays_closed_in_low_precision(
-    kind: str, dtype: torch.dtype, pairs: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """There G² = Q exactly, if what is squared was rounded as G is; for small layers and for large ones."""
-    monkeypatch.setattr(capturing, "_SMALL", 1 << 12)
-    rows = 2 * N if pairs else N
-    if kind == "sparse":
-        model: nn.Module = Sparse().to(dtype)
-        inputs = {"x": torch.block_diag(*torch.randn(N, 1, 4)).to(dtype).repeat(rows // N, 1)}
-        losses = lambda batch: model(batch["x"]).float().square().sum(1)  # noqa: E731
-    else:
-        model, inputs = tiny_model(kind, dtype=dtype), batch(rows)
-        losses = lambda batch: example_losses(model, batch, pairs)  # noqa: E731
-    params = trainable(model)
-    examples = [{k: v[i::N] for k, v in inputs.items()} for i in range(N)]
-    alone = reference.per_example_gradients(params, lambda e: losses(e).sum() / N, examples)
-    window = ExampleWindow(params.values())
-    with window.batch(BatchedGradients(model, params.values()), Rows(N, rows)):
-        (losses(inputs).sum() / N).backward()
-    _, squares = window.reduce()
-    seen = 0
-    for name, p in params.items():
-        single = torch.stack([h[name] != 0 for h in alone]).sum(0) == 1
-        opened = p.grad.to(squares[p].dtype).square() > squares[p]
-        assert not (opened & single).any(), name
-        seen += int(single.sum())
-    assert seen > 100
+    assert torch.equal(torch.rand(3), fresh)
+    assert model[0].calls == 0 and model[5].num_batches_tracked == 0
+    wrong = {"2.weight", "3.weight", *(f"{i}.{name}" for i in (4, 5) for name in ("weight", "bias"))}
+    assert set(layers.uncovered) == wrong and layers.uncovered["2.weight"] == "a parameter of Scale"
+    assert not BatchedGradients(model, model[:2].parameters()).uncovered
 
 
 def test_reentrant_checkpointing_gives_the_same_sums() -> None:
     model, inputs = tiny_model("llama", True, torch.float64), batch(N)
     expected = textbook(model, inputs, N, False)
-    model.enable_input_require_grads()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-    model.train()
+    checkpointed(model, reentrant=True)
     assert_same(captured(model, [(inputs, N)], False, N), expected, 1e-12)
-
-
-class Asserting(nn.Module):
-    """Elementwise, but not on every input; counts its calls and draws from the generator."""
-
-    def __init__(self, refuses: bool) -> None:
-        super().__init__()
-        self.weight, self.refuses, self.calls = nn.Parameter(torch.ones(6)), refuses, 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        assert not self.refuses
-        self.calls += 1
-        torch.rand(1)
-        return x * self.weight
-
-
-def test_trying_a_layer_out_leaves_no_trace() -> None:
-    torch.manual_seed(0)
-    fresh, model = torch.rand(3), nn.Sequential(Asserting(True), Asserting(False), nn.BatchNorm1d(6))
-    torch.manual_seed(0)
-    layers = BatchedGradients(model, model.parameters())
-    assert torch.equal(torch.rand(3), fresh)
-    assert set(layers.uncovered) == {"0.weight", "2.weight", "2.bias"}
-    assert model[1].calls == 0 and model[2].num_batches_tracked == 0
 
 
 def test_a_linear_layer_with_other_parameters_is_not_covered() -> None:
@@ -404,10 +307,8 @@ def test_arguments_by_name_and_a_forward_replaced_later() -> None:
     assert layer.forward(3) == 3  # and it is not lost
 
 
-def test_a_loss_that_is_held_on_to_holds_no_buffers() -> None:
+def test_a_loss_that_is_held_on_to_holds_no_buffers(large: None) -> None:
     model, x = nn.Linear(6, 6), torch.randn(N, 3, 6)
-    window = ExampleWindow(model.parameters())
-    with window.batch(BatchedGradients(model, model.parameters()), Rows(N, N)) as capture:
-        loss = model(x).sum()
-        loss.backward()
-    assert loss.grad_fn is not None and not capture._scratch and not capture._kept
+    losses = []
+    capture, _ = batched(model, lambda: losses.append(model(x).sum()) or losses[0])
+    assert losses[0].grad_fn is not None and not capture._products.scratch and not capture._kept

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from losses import KINDS, SEQ2SEQ_DATA, TEXTS, VOCABULARY, CallsParts, Kind, Ridge, bert, first_step, gap, mt5
-from test_trainer import QUIET
+from models import trainer_of
 from torch import Tensor
 
 from hf_poprisk import PopRiskTrainingArguments
@@ -99,7 +99,7 @@ def test_wrong_squares_are_not_taken(
 
     def finish(capture: Capture, param: Tensor, grad: Tensor) -> None:
         original(capture, param, grad)
-        capture._sinks[0].so_far()[param].mul_(2)
+        capture._squares.so_far()[param].mul_(2)
 
     monkeypatch.setattr(Capture, "finish", finish)
     with caplog.at_level(logging.WARNING):
@@ -115,8 +115,8 @@ def test_a_term_that_appears_later_is_an_error(tmp_path: Path) -> None:
             return 0.0 if self.state.global_step < 2 else super().term(logits)
 
     kind = KINDS["penalty: vit"]
-    args = PopRiskTrainingArguments(str(tmp_path), max_steps=4, **{**QUIET, "per_device_train_batch_size": 4})
-    trainer = Later(kind.model(), args=args, train_dataset=kind.data)
+    kinds, options = (Later, PopRiskTrainingArguments), {"per_device_train_batch_size": 4, "max_steps": 4}
+    trainer = trainer_of(tmp_path, kind.data, kind.model(), kinds, **options)
     with pytest.raises(RuntimeError, match="by another way than the model's outputs, which it did not"):
         trainer.train()
     assert trainer.state.global_step == 2

@@ -1,14 +1,15 @@
 """What the self-check sees, what it leaves as it was, and what it decides on several ranks."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from losses import TEXTS, Kind, OwnLoss, bert, first_step
+from models import trainer_of
 from test_batched_trainers import Classifier, rows
-from test_trainer import QUIET
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,18 +18,21 @@ from hf_poprisk.microbatch import MicrobatchMixin
 
 
 def train(model: nn.Module, folder: Path, trainer: Any = PopRiskTrainer, **options: Any) -> Any:
-    settings = {**QUIET, "max_steps": 2, "per_device_train_batch_size": 4, **options}
-    args = PopRiskTrainingArguments(str(folder), **settings)
-    run = trainer(model, args=args, train_dataset=rows(16))
+    settings = {"max_steps": 2, "per_device_train_batch_size": 4, **options}
+    run = trainer_of(folder, rows(16), model, (trainer, PopRiskTrainingArguments), **settings)
     run.train()
     return run
 
 
-class OwnNorm(Classifier):
-    """Normalises over the micro-batch, in train mode alone."""
+class Shifted(Classifier):
+    """Sees another input, which may depend on the others and on the mode."""
+
+    def __init__(self, shift: Callable[[Tensor, bool], Tensor], conv: bool = False) -> None:
+        super().__init__(conv=conv)
+        self.shift = shift
 
     def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        return super().forward(x - x.mean(0) if self.training else x, labels)
+        return super().forward(x + self.shift(x, self.training), labels)
 
 
 class Centred(Classifier):
@@ -80,13 +84,6 @@ class Recording(Classifier):
         return {**found, "loss": found["loss"] * len(self.states)}
 
 
-class Sampled(Classifier):
-    """Draws random numbers inside the model in every mode, as a VAE does."""
-
-    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        return super().forward(x + 0.1 * torch.randn_like(x), labels)
-
-
 class Frozen(Classifier):
     """A norm that stays in eval mode is no norm of the batch."""
 
@@ -115,20 +112,15 @@ class ReadsLast(OwnLoss):
         return loss + seen[-1].square().mean(), outputs
 
 
-class Interleaved(OwnLoss):
-    """Each example's two views side by side; rows i and i + N are taken for one example."""
+def views(repeated: Callable[[Tensor], Tensor]) -> type[OwnLoss]:
+    """Two views of each example, of which rows i and i + N are taken for one."""
 
-    def own_loss(self, model: Any, inputs: Any) -> tuple[Tensor, Any]:
-        outputs = model(*(inputs[name].repeat_interleave(2, 0) for name in ("x", "labels")))
-        return outputs["loss"], outputs
+    class Views(OwnLoss):
+        def own_loss(self, model: Any, inputs: Any) -> tuple[Tensor, Any]:
+            outputs = model(repeated(inputs["x"]), repeated(inputs["labels"]))
+            return outputs["loss"], outputs
 
-
-class Tiled(OwnLoss):
-    """Rows i and i + N are of one example."""
-
-    def own_loss(self, model: Any, inputs: Any) -> tuple[Tensor, Any]:
-        outputs = model(inputs["x"].repeat(2, 1, 1), inputs["labels"].repeat(2))
-        return outputs["loss"], outputs
+    return Views
 
 
 COUPLED = "trainer's .*the loss would be .*set per_device_train_batch"
@@ -137,14 +129,14 @@ COUPLED = "trainer's .*the loss would be .*set per_device_train_batch"
 @pytest.mark.parametrize(
     ("make", "trainer", "sentence"),
     [
-        (lambda: OwnNorm(conv=True), PopRiskTrainer, COUPLED),
+        (lambda: Shifted(lambda x, training: -x.mean(0) * training, conv=True), PopRiskTrainer, COUPLED),
         (Centred, PopRiskTrainer, COUPLED),
         (lambda: Counting(conv=True), PopRiskTrainer, "keeps state in its forward"),
         (Scaled, PopRiskTrainer, "the loss reaches scale by another way .*poprisk_exclude could"),
         (lambda: Classifier(conv=True), ReadsLast, "the loss would be"),
         (
             lambda: Classifier(conv=True),
-            Interleaved,
+            views(lambda x: x.repeat_interleave(2, 0)),
             "the rows that the model is called on are not example after example",
         ),
     ],
@@ -160,9 +152,10 @@ def test_examples_that_do_not_stand_alone_are_refused(
 @pytest.mark.parametrize(
     ("make", "trainer", "together"),
     [
-        (Sampled, PopRiskTrainer, True),
+        # drawn inside the model in every mode, as a VAE does
+        (lambda: Shifted(lambda x, training: 0.1 * torch.randn_like(x)), PopRiskTrainer, True),
         (Frozen, PopRiskTrainer, True),
-        (lambda: Classifier(conv=True), Tiled, False),
+        (lambda: Classifier(conv=True), views(lambda x: torch.cat([x, x])), False),
     ],
     ids=["random numbers", "frozen norm", "tiled"],
 )

@@ -1,69 +1,116 @@
-"""G and Q from leaf hooks against the textbook loop, on real architectures."""
+"""One accumulation window: single examples and several at once, what is refused, what is kept."""
 
-from typing import Any
+from itertools import product
 
 import pytest
 import reference
 import torch
-from models import adapted, tiny_model, token_examples
+from models import adapted, tiny_model
+from test_layers import (
+    ADAPTERS,
+    N,
+    assert_same,
+    batch,
+    batched,
+    captured,
+    checkpointed,
+    example_losses,
+    textbook,
+    trainable,
+)
 from torch import Tensor, nn
 
 from hf_poprisk import PopRiskAdamW
+from hf_poprisk.per_example import BatchedGradients, Rows
+from hf_poprisk.per_example import capture as capturing
 from hf_poprisk.per_example.window import ExampleWindow
 
-B = 5
 
-
-def assert_sums_equal_the_loop(model: nn.Module, examples: list[dict[str, Tensor]], gradients: Any) -> None:
-    """One window of one-example backwards."""
-    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    window = ExampleWindow(params.values())
-    for example in examples:
-        with window.example():
-            (model(**example).loss / B).backward()
-    b, sq_sums = window.reduce()
-    assert b == B and len(sq_sums) == len(params)
-    seen = 0
-    for name, p in params.items():
-        tolerance = 1e-12 if p.dtype == torch.float64 else 1e-5
-        expected = reference.grad_and_square_sums(gradients, name)
-        for ours, theirs in zip((p.grad, sq_sums[p]), expected, strict=True):
-            assert (ours.double() - theirs).abs().max() <= tolerance * theirs.abs().max(), name
-        seen += expected[1].count_nonzero().item()
-    assert seen > 100
-
-
-MODELS = [
-    *((kind, tied, "full") for kind in ("llama", "qwen2", "gpt2") for tied in (False, True)),
-    *(
-        (kind, False, adapter)
-        for kind in ("llama", "gpt2")
-        for adapter in ("lora", "dora", "modules_to_save")
-    ),
-]
-WAYS = [(way, dtype) for way in ("plain", "checkpointing") for dtype in (torch.float64, torch.float32)]
+def parts(inputs: dict[str, Tensor], *rows: list[int]) -> list[dict[str, Tensor]]:
+    return [{k: v[some] for k, v in inputs.items()} for some in rows]
 
 
 @pytest.mark.parametrize(
-    ("model", "way", "dtype"),
-    [
-        *((model, way, dtype) for model in MODELS for way, dtype in WAYS),
-        (("llama", True, "full"), "compiled", torch.float64),
-    ],
+    ("kind", "adapter", "way"),
+    [*product(("llama", "gpt2"), ADAPTERS, ("plain", "checkpointing")), ("llama", "full", "compiled")],
 )
-def test_sums_equal_the_loop(model: Any, way: str, dtype: torch.dtype) -> None:
-    kind, tied, adapter = model
-    model = adapted(tiny_model(kind, tied, dtype), adapter)
-    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    examples = token_examples(B)
-    gradients = reference.per_example_gradients(params, lambda e: model(**e).loss / B, examples)
+def test_single_examples_equal_the_loop(kind: str, adapter: str, way: str) -> None:
+    """The hooks on the parameters, which know of no layer."""
+    model, inputs = adapted(tiny_model(kind, adapter == "full", torch.float64), adapter), batch(N)
+    expected = textbook(model, inputs, N, False)
     if way == "checkpointing":
-        model.enable_input_require_grads()
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.train()
+        checkpointed(model)
     elif way == "compiled":
         model.compile(backend="aot_eager")  # the backward is traced; no code generator needed
-    assert_sums_equal_the_loop(model, examples, gradients)
+    alone = [(part, None) for part in parts(inputs, *([i] for i in range(N)))]
+    assert_same(captured(model, alone, False, N), expected, 1e-12)
+
+
+@pytest.mark.parametrize("small", [0, 1 << 17])
+def test_a_window_of_several_batches_and_single_examples(small: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capturing, "_SMALL", small)
+    model, inputs = tiny_model("llama", True, torch.float64), batch(7)
+    expected = textbook(model, inputs, 7, False)
+    batches = zip(parts(inputs, [0], [1, 2, 3], [4, 5], [6]), (None, 3, 2, 1), strict=True)
+    assert_same(captured(model, list(batches), False, 7), expected, 1e-12)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_under_bfloat16_autocast_the_gate_is_that_of_single_examples(kind: str) -> None:
+    model, inputs = tiny_model(kind), batch(2 * N)
+    decided = []
+    for n in (1, 2 * N):
+        optimizer = PopRiskAdamW(model.parameters())
+        layers = BatchedGradients(model, optimizer.gated_parameters)
+        for start in range(0, 2 * N, n):
+            rows = {k: v[start : start + n] for k, v in inputs.items()}
+            with optimizer.batch(layers, Rows(n, n)) if n > 1 else optimizer.example():
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = example_losses(model, rows, False).sum() / (2 * N)
+                loss.backward()
+        optimizer.close_window()
+        decided.append(torch.cat([optimizer._openness[p].flatten() for p in model.parameters()]))
+        optimizer.zero_grad()
+    assert (decided[0] != decided[1]).float().mean() <= 1e-3
+    assert decided[0].mean() > 0.05
+
+
+class Sparse(nn.Module):
+    """Each example has features of its own; one token per row, and a bias that the ReLU shuts for most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(4 * N, 300), nn.Linear(300, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x).relu())
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "sparse"])
+def test_what_one_example_touched_stays_closed_in_low_precision(
+    kind: str, dtype: torch.dtype, pairs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There G² = Q exactly, if what is squared was rounded as G is; for small layers and for large ones."""
+    monkeypatch.setattr(capturing, "_SMALL", 1 << 12)
+    rows = 2 * N if pairs else N
+    if kind == "sparse":
+        model: nn.Module = Sparse().to(dtype)
+        inputs = {"x": torch.block_diag(*torch.randn(N, 1, 4)).to(dtype).repeat(rows // N, 1)}
+        losses = lambda batch: model(batch["x"]).float().square().sum(1)  # noqa: E731
+    else:
+        model, inputs = tiny_model(kind, dtype=dtype), batch(rows)
+        losses = lambda batch: example_losses(model, batch, pairs)  # noqa: E731
+    examples = [{k: v[i::N] for k, v in inputs.items()} for i in range(N)]
+    alone = reference.per_example_gradients(trainable(model), lambda e: losses(e).sum() / N, examples)
+    seen = 0
+    for name, (grad, square) in batched(model, lambda: losses(inputs).sum() / N, rows)[1].items():
+        single = torch.stack([h[name] != 0 for h in alone]).sum(0) == 1
+        assert not ((grad.to(square.dtype).square() > square) & single).any(), name
+        seen += int(single.sum())
+    assert seen > 100
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,15 +1,10 @@
-"""What becomes of per-example gradients: a sink is shown the h_i of every parameter, block by block.
-
-The capture of one backward (``capture.py``) and the leaf hooks of one example (``window.py``) show them to
-any number of sinks. A new one, for clipping or for influence, has these three methods.
-"""
+"""The squares of the per-example gradients, summed over a window: ``Q = Σ h_i²``."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import accumulate, groupby
 from operator import itemgetter
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -20,22 +15,6 @@ from hf_poprisk.per_example.layout import wide
 
 # Elements per all-reduce: large enough to fill the link, small against the model.
 _BUCKET_NUMEL = 1 << 24
-
-
-class Sink(Protocol):
-    """Receives per-example gradients."""
-
-    def wants(self, param: Tensor) -> bool:
-        """Whether it is to be shown the gradients of this parameter."""
-
-    def add(self, param: Tensor, first: int, h: Tensor, start: int = 0) -> None:
-        """Gradients of the rows ``start`` … of consecutive examples from ``first`` on; h: [n, rows, …].
-
-        Blocks of rows come one after the other, and all examples of a block before the next one.
-        """
-
-    def add_rows(self, param: Tensor, rows: Tensor, examples: Tensor, h: Tensor) -> None:
-        """Gradients of single rows of a table; rows and examples: [R] int64, h: [R, width]."""
 
 
 class SquareSum:
@@ -50,32 +29,16 @@ class SquareSum:
 
     def __init__(self, params: Iterable[Tensor]) -> None:
         self.params = list(params)
-        self._wanted = set(self.params)
         self._sums: dict[Tensor, Tensor] = {}
         self._rows: dict[Tensor, int] = {}  # of this window: how many rows have been written
 
-    def wants(self, param: Tensor) -> bool:
-        return param in self._wanted
+    def add(self, param: Tensor, h: Tensor, start: int = 0) -> None:
+        """Gradients of the rows ``start`` … of some examples, [n, rows, …].
 
-    def buffer(self, param: Tensor) -> tuple[Tensor, bool]:
-        """The parameter's Q, to be written to as a whole, and whether its content is of an older window."""
-        fresh = param not in self._rows
-        self._rows[param] = len(param) if param.dim() else 1
-        return self._buffer(param), fresh
-
-    def _buffer(self, param: Tensor) -> Tensor:
-        sums = self._sums.get(param)
-        if sums is None or sums.device != param.device:
-            sums = torch.empty_like(param, dtype=wide(param.dtype), requires_grad=False)
-            self._sums[param] = sums
-        return sums
-
-    def add(self, param: Tensor, first: int, h: Tensor, start: int = 0) -> None:
-        sums = self._buffer(param)
-        if param.dim() == 0:
-            sums, h = sums[None], h.reshape(-1, 1)
-        rows = sums[start : start + h.shape[1]]
-        fresh = self._is_fresh(param, start, h.shape[1])  # the first one writes: no buffer is ever zeroed
+        Blocks of rows come one after the other, and all examples of a block before the next one.
+        """
+        h = h if param.dim() else h.reshape(-1, 1)
+        rows, fresh = self.buffer(param, start, start + h.shape[1])
         if len(h) > 1:
             squares = h.to(rows.dtype).square().sum(0)
             rows.copy_(squares) if fresh else rows.add_(squares)
@@ -86,24 +49,32 @@ class SquareSum:
         else:  # copy before squaring: bfloat16 · bfloat16 would round before the cast
             torch.square(rows.copy_(h[0]), out=rows)
 
-    def _is_fresh(self, param: Tensor, start: int, count: int) -> bool:
-        """Whether nothing has been written to these rows in this window; they will be now."""
-        fresh = start >= self._rows.get(param, 0)
-        if fresh:
-            self._rows[param] = start + count
-        return fresh
+    def add_and_sum(self, param: Tensor, h: Tensor, start: int, total: Tensor, first: bool) -> None:
+        """``add``, and ``total += Σ h_i`` in the same pass; overwrites the total if ``first``."""
+        squares, fresh = self.buffer(param, start, start + h.shape[1])
+        kernels_cpu.add_squares(h, total, squares, first=first, fresh=fresh)
 
-    def add_and_sum(self, param: Tensor, first: int, h: Tensor, start: int, total: Tensor) -> None:
-        """``add``, and ``total += Σ h_i`` in the same pass; overwrites the total if ``first`` is 0."""
-        fresh = self._is_fresh(param, start, h.shape[1])
-        squares = self._buffer(param)[start : start + h.shape[1]]
-        kernels_cpu.add_squares(h, total, squares, first=first == 0, fresh=fresh)
-
-    def add_rows(self, param: Tensor, rows: Tensor, examples: Tensor, h: Tensor) -> None:
+    def add_rows(self, param: Tensor, rows: Tensor, h: Tensor) -> None:
+        """Gradients of single rows of a table; rows: [R] int64, h: [R, width]."""
         sums, fresh = self.buffer(param)
         if fresh:
             sums.zero_()
         sums.index_add_(0, rows, h.square())
+
+    def buffer(self, param: Tensor, start: int = 0, stop: int | None = None) -> tuple[Tensor, bool]:
+        """Rows of the parameter's Q, to be written to, and whether their content is of an older window.
+
+        So the first example writes and the others add: no buffer is ever zeroed.
+        """
+        sums = self._sums.get(param)
+        if sums is None or sums.device != param.device:
+            sums = torch.empty_like(param, dtype=wide(param.dtype), requires_grad=False)
+            self._sums[param] = sums
+        rows = sums[start:stop] if param.dim() else sums[None]
+        fresh = start >= self._rows.get(param, 0)
+        if fresh:
+            self._rows[param] = start + len(rows)
+        return rows, fresh
 
     def so_far(self) -> dict[Tensor, Tensor]:
         """Q of this rank, for the parameters that have one."""
@@ -116,7 +87,7 @@ class SquareSum:
         """
         for p in params:
             if p not in self._rows:  # reached on another rank only
-                self._sums[p] = torch.zeros_like(p, dtype=wide(p.dtype), requires_grad=False)
+                self.buffer(p)[0].zero_()
         sums = {p: self._sums[p] for p in params}
         if dist.is_available() and dist.is_initialized() and (world := dist.get_world_size()) > 1:
             _all_reduce(list(sums.values()), scale=1.0 / world**2)
