@@ -72,6 +72,14 @@ class PopRiskArgumentsMixin:
             "audit: judge only. weight: weight an example by how likely its label is correct."
         },
     )
+    poprisk_leap: float = field(
+        default=0.0,
+        metadata={
+            "help": "Preference pairs with poprisk_label_noise=weight: before the first step, move the "
+            "weights to where the judge's regression is, by so many nats of the mean margin. 0: do not. "
+            "It may take the place of training (num_train_epochs=0)."
+        },
+    )
     poprisk_weight_column: str | None = field(
         default=None,
         metadata={
@@ -164,7 +172,7 @@ class PopRiskArgumentsMixin:
             self.poprisk_label_noise = "off"
         others = {
             name: getattr(self, _PREFIX + name)
-            for name in ("exclude", "label_noise", "weight_column", "hub_access")
+            for name in ("exclude", "label_noise", "leap", "weight_column", "hub_access")
         }
         check_options(_PREFIX, **self.gate_options(), **others)
         if self.optim == OPTIM:
@@ -229,6 +237,7 @@ class PopRiskArgumentsMixin:
         if self.optim != OPTIM:
             return
         refuse(refusals.OPTIMIZER, self)
+        refuse(refusals.LEAP, self)
         if self.poprisk_label_noise != "off" or self.poprisk_gate != "none":
             refuse(whole, self, of=f"optim={OPTIM}", without=self.plain_options)
         if self.poprisk_label_noise != "off":

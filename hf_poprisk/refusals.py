@@ -77,6 +77,14 @@ GATE = (
     ),
 )
 
+LEAP = (
+    Rule(
+        lambda a: a.poprisk_leap and a.poprisk_label_noise != "weight",
+        "poprisk_leap={a.poprisk_leap} goes to where judged labels lead: set poprisk_label_noise=weight, or "
+        "poprisk_leap=0.",
+    ),
+)
+
 # What per-example gradients need of the layout of a step.
 STATIC_GRAPH = Rule(
     lambda a: a.ddp_static_graph and a.gradient_accumulation_steps > 1,

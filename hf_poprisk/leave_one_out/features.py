@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from hf_poprisk.per_example.basis import Features, measure_bases
+from hf_poprisk.per_example.basis import Features, LayerBasis, measure_bases
 from hf_poprisk.per_example.factors import LinearFactors, linear_layers
 from hf_poprisk.per_example.undisturbed import mode, undisturbed
 
@@ -29,6 +29,18 @@ _MAX_NUMBERS = 1 << 27  # n · k, half a gigabyte
 _NUM_FOR_BASES = 256  # examples that the bases are measured on
 
 
+class LabelFeatures(NamedTuple):
+    """Of each part that the model has, the head and the layers below it.
+
+    Attributes:
+        parts: [n of this rank, k] float32.
+        bases: name of a layer → its basis.
+    """
+
+    parts: list[np.ndarray]
+    bases: list[dict[str, LayerBasis]]
+
+
 def label_features(
     model: nn.Module,
     batches: Callable[[int | None], Iterable[Any]],
@@ -36,7 +48,7 @@ def label_features(
     rows_per_example: int = 1,
     k: int = _MAX_FEATURES,
     classifier: bool = False,
-) -> list[np.ndarray]:
+) -> LabelFeatures:
     """Features of the gradients of the labels' log-odds, over all linear layers, in eval mode.
 
     Args:
@@ -47,9 +59,6 @@ def label_features(
         rows_per_example: of what the layers see; row j belongs to example j mod N.
         k: features of each part.
         classifier: the last linear layer is the head.
-
-    Returns:
-        For each part that the model has, the head and the layers below it: [n of this rank, k] float32.
 
     Raises:
         ValueError: a model without linear layers, or whose layers do not see the examples as rows; or
@@ -89,14 +98,15 @@ def label_features(
     with undisturbed(model, model.parameters()), mode(model, False), torch.enable_grad():
         bases = measure_bases(lambda see: run(see, _NUM_FOR_BASES))
         get_head = getattr(model, "get_output_embeddings", None)
-        head = get_head() if get_head is not None else None
-        of_head = set() if head is None else set(head.modules())  # several where an adapter wraps it
+        output = get_head() if get_head is not None else None
+        of_head = set() if output is None else set(output.modules())  # several where an adapter wraps it
         if classifier:
             of_head = {layers[[name for name in layers if name in bases][-1]]}
-        names: tuple[list[str], list[str]] = ([], [])
-        for name in bases:
-            names[layers[name] not in of_head].append(name)
-        parts = [Features({n: bases[n] for n in part}, k) for part in names if part]
+        below, head = (
+            {n: x for n, x in bases.items() if (layers[n] in of_head) is part} for part in (False, True)
+        )
+        of_parts = [part for part in (head, below) if part]
+        parts = [Features(part, k) for part in of_parts]
         rows: list[list[Tensor]] = [[] for _ in parts]
 
         def see(name: str, a: Tensor, d: Tensor) -> None:
@@ -108,7 +118,7 @@ def label_features(
                 found.append(part.take(num_examples).cpu())
 
         run(see, None, done)
-    return [torch.cat(found).numpy() for found in rows]
+    return LabelFeatures([torch.cat(found).numpy() for found in rows], of_parts)
 
 
 def _of_the_first(name: str, a: Tensor, d: Tensor) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from scipy.linalg import eigh
+from scipy.special import expit
 
 from hf_poprisk.leave_one_out.noise import NoiseFit, class_log_odds, fit_noise, likelihood, temperature
 from hf_poprisk.leave_one_out.regression import Ridge, leave_one_out
@@ -39,6 +40,7 @@ class Judgement:
         ridge: λ.
         rounds: 2 if the regression was weighted by what a first one gave.
         num_copies: examples that others have the same features as.
+        dual: of pairs, the solution weighted by p_correct is ``Σ_i dual_i φ_i`` of each part, [n, parts].
     """
 
     log_odds: np.ndarray
@@ -48,6 +50,7 @@ class Judgement:
     ridge: float
     rounds: int
     num_copies: int
+    dual: np.ndarray | None = None
 
 
 def judge_pairs(parts: Sequence[np.ndarray]) -> Judgement:
@@ -77,7 +80,11 @@ def judge_pairs(parts: Sequence[np.ndarray]) -> Judgement:
         (ridge, log_odds, _), rounds = second, 2
         fit = replace(fit, tau=likelihood(log_odds, fit.rate)[0])
         p_correct = _p_correct(fit, log_odds)
-    return Judgement(log_odds, p_correct, fit, part, ridge, rounds, _num_copies(units))
+    fitted = features @ leave_one_out(features, ridge, p_correct)[1]
+    dual = p_correct * expit(-fitted) / ridge
+    used = units if part is None else (part,)
+    duals = np.stack([dual / _lengths(x) if p in used else 0 * dual for p, x in enumerate(parts)], 1)
+    return Judgement(log_odds, p_correct, fit, part, ridge, rounds, _num_copies(units), duals)
 
 
 def judge_classes(parts: Sequence[np.ndarray], labels: np.ndarray) -> Judgement:
@@ -203,10 +210,15 @@ def _unit(x: np.ndarray) -> np.ndarray | None:
     """
     if not np.isfinite(x).all():  # asked here, where every rank has all of them
         raise ValueError("the gradients of the labels' log-odds are not finite: the model gives NaN or inf.")
-    lengths = np.linalg.norm(x, axis=1, keepdims=True)
-    if not lengths.any() or (x == x[0]).all():
+    if not x.any() or (x == x[0]).all():
         return None
-    return x / np.where(lengths > _NOTHING * np.median(lengths[lengths > 0]), lengths, np.inf)
+    return x / _lengths(x)[:, None]
+
+
+def _lengths(x: np.ndarray) -> np.ndarray:
+    """[n]; infinite instead of what is rounding."""
+    lengths = np.linalg.norm(x, axis=1)
+    return np.where(lengths > _NOTHING * np.median(lengths[lengths > 0]), lengths, np.inf)
 
 
 def _candidates(units: Mapping[int, np.ndarray]) -> Iterator[tuple[int | None, np.ndarray]]:

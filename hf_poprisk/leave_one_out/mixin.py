@@ -17,8 +17,10 @@ from transformers import TrainerCallback
 from hf_poprisk.leave_one_out.features import ClassLogits, label_features, num_features, spread
 from hf_poprisk.leave_one_out.index import IndexCollator, IndexMixin, Sample
 from hf_poprisk.leave_one_out.judgement import Judgement, judge_classes, judge_pairs
+from hf_poprisk.leave_one_out.leap import leap
 from hf_poprisk.leave_one_out.table import TABLE_NAME, ExampleTable, is_judged
 from hf_poprisk.leave_one_out.weights import LabelNoise
+from hf_poprisk.per_example.basis import LayerBasis
 
 logger = logging.getLogger(__name__)
 
@@ -46,50 +48,16 @@ class LabelNoiseMixin(IndexMixin):
         Raises:
             ValueError: fewer than 50 examples, gradients that tell nothing, or a loss of something else.
         """
-        accelerator = self.accelerator
-        data, collator = self._used_columns(self.train_dataset, IndexCollator(self.data_collator))
-        model = accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        # as many on each rank, the first ones twice if need be
-        each = -(-len(data) // accelerator.num_processes)
-        first = accelerator.process_index * each
-        mine = [i % len(data) for i in range(first, first + each)]
-        index: list[Tensor] = []
-        labels: list[Tensor] = []
-        size_of_batch = 0
+        return self._judge(_Passes(self))[1]
 
-        def batches(count: int | None) -> Iterator[Any]:
-            nonlocal size_of_batch
-            part = mine if count is None else spread(mine, -(-count // accelerator.num_processes))
-            # rows of one length need no padding; the longest first, which may not fit
-            part = sorted(part, key=lambda i: _length(data[i]), reverse=True)
-            loader = DataLoader(
-                Subset(data, part),
-                self.args.per_device_train_batch_size,
-                collate_fn=collator,
-                generator=torch.Generator(),  # that of the training order is left alone
-            )
-            quiet = self.args.disable_tqdm or not self.is_local_process_zero()
-            for batch in tqdm(
-                loader, "Judging labels" if count is None else "Measuring gradients", disable=quiet
-            ):
-                batch, rows = self._take_index(batch)
-                size_of_batch = len(rows)
-                if count is None:
-                    index.append(rows)
-                yield self._prepare_inputs(batch)
-
-        def log_odds(model: torch.nn.Module, inputs: Any) -> Tensor:
-            with self.compute_loss_context_manager():  # autocast is for the forward alone
-                if self.label_log_odds is not None:
-                    return self.label_log_odds(model, inputs)
-                logits, of_batch = self._class_logits(model, inputs, size_of_batch)
-            if len(labels) < len(index):
-                labels.append(of_batch.cpu())
-            return logits.float() @ _combination(logits.shape[1]).to(logits.device)
-
-        classifier, k = self.label_log_odds is None, num_features(len(data))
-        parts = label_features(model, batches, log_odds, self.rows_per_example, k, classifier=classifier)
-        every = (torch.cat(index), *([torch.cat(labels)] if classifier else []), *parts)
+    def _judge(self, passes: _Passes) -> tuple[np.ndarray, Judgement, list[dict[str, LayerBasis]]]:
+        """The ids of the examples that were judged, [n] ascending, what was found, and the bases."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        classifier, k = self.label_log_odds is None, num_features(len(self.train_dataset))
+        parts, bases = label_features(
+            model, passes.batches, passes.log_odds, self.rows_per_example, k, classifier=classifier
+        )
+        every = (passes.index, *([torch.cat(passes.labels)] if classifier else []), *parts)
         ids, *columns = (self._of_all_ranks(x).numpy() for x in every)
         ids, rows = np.unique(ids, return_index=True)
         columns = [x[rows] for x in columns]
@@ -100,7 +68,48 @@ class LabelNoiseMixin(IndexMixin):
         else:
             found = judge_pairs(columns)
         self._label_noise.take(ids, found)
-        return found
+        return ids, found, bases
+
+    def _judge_and_leap(self) -> None:
+        passes, judge = _Passes(self), self._label_noise
+        ids, found, bases = self._judge(passes)
+        doubt = "" if judge.doubt is None else f". This means little: {judge.doubt}"
+        below = int((found.p_correct < 0.5).sum())
+        self._say(f"{judge.found()}; {below} of {len(found.p_correct)} labels are below .5{doubt}.")
+        margin = self.args.poprisk_leap
+        if not margin:
+            return
+        if not judge.weighted:
+            self._say("poprisk_leap: no leap, for the labels are predicted too badly to follow them.")
+            return
+        rows = np.searchsorted(ids, passes.index.cpu().numpy())
+        alpha, weights = (torch.from_numpy(x[rows]).float() for x in (found.dual, found.p_correct))
+        weights, alpha = weights * passes.first, alpha * passes.first[:, None]
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        judge.leap = leap(
+            model,
+            lambda: passes.batches(None),
+            passes.log_odds,
+            self.rows_per_example,
+            bases,
+            alpha,
+            weights,
+            margin,
+        )
+        if judge.leap.reached:
+            self._say(
+                f"poprisk_leap={margin:g}: the mean margin grew by {judge.leap.reached:.3g} nats where "
+                f"{judge.leap.predicted:.3g} were predicted."
+            )
+        else:
+            self._say(
+                f"poprisk_leap={margin:g}: the model does not follow its linearisation, and its weights are "
+                "as they were: train it, or try a shorter leap."
+            )
+
+    def _say(self, text: str) -> None:
+        if self.is_world_process_zero():
+            logger.warning(text)
 
     def _class_logits(self, model: torch.nn.Module, inputs: Any, num_examples: int) -> tuple[Tensor, Tensor]:
         """The logits of N examples, [N, K] with their graph, and their labels, [N]."""
@@ -157,11 +166,7 @@ class _Judging(TrainerCallback):
             judge.forget()  # this is another model
         if judge.fit is not None:  # a second call of train() keeps what was found
             return
-        found = trainer.judge_labels()
-        doubt = "" if judge.doubt is None else f". This means little: {judge.doubt}"
-        below = int((found.p_correct < 0.5).sum())
-        if state.is_world_process_zero:
-            logger.warning(f"{judge.found()}; {below} of {len(found.p_correct)} labels are below .5{doubt}.")
+        trainer._judge_and_leap()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         judge = self._trainer._label_noise
@@ -169,6 +174,70 @@ class _Judging(TrainerCallback):
             judge.save(args.output_dir)
             if state.is_world_process_zero:
                 logger.warning(f"{judge.found()}; `hf-poprisk audit {args.output_dir}` shows the examples.")
+
+
+class _Passes:
+    """Passes over this rank's share of the training set, and the log-odds of their labels.
+
+    Attributes:
+        index: of the examples in the order of a pass, [n].
+        first: 1 for an example, 0 for its copy on another rank, [n] float32.
+        labels: of classes, per micro-batch, from the first pass over all.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        collator = IndexCollator(trainer.data_collator)
+        self._data, self._collator = trainer._used_columns(trainer.train_dataset, collator)
+        # as many on each rank, the first ones twice if need be
+        count, rank = len(self._data), trainer.accelerator.process_index
+        each = -(-count // trainer.accelerator.num_processes)
+        self._mine = self._sorted([i % count for i in range(rank * each, (rank + 1) * each)])
+        self.first = torch.tensor([float(i // each == rank) for i in self._mine])
+        self.labels: list[Tensor] = []
+        self._seen: list[Tensor] = []
+        self._size_of_batch = 0
+
+    @property
+    def index(self) -> Tensor:
+        return torch.cat(self._seen)
+
+    def _sorted(self, part: list[int]) -> list[int]:
+        """Rows of one length need no padding; the longest first, which may not fit."""
+        return sorted(part, key=lambda i: _length(self._data[i]), reverse=True)
+
+    def batches(self, count: int | None) -> Iterator[Any]:
+        """Of all examples, or of ``count`` over all ranks, evenly spread."""
+        trainer, part, what = self._trainer, self._mine, "Judging labels"
+        if count is None:
+            self._seen = []
+        else:
+            share = -(-count // trainer.accelerator.num_processes)
+            part, what = self._sorted(spread(sorted(part), share)), "Measuring gradients"
+        loader = DataLoader(
+            Subset(self._data, part),
+            trainer.args.per_device_train_batch_size,
+            collate_fn=self._collator,
+            generator=torch.Generator(),  # that of the training order is left alone
+        )
+        quiet = trainer.args.disable_tqdm or not trainer.is_local_process_zero()
+        for batch in tqdm(loader, what, disable=quiet):
+            batch, rows = trainer._take_index(batch)
+            self._size_of_batch = len(rows)
+            if count is None:
+                self._seen.append(rows)
+            yield trainer._prepare_inputs(batch)
+
+    def log_odds(self, model: torch.nn.Module, inputs: Any) -> Tensor:
+        """z of a micro-batch, [N]; of classes, a combination of the logits."""
+        trainer = self._trainer
+        with trainer.compute_loss_context_manager():  # autocast is for the forward alone
+            if trainer.label_log_odds is not None:
+                return trainer.label_log_odds(model, inputs)
+            logits, labels = trainer._class_logits(model, inputs, self._size_of_batch)
+        if len(self.labels) < len(self._seen):
+            self.labels.append(labels.cpu())
+        return logits.float() @ _combination(logits.shape[1]).to(logits.device)
 
 
 def _length(example: Any) -> int:

@@ -89,9 +89,9 @@ def measure_bases(run: Callable[[Callable[[str, Tensor, Tensor], None]], None]) 
 
     run(see_moments)
     device = next(iter(moments.values())).device  # of the gradients, where processes can meet
-    total = _summed(torch.tensor(list(counts.values()), device=device))
+    total = summed(torch.tensor(list(counts.values()), device=device))
     return {
-        name: LayerBasis(*rotation, _summed(moments[name]) / float(count))
+        name: LayerBasis(*rotation, summed(moments[name]) / float(count))
         for (name, rotation), count in zip(rotations.items(), total, strict=True)
     }
 
@@ -157,7 +157,7 @@ class _TestMatrices:
 
 def _leading(sketch: Tensor, omega: Tensor | None) -> Tensor:
     """Leading eigenvectors of S, from S Ω [length, columns]; the same on every rank."""
-    sketch = _summed(sketch)
+    sketch = summed(sketch)
     if not sketch.isfinite().all():
         raise ValueError("the gradients of the labels' log-odds are not finite: the model gives NaN or inf.")
     y = sketch.double()
@@ -177,7 +177,7 @@ def _leading(sketch: Tensor, omega: Tensor | None) -> Tensor:
     return vectors
 
 
-def _summed(x: Tensor) -> Tensor:
+def summed(x: Tensor) -> Tensor:
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(x)
     return x

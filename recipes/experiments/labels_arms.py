@@ -129,4 +129,5 @@ PAIR_ARMS = {
     "drop": judged("weight", weights=Drop),
     "right-only": judged("weight", weights=RightOnly),
     "em": judged("weight", weights=EM),
+    "leap": judged("weight", poprisk_leap=1.0, epochs=0),  # the learning rate does nothing
 }

@@ -38,7 +38,7 @@ def features(cell: Cell) -> list[np.ndarray]:
                 yield trainer._prepare_inputs(batch)
 
         if cell["features"] == "gradients":
-            return label_features(trainer.model, batches, pair_log_odds, 2, num_features(len(data)))
+            return label_features(trainer.model, batches, pair_log_odds, 2, num_features(len(data))).parts
         return [np.concatenate([embedded(trainer.model, b, cell["features"]) for b in batches(None)])]
 
 
