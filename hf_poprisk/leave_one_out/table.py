@@ -205,6 +205,14 @@ def load_run(folder: str | Path) -> Run:
         raise UserError(f"{folder / TABLE_NAME} holds no example that was judged.")
     if not np.isfinite(columns["log_odds"][judged]).all():
         raise UserError(f"{folder / TABLE_NAME} holds log-odds that are not finite.")
-    kept = {name: columns[name] for name in ("index", "p_correct", "log_odds")}
-    known = {name: state[name] for name in ("preferences", "doubt", "sample")}
-    return Run(folder=folder, judged=judged, fit=NoiseFit(**state["fit"]), **kept, **known)
+    return Run(
+        folder=folder,
+        preferences=state["preferences"],
+        index=columns["index"],
+        p_correct=columns["p_correct"],
+        log_odds=columns["log_odds"],
+        judged=judged,
+        fit=NoiseFit(**state["fit"]),
+        doubt=state["doubt"],
+        sample=state["sample"],
+    )
