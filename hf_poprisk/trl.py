@@ -106,6 +106,21 @@ class PopRiskDPOTrainer(_FusedHeadMixin, DPOTrainer):
     _tag_names = [*DPOTrainer._tag_names, _TAG]
     __init__ = takes_what(DPOTrainer.__init__)
 
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in TRL, which takes a model that has made no step for its own reference.
+
+        Raises:
+            ValueError: other data, whose reference log-probabilities are gone since a leap.
+        """
+        leapt = self._label_noise is not None and self._label_noise.leap is not None
+        other = eval_dataset is not None and not isinstance(eval_dataset, str)
+        if leapt and other and self.precompute_ref_logps and self.ref_model is None:
+            raise ValueError(
+                "poprisk_leap has moved the model that is its own reference: give this data set as "
+                "eval_dataset when the trainer is built, or set precompute_ref_log_probs=False."
+            )
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
 
 class PopRiskSFTTrainer(_FusedHeadMixin, SFTTrainer):
     """``trl.SFTTrainer`` with the gate."""

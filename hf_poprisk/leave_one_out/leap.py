@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_poprisk.per_example.basis import LayerBasis, summed
-from hf_poprisk.per_example.factors import LinearFactors
+from hf_poprisk.per_example.factors import LinearFactors, linear_layers
 from hf_poprisk.per_example.undisturbed import mode, undisturbed
 
 _AGREE = 0.2  # how far the margin reached may be from the one predicted, of that
@@ -33,6 +33,21 @@ class Leap(NamedTuple):
 
     predicted: float
     reached: float
+
+
+def trained_layers(model: nn.Module) -> dict[str, Any]:
+    """Name → linear layer that a leap may move.
+
+    Raises:
+        ValueError: there is none.
+    """
+    layers = {name: layer for name, layer in linear_layers(model).items() if layer.weight.requires_grad}
+    if not layers:
+        raise ValueError(
+            "poprisk_leap moves the weights of linear layers, and none of them is trained: train them, "
+            "without an adapter, or set poprisk_leap=0."
+        )
+    return layers
 
 
 def leap(
@@ -62,19 +77,9 @@ def leap(
     Raises:
         ValueError: no linear layer is trained, or the gradients do not point anywhere.
     """
-    modules = dict(model.named_modules())
-    of: dict[str, tuple[int, LayerBasis]] = {
-        name: (part, basis)
-        for part, each in enumerate(bases)
-        for name, basis in each.items()
-        if modules[name].weight.requires_grad
-    }
-    if not of:
-        raise ValueError(
-            "poprisk_leap moves the weights of linear layers, and none of them is trained: train them, "
-            "without an adapter, or set poprisk_leap=0."
-        )
-    layers: dict[str, Any] = {name: modules[name] for name in of}
+    layers = trained_layers(model)
+    of = {n: (part, basis) for part, each in enumerate(bases) for n, basis in each.items() if n in layers}
+    layers = {name: layers[name] for name in of}
     device = next(iter(layers.values())).weight.device
     alpha, weights = alpha.to(device), weights.to(device)
     weights = weights / summed(weights.sum()[None])  # of the mean over all ranks

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from hf_poprisk.leave_one_out.features import ClassLogits, label_features, num_features, spread
 from hf_poprisk.leave_one_out.index import IndexCollator, IndexMixin, Sample
 from hf_poprisk.leave_one_out.judgement import Judgement, judge_classes, judge_pairs
-from hf_poprisk.leave_one_out.leap import leap
+from hf_poprisk.leave_one_out.leap import leap, trained_layers
 from hf_poprisk.leave_one_out.table import TABLE_NAME, ExampleTable, is_judged
 from hf_poprisk.leave_one_out.weights import LabelNoise
 from hf_poprisk.per_example.basis import LayerBasis
@@ -35,6 +35,10 @@ class LabelNoiseMixin(IndexMixin):
 
     def _start_label_noise(self, ids: np.ndarray, sample: Sample) -> None:
         """After the trainer is built; ids as ``with_index`` gave them."""
+        if self.args.poprisk_leap:
+            if self.label_log_odds is None:
+                raise ValueError("poprisk_leap is for preference pairs, and these are classes: set it to 0.")
+            trained_layers(self.accelerator.unwrap_model(self.model))  # asked before labels are judged
         self._index_for, mode = "poprisk_label_noise", self.args.poprisk_label_noise
         table = ExampleTable(ids, self.accelerator.device)
         self._label_noise = LabelNoise(mode, self.label_log_odds is not None, table, sample)
