@@ -86,7 +86,8 @@ def plot(histories: dict[str, list[dict[str, float]]], path: Path) -> None:
                 axis.plot(*zip(*null, strict=True), color=f"C{color}", linestyle=":")
         axis.set(title=title, xlabel="optimizer step")
         axis.grid(alpha=0.3)
-    axes.flat[0].legend()
+    if axes.flat[0].lines:  # a run without a step has no curve
+        axes.flat[0].legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# From a fresh clone to a comparison: DPO on noisy preferences with AdamW and with the gate, hard and soft,
-# at the same settings on the embedded model, and the control that every gate has to beat: AdamW at a third
-# of the learning rate. Run again, it reuses every part that is finished.
+# From a fresh clone to a comparison on the embedded model: DPO on noisy preferences with AdamW, with the gate
+# and with judged labels at the same settings, the control that every gate has to beat (AdamW at a third of the
+# learning rate), and the leap, which trains nothing. Run again, it reuses every part that is finished.
 source "$(dirname "$0")/environment.sh"
 export HF_HUB_OFFLINE=1
 
@@ -26,9 +26,13 @@ train() { # name, recipe, further options
     accelerate launch --quiet --config_file recipes/accelerate/cpu.yaml recipes/dpo.py --config "$recipe" \
         --output_dir "$runs/$name" --save_strategy no --dataset_validation_split "" --eval_steps 32 "$@"
 }
+judged="--poprisk_gate none --poprisk_label_noise weight"
 train adamw recipes/tiny/dpo/adamw.yaml
-train hard recipes/tiny/dpo/poprisk.yaml
-train soft recipes/tiny/dpo/poprisk.yaml --poprisk_gate soft
 train adamw-lr-third recipes/tiny/dpo/adamw.yaml --learning_rate 1e-4
+train hard-gate recipes/tiny/dpo/poprisk.yaml
+train weights recipes/tiny/dpo/poprisk.yaml $judged
+train leap recipes/tiny/dpo/poprisk.yaml $judged --poprisk_leap 1 --num_train_epochs 0
 
-python scripts/compare.py "$runs"/{adamw,hard,soft,adamw-lr-third} --plot outputs/quickstart/comparison.png
+hf-poprisk audit "$runs/leap" --dataset "$runs/leap/_training_data" --page outputs/quickstart/labels.html | sed -n 1,5p
+echo "page: outputs/quickstart/labels.html"
+python scripts/compare.py "$runs"/{adamw,adamw-lr-third,hard-gate,weights,leap} --plot outputs/quickstart/comparison.png

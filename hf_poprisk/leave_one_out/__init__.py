@@ -4,6 +4,7 @@ regression.py leave-one-out log-odds from a regression on features of the exampl
 features.py   those features: gradients of the labels' log-odds, in the layers' eigenbases
 judgement.py  which features and which λ, chosen by held-out likelihood
 noise.py      the noise rate and its interval; from log-odds to probabilities
+leap.py       one step of the weights to where that regression is
 weights.py    what is kept of it, the weights, and when an estimate means little
 table.py      ``judged.parquet``: a row per example, and what a resumed run needs
 index.py      which example is which, in a batch and from run to run

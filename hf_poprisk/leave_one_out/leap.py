@@ -39,13 +39,13 @@ def trained_layers(model: nn.Module) -> dict[str, Any]:
     """Name → linear layer that a leap may move.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or an adapter is trained.
     """
     layers = {name: layer for name, layer in linear_layers(model).items() if layer.weight.requires_grad}
-    if not layers:
+    if not layers or hasattr(model, "peft_config"):
         raise ValueError(
-            "poprisk_leap moves the weights of linear layers, and none of them is trained: train them, "
-            "without an adapter, or set poprisk_leap=0."
+            "poprisk_leap moves the weights of linear layers, which an adapter cannot hold, and frozen ones "
+            "stay: train the model itself, or set poprisk_leap=0."
         )
     return layers
 
@@ -75,7 +75,7 @@ def leap(
         margin: nats.
 
     Raises:
-        ValueError: no linear layer is trained, or the gradients do not point anywhere.
+        ValueError: as ``trained_layers``, or the margin grows in no direction.
     """
     layers = trained_layers(model)
     of = {n: (part, basis) for part, each in enumerate(bases) for n, basis in each.items() if n in layers}

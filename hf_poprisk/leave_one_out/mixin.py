@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from hf_poprisk.leave_one_out.features import ClassLogits, label_features, num_features, spread
 from hf_poprisk.leave_one_out.index import IndexCollator, IndexMixin, Sample
 from hf_poprisk.leave_one_out.judgement import Judgement, judge_classes, judge_pairs
-from hf_poprisk.leave_one_out.leap import leap, trained_layers
+from hf_poprisk.leave_one_out.leap import Leap, leap, trained_layers
 from hf_poprisk.leave_one_out.table import TABLE_NAME, ExampleTable, is_judged
 from hf_poprisk.leave_one_out.weights import LabelNoise
 from hf_poprisk.per_example.basis import LayerBasis
@@ -33,6 +33,7 @@ class LabelNoiseMixin(IndexMixin):
     label_log_odds: Callable[[torch.nn.Module, Any], Tensor] | None = None
     _label_noise: LabelNoise | None = None
     _passes: _Passes | None = None  # of the last judgement, until it is followed
+    _leap: Leap | None = None
 
     def _start_label_noise(self, ids: np.ndarray, sample: Sample) -> None:
         """After the trainer is built; ids as ``with_index`` gave them."""
@@ -89,7 +90,7 @@ class LabelNoiseMixin(IndexMixin):
         alpha, weights = (torch.from_numpy(x[rows]).float() for x in (found.dual, found.p_correct))
         weights, alpha = weights * passes.first, alpha * passes.first[:, None]
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        judge.leap = leap(
+        self._leap = leap(
             model,
             lambda: passes.batches(None),
             passes.log_odds,
@@ -99,10 +100,11 @@ class LabelNoiseMixin(IndexMixin):
             weights,
             margin,
         )
-        if judge.leap.reached:
+        self.log({f"poprisk/leap_{name}": value for name, value in self._leap._asdict().items()})
+        if self._leap.reached:
             self._say(
-                f"poprisk_leap={margin:g}: the mean margin grew by {judge.leap.reached:.3g} nats where "
-                f"{judge.leap.predicted:.3g} were predicted."
+                f"poprisk_leap={margin:g}: the mean margin grew by {self._leap.reached:.3g} nats where "
+                f"{self._leap.predicted:.3g} were predicted."
             )
         else:
             self._say(

@@ -12,7 +12,6 @@ import torch
 
 from hf_poprisk.leave_one_out.index import INDEX, Sample, first_difference
 from hf_poprisk.leave_one_out.judgement import Judgement
-from hf_poprisk.leave_one_out.leap import Leap
 from hf_poprisk.leave_one_out.noise import NoiseFit
 from hf_poprisk.leave_one_out.table import RULE, TABLE_NAME, ExampleTable, read_table
 
@@ -77,7 +76,6 @@ class LabelNoise:
     Attributes:
         fit: the noise rate; None until labels were judged.
         weighted: whether weights other than 1 were found.
-        leap: by how much the mean margin grew.
     """
 
     def __init__(self, mode: str, preferences: bool, table: ExampleTable, sample: Sample) -> None:
@@ -90,7 +88,6 @@ class LabelNoise:
         self.table.clear()
         self.fit: NoiseFit | None = None
         self.weighted, self._num_copies = False, 0
-        self.leap: Leap | None = None
 
     def take(self, index: np.ndarray, found: Judgement) -> None:
         """Keep what was found of the examples of an index, [n]."""
@@ -126,8 +123,6 @@ class LabelNoise:
         logs = {"noise_rate": fit.rate, "noise_rate_low": fit.low, "noise_rate_high": fit.high}
         if self.weighted and self.mode == "weight":
             logs["weight_mean"] = self.table.weight.mean().item()
-        if self.leap is not None:
-            logs |= {"leap_predicted": self.leap.predicted, "leap_reached": self.leap.reached}
         return {f"poprisk/{name}": value for name, value in logs.items()}
 
     def found(self) -> str:

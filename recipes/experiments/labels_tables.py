@@ -110,6 +110,26 @@ def pairs(rows: pd.DataFrame) -> str:
     return markdown(heads.split(" | "), out)
 
 
+def leaps(rows: pd.DataFrame) -> str:
+    """The leap beside the others at their best rates, and how far from the reference each goes."""
+    out = []
+    for (data, noise), found in rows.groupby(["data", "noise"]):
+        leap = found[found["arm"] == "leap"]
+        if not len(leap):
+            continue
+        others = [
+            best(found[found["arm"] == arm], RATE, REPORT)
+            for arm in ("adamw", "soft", "weight", "right-only")
+        ]
+        values = [mean_of(part, len(leap)) for part in (*others, leap)]
+        gain, kl = difference(leap, others[0], "test_accuracy"), "test_kl_per_token"
+        far = f"{mean(others[0], kl)} / {mean(leap, kl)}"
+        out.append([f"{data}, {100 * noise:g} %", *values, gain, far, str(len(leap))])
+    heads = "data, flipped | AdamW | soft gate | AdamW with weights | AdamW told which | leap "
+    heads += "| leap − AdamW [95 %] | KL per token, AdamW / leap | seeds"
+    return markdown(heads.split(" | "), out)
+
+
 def arms(rows: pd.DataFrame) -> str:
     """All arms at their best learning rates, a table for each kind of arm."""
     out = []

@@ -98,7 +98,7 @@ def test_a_leap_alone_ranks_pairs_that_were_swapped(kind: str, llama_dir: Path, 
 
     before, z = weights(trainer), margins()
     trainer.train()
-    found, logs = trainer._label_noise.leap, trainer._label_noise.logs()
+    found, [logs, _] = trainer._leap, trainer.state.log_history  # the end of training is logged too
     assert found.predicted == 0.5 and found.reached == pytest.approx(0.5, rel=0.2)
     assert logs["poprisk/leap_predicted"] == 0.5 and logs["poprisk/leap_reached"] == found.reached
     assert not same(weights(trainer), before)
@@ -119,8 +119,15 @@ def test_a_resumed_run_does_not_leap_again(llama_dir: Path, tmp_path: Path) -> N
     resumed = run(tmp_path=tmp_path / "resumed")
     resumed.train(resume_from_checkpoint=str(sorted((tmp_path / "whole").glob("checkpoint-*"))[0]))
     assert whole.state.global_step == resumed.state.global_step > 0
-    assert resumed._label_noise.leap is None
+    assert resumed._leap is None
     assert same(weights(whole), weights(resumed))
+
+
+def test_a_resumed_run_with_another_leap_is_refused(llama_dir: Path, tmp_path: Path) -> None:
+    run = partial(prefer, "DPO", llama_dir, tmp_path, planted()[0], poprisk_label_noise="weight")
+    run(num_train_epochs=1, save_strategy="epoch").train()
+    with pytest.raises(ValueError, match="poprisk_leap from 0.0 to 1.0"):
+        run(num_train_epochs=2, poprisk_leap=1.0).train(resume_from_checkpoint=True)
 
 
 def test_a_model_that_does_not_follow_stays_as_it_was(
@@ -155,8 +162,10 @@ def test_what_cannot_leap_is_refused(llama_dir: Path, tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="poprisk_leap is for preference pairs"):
         classify(tmp_path, examples(), poprisk_label_noise="weight", poprisk_leap=1.0)
-    with pytest.raises(ValueError, match="none of them is trained"):
-        prefer("DPO", llama_dir, tmp_path, peft_config=LoraConfig(), poprisk_leap=1.0, **SETTINGS)
+    # the head of a reward model is trained beside the adapter
+    for kind, adapter in (("DPO", LoraConfig()), ("Reward", LoraConfig(task_type="SEQ_CLS"))):
+        with pytest.raises(ValueError, match="which an adapter cannot hold"):
+            prefer(kind, llama_dir, tmp_path, peft_config=adapter, poprisk_leap=1.0, **SETTINGS)
     for mode in ("off", "audit"):
         with pytest.raises(ValueError, match="set poprisk_label_noise=weight, or poprisk_leap=0"):
             prefer("DPO", llama_dir, tmp_path, poprisk_label_noise=mode, poprisk_leap=1.0).train()
