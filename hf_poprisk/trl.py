@@ -112,7 +112,7 @@ class PopRiskDPOTrainer(_FusedHeadMixin, DPOTrainer):
         Raises:
             ValueError: other data, whose reference log-probabilities are gone since a leap.
         """
-        leapt = self._label_noise is not None and self._label_noise.leap is not None
+        leapt = self._label_noise is not None and self._label_noise.leapt
         other = eval_dataset is not None and not isinstance(eval_dataset, str)
         if leapt and other and self.precompute_ref_logps and self.ref_model is None:
             raise ValueError(

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from hf_poprisk.leave_one_out.features import ClassLogits, label_features, num_features, spread
 from hf_poprisk.leave_one_out.index import IndexCollator, IndexMixin, Sample
 from hf_poprisk.leave_one_out.judgement import Judgement, judge_classes, judge_pairs
-from hf_poprisk.leave_one_out.leap import leap, trained_layers
+from hf_poprisk.leave_one_out.leap import Leap, leap, trained_layers
 from hf_poprisk.leave_one_out.table import TABLE_NAME, ExampleTable, is_judged
 from hf_poprisk.leave_one_out.weights import LabelNoise
 from hf_poprisk.per_example.basis import LayerBasis
@@ -83,6 +83,7 @@ class LabelNoiseMixin(IndexMixin):
         if not margin:
             return
         if not judge.weighted:
+            judge.leap = Leap(0.0, 0.0)
             self._say("poprisk_leap: no leap, for the labels are predicted too badly to follow them.")
             return
         rows = np.searchsorted(passes.ids, passes.index.cpu().numpy())
@@ -105,9 +106,11 @@ class LabelNoiseMixin(IndexMixin):
                 f"{judge.leap.predicted:.3g} were predicted."
             )
         else:
+            low = {str(x.weight.dtype) for x in trained_layers(model).values()} - {"torch.float32"}
+            way_out = f"load it in float32, for {low.pop()} hardly holds small steps" if low else "train it"
             self._say(
                 f"poprisk_leap={margin:g}: the model does not follow its linearisation, and its weights are "
-                "as they were: train it, or try a shorter leap."
+                f"as they were: {way_out}, or try a shorter leap."
             )
 
     def _say(self, text: str) -> None:
@@ -167,7 +170,8 @@ class _Judging(TrainerCallback):
         trainer, judge = self._trainer, self._trainer._label_noise
         if trainer.model_init is not None and not state.global_step:
             judge.forget()  # this is another model
-        if judge.fit is not None:  # a second call of train() keeps what was found
+        leap_is_left = args.poprisk_leap and judge.leap is None  # a first call was interrupted
+        if judge.fit is not None and not leap_is_left:  # a second call keeps what was found
             return
         trainer._judge_and_leap()
 

@@ -77,7 +77,7 @@ class LabelNoise:
     Attributes:
         fit: the noise rate; None until labels were judged.
         weighted: whether weights other than 1 were found.
-        leap: by how much the mean margin grew.
+        leap: by how much the mean margin grew; None until it was tried.
     """
 
     def __init__(self, mode: str, preferences: bool, table: ExampleTable, sample: Sample) -> None:
@@ -102,6 +102,11 @@ class LabelNoise:
         if self.weighted:
             weight = torch.from_numpy(sample_weights(found.p_correct, self.preferences))
             self.table.weight[rows] = weight.to(self.table.weight)
+
+    @property
+    def leapt(self) -> bool:
+        """Whether a leap has moved the weights."""
+        return self.leap is not None and self.leap.reached != 0
 
     @property
     def doubt(self) -> str | None:
@@ -150,6 +155,7 @@ class LabelNoise:
             "rule": RULE,
             "fit": asdict(self.fit) if self.fit else None,
             "sample": self.sample,
+            "leap": self.leap,
         }
         self.table.save(Path(folder, TABLE_NAME), self.p_correct(), state)
 
@@ -169,3 +175,4 @@ class LabelNoise:
         self.table.load(columns)
         self.weighted, self._num_copies = state["weighted"], state["num_copies"]
         self.fit = NoiseFit(**state["fit"]) if state["fit"] else None
+        self.leap = Leap(*state["leap"]) if state.get("leap") else None
