@@ -217,7 +217,8 @@ class CheckpointMixin:
             ) from error
 
     def _write_record(self, folder: str | Path) -> None:
-        if Path(folder, CONFIG_NAME).is_file() and not self.state.global_step:
+        trained = self.state.global_step or self._label_noise is not None and self._label_noise.leapt
+        if Path(folder, CONFIG_NAME).is_file() and not trained:
             return  # this trainer has not trained, and the record is of the run that has
         write_json(Path(folder, CONFIG_NAME), self._record())
         path, optimizer = Path(folder, STATISTICS_NAME), self._poprisk_optimizer()

@@ -163,7 +163,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], other_data: bool 
     """
     gated, pairs = now["optim"] == OPTIM, {}
     if gated and before["optim"] == OPTIM:
-        old = {"label_noise": "off", "leap": 0.0, **before}  # older than the settings
+        old = {"label_noise": "off", "leap": 0.0, **before}  # older than these settings
         pairs = {f"poprisk_{name}": (old[name], now[name]) for name in _SETTINGS}
         pairs |= {f"{name} (of version 0.1)": (old.get(name, value), value) for name, value in _GONE.items()}
         if "ema" not in (before["estimator"], now["estimator"]):

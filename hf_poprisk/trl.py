@@ -112,8 +112,9 @@ class PopRiskDPOTrainer(_FusedHeadMixin, DPOTrainer):
         Raises:
             ValueError: other data, whose reference log-probabilities are gone since a leap.
         """
+        leapt = self._label_noise is not None and self._label_noise.leapt
         other = eval_dataset is not None and not isinstance(eval_dataset, str)
-        if self._leap is not None and other and self.precompute_ref_logps and self.ref_model is None:
+        if leapt and other and self.precompute_ref_logps and self.ref_model is None:
             raise ValueError(
                 "poprisk_leap has moved the model that is its own reference: give this data set as "
                 "eval_dataset when the trainer is built, or set precompute_ref_log_probs=False."

@@ -13,7 +13,7 @@ mean of z grows by ⟨mean ∇z, Δ⟩, which says how long the step must be for
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -39,13 +39,18 @@ def trained_layers(model: nn.Module) -> dict[str, Any]:
     """Name → linear layer that a leap may move.
 
     Raises:
-        ValueError: there is none, or an adapter is trained.
+        ValueError: there is none; or an adapter, which cannot hold the step.
     """
-    layers = {name: layer for name, layer in linear_layers(model).items() if layer.weight.requires_grad}
-    if not layers or hasattr(model, "peft_config"):
+    if hasattr(model, "peft_config"):
         raise ValueError(
-            "poprisk_leap moves the weights of linear layers, which an adapter cannot hold, and frozen ones "
-            "stay: train the model itself, or set poprisk_leap=0."
+            "poprisk_leap moves the weights of all linear layers, which an adapter keeps: train without "
+            "one, or set poprisk_leap=0."
+        )
+    layers = {name: layer for name, layer in linear_layers(model).items() if layer.weight.requires_grad}
+    if not layers:
+        raise ValueError(
+            "poprisk_leap moves the weights of linear layers, and none of them is trained: train them, "
+            "or set poprisk_leap=0."
         )
     return layers
 
@@ -75,7 +80,7 @@ def leap(
         margin: nats.
 
     Raises:
-        ValueError: as ``trained_layers``, or the margin grows in no direction.
+        ValueError: no linear layer is trained, or the gradients do not point anywhere.
     """
     layers = trained_layers(model)
     of = {n: (part, basis) for part, each in enumerate(bases) for n, basis in each.items() if n in layers}
@@ -119,13 +124,14 @@ def leap(
     kept = {name: layer.weight.detach().clone() for name, layer in layers.items()}
     with mode(model, False), torch.no_grad():
         for predicted in (margin / 2**halvings for halvings in range(_HALVINGS + 1)):
-            for name, layer in layers.items():
-                basis = of[name][1]
-                step = basis.left @ (steps[name] * (predicted / slope)) @ basis.right.T
-                layer.weight.add_(step.T if isinstance(layer, Conv1D) else step)
-            reached = mean_margin(look=False) - before
-            if abs(reached - predicted) <= _AGREE * predicted:
-                return Leap(predicted, reached)
-            for name, layer in layers.items():
-                layer.weight.copy_(kept[name])
+            with ExitStack() as back:  # by errors too
+                for name, layer in layers.items():
+                    back.callback(layer.weight.copy_, kept[name])
+                    basis = of[name][1]
+                    step = basis.left @ (steps[name] * (predicted / slope)) @ basis.right.T
+                    layer.weight.add_(step.T if isinstance(layer, Conv1D) else step)
+                reached = mean_margin(look=False) - before
+                if abs(reached - predicted) <= _AGREE * predicted:
+                    back.pop_all()
+                    return Leap(predicted, reached)
     return Leap(0.0, 0.0)

@@ -33,7 +33,6 @@ class LabelNoiseMixin(IndexMixin):
     label_log_odds: Callable[[torch.nn.Module, Any], Tensor] | None = None
     _label_noise: LabelNoise | None = None
     _passes: _Passes | None = None  # of the last judgement, until it is followed
-    _leap: Leap | None = None
 
     def _start_label_noise(self, ids: np.ndarray, sample: Sample) -> None:
         """After the trainer is built; ids as ``with_index`` gave them."""
@@ -84,13 +83,14 @@ class LabelNoiseMixin(IndexMixin):
         if not margin:
             return
         if not judge.weighted:
+            judge.leap = Leap(0.0, 0.0)
             self._say("poprisk_leap: no leap, for the labels are predicted too badly to follow them.")
             return
         rows = np.searchsorted(passes.ids, passes.index.cpu().numpy())
         alpha, weights = (torch.from_numpy(x[rows]).float() for x in (found.dual, found.p_correct))
         weights, alpha = weights * passes.first, alpha * passes.first[:, None]
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        self._leap = leap(
+        judge.leap = leap(
             model,
             lambda: passes.batches(None),
             passes.log_odds,
@@ -100,16 +100,18 @@ class LabelNoiseMixin(IndexMixin):
             weights,
             margin,
         )
-        self.log({f"poprisk/leap_{name}": value for name, value in self._leap._asdict().items()})
-        if self._leap.reached:
+        self.log(judge.logs())  # there may be no step to log
+        if judge.leap.reached:
             self._say(
-                f"poprisk_leap={margin:g}: the mean margin grew by {self._leap.reached:.3g} nats where "
-                f"{self._leap.predicted:.3g} were predicted."
+                f"poprisk_leap={margin:g}: the mean margin grew by {judge.leap.reached:.3g} nats where "
+                f"{judge.leap.predicted:.3g} were predicted."
             )
         else:
+            low = {str(x.weight.dtype) for x in trained_layers(model).values()} - {"torch.float32"}
+            way_out = f"load it in float32, for {low.pop()} hardly holds small steps" if low else "train it"
             self._say(
                 f"poprisk_leap={margin:g}: the model does not follow its linearisation, and its weights are "
-                "as they were: train it, or try a shorter leap."
+                f"as they were: {way_out}, or try a shorter leap."
             )
 
     def _say(self, text: str) -> None:
@@ -169,7 +171,8 @@ class _Judging(TrainerCallback):
         trainer, judge = self._trainer, self._trainer._label_noise
         if trainer.model_init is not None and not state.global_step:
             judge.forget()  # this is another model
-        if judge.fit is not None:  # a second call of train() keeps what was found
+        leap_is_left = args.poprisk_leap and judge.leap is None  # a first call was interrupted
+        if judge.fit is not None and not leap_is_left:  # a second call keeps what was found
             return
         trainer._judge_and_leap()
 

@@ -12,6 +12,7 @@ import torch
 
 from hf_poprisk.leave_one_out.index import INDEX, Sample, first_difference
 from hf_poprisk.leave_one_out.judgement import Judgement
+from hf_poprisk.leave_one_out.leap import Leap
 from hf_poprisk.leave_one_out.noise import NoiseFit
 from hf_poprisk.leave_one_out.table import RULE, TABLE_NAME, ExampleTable, read_table
 
@@ -76,6 +77,7 @@ class LabelNoise:
     Attributes:
         fit: the noise rate; None until labels were judged.
         weighted: whether weights other than 1 were found.
+        leap: by how much the mean margin grew; None until it was tried.
     """
 
     def __init__(self, mode: str, preferences: bool, table: ExampleTable, sample: Sample) -> None:
@@ -88,6 +90,7 @@ class LabelNoise:
         self.table.clear()
         self.fit: NoiseFit | None = None
         self.weighted, self._num_copies = False, 0
+        self.leap: Leap | None = None
 
     def take(self, index: np.ndarray, found: Judgement) -> None:
         """Keep what was found of the examples of an index, [n]."""
@@ -99,6 +102,11 @@ class LabelNoise:
         if self.weighted:
             weight = torch.from_numpy(sample_weights(found.p_correct, self.preferences))
             self.table.weight[rows] = weight.to(self.table.weight)
+
+    @property
+    def leapt(self) -> bool:
+        """Whether a leap has moved the weights."""
+        return self.leap is not None and self.leap.reached != 0
 
     @property
     def doubt(self) -> str | None:
@@ -123,6 +131,8 @@ class LabelNoise:
         logs = {"noise_rate": fit.rate, "noise_rate_low": fit.low, "noise_rate_high": fit.high}
         if self.weighted and self.mode == "weight":
             logs["weight_mean"] = self.table.weight.mean().item()
+        if self.leap is not None:
+            logs |= {"leap_predicted": self.leap.predicted, "leap_reached": self.leap.reached}
         return {f"poprisk/{name}": value for name, value in logs.items()}
 
     def found(self) -> str:
@@ -145,6 +155,7 @@ class LabelNoise:
             "rule": RULE,
             "fit": asdict(self.fit) if self.fit else None,
             "sample": self.sample,
+            "leap": self.leap,
         }
         self.table.save(Path(folder, TABLE_NAME), self.p_correct(), state)
 
@@ -164,3 +175,4 @@ class LabelNoise:
         self.table.load(columns)
         self.weighted, self._num_copies = state["weighted"], state["num_copies"]
         self.fit = NoiseFit(**state["fit"]) if state["fit"] else None
+        self.leap = Leap(*state["leap"]) if state.get("leap") else None

@@ -28,6 +28,7 @@ Outputs = dict[Place, Tensor]
 _Edge = tuple[Any, int]  # a node of the graph, and which of its outputs
 _NOTHING = 1e-4  # what counts as rounding, in units of what it stands beside
 _COPY = "ToCopyBackward0"  # what accelerate gives in float32; a loss of the model's own is of the original
+_SINK = "_DDPSinkBackward"  # of DDP, which hands the outputs through one node
 _COMPARES = "the loss compares the examples with each other"
 
 
@@ -200,12 +201,20 @@ def _follow(start: Any, until: Any) -> tuple[list[_Edge], list[Tensor]]:
         node, nr = left.pop()
         if (node, nr) in until:
             met[node, nr] = None
+        elif node is not None and node.name() == _SINK:
+            left.append(_through_sink(node, nr))
         elif node is not None and node not in seen:
             seen.add(node)
             left += node.next_functions
             if hasattr(node, "variable"):
                 leaves.append(node.variable)
     return list(met), leaves
+
+
+def _through_sink(node: Any, nr: int) -> _Edge:
+    """What output ``nr`` of DDP's sink is: the loss reaches no others through it."""
+    edges = [edge for edge in node.next_functions if edge[0] is not None]
+    return edges[sum(node.needs_input_grad[1 : nr + 1])]  # its first input is DDP itself
 
 
 def _scaled(nr: int, factor: Tensor, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:

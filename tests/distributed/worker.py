@@ -61,6 +61,8 @@ def build(kind: str, model_dir: str, world: int, micro_batch: int, **changes: An
     if kind.endswith("column"):
         data = data.add_column("w", [i % 7 / 3 for i in range(len(data))])
         options["poprisk_weight_column"] = "w"
+        # without it DDP looks for unused parameters, and hands the outputs on through a node of its own
+        options["gradient_checkpointing"] = not kind.startswith("DPO")
     return trl_trainer_of(kind.split("-")[0], model_dir, folder, data, **options)
 
 

@@ -10,10 +10,12 @@ import torch
 from models import tiny_model
 from scipy.special import expit
 
+from hf_poprisk import load_record
+from hf_poprisk.checkpoints import ResumeError
 from hf_poprisk.leave_one_out import leap as leap_file
 from hf_poprisk.leave_one_out.features import label_features
 from hf_poprisk.leave_one_out.judgement import judge_pairs
-from hf_poprisk.leave_one_out.leap import leap
+from hf_poprisk.leave_one_out.leap import leap, trained_layers
 
 from .helpers import classify, examples, planted, prefer, same, weights
 
@@ -98,7 +100,7 @@ def test_a_leap_alone_ranks_pairs_that_were_swapped(kind: str, llama_dir: Path, 
 
     before, z = weights(trainer), margins()
     trainer.train()
-    found, [logs, _] = trainer._leap, trainer.state.log_history  # the end of training is logged too
+    found, [logs, _] = trainer._label_noise.leap, trainer.state.log_history  # and the end of training
     assert found.predicted == 0.5 and found.reached == pytest.approx(0.5, rel=0.2)
     assert logs["poprisk/leap_predicted"] == 0.5 and logs["poprisk/leap_reached"] == found.reached
     assert not same(weights(trainer), before)
@@ -119,26 +121,51 @@ def test_a_resumed_run_does_not_leap_again(llama_dir: Path, tmp_path: Path) -> N
     resumed = run(tmp_path=tmp_path / "resumed")
     resumed.train(resume_from_checkpoint=str(sorted((tmp_path / "whole").glob("checkpoint-*"))[0]))
     assert whole.state.global_step == resumed.state.global_step > 0
-    assert resumed._leap is None
+    assert resumed._label_noise.leap == whole._label_noise.leap != (0, 0)
     assert same(weights(whole), weights(resumed))
+    assert resumed.state.log_history[-2]["poprisk/leap_reached"] == whole._label_noise.leap.reached
+    checkpoint = str(sorted((tmp_path / "whole").glob("checkpoint-*"))[0])
+    with pytest.raises(ResumeError, match="poprisk_leap from 0.5 to 0.1"):
+        run(tmp_path=tmp_path / "other", poprisk_leap=0.1).train(resume_from_checkpoint=checkpoint)
 
 
-def test_a_resumed_run_with_another_leap_is_refused(llama_dir: Path, tmp_path: Path) -> None:
-    run = partial(prefer, "DPO", llama_dir, tmp_path, planted()[0], poprisk_label_noise="weight")
-    run(num_train_epochs=1, save_strategy="epoch").train()
-    with pytest.raises(ValueError, match="poprisk_leap from 0.0 to 1.0"):
-        run(num_train_epochs=2, poprisk_leap=1.0).train(resume_from_checkpoint=True)
+def test_a_leap_that_was_interrupted_is_made_by_the_next_call(
+    llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = prefer("DPO", llama_dir, tmp_path, planted()[0], poprisk_leap=0.5, **SETTINGS)
+    before = weights(trainer)
+    with monkeypatch.context() as patch:  # once the weights are moved
+        patch.setattr(leap_file, "_AGREE", None)
+        with pytest.raises(TypeError):
+            trainer.train()
+    assert same(weights(trainer), before)
+    trainer.train()
+    assert trainer._label_noise.leapt and not same(weights(trainer), before)
 
 
+def test_a_leap_is_in_the_record_of_what_it_saves(llama_dir: Path, tmp_path: Path) -> None:
+    run = partial(prefer, "DPO", llama_dir, tmp_path, planted()[0])
+    run(poprisk_gate="hard").save_model()
+    trainer = run(poprisk_leap=0.5, **SETTINGS)
+    trainer.train()
+    trainer.save_model()
+    config = load_record(tmp_path).config
+    assert (config["gate"], config["leap"], config["steps"]) == ("none", 0.5, 0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "says"), [("float32", ": train it, or try"), ("bfloat16", ": load it in float32")]
+)
 def test_a_model_that_does_not_follow_stays_as_it_was(
-    llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    dtype: str, says: str, llama_dir: Path, tmp_path: Path, monkeypatch: Any, caplog: Any
 ) -> None:
     monkeypatch.setattr(leap_file, "_AGREE", -1.0)
-    trainer = prefer("DPO", llama_dir, tmp_path, planted()[0], poprisk_leap=0.5, **SETTINGS)
+    load = {"model_init_kwargs": {"dtype": dtype}}
+    trainer = prefer("DPO", llama_dir, tmp_path, planted()[0], poprisk_leap=0.5, **load, **SETTINGS)
     before = weights(trainer)
     trainer.train()
     assert same(weights(trainer), before)
-    assert "does not follow its linearisation" in caplog.text
+    assert f"does not follow its linearisation, and its weights are as they were{says}" in caplog.text
 
 
 def test_labels_that_are_not_predicted_are_not_followed(
@@ -162,10 +189,12 @@ def test_what_cannot_leap_is_refused(llama_dir: Path, tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="poprisk_leap is for preference pairs"):
         classify(tmp_path, examples(), poprisk_label_noise="weight", poprisk_leap=1.0)
-    # the head of a reward model is trained beside the adapter
-    for kind, adapter in (("DPO", LoraConfig()), ("Reward", LoraConfig(task_type="SEQ_CLS"))):
-        with pytest.raises(ValueError, match="which an adapter cannot hold"):
-            prefer(kind, llama_dir, tmp_path, peft_config=adapter, poprisk_leap=1.0, **SETTINGS)
+    for kind, kept in (("DPO", None), ("DPO", ["lm_head"]), ("Reward", None)):
+        lora = LoraConfig(task_type="SEQ_CLS" if kind == "Reward" else "CAUSAL_LM", modules_to_save=kept)
+        with pytest.raises(ValueError, match="which an adapter keeps: train without one"):
+            prefer(kind, llama_dir, tmp_path, peft_config=lora, poprisk_leap=1.0, **SETTINGS)
+    with pytest.raises(ValueError, match="none of them is trained"):
+        trained_layers(tiny_model().requires_grad_(False))
     for mode in ("off", "audit"):
         with pytest.raises(ValueError, match="set poprisk_label_noise=weight, or poprisk_leap=0"):
             prefer("DPO", llama_dir, tmp_path, poprisk_label_noise=mode, poprisk_leap=1.0).train()
