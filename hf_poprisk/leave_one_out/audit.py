@@ -1,8 +1,9 @@
 """What a run found out about its labels: the noise rate, the most suspicious rows, corrected data.
 
 RUN is the output folder of ``hf-poprisk judge``, or that or a checkpoint of a training with
-poprisk_label_noise. The data must be those that were judged, with the same labels and in that order, or have the column example_index. If they have a
-bool column is_flipped that tells which labels are mislabeled, the scores are compared with it.
+poprisk_label_noise. The data must be those that were judged, with the same labels and in that order, or have
+the column example_index. If they have a bool column is_flipped that tells which labels are mislabeled, the
+scores are compared with it.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def add_command(commands: Any) -> None:
         "--write",
         choices=WRITES,
         help="write a copy of the data: without the rows whose label is correct with a probability below .5; "
-        "with what a row counts by it as label_weight, for poprisk_weight_column; or with those pairs reversed",
+        "with what a row counts by it as label_weight, for poprisk_weight_column; or with those pairs "
+        "reversed",
     )
     parser.add_argument("--to", type=Path, metavar="FOLDER", help="where --write writes, with save_to_disk")
     parser.add_argument(
