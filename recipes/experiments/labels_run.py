@@ -111,8 +111,11 @@ def run_cell(cell: Cell, prepare: Callable[[Cell, str], Setup]) -> dict[str, flo
     if by := cell.get("early"):  # the first of the best
         sign = -1 if by == "loss" else 1
         epoch = int(np.argmax(np.nan_to_num([sign * scores[by] for scores in curve["held"]], nan=-np.inf)))
-    final = {name: curve[name][epoch] if name in curve else setup.score(name) for name in setup.sets}
     judge, auroc = trainer._label_noise, None
+    if trainer.state.global_step or judge.leapt:
+        final = {name: curve[name][epoch] if name in curve else setup.score(name) for name in setup.sets}
+    else:  # the model is as it was, which has no preference
+        final = {name: {"accuracy": None} for name in setup.sets}
     if judge is not None and setup.mislabeled.any():
         seen = judge.table.judged.cpu()
         auroc = float(roc_auc_score(setup.mislabeled[seen], -judge.table.log_odds.cpu()[seen]))

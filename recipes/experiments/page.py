@@ -156,6 +156,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "aims": lambda: labels_tables.aims(label_rows()),
     "judged": lambda: labels_tables.judged(rows_of("labels_judged")[1]),
     "pairs": lambda: labels_tables.pairs(rows_of("labels_pairs")[1]),
+    "leaps": lambda: labels_tables.leaps(rows_of("labels_pairs")[1]),
     "arms": lambda: labels_tables.arms(label_rows()),
     "labels": lambda: labels_tables.summary(label_rows()),
     **{f"output_space_{kind}": lambda kind=kind: output_space.table(kind) for kind in output_space.KINDS},
