@@ -154,4 +154,5 @@ def summary(rows: pd.DataFrame) -> str:
         values = [mean_of(part, seeds) for part in chosen]
         rate = mean(chosen[names.index("weight")], "noise_rate", 2)
         out.append([f"{TITLES[data]}, {100 * noise:g} % mislabeled", *values, rate, str(seeds)])
-    return markdown(["accuracy on clean test labels", *names, "ε̂ of weight", "seeds (fewer in brackets)"], out)
+    heads = ["accuracy on clean test labels", *names, "ε̂ of weight", "seeds (fewer in brackets)"]
+    return markdown(heads, out)
