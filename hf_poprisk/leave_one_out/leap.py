@@ -84,6 +84,8 @@ def leap(
     """
     layers = trained_layers(model)
     of = {n: (part, basis) for part, each in enumerate(bases) for n, basis in each.items() if n in layers}
+    if not of:
+        raise ValueError("poprisk_leap: the margin depends on no linear layer that is trained: set it to 0.")
     layers = {name: layers[name] for name in of}
     device = next(iter(layers.values())).weight.device
     alpha, weights = alpha.to(device), weights.to(device)
