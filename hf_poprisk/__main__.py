@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from hf_poprisk.command import UserError, one_line
 from hf_poprisk.leave_one_out import audit, judge_command
 from hf_poprisk.output_space import report as output_space
+from hf_poprisk.user_errors import UserError, one_line
 
 
 def main(argv: Sequence[str] | None = None) -> None:

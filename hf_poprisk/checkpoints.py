@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_poprisk.logs import GateStatistics
 from hf_poprisk.record import (
     CONFIG_NAME,
     SCHEMA_VERSION,
@@ -27,7 +28,6 @@ from hf_poprisk.record import (
     make_config,
     write_json,
 )
-from hf_poprisk.statistics import GateStatistics
 
 logger = logging.getLogger(__name__)
 

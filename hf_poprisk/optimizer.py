@@ -14,9 +14,9 @@ from torch.distributed.tensor import DTensor
 from hf_poprisk.finite import all_finite, none_finite, why_none_is
 from hf_poprisk.gate import null_openness
 from hf_poprisk.gated_adamw import Row, decide, gated_adamw, plain_adamw
+from hf_poprisk.logs import GateStatistics
 from hf_poprisk.options import NOTHING_TO_TRAIN, check_options
 from hf_poprisk.per_example import BatchedGradients, Capture, ExampleWindow, Layout
-from hf_poprisk.statistics import GateStatistics
 
 logger = logging.getLogger(__name__)
 

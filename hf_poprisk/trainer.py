@@ -15,7 +15,6 @@ from transformers.trainer_utils import has_length
 
 from hf_poprisk.arguments import OPTIM, PopRiskArgumentsMixin, PopRiskTrainingArguments
 from hf_poprisk.checkpoints import CheckpointMixin
-from hf_poprisk.command import need
 from hf_poprisk.hub import HubMixin
 from hf_poprisk.leave_one_out.index import take_sample, with_index
 from hf_poprisk.leave_one_out.mixin import LabelNoiseMixin
@@ -25,6 +24,7 @@ from hf_poprisk.options import matching
 from hf_poprisk.record import describe_data
 from hf_poprisk.risk import RiskMeter, no_moments
 from hf_poprisk.sample_weights import SampleWeightMixin, take_weights
+from hf_poprisk.user_errors import need
 
 logger = logging.getLogger(__name__)
 _P = ParamSpec("_P")

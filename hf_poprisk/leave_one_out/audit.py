@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_poprisk.command import UserError, folder_beside
 from hf_poprisk.leave_one_out.data import TRUTH, find_rows, known_flips, load_data
 from hf_poprisk.leave_one_out.index import INDEX
 from hf_poprisk.leave_one_out.page import write_page
 from hf_poprisk.leave_one_out.report import plot, report
 from hf_poprisk.leave_one_out.table import Run, load_run
 from hf_poprisk.leave_one_out.weights import ALL_CLEAN, sample_weights
+from hf_poprisk.user_errors import UserError, folder_beside
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_poprisk.command import UserError, need, one_line, shorten
 from hf_poprisk.leave_one_out.index import INDEX, first_difference, hashed_rows
 from hf_poprisk.leave_one_out.table import Run
 from hf_poprisk.record import CONFIG_NAME, load_record
+from hf_poprisk.user_errors import UserError, need, one_line, shorten
 
 if TYPE_CHECKING:
     from datasets import Dataset

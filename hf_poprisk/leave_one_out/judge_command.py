@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from hf_poprisk.command import UserError, folder_beside, need
 from hf_poprisk.leave_one_out.audit import check_target
 from hf_poprisk.leave_one_out.data import TRUTH, find_rows, known_flips, load_data
 from hf_poprisk.leave_one_out.judge_inputs import (
@@ -43,6 +42,7 @@ from hf_poprisk.leave_one_out.judge_inputs import (
 from hf_poprisk.leave_one_out.page import write_page
 from hf_poprisk.leave_one_out.report import plot, report
 from hf_poprisk.leave_one_out.table import TABLE_NAME, load_run
+from hf_poprisk.user_errors import UserError, folder_beside, need
 
 if TYPE_CHECKING:
     from datasets import Dataset

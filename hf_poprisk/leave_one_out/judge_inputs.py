@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_poprisk.command import UserError, one_line
 from hf_poprisk.leave_one_out.data import example_ids
 from hf_poprisk.leave_one_out.index import INDEX
 from hf_poprisk.leave_one_out.judgement import FEWEST
+from hf_poprisk.user_errors import UserError, one_line
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_poprisk.command import folder_beside
 from hf_poprisk.leave_one_out.data import whole_text
 from hf_poprisk.leave_one_out.table import Run
+from hf_poprisk.user_errors import folder_beside
 
 if TYPE_CHECKING:
     from datasets import Dataset

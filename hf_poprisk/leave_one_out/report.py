@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hf_poprisk.command import folder_beside, need
 from hf_poprisk.leave_one_out.data import TRUTH, example_text
 from hf_poprisk.leave_one_out.table import Run
+from hf_poprisk.user_errors import folder_beside, need
 
 if TYPE_CHECKING:
     from datasets import Dataset

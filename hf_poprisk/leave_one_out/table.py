@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_poprisk.command import UserError, need, one_line
 from hf_poprisk.leave_one_out.index import INDEX, Sample
 from hf_poprisk.leave_one_out.noise import NoiseFit
+from hf_poprisk.user_errors import UserError, need, one_line
 
 TABLE_NAME = "judged.parquet"
 RULE = 4  # of scores and estimates; raise it with either: a run cannot go on with others

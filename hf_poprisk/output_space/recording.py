@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hf_poprisk.command import UserError, folder_beside
+from hf_poprisk.user_errors import UserError, folder_beside
 
 FILE_NAME = "output_space.safetensors"
 SCHEMA_VERSION = "1"

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_poprisk.command import folder_beside, need
 from hf_poprisk.output_space.analysis import Analysis
 from hf_poprisk.output_space.recording import (
     FILE_NAME,
@@ -20,6 +19,7 @@ from hf_poprisk.output_space.recording import (
     RecordingError,
     load_recording,
 )
+from hf_poprisk.user_errors import folder_beside, need
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

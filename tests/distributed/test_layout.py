@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hf_poprisk.gate import openness
-from hf_poprisk.per_example import squares
+from hf_poprisk.per_example import ranks
 from hf_poprisk.per_example import window as windows
 
 ROOT = Path(__file__).parents[2]
@@ -157,7 +157,7 @@ def test_rounding_on_three_ranks_opens_no_tie(dtype: torch.dtype, monkeypatch: p
         (p * h).sum().backward()
         p.grad = h / 3
     exact = (h.float().square() / 9).contiguous()
-    for module in (squares, windows):
+    for module in (ranks, windows):
         monkeypatch.setattr(module, "dist", ThreeRanks)
     _, sq_sums = window.reduce()
     assert openness(p.grad.float(), exact, 3).sum() > 1000  # what the slack is for

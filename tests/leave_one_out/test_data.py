@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
-from hf_poprisk.command import UserError, shorten
 from hf_poprisk.leave_one_out import INDEX
 from hf_poprisk.leave_one_out.data import example_text, find_rows, known_flips
 from hf_poprisk.leave_one_out.index import take_sample
 from hf_poprisk.leave_one_out.table import load_run
+from hf_poprisk.user_errors import UserError, shorten
 from leave_one_out.judged import WRONG, N, command, log_odds, message, pairs, refused, save_run
 
 

@@ -1,4 +1,4 @@
-"""What the gate did: between two logs, and over the whole run for every parameter."""
+"""The log entries of the gate: what it did between two logs, and over the whole run for every parameter."""
 
 from __future__ import annotations
 

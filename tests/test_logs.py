@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_poprisk.statistics import GateStatistics
+from hf_poprisk.logs import GateStatistics
 
 NAMES = [f"layer.{i}" for i in range(12)]
 
