@@ -28,7 +28,7 @@ STATISTICS_NAME = "poprisk_statistics.json"
 SCHEMA_VERSION = 1
 SOURCE = "arXiv:2605.01172"
 _PACKAGES = ("hf_poprisk", "torch", "transformers", "accelerate", "trl", "peft", "datasets")
-_SETTINGS = ("gate", "estimator", "warmup_steps", "ema_alpha", "exclude", "label_noise")
+_SETTINGS = ("gate", "estimator", "warmup_steps", "ema_alpha", "basis", "exclude", "label_noise")
 # Settings of version 0.1 that are gone, with the value that means what the code does now.
 _GONE = {"reduction": "element", "gate_weight_decay": False}
 
@@ -115,7 +115,7 @@ def make_config(
         "schema_version": SCHEMA_VERSION,
         "source": SOURCE,  # where the method comes from
         "optim": str(getattr(args.optim, "value", args.optim)),  # a stock one in a run without the gate
-        **args.gate_options(),  # gate, estimator, warmup_steps, ema_alpha
+        **args.gate_options(),  # gate, estimator, warmup_steps, ema_alpha, basis
         "exclude": list(args.poprisk_exclude or ()),
         "label_noise": args.poprisk_label_noise,
         "unit": "group" if args.poprisk_estimator == "group" else "example",  # what the gate held out
@@ -162,7 +162,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], other_data: bool 
     """
     gated, pairs = now["optim"] == OPTIM, {}
     if gated and before["optim"] == OPTIM:
-        old = {"label_noise": "off", **before}  # older than the setting
+        old = {"label_noise": "off", "basis": "coordinate", **before}  # older than the setting
         pairs = {f"poprisk_{name}": (old[name], now[name]) for name in _SETTINGS}
         pairs |= {f"{name} (of version 0.1)": (old.get(name, value), value) for name, value in _GONE.items()}
         if "ema" not in (before["estimator"], now["estimator"]):

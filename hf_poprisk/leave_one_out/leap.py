@@ -35,8 +35,11 @@ class Leap(NamedTuple):
     reached: float
 
 
-def trained_layers(model: nn.Module) -> dict[str, Any]:
-    """Name → linear layer that a leap may move.
+def trained_layers(model: nn.Module, option: str = "poprisk_leap", off: str = "0") -> dict[str, Any]:
+    """Name → linear layer that is trained.
+
+    Args:
+        option: what works on them, and the value that turns it off, for the message.
 
     Raises:
         ValueError: there is none.
@@ -44,8 +47,8 @@ def trained_layers(model: nn.Module) -> dict[str, Any]:
     layers = {name: layer for name, layer in linear_layers(model).items() if layer.weight.requires_grad}
     if not layers:
         raise ValueError(
-            "poprisk_leap moves the weights of linear layers, and none of them is trained: train them, "
-            "without an adapter, or set poprisk_leap=0."
+            f"{option} works on the weights of linear layers, and none of them is trained: train them, "
+            f"without an adapter, or set {option}={off}."
         )
     return layers
 
