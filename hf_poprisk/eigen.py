@@ -75,14 +75,14 @@ class EigenPopRiskAdamW(PopRiskAdamW):
         for group in self.param_groups:
             plain = []
             for row in self._rows(group):
-                param, grad, *moments = row
+                param, grad, exp_avg, exp_avg_sq, step = row
                 state = self.state[param]
                 if LEFT not in state and RIGHT not in state:
                     plain.append(row)
                     continue
                 write = torch.zeros_like(param)
                 turned = rotated(state, grad).to(param.dtype)
-                plain_adamw({**group, "weight_decay": 0.0}, [(write, turned, *moments)])
+                plain_adamw({**group, "weight_decay": 0.0}, [(write, turned, exp_avg, exp_avg_sq, step)])
                 param.mul_(1 - float(group["lr"]) * float(group["weight_decay"]))
                 param.add_(rotated_back(state, write))
             plain_adamw(group, plain)
