@@ -28,7 +28,7 @@ STATISTICS_NAME = "poprisk_statistics.json"
 SCHEMA_VERSION = 1
 SOURCE = "arXiv:2605.01172"
 _PACKAGES = ("hf_poprisk", "torch", "transformers", "accelerate", "trl", "peft", "datasets")
-_SETTINGS = ("gate", "estimator", "warmup_steps", "ema_alpha", "basis", "exclude", "label_noise")
+_SETTINGS = ("gate", "estimator", "warmup_steps", "ema_alpha", "exclude", "label_noise")
 # Settings of version 0.1 that are gone, with the value that means what the code does now.
 _GONE = {"reduction": "element", "gate_weight_decay": False}
 
@@ -160,10 +160,11 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], other_data: bool 
     Args:
         other_data: the data may have another length.
     """
-    gated, pairs = now["optim"] == OPTIM, {}
+    gated = now["optim"] == OPTIM
+    pairs = {"poprisk_basis": (before.get("basis", "coordinate"), now["basis"])}  # of any optimizer's moments
     if gated and before["optim"] == OPTIM:
-        old = {"label_noise": "off", "basis": "coordinate", **before}  # older than the setting
-        pairs = {f"poprisk_{name}": (old[name], now[name]) for name in _SETTINGS}
+        old = {"label_noise": "off", **before}  # older than the setting
+        pairs |= {f"poprisk_{name}": (old[name], now[name]) for name in _SETTINGS}
         pairs |= {f"{name} (of version 0.1)": (old.get(name, value), value) for name, value in _GONE.items()}
         if "ema" not in (before["estimator"], now["estimator"]):
             pairs[f"{now['unit']}s per step"] = before["units_per_step"], now["units_per_step"]

@@ -264,6 +264,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert caplog.text.count(f"poprisk_basis=eigen: {share}") == 3
     with pytest.raises(ValueError, match="poprisk_basis from 'eigen' to 'coordinate'"):
         run(poprisk_gate="none").train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    with pytest.raises(ValueError, match="poprisk_basis from 'eigen' to 'coordinate'"):
+        stock = {"optim": "adamw_torch", "poprisk_gate": "hard", "save_strategy": "no", "max_steps": 6}
+        prefer("DPO", llama_dir, tmp_path, **stock).train(str(tmp_path / "checkpoint-3"))
     with pytest.raises(ValueError, match="moments to be loaded are not of basis='coordinate'"):
         run(poprisk_gate="none", poprisk_allow_change=True).train(str(tmp_path / "checkpoint-3"))
 

@@ -223,7 +223,7 @@ def test_flips_are_exact_seeded_and_marked() -> None:
         ("poprisk_gate: firm", "poprisk_gate must be one of"),
         ("poprisk_gaet: soft", "poprisk_gaet"),
         ("num_train_epochs: three", "invalid float value: 'three'"),
-        ("poprisk_exclude: 3", "poprisk_exclude must be a list of strings"),
+        ("poprisk_exclude: 3", "poprisk_exclude must be a list of regular expressions"),
         ("learning_rate: [1", "expected ',' or ']'"),
         ("flip_fraction: [0.3]", "flip_fraction must be float; got [0.3]"),
         ("learning_rate: true", "learning_rate must be float; got True"),

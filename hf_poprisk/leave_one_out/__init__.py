@@ -15,6 +15,6 @@ audit.py      ``hf-poprisk audit``; data.py, report.py, page.py
 from hf_poprisk.leave_one_out.index import INDEX
 from hf_poprisk.leave_one_out.noise import NoiseFit, fit_noise
 from hf_poprisk.leave_one_out.table import TABLE_NAME, ExampleTable
-from hf_poprisk.leave_one_out.weights import LABEL_NOISE_MODES, LabelNoise
+from hf_poprisk.leave_one_out.weights import LabelNoise
 
-__all__ = ["INDEX", "LABEL_NOISE_MODES", "TABLE_NAME", "ExampleTable", "LabelNoise", "NoiseFit", "fit_noise"]
+__all__ = ["INDEX", "TABLE_NAME", "ExampleTable", "LabelNoise", "NoiseFit", "fit_noise"]

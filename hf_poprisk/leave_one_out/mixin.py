@@ -32,6 +32,7 @@ class LabelNoiseMixin(IndexMixin):
     # constant of each, [N], with their graph.
     label_log_odds: Callable[[torch.nn.Module, Any], Tensor] | None = None
     _label_noise: LabelNoise | None = None
+    _passes: Passes | None = None  # of the last judgement, until it is followed
 
     def _start_label_noise(self, ids: np.ndarray, sample: Sample) -> None:
         """After the trainer is built; ids as ``with_index`` gave them."""
@@ -52,13 +53,10 @@ class LabelNoiseMixin(IndexMixin):
         Raises:
             ValueError: fewer than 50 examples, gradients that tell nothing, or a loss of something else.
         """
-        return self._judge(Passes(self))[1]
-
-    def _judge(self, passes: Passes) -> tuple[np.ndarray, Judgement, list[dict[str, LayerBasis]]]:
-        """The ids of the examples that were judged, [n] ascending, what was found, and the bases."""
+        self._passes = passes = Passes(self)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         classifier, k = self.label_log_odds is None, num_features(len(self.train_dataset))
-        parts, bases = label_features(
+        parts, passes.bases = label_features(
             model, passes.batches, passes.log_odds, self.rows_per_example, k, classifier=classifier
         )
         every = (passes.index, *([torch.cat(passes.labels)] if classifier else []), *parts)
@@ -72,11 +70,12 @@ class LabelNoiseMixin(IndexMixin):
         else:
             found = judge_pairs(columns)
         self._label_noise.take(ids, found)
-        return ids, found, bases
+        passes.ids = ids
+        return found
 
     def _judge_and_leap(self) -> None:
-        passes, judge = Passes(self), self._label_noise
-        ids, found, bases = self._judge(passes)
+        judge, found = self._label_noise, self.judge_labels()
+        passes, self._passes = self._passes, None
         doubt = "" if judge.doubt is None else f". This means little: {judge.doubt}"
         below = int((found.p_correct < 0.5).sum())
         self._say(f"{judge.found()}; {below} of {len(found.p_correct)} labels are below .5{doubt}.")
@@ -86,7 +85,7 @@ class LabelNoiseMixin(IndexMixin):
         if not judge.weighted:
             self._say("poprisk_leap: no leap, for the labels are predicted too badly to follow them.")
             return
-        rows = np.searchsorted(ids, passes.index.cpu().numpy())
+        rows = np.searchsorted(passes.ids, passes.index.cpu().numpy())
         alpha, weights = (torch.from_numpy(x[rows]).float() for x in (found.dual, found.p_correct))
         weights, alpha = weights * passes.first, alpha * passes.first[:, None]
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
@@ -95,7 +94,7 @@ class LabelNoiseMixin(IndexMixin):
             lambda: passes.batches(None),
             passes.log_odds,
             self.rows_per_example,
-            bases,
+            passes.bases,
             alpha,
             weights,
             margin,
@@ -188,6 +187,8 @@ class Passes:
         first: 1 for an example, 0 for its copy on another rank, [n] float32.
         labels: of classes, per micro-batch, from the first pass over all.
         num_examples: of the last micro-batch.
+        ids: the index of the examples of all ranks that were judged, ascending.
+        bases: of the layers of each part, once they are measured.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -202,6 +203,8 @@ class Passes:
         self._mine = self._sorted([i % count for i in range(rank * each, (rank + 1) * each)])
         self.first = torch.tensor([float(i // each == rank) for i in self._mine])
         self.labels: list[Tensor] = []
+        self.ids: np.ndarray
+        self.bases: list[dict[str, LayerBasis]]
         self._seen: list[Tensor] = []
         self.num_examples = 0
 

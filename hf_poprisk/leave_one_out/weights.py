@@ -16,7 +16,6 @@ from hf_poprisk.leave_one_out.leap import Leap
 from hf_poprisk.leave_one_out.noise import NoiseFit
 from hf_poprisk.leave_one_out.table import RULE, TABLE_NAME, ExampleTable, read_table
 
-LABEL_NOISE_MODES = ("off", "audit", "weight")
 ALL_CLEAN = 0.01  # a lower end of the interval below it: there may be no mislabeled label at all
 _OPEN_WIDTH = 0.3  # of an interval that tells little; that of a flat posterior is .43
 _COPIES = 0.01  # of the examples: with more of them the rate comes out too low

@@ -76,7 +76,8 @@ def measure_bases(run: Callable[[Callable[[str, Tensor, Tensor], None]], None]) 
 
     run(see_sides)
     rotations = {
-        name: tuple(_leading(x, test_matrix.of(x)) for x in pair) for name, pair in sorted(sides.items())
+        name: tuple(_leading(x, test_matrix.of(x), LEADING) for x in pair)
+        for name, pair in sorted(sides.items())
     }
     sides.clear()
     moments: dict[str, Tensor] = {}
@@ -182,7 +183,7 @@ class _TestMatrices:
         return x if omega is None else x @ omega
 
 
-def _leading(sketch: Tensor, omega: Tensor | None, count: int = LEADING) -> Tensor:
+def _leading(sketch: Tensor, omega: Tensor | None, count: int) -> Tensor:
     """Leading eigenvectors of S, from S Ω [length, columns]; the same on every rank."""
     sketch = summed(sketch)
     if not sketch.isfinite().all():

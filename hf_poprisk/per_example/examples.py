@@ -90,15 +90,6 @@ def take(inputs: Any, layout: Layout, examples: Sequence[int], config: Any = Non
     return _Taker(layout, examples, config)(inputs)
 
 
-def take_example(inputs: Mapping[str, Any], index: int, count: int, rows: int) -> dict[str, Any]:
-    """Example ``index`` of a collated micro-batch of ``count`` examples: its rows of everything.
-
-    Raises:
-        NotSeparable: see ``take``.
-    """
-    return take(inputs, Rows(count, rows), [index])
-
-
 class _Taker:
     """Takes the rows of some examples."""
 

@@ -55,7 +55,6 @@ class OneByOne:
         self._cut: list[nn.Module] = [model]  # whose outputs are cached
         self._slots: dict[tuple[int, int, Any], Slot] = {}  # call, output, path in it → the examples
         self._calls: list[_Call] = []
-        self.alone = False  # an example is being run
 
     @contextmanager
     def cached(self, layout: Layout, learn: bool = False) -> Iterator[None]:
@@ -186,11 +185,7 @@ class OneByOne:
             return original(*args, **kwargs)
         with _replaced({self._model: original}):
             call = _Call(self._layout_of(layout, args, kwargs), args, kwargs)
-            self.alone = True
-            try:
-                self._run_examples(call, learn)
-            finally:
-                self.alone = False
+            self._run_examples(call, learn)
             answers = [
                 self._join((len(self._calls), k), [output for _, output in parts], call)
                 for k, parts in enumerate(zip(*call.outputs, strict=True))

@@ -47,11 +47,9 @@ def test_five_folds_find_swapped_pairs_where_features_tell() -> None:
 
 
 def test_em_descends_the_likelihood_of_a_label_that_may_be_swapped() -> None:
-    judge = object.__new__(labels_arms.EM)
-    judge.table = SimpleNamespace(columns={"weight": torch.ones(3)})
-    judge.examples_per_step = 3
+    judge = labels_arms.EM(SimpleNamespace(), torch.zeros(3), 3)
     z = torch.tensor([-2.0, 0.1, 3.0], requires_grad=True)
-    factor = judge.sample_weight(SimpleNamespace(rows=torch.arange(3)), z.detach())
+    factor = judge.weights(torch.arange(3), z.detach())
     (-torch.log(0.9 * torch.sigmoid(z) + 0.1 * torch.sigmoid(-z))).sum().backward()
     plain = torch.autograd.grad(-F.logsigmoid(z).sum(), z)[0]
     torch.testing.assert_close(factor * plain, z.grad)
