@@ -160,9 +160,12 @@ class MeasureBases(TrainerCallback):
             torch.enable_grad(),
         ):
             found = complete_bases(run)
-        bases = {}
+        bases, get_head = {}, getattr(model, "get_output_embeddings", lambda: None)
+        head = get_head()
         for name, (left, right) in found.items():
             layer = layers[name]
+            if layer is head:  # among tokens, few of which the examples hold, most directions are rounding
+                left = None
             bases[layer.weight] = (right, left) if isinstance(layer, Conv1D) else (left, right)
         optimizer.set_bases(bases)
         if not optimizer.rotated_parameters:
