@@ -58,6 +58,13 @@ class PopRiskArgumentsMixin:
             "closes almost everything."
         },
     )
+    poprisk_basis: Literal["coordinate", "eigen"] = field(
+        default="coordinate",
+        metadata={
+            "help": "With poprisk_gate=none: where AdamW's moments live. eigen: in the eigenbasis of each "
+            "linear layer's per-example gradients, measured once, before the first step."
+        },
+    )
     poprisk_risk: bool = field(
         default=False,
         metadata={
@@ -196,6 +203,7 @@ class PopRiskArgumentsMixin:
             "estimator": self.poprisk_estimator,
             "warmup_steps": self.poprisk_warmup_steps,
             "ema_alpha": self.poprisk_ema_alpha,
+            "basis": self.poprisk_basis,
         }
 
     def set_optimizer(self, name: str | OptimizerNames = OPTIM, *args: Any, **kwargs: Any) -> Any:
@@ -211,7 +219,9 @@ class PopRiskArgumentsMixin:
     @property
     def plain_options(self) -> str:
         """What makes the optimizer plain AdamW, for messages."""
-        return f"{_PREFIX}gate=none" + f", {_PREFIX}label_noise=off" * (self.poprisk_label_noise != "off")
+        others = {"label_noise": "off", "basis": "coordinate"}
+        changed = {n: off for n, off in others.items() if getattr(self, _PREFIX + n) != off}
+        return ", ".join(f"{_PREFIX}{n}={off}" for n, off in {"gate": "none", **changed}.items())
 
     @property
     def units_per_step(self) -> int:
@@ -238,7 +248,7 @@ class PopRiskArgumentsMixin:
             return
         refuse(refusals.OPTIMIZER, self)
         refuse(refusals.LEAP, self)
-        if self.poprisk_label_noise != "off" or self.poprisk_gate != "none":
+        if (self.poprisk_label_noise, self.poprisk_gate, self.poprisk_basis) != ("off", "none", "coordinate"):
             refuse(whole, self, of=f"optim={OPTIM}", without=self.plain_options)
         if self.poprisk_label_noise != "off":
             refuse(self._label_rules, self)

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 _UNDERFLOW = 1e-30  # below this ΣG² says nothing: the squares of such gradients underflow in float32
 _UNSUPPORTED = ("amsgrad", "maximize", "differentiable")  # of what AdamW's groups may ask for
-_KEPT = "gate estimator warmup_steps ema_alpha keep_written _ungated _names".split()  # in copies
+_KEPT = "gate estimator warmup_steps ema_alpha basis keep_written _ungated _names".split()  # in copies
 
 
 class PopRiskAdamW(torch.optim.AdamW):
@@ -55,6 +55,8 @@ class PopRiskAdamW(torch.optim.AdamW):
         ungated: parameters that the gate leaves alone (see ``options.matching``).
         warmup_steps: ungated steps at the start.
         ema_alpha: threshold of ``ema``; default ``(1−β₁)/(1+β₁)``. The published 1 closes almost everything.
+        basis: ``coordinate``, or without a gate ``eigen``: the moments are in an eigenbasis of each layer's
+            gradients, which ``set_bases`` must be given: ``hf_poprisk.eigen``.
 
     Attributes:
         keep_written: if set to True, a gated step leaves its q in ``state[p]["written"]``, for ``risk.py``.
@@ -73,8 +75,14 @@ class PopRiskAdamW(torch.optim.AdamW):
     _none_finite: bool | None = None  # no step was ever taken, nor will be; None until it is asked
 
     def __new__(cls, *args: Any, **options: Any) -> PopRiskAdamW:
-        """``estimator="ema"`` is the one form without examples, and a class of its own."""
-        if options.get("estimator") == "ema" and options.get("gate") != "none":
+        """``basis="eigen"`` and ``estimator="ema"``, which needs no examples, are classes of their own."""
+        if options.get("basis") == "eigen":
+            from hf_poprisk.eigen import EigenPopRiskAdamW
+
+            cls = EigenPopRiskAdamW if cls is PopRiskAdamW else cls
+            if not issubclass(cls, EigenPopRiskAdamW):
+                raise TypeError(f"{cls.__name__} with basis='eigen' must subclass EigenPopRiskAdamW.")
+        elif options.get("estimator") == "ema" and options.get("gate") != "none":
             from hf_poprisk.streaming import StreamingPopRiskAdamW
 
             cls = StreamingPopRiskAdamW if cls is PopRiskAdamW else cls
@@ -96,9 +104,12 @@ class PopRiskAdamW(torch.optim.AdamW):
         ungated: Iterable[Tensor] = (),
         warmup_steps: int = 0,
         ema_alpha: float | None = None,
+        basis: str = "coordinate",
     ) -> None:
-        check_options(gate=gate, estimator=estimator, warmup_steps=warmup_steps, ema_alpha=ema_alpha)
-        self.gate, self.estimator = gate, estimator
+        check_options(
+            gate=gate, estimator=estimator, warmup_steps=warmup_steps, ema_alpha=ema_alpha, basis=basis
+        )
+        self.gate, self.estimator, self.basis = gate, estimator, basis
         self.warmup_steps, self.ema_alpha = warmup_steps, ema_alpha
         self.statistics = GateStatistics()
         self._ungated = set(ungated)
@@ -260,15 +271,19 @@ class PopRiskAdamW(torch.optim.AdamW):
         """Whether no step was taken yet and no gradient is finite, so that no step ever will be."""
         return self.gate != "none" and not any(self.state.values()) and none_finite(self._all_parameters())
 
+    def _rows(self, group: dict[str, Any]) -> list[Row]:
+        """Of the parameters of a group that have a gradient."""
+        if unsupported := [name for name in _UNSUPPORTED if group.get(name)]:
+            raise ValueError(f"{unsupported[0]}=True is not supported by PopRiskAdamW: leave it off.")
+        columns: list[list[Tensor]] = [[], [], [], [], []]
+        if self._init_group(group, *columns[:4], [], columns[4]):
+            raise NotImplementedError("complex parameters are not supported by PopRiskAdamW.")
+        return list(zip(*columns, strict=True))
+
     def _update(self) -> None:
         for group in self.param_groups:
-            if unsupported := [name for name in _UNSUPPORTED if group.get(name)]:
-                raise ValueError(f"{unsupported[0]}=True is not supported by PopRiskAdamW: leave it off.")
-            columns: list[list[Tensor]] = [[], [], [], [], []]
-            if self._init_group(group, *columns[:4], [], columns[4]):
-                raise NotImplementedError("complex parameters are not supported by PopRiskAdamW.")
             gated, plain = list[Row](), list[Row]()
-            for row in zip(*columns, strict=True):
+            for row in self._rows(group):
                 self.state[row[0]].pop("written", None)
                 (gated if self._is_gated(row[0], row[4]) else plain).append(row)
             plain_adamw(group, plain)
@@ -299,7 +314,17 @@ class PopRiskAdamW(torch.optim.AdamW):
         return {**super().__getstate__(), **kept, "statistics": GateStatistics()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
-        """As in torch; also takes a ``torch.optim.AdamW`` state, whatever kernel wrote it."""
+        """As in torch; also takes a ``torch.optim.AdamW`` state, whatever kernel wrote it.
+
+        Raises:
+            ValueError: moments of another basis.
+        """
+        states = state_dict["state"].values()
+        if states and any("basis_left" in s or "basis_right" in s for s in states) != (self.basis == "eigen"):
+            raise ValueError(
+                f"the moments to be loaded are not of basis={self.basis!r}: keep the basis of that run, or "
+                "start from its weights alone."
+            )
         here = {"foreach": None, "fused": None, "capturable": False}
         groups = [{**group, **here} for group in state_dict["param_groups"]]
         super().load_state_dict({**state_dict, "param_groups": groups})

@@ -12,6 +12,7 @@ from torch import Tensor
 from hf_poprisk.gate import GATES
 
 ESTIMATORS = ("example", "group", "ema")
+BASES = ("coordinate", "eigen")
 LABEL_NOISE = ("off", "audit", "weight")
 HUB_ACCESS = ("auto", "manual")
 NOTHING_TO_TRAIN = (
@@ -36,6 +37,7 @@ ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda v: v is None or isinstance(v, int | float) and v is not True and 0 < v < math.inf,
         "a number > 0",
     ),
+    "basis": (lambda v: v in BASES, f"one of {', '.join(BASES)}"),
     "exclude": (
         lambda v: v is None or isinstance(v, list) and all(map(_is_pattern, v)),
         "a list of regular expressions",
@@ -48,7 +50,7 @@ ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def check_options(prefix: str = "", **options: Any) -> None:
-    """Refuse bad values, and a threshold that would have no effect.
+    """Refuse bad values, a threshold that would have no effect, and a basis that does not take a gate.
 
     Args:
         prefix: how the caller's users spell the names, for the messages.
@@ -65,6 +67,17 @@ def check_options(prefix: str = "", **options: Any) -> None:
             f"{prefix}ema_alpha has no effect with {prefix}estimator={options['estimator']!r}: remove it or "
             f"set {prefix}estimator='ema'."
         )
+    if options["basis"] != "eigen":
+        return
+    for name, bad, way_out in (
+        ("gate", options["gate"] != "none", "gate='none'"),
+        ("estimator", options["estimator"] == "ema", "estimator='example'"),
+    ):
+        if bad:
+            raise ValueError(
+                f"{prefix}basis='eigen' does not go with {prefix}{name}={options[name]!r}: set "
+                f"{prefix}{way_out}, or {prefix}basis='coordinate'."
+            )
 
 
 def matching(named_parameters: Iterable[tuple[str, Tensor]], patterns: Sequence[str]) -> list[Tensor]:

@@ -115,7 +115,7 @@ def make_config(
         "schema_version": SCHEMA_VERSION,
         "source": SOURCE,  # where the method comes from
         "optim": str(getattr(args.optim, "value", args.optim)),  # a stock one in a run without the gate
-        **args.gate_options(),  # gate, estimator, warmup_steps, ema_alpha
+        **args.gate_options(),  # gate, estimator, warmup_steps, ema_alpha, basis
         "exclude": list(args.poprisk_exclude or ()),
         "label_noise": args.poprisk_label_noise,
         "leap": args.poprisk_leap,
@@ -161,10 +161,11 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], other_data: bool 
     Args:
         other_data: the data may have another length.
     """
-    gated, pairs = now["optim"] == OPTIM, {}
+    gated = now["optim"] == OPTIM
+    pairs = {"poprisk_basis": (before.get("basis", "coordinate"), now["basis"])}  # of any optimizer's moments
     if gated and before["optim"] == OPTIM:
         old = {"label_noise": "off", "leap": 0.0, **before}  # older than these settings
-        pairs = {f"poprisk_{name}": (old[name], now[name]) for name in _SETTINGS}
+        pairs |= {f"poprisk_{name}": (old[name], now[name]) for name in _SETTINGS}
         pairs |= {f"{name} (of version 0.1)": (old.get(name, value), value) for name, value in _GONE.items()}
         if "ema" not in (before["estimator"], now["estimator"]):
             pairs[f"{now['unit']}s per step"] = before["units_per_step"], now["units_per_step"]

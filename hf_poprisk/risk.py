@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from hf_poprisk.eigen import rotated
 from hf_poprisk.record import write_json
 
 logger = logging.getLogger(__name__)
@@ -70,7 +71,8 @@ def gains(
             if "exp_avg" not in state or "exp_avg_sq" not in state:
                 raise no_moments(optimizer)
             step = torch.as_tensor(state["step"]).double()  # on the device if fused: not read here
-            grad, square = p.grad.float() / scale, state["exp_avg_sq"].float()
+            # in the basis of the moments
+            grad, square = rotated(state, p.grad.float() / scale), state["exp_avg_sq"].float()
             written = grad * state["written"] if "written" in state else grad
             last = square.sqrt().div_((1 - beta2**step).sqrt()).add_(group["eps"])
             signal = (written * state["exp_avg"] / last).sum() / (1 - beta1**step)

@@ -15,6 +15,7 @@ from transformers.trainer_utils import has_length
 
 from hf_poprisk.arguments import OPTIM, PopRiskArgumentsMixin, PopRiskTrainingArguments
 from hf_poprisk.checkpoints import CheckpointMixin
+from hf_poprisk.eigen import MeasureBases
 from hf_poprisk.hub import HubMixin
 from hf_poprisk.leave_one_out.index import take_sample, with_index
 from hf_poprisk.leave_one_out.mixin import LabelNoiseMixin
@@ -73,6 +74,11 @@ class PopRiskMixin(MicrobatchMixin, HubMixin, CheckpointMixin, SampleWeightMixin
             config.check_training()
             if has_length(data) and len(data) == 0:
                 raise ValueError("train_dataset is empty: give it at least one example.")
+            if config.poprisk_basis == "eigen" and not has_length(data):
+                raise ValueError(
+                    "poprisk_basis=eigen is measured on examples from all over the training set, which a "
+                    "stream does not have: train on a data set that is none, or set poprisk_basis=coordinate."
+                )
             self._check_label_weight(data, call.arguments.get("model"), config)
             if config.poprisk_weight_column is not None:
                 unweighted, weights = take_weights(data, config.poprisk_weight_column)
@@ -94,6 +100,8 @@ class PopRiskMixin(MicrobatchMixin, HubMixin, CheckpointMixin, SampleWeightMixin
             self._start_label_noise(ids, sample)
         if weights is not None:
             self._start_weights(ids, weights)
+        if config.poprisk_basis == "eigen":  # after the callback that judges, and may leap
+            self.add_callback(MeasureBases(self))
 
     def _check_label_weight(self, data: Any, model: Any, config: Any) -> None:
         """Refuse the weights that the audit writes where no loss reads them."""
@@ -156,7 +164,7 @@ class PopRiskMixin(MicrobatchMixin, HubMixin, CheckpointMixin, SampleWeightMixin
                 "built."
             )
         gated = self.args.optim == OPTIM and self.args.poprisk_gate != "none"
-        if gated or self._label_noise is not None:
+        if gated or self._label_noise is not None or self.args.poprisk_basis == "eigen":
             self._check_launch(f"optim={OPTIM}", self.args.plain_options)
         if gated:
             self._check_copies()
@@ -247,7 +255,8 @@ def _check_agreement(optimizer: PopRiskAdamW, named: dict[str, torch.Tensor], ar
 def _summary(optimizer: PopRiskAdamW, args: Any) -> str:
     """One line that says what is gated and what is not."""
     if optimizer.gate == "none":
-        return "population-risk gate: off (gate=none), plain AdamW."
+        kind = "plain AdamW" if optimizer.basis == "coordinate" else f"AdamW with basis={optimizer.basis}"
+        return f"population-risk gate: off (gate=none), {kind}."
     gated = optimizer.gated_parameters
     trainable = sum(p.requires_grad for group in optimizer.param_groups for p in group["params"])
     per_step, few, units = "", "", args.units_per_step

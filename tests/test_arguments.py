@@ -30,7 +30,7 @@ from hf_poprisk import (
     PopRiskTrainingArguments,
 )
 from hf_poprisk.gate import GATES
-from hf_poprisk.options import ALLOWED, ESTIMATORS, LABEL_NOISE
+from hf_poprisk.options import ALLOWED, BASES, ESTIMATORS, LABEL_NOISE
 
 TRAINERS: dict[type[Any], type[Any]] = {
     PopRiskTrainingArguments: PopRiskTrainer,
@@ -38,7 +38,7 @@ TRAINERS: dict[type[Any], type[Any]] = {
     PopRiskSFTConfig: PopRiskSFTTrainer,
     PopRiskRewardConfig: PopRiskRewardTrainer,
 }
-CHOICES = {"gate": GATES, "estimator": ESTIMATORS, "label_noise": LABEL_NOISE}
+CHOICES = {"gate": GATES, "estimator": ESTIMATORS, "label_noise": LABEL_NOISE, "basis": BASES}
 
 # Every value differs from its default.
 FIELDS: dict[str, Any] = {
@@ -283,6 +283,7 @@ BAD: dict[str, list[Any]] = {
     "leap": [-1.0, float("inf"), float("nan"), True, "far"],
     "warmup_steps": [-1, 1.0, True, "1"],
     "ema_alpha": [0.0, -0.5, float("nan"), True, "0.5"],
+    "basis": ["Eigen", None],
     "exclude": [["embed", 3], ["first("]],
     "label_noise": ["open"],
     "weight_column": ["", 3, True],

@@ -35,22 +35,25 @@ class Leap(NamedTuple):
     reached: float
 
 
-def trained_layers(model: nn.Module) -> dict[str, Any]:
-    """Name → linear layer that a leap may move.
+def trained_layers(model: nn.Module, option: str = "poprisk_leap", off: str = "0") -> dict[str, Any]:
+    """Name → linear layer that is trained.
+
+    Args:
+        option: what works on them, and the value that turns it off, for the message.
 
     Raises:
-        ValueError: there is none; or an adapter, which cannot hold the step.
+        ValueError: there is none, or an adapter is trained.
     """
     if hasattr(model, "peft_config"):
         raise ValueError(
-            "poprisk_leap moves the weights of all linear layers, which an adapter keeps: train without "
-            "one, or set poprisk_leap=0."
+            f"{option} works on the weights of linear layers, which an adapter keeps: train without one, "
+            f"or set {option}={off}."
         )
     layers = {name: layer for name, layer in linear_layers(model).items() if layer.weight.requires_grad}
     if not layers:
         raise ValueError(
-            "poprisk_leap moves the weights of linear layers, and none of them is trained: train them, "
-            "or set poprisk_leap=0."
+            f"{option} works on the weights of linear layers, and none of them is trained: train them, "
+            f"or set {option}={off}."
         )
     return layers
 

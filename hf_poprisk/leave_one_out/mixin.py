@@ -32,7 +32,7 @@ class LabelNoiseMixin(IndexMixin):
     # constant of each, [N], with their graph.
     label_log_odds: Callable[[torch.nn.Module, Any], Tensor] | None = None
     _label_noise: LabelNoise | None = None
-    _passes: _Passes | None = None  # of the last judgement, until it is followed
+    _passes: Passes | None = None  # of the last judgement, until it is followed
 
     def _start_label_noise(self, ids: np.ndarray, sample: Sample) -> None:
         """After the trainer is built; ids as ``with_index`` gave them."""
@@ -53,7 +53,7 @@ class LabelNoiseMixin(IndexMixin):
         Raises:
             ValueError: fewer than 50 examples, gradients that tell nothing, or a loss of something else.
         """
-        self._passes = passes = _Passes(self)
+        self._passes = passes = Passes(self)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         classifier, k = self.label_log_odds is None, num_features(len(self.train_dataset))
         parts, passes.bases = label_features(
@@ -184,20 +184,23 @@ class _Judging(TrainerCallback):
                 logger.warning(f"{judge.found()}; `hf-poprisk audit {args.output_dir}` shows the examples.")
 
 
-class _Passes:
-    """Passes over this rank's share of the training set, and the log-odds of their labels.
+class Passes:
+    """Passes over this rank's share of the training set, and the log-odds of its labels.
 
     Attributes:
-        index: of the examples in the order of a pass, [n].
+        index: of the examples in the order of a pass, [n], if they have one.
         first: 1 for an example, 0 for its copy on another rank, [n] float32.
         labels: of classes, per micro-batch, from the first pass over all.
+        num_examples: of the last micro-batch.
         ids: the index of the examples of all ranks that were judged, ascending.
         bases: of the layers of each part, once they are measured.
     """
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
-        collator = IndexCollator(trainer.data_collator)
+        collator = trainer.data_collator
+        if trainer._index_for is not None:
+            collator = IndexCollator(collator)
         self._data, self._collator = trainer._used_columns(trainer.train_dataset, collator)
         # as many on each rank, the first ones twice if need be
         count, rank = len(self._data), trainer.accelerator.process_index
@@ -208,7 +211,7 @@ class _Passes:
         self.ids: np.ndarray
         self.bases: list[dict[str, LayerBasis]]
         self._seen: list[Tensor] = []
-        self._size_of_batch = 0
+        self.num_examples = 0
 
     @property
     def index(self) -> Tensor:
@@ -226,16 +229,17 @@ class _Passes:
         else:
             share = -(-count // trainer.accelerator.num_processes)
             part, what = self._sorted(spread(sorted(part), share)), "Measuring gradients"
+        size = trainer.args.per_device_train_batch_size
         loader = DataLoader(
             Subset(self._data, part),
-            trainer.args.per_device_train_batch_size,
+            size,
             collate_fn=self._collator,
             generator=torch.Generator(),  # that of the training order is left alone
         )
         quiet = trainer.args.disable_tqdm or not trainer.is_local_process_zero()
-        for batch in tqdm(loader, what, disable=quiet):
+        for k, batch in enumerate(tqdm(loader, what, disable=quiet)):
             batch, rows = trainer._take_index(batch)
-            self._size_of_batch = len(rows)
+            self.num_examples = min(size, len(part) - k * size)
             if count is None:
                 self._seen.append(rows)
             yield trainer._prepare_inputs(batch)
@@ -246,7 +250,7 @@ class _Passes:
         with trainer.compute_loss_context_manager():  # autocast is for the forward alone
             if trainer.label_log_odds is not None:
                 return trainer.label_log_odds(model, inputs)
-            logits, labels = trainer._class_logits(model, inputs, self._size_of_batch)
+            logits, labels = trainer._class_logits(model, inputs, self.num_examples)
         if len(self.labels) < len(self._seen):
             self.labels.append(labels.cpu())
         return logits.float() @ _combination(logits.shape[1]).to(logits.device)

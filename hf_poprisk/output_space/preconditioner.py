@@ -32,6 +32,11 @@ def kind(optimizer: torch.optim.Optimizer) -> str:
             "OutputSpaceCallback cannot read a gate of poprisk_estimator='ema', which is decided inside the "
             "step: set poprisk_estimator to example or group, or poprisk_gate to none."
         )
+    if isinstance(optimizer, PopRiskAdamW) and optimizer.basis != "coordinate":
+        raise ValueError(
+            f"OutputSpaceCallback cannot read a step of poprisk_basis={optimizer.basis!r}, which is diagonal "
+            "in another basis: set poprisk_basis to coordinate."
+        )
     return GATED if isinstance(optimizer, PopRiskAdamW) and optimizer.needs_examples else ADAM
 
 

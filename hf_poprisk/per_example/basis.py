@@ -22,6 +22,7 @@ from torch import Tensor
 
 LEADING = 256  # directions of a side
 SKETCH = 2 * LEADING  # columns of the sketch of a side that is longer
+LONGEST = 2048  # a side whose complete basis is wanted; its eigenvectors take time as the cube
 DAMPING = 1e-3  # δ
 
 
@@ -75,7 +76,8 @@ def measure_bases(run: Callable[[Callable[[str, Tensor, Tensor], None]], None]) 
 
     run(see_sides)
     rotations = {
-        name: tuple(_leading(x, test_matrix.of(x)) for x in pair) for name, pair in sorted(sides.items())
+        name: tuple(_leading(x, test_matrix.of(x), LEADING) for x in pair)
+        for name, pair in sorted(sides.items())
     }
     sides.clear()
     moments: dict[str, Tensor] = {}
@@ -93,6 +95,32 @@ def measure_bases(run: Callable[[Callable[[str, Tensor, Tensor], None]], None]) 
     return {
         name: LayerBasis(*rotation, summed(moments[name]) / float(count))
         for (name, rotation), count in zip(rotations.items(), total, strict=True)
+    }
+
+
+def complete_bases(
+    run: Callable[[Callable[[str, Tensor, Tensor], None]], None],
+) -> dict[str, tuple[Tensor | None, Tensor | None]]:
+    """All directions of each side, from one pass; ``run`` is as for ``measure_bases``.
+
+    Returns:
+        Name → (U_L [out, out], U_R [in, in]) float32, orthogonal, the same on every rank; None for a side
+        that is longer than 2,048.
+    """
+    sides: dict[str, list[Tensor | None]] = {}
+
+    def see(name: str, a: Tensor, d: Tensor) -> None:
+        a, d = a.float(), d.float()
+        if name not in sides:
+            sides[name] = [x.new_zeros(n, n) if (n := x.shape[-1]) <= LONGEST else None for x in (d, a)]
+        for total, x, y in zip(sides[name], (d, a), (a, d), strict=True):
+            if total is not None:  # Σ_i X_iᵀ Y_i Y_iᵀ X_i
+                total.addmm_(x.flatten(0, 1).T, (y @ y.mT @ x).flatten(0, 1))
+
+    run(see)
+    return {
+        name: tuple(None if x is None else _leading(x, None, len(x)) for x in pair)  # type: ignore[misc]
+        for name, pair in sorted(sides.items())
     }
 
 
@@ -155,11 +183,11 @@ class _TestMatrices:
         return x if omega is None else x @ omega
 
 
-def _leading(sketch: Tensor, omega: Tensor | None) -> Tensor:
+def _leading(sketch: Tensor, omega: Tensor | None, count: int) -> Tensor:
     """Leading eigenvectors of S, from S Ω [length, columns]; the same on every rank."""
     sketch = summed(sketch)
     if not sketch.isfinite().all():
-        raise ValueError("the gradients of the labels' log-odds are not finite: the model gives NaN or inf.")
+        raise ValueError("the gradients of the examples are not finite: the model gives NaN or inf.")
     y = sketch.double()
     if omega is None:
         vectors = torch.linalg.eigh(y)[1].flip(1)
@@ -171,7 +199,7 @@ def _leading(sketch: Tensor, omega: Tensor | None) -> Tensor:
         values, basis = torch.linalg.eigh((core + core.T) / 2)
         root = y @ (basis / values.clamp(min=shift + torch.finfo(y.dtype).tiny).sqrt())  # S ≈ root rootᵀ
         vectors = torch.linalg.svd(root, full_matrices=False)[0]
-    vectors = vectors[:, :LEADING].to(sketch.dtype).contiguous()
+    vectors = vectors[:, :count].to(sketch.dtype).contiguous()
     if dist.is_available() and dist.is_initialized():
         dist.broadcast(vectors, 0)  # signs are free
     return vectors

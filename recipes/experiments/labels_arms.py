@@ -129,5 +129,7 @@ PAIR_ARMS = {
     "drop": judged("weight", weights=Drop),
     "right-only": judged("weight", weights=RightOnly),
     "em": judged("weight", weights=EM),
+    "basis": {"poprisk_gate": "none", "poprisk_basis": "eigen"},
+    "basis+weight": judged("weight", poprisk_basis="eigen"),
     "leap": judged("weight", poprisk_leap=1.0, epochs=0),  # the learning rate does nothing
 }

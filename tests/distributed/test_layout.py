@@ -110,7 +110,7 @@ def test_a_nan_on_one_rank_is_a_step_left_out_on_all(saved: dict[int, Any]) -> N
     assert saved[2]["nan"] == {"kept": True, "went_on": True, "ranks_agree": True, "steps": [2]}
 
 
-@pytest.mark.parametrize("kind", ["Trainer", "DPO", "DPO-LoRA"])
+@pytest.mark.parametrize("kind", ["Trainer", "DPO", "DPO-LoRA", "DPO-eigen"])
 def test_two_processes_resume_to_the_uninterrupted_run(kind: str, saved: dict[int, Any]) -> None:
     assert saved[2]["resume"][kind]
 
@@ -137,6 +137,17 @@ def test_labels_are_judged_and_weighted_alike(
         assert one["fit"].rate == pytest.approx(two["fit"].rate, abs=0.005)
     for a, b in zip(one["logs"][:STEPS], two["logs"][:STEPS], strict=True):
         assert a["poprisk/weight_mean"] == pytest.approx(b["poprisk/weight_mean"], abs=0.02)
+
+
+def test_two_processes_find_the_bases_of_one(saved: dict[int, Any]) -> None:
+    one, two = saved[1]["eigen"], saved[2]["eigen"]
+    (basis,), (first, second) = one.pop("basis"), two.pop("basis")
+    assert torch.equal(first, second)
+    # the leading directions; those that no example has a part in are free
+    assert (basis.T @ first).diagonal()[:4].abs().min() > 0.999
+    for name, weight in one.items():
+        # rounding counts where a gradient is not above Adam's ε; a step is 1e-3
+        assert (weight - two[name]).abs().max() < 1e-4, name
 
 
 class ThreeRanks:

@@ -40,7 +40,7 @@ STOCK = (
     *("token mean: mt5", "ctc sum: hubert", "class weights: vit", "class weights: bert", "penalty: vit"),
     *("experts: mixtral", "contrastive: bert", "adapter: adalora", "adapter: prompt"),
 )
-RESUMED = ("Trainer", "DPO", "DPO-LoRA")
+RESUMED = ("Trainer", "DPO", "DPO-LoRA", "DPO-eigen")
 MICRO_BATCHES = {1: (1, 4, 16), 2: (1, 4)}
 
 
@@ -57,6 +57,8 @@ def build(kind: str, model_dir: str, world: int, micro_batch: int, **changes: An
         return trl_trainer_of("DPO", model_dir, folder, planted()[0], poprisk_label_noise="weight", **options)
     if kind == "DPO-LoRA":
         options["peft_config"] = LoraConfig(r=4, target_modules="all-linear", init_lora_weights="gaussian")
+    if kind == "DPO-eigen":
+        options |= {"poprisk_gate": "none", "poprisk_basis": "eigen"}
     data = sequences(B * STEPS) if kind.startswith("SFT") else preferences(B * STEPS)
     if kind.endswith("column"):
         data = data.add_column("w", [i % 7 / 3 for i in range(len(data))])
@@ -81,6 +83,19 @@ def run(kind: str, model_dir: str, world: int, micro_batch: int) -> dict[str, An
         found["table"] = {name: getattr(table, name) for name in ("ids", "judged", "log_odds", "weight")}
         found["fit"] = trainer._label_noise.fit
     return found
+
+
+def in_the_eigenbasis(model_dir: str, world: int) -> dict[str, torch.Tensor]:
+    """Weights after three steps, and a basis of each rank, [ranks, …]."""
+    trainer = build("DPO-eigen", model_dir, world, 4)
+    trainer.train()
+    optimizer = trainer._poprisk_optimizer()
+    basis = optimizer.state[optimizer.rotated_parameters[0]]["basis_right"]
+    ranks = [torch.empty_like(basis) for _ in range(world)]
+    dist.all_gather(ranks, basis) if world > 1 else ranks[0].copy_(basis)
+    return {n: p.detach().clone() for n, p in trainer.model.named_parameters()} | {
+        "basis": torch.stack(ranks)
+    }
 
 
 def away_from_stock(name: str, folder: Path) -> tuple[float, bool]:
@@ -211,6 +226,7 @@ def main() -> None:
     world = hf_poprisk.PopRiskTrainingArguments("unused", use_cpu=True).world_size
     saved: dict[str, Any] = {"world": world}
     saved["kinds"] = {(k, m): run(k, model_dir, world, m) for k in KINDS for m in MICRO_BATCHES[world]}
+    saved["eigen"] = in_the_eigenbasis(model_dir, world)
     if world > 1:
         saved["unused"] = {view: unused_on_one_rank(view) for view in (False, True)}
         saved["nan"] = nan_on_one_rank()

@@ -1,0 +1,364 @@
+"""AdamW in the eigenbasis of the gradients: the step against the textbook, the bases, and a run with them."""
+
+import copy
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference
+import torch
+from leave_one_out.helpers import classify, examples, first_gradients, planted, prefer, same, weights
+from models import tiny_model, trainer_of
+from peft import LoraConfig
+from test_optimizer import HYPER, assert_same, groups, parameters, set_gradients
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+
+from hf_poprisk import PopRiskAdamW, risk
+from hf_poprisk.eigen import EigenPopRiskAdamW, MeasureBases
+from hf_poprisk.output_space.preconditioner import kind as preconditioner_kind
+from hf_poprisk.per_example import basis
+
+EIGEN: dict[str, Any] = {"poprisk_gate": "none", "poprisk_basis": "eigen"}
+adamw_in_basis = partial(PopRiskAdamW, gate="none", basis="eigen")
+
+
+def orthogonal(size: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(size)
+    return torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0].to(dtype)
+
+
+# The step
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-13)])
+def test_the_identity_gives_adamw(dtype: torch.dtype, tolerance: float) -> None:
+    mine, theirs = parameters(dtype), parameters(dtype)
+    ours, stock = adamw_in_basis(groups(mine)), torch.optim.AdamW(groups(theirs))
+    ours.set_bases({mine[0]: (torch.eye(7), torch.eye(5))})
+    for number in range(50):
+        set_gradients(mine, number)
+        set_gradients(theirs, number)
+        ours.step()
+        stock.step()
+    assert_same(ours, stock, tolerance)
+
+
+@pytest.mark.parametrize("sides", ["both", "left", "right"])
+def test_steps_follow_the_textbook(sides: str) -> None:
+    """Rotate, Adam, rotate back; with weight decay and clipping; without a basis AdamW's own step."""
+    params = parameters(torch.float64)
+    optimizer = adamw_in_basis(params, **HYPER)
+    u, v = orthogonal(7), orthogonal(5)
+    left, right = (
+        u if sides != "right" else torch.eye(7).double(),
+        v if sides != "left" else torch.eye(5).double(),
+    )
+    optimizer.set_bases({params[0]: (u if sides != "right" else None, v if sides != "left" else None)})
+    expected = [[p.detach().clone(), torch.zeros_like(p), torch.zeros_like(p)] for p in params]
+    for number in range(1, 7):
+        set_gradients(params, number)
+        norm = torch.cat([p.grad.flatten() for p in params]).norm()
+        grads = [p.grad * min(1.0, 1.0 / (float(norm) + 1e-6)) for p in params]
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        for k, (w, m, s) in enumerate(expected):
+            adam = partial(reference.adamw_step, q=1.0, step=number, **HYPER)
+            if k:
+                expected[k] = list(adam(w, grads[k], exp_avg=m, exp_avg_sq=s))
+            else:  # Adam in the basis, of the weights in the basis
+                turned, m, s = adam(left.T @ w @ right, left.T @ grads[k] @ right, exp_avg=m, exp_avg_sq=s)
+                expected[k] = [left @ turned @ right.T, m, s]
+    for p, (w, m, s) in zip(params, expected, strict=True):
+        torch.testing.assert_close(p.detach(), w.detach(), rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(optimizer.state[p]["exp_avg"], m.detach(), rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(optimizer.state[p]["exp_avg_sq"], s.detach(), rtol=1e-11, atol=1e-12)
+
+
+def test_bfloat16_is_rotated_in_float32_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    params = parameters(torch.bfloat16)
+    optimizer = adamw_in_basis(params, lr=1e-2)
+    u, v = orthogonal(7, torch.float32), orthogonal(5, torch.float32)
+    optimizer.set_bases({params[0]: (u, v)})
+    set_gradients(params, 0)
+    optimizer.step()
+    # the first step of Adam is lr · sign, here in the basis
+    write = u @ (u.T @ params[0].grad.float() @ v).sign() @ v.T
+    before = parameters(torch.bfloat16)[0].detach()
+    torch.testing.assert_close(params[0].detach(), before - (1e-2 * write).bfloat16(), rtol=1e-2, atol=1e-2)
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    copies = copy.deepcopy(params)
+    other = adamw_in_basis(copies, lr=1e-2)
+    other.load_state_dict(torch.load(tmp_path / "state.pt"))
+    assert torch.equal(other.state[copies[0]]["basis_left"], u)
+    for mine, held in ((params, optimizer), (copies, other)):
+        set_gradients(mine, 1)
+        held.step()
+    assert_same(optimizer, other)
+
+
+def test_the_gain_is_what_the_step_is_worth_on_the_next_gradient() -> None:
+    params = parameters()
+    optimizer = adamw_in_basis(params, lr=1e-2, weight_decay=0.0)
+    optimizer.set_bases({params[0]: (orthogonal(7), orthogonal(5))})
+    set_gradients(params, 0)
+    before = [p.detach().clone() for p in params]
+    optimizer.step()
+    set_gradients(params, 1)
+    worth = sum(float(((b - p.detach()) * p.grad).sum()) for b, p in zip(before, params, strict=True))
+    assert float(risk.gains(optimizer)[0]) == pytest.approx(worth, rel=1e-4)
+
+
+# The bases
+
+
+def causal(count: int, length: int = 7) -> list[dict[str, Tensor]]:
+    ids = torch.randint(5, 60, (count, length), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def sums_of(loss_of: Any, count: int, params: dict[str, nn.Parameter]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Of every parameter ``Σ H_i H_iᵀ`` and ``Σ H_iᵀ H_i``, from a backward per example."""
+    sums = {
+        name: (torch.zeros(len(p), len(p)), torch.zeros(p.shape[1], p.shape[1])) for name, p in params.items()
+    }
+    for i in range(count):
+        for (left, right), h in zip(
+            sums.values(), torch.autograd.grad(loss_of(i), params.values()), strict=True
+        ):
+            left += h @ h.T
+            right += h.T @ h
+    return sums
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "tied", "DPO"])
+def test_the_bases_are_orthogonal_and_diagonalise_the_sums(
+    kind: str, llama_dir: Path, tmp_path: Path
+) -> None:
+    """Of the loss of single examples, or of the log-odds of pairs; a vocabulary is not rotated."""
+    options: dict[str, Any] = {"max_steps": 1, "learning_rate": 0.0, "weight_decay": 0.0, **EIGEN}
+    if kind == "DPO":
+        trainer = prefer("DPO", llama_dir, tmp_path, planted(11)[0], **options)
+    else:
+        model = tiny_model("gpt2" if kind == "gpt2" else "llama", tied=kind == "tied")
+        trainer = trainer_of(tmp_path, causal(11), model, **{**options, "per_device_train_batch_size": 4})
+    trainer.train()
+    model = trainer.model.eval()
+
+    def objective(i: int) -> Tensor:
+        batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[i]]))
+        return trainer.label_log_odds(model, batch)[0] if kind == "DPO" else model(**batch).loss
+
+    optimizer = trainer._poprisk_optimizer()
+    held = {name: p for name, p in model.named_parameters() if p in set(optimizer.rotated_parameters)}
+    linear = [m for m in model.modules() if hasattr(m, "weight") and type(m).__name__ in ("Linear", "Conv1D")]
+    assert len(held) == len(linear) > 8
+    for name, (left, right) in sums_of(objective, 11, held).items():
+        state = optimizer.state[held[name]]
+        vocabulary = any(part in name for part in ("lm_head", "embed", "wte"))
+        assert ("basis_left" in state, "basis_right" in state) == (not vocabulary, True)
+        for side, total in (("basis_left", left), ("basis_right", right)):
+            if side not in state:
+                continue
+            u, scale = state[side], total.diagonal().max()
+            torch.testing.assert_close(u.T @ u, torch.eye(len(u)), rtol=0, atol=1e-5)
+            if kind == "tied" and "embed" in name:
+                continue  # its gradient is that of the embedding too; the basis is of the head
+            turned = u.T @ total @ u
+            assert (turned - turned.diagonal().diag()).abs().max() < 1e-4 * scale, (name, side)
+            assert turned.diagonal()[0] > 0.99 * turned.diagonal().max() > 0, "leading first"
+            assert (total - total.diagonal().diag()).abs().max() > 0.01 * scale, "rotated at all"
+
+
+class Restless(nn.Module):
+    """Draws, counts and drops out, in eval mode too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(6, 16), nn.Linear(16, 3))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        seen_modes.append(self.training)
+        self.calls += 1
+        hidden = nn.functional.dropout(self.net[0](x), 0.5)
+        return {"loss": nn.functional.cross_entropy(self.net[1](hidden), labels)}
+
+
+seen_modes: list[bool] = []  # of the forward passes of Restless
+
+
+def test_measuring_leaves_the_run_as_it_is(tmp_path: Path) -> None:
+    """In eval mode; the same examples and the same random numbers in the first step."""
+    found, calls = [], []
+    for options in (EIGEN, {"poprisk_gate": "none"}):
+        seen_modes.clear()
+        trainer = classify(tmp_path, examples(), Restless(), max_steps=2, **options)
+        found.append(first_gradients(trainer))
+        trainer.train()
+        assert seen_modes == [False] * (15 if options is EIGEN else 0) + [True, True]
+        calls.append(int(trainer.model.calls))
+        assert all(module.training for module in trainer.model.modules())
+    assert len(found[0]) == 4 and same(*found)
+    assert calls == [2, 2]
+
+
+class Regression(nn.Module):
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.layer = nn.Linear(*weight.T.shape, bias=False, dtype=weight.dtype)
+        self.layer.weight.data.copy_(weight)
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return {"loss": (self.layer(x) - labels).square().mean()}
+
+
+@pytest.mark.parametrize("options", [EIGEN, {"poprisk_gate": "none"}], ids=["eigen", "coordinate"])
+def test_the_coordinates_of_the_input_do_not_matter(options: dict[str, Any], tmp_path: Path) -> None:
+    """Rotated inputs and the weights to match give the rotated result; AdamW's differ."""
+    generator = torch.Generator().manual_seed(0)
+    draw = partial(torch.randn, generator=generator, dtype=torch.float64)
+    x, y, start = draw(40, 5) * torch.tensor([3.0, 2, 1, 0.5, 0.3]).double(), draw(40, 3), draw(3, 5)
+    ends = []
+    for turn in (torch.eye(5).double(), orthogonal(5)):
+        data = [{"x": xi @ turn, "labels": yi} for xi, yi in zip(x, y, strict=True)]
+        settings = {"learning_rate": 0.05, "max_steps": 20, "weight_decay": 0.1, **options}
+        trainer = classify(tmp_path, data, Regression(start @ turn), **settings)
+        trainer.train()
+        ends.append(trainer.model.layer.weight.detach() @ turn.T)
+    difference = (ends[0] - ends[1]).abs().max()
+    assert difference < 1e-4 if options is EIGEN else difference > 0.05
+    assert (ends[0] - start).abs().max() > 0.3
+
+
+# The run
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Tensor]]]:
+    """The weights at which bases were measured."""
+    found, measure = [], MeasureBases._measure
+    monkeypatch.setattr(
+        MeasureBases, "_measure", lambda self, o: found.append(weights(self._trainer)) or measure(self, o)
+    )
+    yield found
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(
+    llama_dir: Path, tmp_path: Path, measured: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Bit for bit, without measuring again; with judged labels."""
+    options = {"poprisk_label_noise": "weight", "save_strategy": "steps", "save_steps": 3, "max_steps": 6}
+    run = partial(prefer, "DPO", llama_dir, tmp_path, planted()[0], **options)
+    whole, resumed = run(**EIGEN), run(**EIGEN)
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert same(weights(whole), weights(resumed))
+    assert_same(resumed._poprisk_optimizer(), whole._poprisk_optimizer())
+    whole.train()  # a second training of the same model keeps them as well
+    assert len(measured) == 1
+    share = "AdamW's moments of 9,632 of 14,736 parameters (15 matrices)"
+    assert caplog.text.count(f"poprisk_basis=eigen: {share}") == 3
+    with pytest.raises(ValueError, match="poprisk_basis from 'eigen' to 'coordinate'"):
+        run(poprisk_gate="none").train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    with pytest.raises(ValueError, match="poprisk_basis from 'eigen' to 'coordinate'"):
+        stock = {"optim": "adamw_torch", "poprisk_gate": "hard", "save_strategy": "no", "max_steps": 6}
+        prefer("DPO", llama_dir, tmp_path, **stock).train(str(tmp_path / "checkpoint-3"))
+    with pytest.raises(ValueError, match="moments to be loaded are not of basis='coordinate'"):
+        run(poprisk_gate="none", poprisk_allow_change=True).train(str(tmp_path / "checkpoint-3"))
+
+
+def test_it_measures_where_the_leap_has_led(llama_dir: Path, tmp_path: Path, measured: list[Any]) -> None:
+    options = {"poprisk_label_noise": "weight", "poprisk_leap": 0.5, "max_steps": 1}
+    trainer = prefer("DPO", llama_dir, tmp_path, planted()[0], **options, **EIGEN)
+    before = weights(trainer)
+    trainer.train()
+    assert trainer._label_noise.leap.reached > 0
+    assert len(measured) == 1 and not same(measured[0], before)
+
+
+def test_weights_of_a_column_weight_its_gradients(llama_dir: Path, tmp_path: Path) -> None:
+    """All of them 1 changes nothing, to the bit; others do."""
+    ends = []
+    for w in (None, 1.0, 0.5):
+        data, column = planted(24)[0], {"poprisk_weight_column": "w"}
+        if w is None:
+            column = {}
+        else:
+            data = data.add_column("w", [1.0, w] * 12)
+        trainer = prefer("DPO", llama_dir, tmp_path, data, max_steps=3, **column, **EIGEN)
+        trainer.train()
+        assert isinstance(trainer._poprisk_optimizer(), EigenPopRiskAdamW)
+        ends.append(weights(trainer))
+    assert same(ends[0], ends[1]) and not same(ends[0], ends[2])
+
+
+# Refusals
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Iterator[Any]:
+        return iter(examples())
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"gate": "hard"}, "basis='eigen' does not go with {0}gate='hard': set {0}gate='none', or"),
+        (
+            {"gate": "none", "estimator": "ema"},
+            "basis='eigen' does not go with {0}estimator='ema': set {0}estimator='example', or",
+        ),
+    ],
+)
+def test_gates_are_refused(options: dict[str, str], sentence: str, tmp_path: Path) -> None:
+    """By the fields and by the optimizer."""
+    with pytest.raises(ValueError, match=f"^poprisk_{sentence.format('poprisk_')} poprisk_basis='coord"):
+        classify(
+            tmp_path, examples(), poprisk_basis="eigen", **{f"poprisk_{k}": v for k, v in options.items()}
+        )
+    with pytest.raises(ValueError, match=f"^{sentence.format('')} basis='coordinate'"):
+        PopRiskAdamW(parameters(), basis="eigen", **options)
+
+
+def test_what_has_no_basis_is_refused(
+    llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match=r"none of them is trained: .* or set poprisk_basis=coordinate\.$"):
+        prefer("DPO", llama_dir, tmp_path, peft_config=LoraConfig(), **EIGEN)
+    with pytest.raises(ValueError, match="which a stream does not have: .* set poprisk_basis=coordinate"):
+        classify(tmp_path, Stream(), max_steps=1, **EIGEN)
+    with pytest.raises(ValueError, match="fsdp is not supported .* poprisk_gate=none, poprisk_basis=coord"):
+        trainer = classify(tmp_path, examples(), **EIGEN)
+        trainer.args.fsdp = "full_shard"
+        trainer.train()
+    with pytest.raises(ValueError, match="DeepSpeed is not supported .* poprisk_basis=coordinate"):
+        trainer = classify(tmp_path, examples(), **EIGEN)
+        trainer.is_deepspeed_enabled = True
+        trainer.train()
+    data = [{**row, "x": row["x"] * float("nan")} for row in examples()]
+    with pytest.raises(ValueError, match=r"nothing to measure \(.* not finite: .*: set poprisk_basis=coord"):
+        classify(tmp_path, data, **EIGEN).train()
+    monkeypatch.setattr(basis, "LONGEST", 2)
+    with pytest.raises(ValueError, match=r"a side that is short enough\): set poprisk_basis=coordinate"):
+        classify(tmp_path, examples(), **EIGEN).train()
+
+
+def test_moments_of_another_basis_are_refused() -> None:
+    params = parameters()
+    eigen, coordinate = adamw_in_basis(params), PopRiskAdamW(params, gate="none")
+    set_gradients(params, 0)
+    with pytest.raises(RuntimeError, match="basis='eigen' has no bases: call set_bases"):
+        eigen.step()
+    coordinate.step()
+    with pytest.raises(ValueError, match="the moments to be loaded are not of basis='eigen'"):
+        eigen.load_state_dict(coordinate.state_dict())
+    eigen.set_bases({params[0]: (None, torch.eye(5))})
+    with pytest.raises(RuntimeError, match="call set_bases before any step"):
+        eigen.set_bases({params[0]: (torch.eye(7), None)})
+    with pytest.raises(ValueError, match="cannot read a step of poprisk_basis='eigen'"):
+        preconditioner_kind(eigen)
+    assert copy.deepcopy(eigen).basis == "eigen" and isinstance(eigen, EigenPopRiskAdamW)
