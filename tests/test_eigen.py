@@ -327,7 +327,7 @@ def test_gates_are_refused(options: dict[str, str], sentence: str, tmp_path: Pat
 def test_what_has_no_basis_is_refused(
     llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ValueError, match=r"none of them is trained: .* or set poprisk_basis=coordinate\.$"):
+    with pytest.raises(ValueError, match=r"which an adapter keeps: .* or set poprisk_basis=coordinate\.$"):
         prefer("DPO", llama_dir, tmp_path, peft_config=LoraConfig(), **EIGEN)
     with pytest.raises(ValueError, match="which a stream does not have: .* set poprisk_basis=coordinate"):
         classify(tmp_path, Stream(), max_steps=1, **EIGEN)
