@@ -76,18 +76,16 @@ class PopRiskAdamW(torch.optim.AdamW):
 
     def __new__(cls, *args: Any, **options: Any) -> PopRiskAdamW:
         """``basis="eigen"`` and ``estimator="ema"``, which needs no examples, are classes of their own."""
+        needed, why = PopRiskAdamW, "basis='eigen'"
         if options.get("basis") == "eigen":
-            from hf_poprisk.eigen import EigenPopRiskAdamW
-
-            cls = EigenPopRiskAdamW if cls is PopRiskAdamW else cls
-            if not issubclass(cls, EigenPopRiskAdamW):
-                raise TypeError(f"{cls.__name__} with basis='eigen' must subclass EigenPopRiskAdamW.")
+            from hf_poprisk.eigen import EigenPopRiskAdamW as needed
         elif options.get("estimator") == "ema" and options.get("gate") != "none":
-            from hf_poprisk.streaming import StreamingPopRiskAdamW
+            from hf_poprisk.streaming import StreamingPopRiskAdamW as needed
 
-            cls = StreamingPopRiskAdamW if cls is PopRiskAdamW else cls
-            if not issubclass(cls, StreamingPopRiskAdamW):
-                raise TypeError(f"{cls.__name__} with estimator='ema' must subclass StreamingPopRiskAdamW.")
+            why = "estimator='ema'"
+        cls = needed if cls is PopRiskAdamW else cls
+        if not issubclass(cls, needed):
+            raise TypeError(f"{cls.__name__} with {why} must subclass {needed.__name__}.")
         return super().__new__(cls)
 
     def __init__(
@@ -111,8 +109,7 @@ class PopRiskAdamW(torch.optim.AdamW):
         )
         self.gate, self.estimator, self.basis = gate, estimator, basis
         self.warmup_steps, self.ema_alpha = warmup_steps, ema_alpha
-        self.statistics = GateStatistics()
-        self._ungated = set(ungated)
+        self.statistics, self._ungated = GateStatistics(), set(ungated)
         self._names: dict[Tensor, str] = {}
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad)
         known = set(self._all_parameters())
@@ -314,11 +311,7 @@ class PopRiskAdamW(torch.optim.AdamW):
         return {**super().__getstate__(), **kept, "statistics": GateStatistics()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
-        """As in torch; also takes a ``torch.optim.AdamW`` state, whatever kernel wrote it.
-
-        Raises:
-            ValueError: moments of another basis.
-        """
+        """As in torch; also takes a ``torch.optim.AdamW`` state of this basis, from any of its kernels."""
         states = state_dict["state"].values()
         if states and any("basis_left" in s or "basis_right" in s for s in states) != (self.basis == "eigen"):
             raise ValueError(
