@@ -122,13 +122,13 @@ def leaps(rows: pd.DataFrame) -> str:
             continue
         others = [
             best(found[found["arm"] == arm], RATE, REPORT)
-            for arm in ("adamw", "soft", "weight", "right-only")
+            for arm in ("adamw", "weight", "basis+weight", "right-only")
         ]
         values = [mean_of(part, len(leap)) for part in (*others, leap)]
         gain, kl = difference(leap, others[0], "test_accuracy"), "test_kl_per_token"
         far = f"{mean(others[0], kl)} / {mean(leap, kl)}"
         out.append([f"{data}, {100 * noise:g} %", *values, gain, far, str(len(leap))])
-    heads = "data, flipped | AdamW | soft gate | AdamW with weights | AdamW told which | leap "
+    heads = "data, flipped | AdamW | with weights | and in the eigenbasis | told which | leap "
     heads += "| leap − AdamW [95 %] | KL per token, AdamW / leap | seeds"
     return markdown(heads.split(" | "), out)
 
