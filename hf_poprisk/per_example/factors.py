@@ -103,7 +103,7 @@ class LinearFactors:
             x = x.reshape(self._num_rows, -1, x.shape[-1])  # the tokens of all rows, one after the other
         if x.shape[0] != self._num_rows:
             raise ValueError(
-                f"examples cannot be told apart in the gradients of {name}: its input is {list(x.shape)}, "
+                f"the gradients of {name} do not show single examples: its input is {list(x.shape)}, "
                 f"which does not show the {self._num_rows} rows of the micro-batch."
             )
         return by_example(x, self._num_examples)
