@@ -114,7 +114,7 @@ def test_tokens_of_all_rows_may_stand_one_after_the_other() -> None:
 
 def test_a_layer_that_hides_the_rows_is_named() -> None:
     model, x = Flat(), torch.randn(N, 2, 4)
-    sentence = r"gradients of layer: its input is \[6, 4\], which does not show the 3"
+    sentence = r"of layer do not show single examples: its input is \[6, 4\], which does not show the 3"
     with pytest.raises(ValueError, match=sentence):
         seen(model, lambda: model(x, seen=False))
 
