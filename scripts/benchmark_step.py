@@ -105,6 +105,19 @@ def gated(model: nn.Module, ids: Tensor, single: bool = False) -> Made:
     return closed, squares, optimizer
 
 
+def eigen(model: nn.Module, ids: Tensor) -> Made:
+    """In random bases, which cost what measured ones do; the side of the tokens is not rotated."""
+
+    def orthogonal(size: int) -> Tensor:
+        return torch.linalg.qr(torch.randn(size, size))[0]
+
+    optimizer = PopRiskAdamW(trainable(model).values(), gate="none", basis="eigen")
+    weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad]
+    sides = {p: [None if n == VOCABULARY else orthogonal(n) for n in p.shape] for p in weights}
+    optimizer.set_bases(sides)
+    return plain(model, ids)[0], None, optimizer
+
+
 def vmap(model: nn.Module, ids: Tensor) -> Made:
     """``torch.func``: all gradients side by side, then their sums, then fused AdamW."""
     params = trainable(model)
@@ -166,6 +179,7 @@ ARMS: dict[str, Callable[..., Made]] = {
     "plain, single examples": partial(plain, single=True),
     "gate, single examples": partial(gated, single=True),
     "gate, batched": gated,
+    "eigenbasis, no gate": eigen,
     **PEERS,
 }
 

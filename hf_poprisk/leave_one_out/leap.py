@@ -83,7 +83,7 @@ def leap(
         margin: nats.
 
     Raises:
-        ValueError: no linear layer is trained, or the gradients do not point anywhere.
+        ValueError: as ``trained_layers``, or the margin grows in no direction.
     """
     layers = trained_layers(model)
     of = {n: (part, basis) for part, each in enumerate(bases) for n, basis in each.items() if n in layers}
@@ -112,7 +112,7 @@ def leap(
             with factors.forward() if look else nullcontext():
                 z = log_odds(model, batch)
             rows = slice(rows.stop, rows.stop + len(z))
-            mean += weights[rows] @ z.detach().float()
+            mean += weights[rows] @ z.detach().to(device, torch.float32)
             if look:
                 factors.backward(z, rows_per_example)
         return float(summed(mean))
