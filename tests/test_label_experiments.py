@@ -115,6 +115,9 @@ def test_weights_of_an_arm_are_of_the_log_odds_in_the_very_step() -> None:
     )
     torch.testing.assert_close(em.weights(torch.arange(2), seen.found) * -(-z).sigmoid(), slope)
     assert em.rate == pytest.approx(0.1 + 0.025 * ((1 - w).mean().item() - 0.1))
+    hoelder = labels_arms.Hoelder(ExampleTable(np.arange(2)), torch.zeros(2).bool(), 8)
+    (slope,) = torch.autograd.grad((-3 * z.sigmoid() ** 2 + 2 * z.sigmoid() ** 3).sum(), z)
+    torch.testing.assert_close(hoelder.weights(torch.arange(2), seen.found) * -(-z).sigmoid(), slope)
 
 
 def test_losses_that_are_told_the_share_are_the_published_ones(recipe: Path, tmp_path: Path) -> None:

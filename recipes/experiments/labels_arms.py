@@ -74,6 +74,20 @@ class EM(Arm):
         return ((w - right) / wrong).float()
 
 
+class Hoelder(Arm):
+    """Hölder-DPO (arXiv 2505.17859), not told the rate; our own reading of it.
+
+    The loss is −(1 + γ) σ(z)^γ + γ σ(z)^(1 + γ), of the Hölder divergences that of density powers, and γ = 2
+    as there; its slope is γ (1 + γ) σ(z)^γ σ(−z) times that of −log σ(z).
+    """
+
+    gamma = 2.0
+
+    def weights(self, rows: Tensor, log_odds: Tensor) -> Tensor:
+        right, wrong = torch.sigmoid(log_odds), torch.sigmoid(-log_odds)
+        return self.gamma * (1 + self.gamma) * right**self.gamma * wrong
+
+
 class RightOnly(Arm):
     """The most that judging could give: told which examples are mislabeled, it trains on none of them."""
 
@@ -119,16 +133,16 @@ ARMS: dict[str, dict[str, Any]] = {
 CLASS_ARMS = {
     "drop-told": judged("weight", weights=DropTold),
     "weight": judged("weight"),
-    "weight+soft": judged("weight", "soft"),
     "weight-shuffled": judged("weight", weights=ShuffledWeights),
     "right-only": judged("weight", weights=RightOnly),
 }
 PAIR_ARMS = {
     "weight": judged("weight"),
-    "weight+soft": judged("weight", "soft"),
+    "weight-shuffled": judged("weight", weights=ShuffledWeights),
     "drop": judged("weight", weights=Drop),
     "right-only": judged("weight", weights=RightOnly),
     "em": judged("weight", weights=EM),
+    "hoelder": judged("weight", weights=Hoelder),
     "basis": {"poprisk_gate": "none", "poprisk_basis": "eigen"},
     "basis+weight": judged("weight", poprisk_basis="eigen"),
     "leap": judged("weight", poprisk_leap=1.0, epochs=0),  # the learning rate does nothing

@@ -4,6 +4,7 @@ from statistics import fmean
 
 import labels_classes
 import labels_pairs
+import numpy as np
 import pandas as pd
 from experiment import Report
 from labels_judged import NOISE
@@ -13,14 +14,14 @@ REPORT = Report("validation_accuracy", "test_accuracy", "higher")
 RATE = ["learning_rate"]
 TITLES = labels_classes.TITLES | labels_pairs.TITLES
 ARMS = {  # by what they do
-    "Judging": ("adamw", "weight", "drop-told", "right-only"),
-    "Losses for pairs": ("adamw", "robust", "conservative", "ipo"),
+    "Judging": ("adamw", "weight", "weight-shuffled", "drop", "drop-told", "right-only"),
+    "Losses for pairs": ("adamw", "robust", "conservative", "ipo", "em", "hoelder"),
     "The gates and their masks": ("adamw", "hard", "random-mask", "soft", "random-mask-soft"),
     "Early stopping": ("adamw", "adamw-early", "adamw-early-loss", "adamw-risk"),
 }
 IN_README = (  # data and share of mislabeled examples
-    *(("digits", 0.0), ("digits", 0.3), ("gauss6", 0.3), ("gauss10", 0.3)),
-    *(("digits-class", 0.2), ("dpo-words", 0.3), ("dpo", 0.3)),
+    *(("digits", 0.0), ("digits", 0.3), ("gauss10", 0.3), ("digits-class", 0.2)),
+    *(("dpo-words", 0.3), ("dpo", 0.3)),
 )
 
 
@@ -67,24 +68,21 @@ def best_epoch(adamw: pd.DataFrame) -> pd.DataFrame:
 
 
 def judged(rows: pd.DataFrame) -> str:
-    """How well pairs are judged before training, beside frozen embeddings in place of gradients."""
+    """How well pairs are judged before training, beside frozen embeddings and self-influence."""
     out = []
     for data, found in rows.groupby("data"):
         of = found.set_index("arm")
         for noise in NOISE:
             row = of.loc["gradients"].rename(lambda name, end=f"_{100 * noise:g}": name.removesuffix(end))
-            others = [
-                f"{of.loc[arm, f'auroc_{100 * noise:g}']:.3f} ({of.loc[arm, f'folds_{100 * noise:g}']:.3f})"
-                if noise and arm in of.index
-                else "–"
-                for arm in ("last-state", "mean-state")
-            ]
+            rivals = of.reindex(["last-state", "mean-state", "self-influence"])
+            pairs = rivals[[f"auroc_{100 * noise:g}", f"folds_{100 * noise:g}"]].to_numpy(float)
+            others = ["–" if np.isnan(area) else f"{area:.3f} ({simple:.3f})" for area, simple in pairs]
             area = f"{row['auroc']:.3f} ({row['auroc_least']:.3f})" if noise else "–"
             rate = f"{row['rate']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
             below = f"{100 * row['below_half']:.1f} %"
             out.append([f"{data}, {100 * noise:g} %", rate, f"{row['error']:.3f}", below, area, *others])
     heads = "data, flipped | estimated rate [95 %] | largest error | below .5 | AUROC (least) "
-    heads += "| last state (5 folds) | mean state (5 folds)"
+    heads += "| last state (5 folds) | mean state (5 folds) | self-influence (loss)"
     return markdown(heads.split(" | "), out)
 
 
@@ -101,12 +99,12 @@ def pairs(rows: pd.DataFrame) -> str:
         if not len(weight):
             continue
         of = dict(list(found[found["seed"].isin(weight["seed"])].groupby("arm")))
-        arms = [of.get(arm, found[:0]) for arm in ("adamw", "soft", "em", "weight", "right-only")]
+        arms = [of.get(arm, found[:0]) for arm in ("adamw", "soft", "em", "hoelder", "weight", "right-only")]
         values = [mean_of(part, len(weight)) for part in arms]
         gain = difference(weight, arms[0], "test_accuracy")
         out.append([f"{data}, {100 * noise:g} %", f"{rate:g}", str(len(weight)), *values, gain])
-    heads = "data, flipped | learning rate | seeds | AdamW | soft gate | EM | weight | told which "
-    heads += "| weight − AdamW [95 %]"
+    heads = "data, flipped | learning rate | seeds | AdamW | soft gate | EM | Hölder-DPO | weight "
+    heads += "| told which | weight − AdamW [95 %]"
     return markdown(heads.split(" | "), out)
 
 
@@ -146,13 +144,13 @@ def arms(rows: pd.DataFrame) -> str:
 
 def summary(rows: pd.DataFrame) -> str:
     """README's table: each arm at its best rate, a line for each data set and share of noise."""
-    names, out = ("adamw", "adamw-early", "soft", "drop-told", "weight", "leap"), []
+    names, out = ("adamw", "weight", "leap", "right-only"), []
     for data, noise in IN_README:
         found = rows[(rows["data"] == data) & (rows["noise"] == noise)]
         chosen = [best(found[found["arm"] == arm], RATE, REPORT) for arm in names]
         seeds = max(map(len, chosen))
         values = [mean_of(part, seeds) for part in chosen]
-        rate = mean(chosen[names.index("weight")], "noise_rate", 2)
-        out.append([f"{TITLES[data]}, {100 * noise:g} % mislabeled", *values, rate, str(seeds)])
-    heads = ["accuracy on clean test labels", *names, "ε̂ of weight", "seeds (fewer in brackets)"]
+        rate, area = (mean(chosen[1], *what) for what in (("noise_rate", 2), ("auroc_suspicion", 3)))
+        out.append([f"{TITLES[data]}, {100 * noise:g} % mislabeled", *values, rate, area, str(seeds)])
+    heads = ["", "AdamW", "weights", "leap", "told which", "rate found", "AUROC", "seeds"]
     return markdown(heads, out)
