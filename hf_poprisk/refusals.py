@@ -109,10 +109,6 @@ EXAMPLES = (
 LABEL_MODE = "poprisk_label_noise={a.poprisk_label_noise}"
 _JUDGES = f"{LABEL_MODE} judges single examples by the log-odds in the loss"
 LABELS = (
-    Rule(
-        lambda a: a.poprisk_estimator == "group",
-        f"{_JUDGES}, which poprisk_estimator=group hides: set poprisk_estimator=example.",
-    ),
     *hiding(_JUDGES, "torch_compile", "use_liger_kernel"),
     Rule(
         lambda a: a.label_smoothing_factor,

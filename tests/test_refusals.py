@@ -86,7 +86,6 @@ BREAKS: dict[str, list[dict[str, Any]]] = {
     "padding_free=True joins": [{"padding_free": True, "per_device_train_batch_size": 2}],
     "packing_strategy={a.packing_strategy} cuts": [{"packing": True, "packing_strategy": "wrapped"}],
     # of the label noise and the weights
-    "which poprisk_estimator=group hides": [{"poprisk_estimator": "group"}],
     "which torch_compile=True hides": [{"torch_compile": True}],
     "which use_liger_kernel=True hides": [{"use_liger_kernel": True}],
     "which label_smoothing_factor hides": [{"label_smoothing_factor": 0.1}],

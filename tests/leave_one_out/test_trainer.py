@@ -47,11 +47,15 @@ def judged(trainer: Any) -> LabelNoise:
 # -- weights ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("gate", "size"), [("none", 4), ("none", 1), ("hard", 4), ("hard", 1)])
-def test_weights_of_classes_act_from_the_first_step(gate: str, size: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("gate", "size", "unit"),
+    [*((gate, size, "example") for gate in ("none", "hard") for size in (4, 1)), ("hard", 2, "group")],
+)
+def test_weights_of_classes_act_from_the_first_step(gate: str, size: int, unit: str, tmp_path: Path) -> None:
     """Gradients of the first step, against one backward per example."""
     options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size, "max_steps": 1}
     options |= {"max_grad_norm": 0.0, "poprisk_gate": gate, "train_sampling_strategy": "sequential"}
+    options |= {"poprisk_estimator": unit}
     data = examples(240, wrong=0.2)[46:] + examples(240, wrong=0.2)[:46]  # both kinds come first
     trainer = classify(tmp_path, data, poprisk_label_noise="weight", **options)
     got, start = first_gradients(trainer), weights(trainer)
@@ -114,6 +118,7 @@ def pair_loss(kind: str, options: dict[str, Any], log_odds: Tensor) -> Tensor:
     [
         *((kind, "none", size, {}) for kind in ("DPO", "Reward") for size in (4, 1)),
         *((kind, "hard", 4, {}) for kind in ("DPO", "Reward")),
+        *((kind, "hard", 2, {"poprisk_estimator": "group"}) for kind in ("DPO", "Reward")),
         ("DPO", "none", 4, {"loss_type": "hinge"}),  # no function of the log-odds of a label
     ],
 )
