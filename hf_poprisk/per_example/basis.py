@@ -24,6 +24,7 @@ LEADING = 256  # directions of a side
 SKETCH = 2 * LEADING  # columns of the sketch of a side that is longer
 LONGEST = 2048  # a side whose complete basis is wanted; its eigenvectors take time as the cube
 DAMPING = 1e-3  # δ
+SEED = 0  # of the projection
 
 
 @dataclass
@@ -130,12 +131,11 @@ class Features:
     Args:
         bases: of the layers that are summed over.
         k: buckets; fewer if there are fewer coordinates.
-        seed: of S.
     """
 
-    def __init__(self, bases: Mapping[str, LayerBasis], k: int, seed: int = 0) -> None:
+    def __init__(self, bases: Mapping[str, LayerBasis], k: int) -> None:
         self._bases, self._k = bases, min(k, sum(b.second_moment.numel() for b in bases.values()))
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(SEED)
         self._offsets: dict[str, int] = {}
         self._scales: dict[str, Tensor] = {}  # ±P^½, [l · r]
         for name, basis in bases.items():

@@ -195,12 +195,13 @@ def exact(bases: dict[str, LayerBasis], factors: dict[str, tuple[Tensor, Tensor]
     return whole @ whole.T
 
 
-def test_projected_features_have_the_inner_products_on_average() -> None:
+def test_projected_features_have_the_inner_products_on_average(monkeypatch: pytest.MonkeyPatch) -> None:
     factors = random_factors()
     bases = measure_bases(run_of(factors))
 
     def gram(k: int, seed: int) -> Tensor:
-        features = Features(bases, k, seed)
+        monkeypatch.setattr("hf_poprisk.per_example.basis.SEED", seed)
+        features = Features(bases, k)
         run_of({name: (a[:2], d[:2]) for name, (a, d) in factors.items()})(features.see)
         rows = features.take(2)
         assert rows.shape == (2, k)
