@@ -2,7 +2,7 @@
 
 A swapped pair has the opposite features, so one pass over the clean pairs serves every noise rate. The rivals
 have frozen embeddings in place of gradients: chosen minus rejected, of the last hidden layer, at the last
-token or on average over the completion.
+token or on average over the completion. ``self-influence`` is in a file of its own.
 """
 
 import tempfile
@@ -69,6 +69,10 @@ def run(cell: Cell) -> dict[str, float | None]:
 
     ``folds`` is the AUROC of a five-fold regression on the same features.
     """
+    if cell["arm"] == "self-influence":
+        from labels_influence import after_an_epoch  # here, because nothing else needs kronfluence
+
+        return after_an_epoch(cell, DRAWS)
     parts = features(cell)
     n, results = len(parts[0]), {}
     for noise in NOISE:
@@ -105,6 +109,7 @@ EXPERIMENT = Experiment(
         "gradients": {"features": "gradients"},
         "last-state": {"features": "last"},
         "mean-state": {"features": "mean"},
+        "self-influence": {},
     },
     facets={"data": ["dpo", "dpo-words", "sentiment", "writing"]},
     seeds=(0,),

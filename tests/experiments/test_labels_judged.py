@@ -12,14 +12,18 @@ import pytest
 import torch
 from models import tiny_model
 from sklearn.metrics import roc_auc_score
+from torch import nn
 from torch.nn import functional as F
+
+from hf_poprisk.leave_one_out.features import pair_log_odds
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import prepare_real
 
 
-def test_embeddings_are_those_of_each_text_alone() -> None:
-    model, generator = tiny_model(), torch.Generator().manual_seed(0)
+def two_pairs() -> tuple[list[torch.Tensor], tuple[int, ...], dict[str, torch.Tensor]]:
+    """Texts, where their completions start, and the batch of them as TRL's DPO collates it."""
+    generator = torch.Generator().manual_seed(0)
     texts = [torch.randint(5, 30, (length,), generator=generator) for length in (6, 9, 7, 5)]
     starts = (2, 4, 2, 4)  # two pairs: prompts of two tokens and of four
     batch = {name: torch.zeros(4, 9, dtype=torch.long) for name in ("input_ids", "attention_mask")}
@@ -28,6 +32,11 @@ def test_embeddings_are_those_of_each_text_alone() -> None:
         batch["input_ids"][row, : len(text)] = text
         batch["attention_mask"][row, : len(text)] = 1
         batch["completion_mask"][row, start : len(text)] = 1
+    return texts, starts, batch
+
+
+def test_embeddings_are_those_of_each_text_alone() -> None:
+    model, (texts, starts, batch) = tiny_model(), two_pairs()
     for which, pooled in (("last", lambda h: h[-1]), ("mean", lambda h: h.mean(0))):
         with torch.no_grad():
             alone = [
@@ -36,6 +45,27 @@ def test_embeddings_are_those_of_each_text_alone() -> None:
             ]
         expected = torch.stack([alone[0] - alone[2], alone[1] - alone[3]])
         np.testing.assert_allclose(labels_judged.embedded(model, batch, which), expected, atol=1e-5)
+
+
+def test_self_influence_is_of_both_texts_of_a_pair() -> None:
+    """With no metric that of a pair is the square of its gradient."""
+    pytest.importorskip("kronfluence", reason="of the extra experiments, which the tests do without")
+    import labels_influence
+
+    batch, beta = two_pairs()[2], 0.7
+    batch["ref_chosen_logps"], batch["ref_rejected_logps"] = torch.tensor([[-9.0, -8.0], [-7.0, -9.0]])
+    parts = ({name: x[i::2] if len(x) == 4 else x[i : i + 1] for name, x in batch.items()} for i in (0, 1))
+    trainer = SimpleNamespace(
+        model=tiny_model(), beta=beta, train_dataset=list(parts), data_collator=lambda batch: batch[0]
+    )
+    model, expected = tiny_model(), []
+    z = beta * (pair_log_odds(model, batch) - batch["ref_chosen_logps"] + batch["ref_rejected_logps"])
+    linear = [m.weight for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
+    for loss in -F.logsigmoid(z):
+        gradients = torch.autograd.grad(loss, linear, retain_graph=True)
+        expected.append(sum(float(g.square().sum()) for g in gradients))
+    np.testing.assert_allclose(labels_influence.losses(trainer), -F.logsigmoid(z).detach(), rtol=1e-4)
+    np.testing.assert_allclose(labels_influence.self_influence(trainer, "identity"), expected, rtol=1e-3)
 
 
 def test_five_folds_find_swapped_pairs_where_features_tell() -> None:
