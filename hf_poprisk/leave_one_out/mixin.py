@@ -1,4 +1,4 @@
-"""The judge's place in a trainer: labels are judged before the first step, and saved with the checkpoints."""
+"""The judge's place in a trainer: labels are judged once, and saved with the checkpoints."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from hf_poprisk.leave_one_out.leap import Leap, leap, trained_layers
 from hf_poprisk.leave_one_out.table import TABLE_NAME, ExampleTable, is_judged
 from hf_poprisk.leave_one_out.weights import LabelNoise
 from hf_poprisk.per_example.basis import LayerBasis
+from hf_poprisk.refusals import AFTER_EPOCHS, judges_too_late
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ class LabelNoiseMixin(IndexMixin):
             found = judge_classes(columns, observed)
         else:
             found = judge_pairs(columns)
-        self._label_noise.take(ids, found)
+        self._label_noise.take(ids, found, self.state.global_step)
         passes.ids = ids
         return found
 
@@ -171,16 +172,30 @@ class _Judging(TrainerCallback):
         trainer, judge = self._trainer, self._trainer._label_noise
         if trainer.model_init is not None and not state.global_step:
             judge.forget()  # this is another model
+        if judge.fit is None and args.max_steps > 0:
+            steps = -(-len(kwargs["train_dataloader"]) // args.gradient_accumulation_steps)  # of an epoch
+            if judges_too_late(args, args.max_steps / steps):
+                raise ValueError(f"max_steps={args.max_steps} ends before {AFTER_EPOCHS.format(a=args)}")
+        self._judge_if_due(args, state)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._judge_if_due(args, state)  # a checkpoint of this moment is written after it
+
+    def _judge_if_due(self, args: Any, state: Any) -> None:
+        judge = self._trainer._label_noise
         leap_is_left = args.poprisk_leap and judge.leap is None  # a first call was interrupted
         if judge.fit is not None and not leap_is_left:  # a second call keeps what was found
             return
-        trainer._judge_and_leap()
+        if (state.epoch or 0) >= args.poprisk_judge_after_epochs:
+            self._trainer._judge_and_leap()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         judge = self._trainer._label_noise
         if args.should_save:  # with or without save_model(), the scores are worth keeping
             judge.save(args.output_dir)
-            if state.is_world_process_zero:
+            if state.is_world_process_zero and judge.fit is None:  # another callback ended it
+                logger.warning("no label was judged: training ended before poprisk_judge_after_epochs.")
+            elif state.is_world_process_zero:
                 logger.warning(f"{judge.found()}; `hf-poprisk audit {args.output_dir}` shows the examples.")
 
 

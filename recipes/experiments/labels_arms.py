@@ -125,6 +125,7 @@ CLASS_ARMS = {
 }
 PAIR_ARMS = {
     "weight": judged("weight"),
+    "weight-later": judged("weight", poprisk_judge_after_epochs=1),
     "weight+soft": judged("weight", "soft"),
     "drop": judged("weight", weights=Drop),
     "right-only": judged("weight", weights=RightOnly),
