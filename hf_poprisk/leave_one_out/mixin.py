@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from hf_poprisk.leave_one_out.chunks import Chunks
 from hf_poprisk.leave_one_out.features import ClassLogits, label_features, num_features, spread
 from hf_poprisk.leave_one_out.index import IndexCollator, IndexMixin, Sample
 from hf_poprisk.leave_one_out.judgement import Judgement, judge_classes, judge_pairs
@@ -34,6 +35,7 @@ class LabelNoiseMixin(IndexMixin):
     label_log_odds: Callable[[torch.nn.Module, Any], Tensor] | None = None
     _label_noise: LabelNoise | None = None
     _passes: Passes | None = None  # of the last judgement, until it is followed
+    _chunks: Chunks | None = None  # of one process, for a judgement that may be killed
 
     def _start_label_noise(self, ids: np.ndarray, sample: Sample) -> None:
         """After the trainer is built; ids as ``with_index`` gave them."""
@@ -57,10 +59,17 @@ class LabelNoiseMixin(IndexMixin):
         self._passes = passes = Passes(self)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         classifier, k = self.label_log_odds is None, num_features(len(self.train_dataset))
-        parts, passes.bases = label_features(
-            model, passes.batches, passes.log_odds, self.rows_per_example, k, classifier=classifier
+        parts, passes.bases, labels = label_features(
+            model,
+            passes.batches,
+            passes.log_odds,
+            self.rows_per_example,
+            k,
+            classifier=classifier,
+            labels=(lambda: passes.labels) if classifier else None,
+            chunks=self._chunks,
         )
-        every = (passes.index, *([torch.cat(passes.labels)] if classifier else []), *parts)
+        every = (passes.index, *([labels] if classifier else []), *parts)
         ids, *columns = (self._of_all_ranks(x).numpy() for x in every)
         ids, rows = np.unique(ids, return_index=True)
         columns = [x[rows] for x in columns]
@@ -205,8 +214,8 @@ class Passes:
     Attributes:
         index: of the examples in the order of a pass, [n], if they have one.
         first: 1 for an example, 0 for its copy on another rank, [n] float32.
-        labels: of classes, per micro-batch, from the first pass over all.
         num_examples: of the last micro-batch.
+        labels: of classes, of the last micro-batch.
         ids: the index of the examples of all ranks that were judged, ascending.
         bases: of the layers of each part, once they are measured.
     """
@@ -222,7 +231,7 @@ class Passes:
         each = -(-count // trainer.accelerator.num_processes)
         self._mine = self._sorted([i % count for i in range(rank * each, (rank + 1) * each)])
         self.first = torch.tensor([float(i // each == rank) for i in self._mine])
-        self.labels: list[Tensor] = []
+        self.labels: Tensor
         self.ids: np.ndarray
         self.bases: list[dict[str, LayerBasis]]
         self._seen: list[Tensor] = []
@@ -266,8 +275,7 @@ class Passes:
             if trainer.label_log_odds is not None:
                 return trainer.label_log_odds(model, inputs)
             logits, labels = trainer._class_logits(model, inputs, self.num_examples)
-        if len(self.labels) < len(self._seen):
-            self.labels.append(labels.cpu())
+        self.labels = labels.cpu()
         return logits.float() @ _combination(logits.shape[1]).to(logits.device)
 
 
