@@ -79,6 +79,13 @@ class PopRiskArgumentsMixin:
             "audit: judge only. weight: weight an example by how likely its label is correct."
         },
     )
+    poprisk_judge_after_epochs: int = field(
+        default=0,
+        metadata={
+            "help": "Judge the labels by the model that so many ordinary epochs have trained, and weight "
+            "from there on; 0: before the first step."
+        },
+    )
     poprisk_leap: float = field(
         default=0.0,
         metadata={
@@ -179,7 +186,7 @@ class PopRiskArgumentsMixin:
             self.poprisk_label_noise = "off"
         others = {
             name: getattr(self, _PREFIX + name)
-            for name in ("exclude", "label_noise", "leap", "weight_column", "hub_access")
+            for name in "exclude label_noise judge_after_epochs leap weight_column hub_access".split()
         }
         check_options(_PREFIX, **self.gate_options(), **others)
         if self.optim == OPTIM:
@@ -247,7 +254,7 @@ class PopRiskArgumentsMixin:
         if self.optim != OPTIM:
             return
         refuse(refusals.OPTIMIZER, self)
-        refuse(refusals.LEAP, self)
+        refuse(refusals.JUDGING, self)
         if (self.poprisk_label_noise, self.poprisk_gate, self.poprisk_basis) != ("off", "none", "coordinate"):
             refuse(whole, self, of=f"optim={OPTIM}", without=self.plain_options)
         if self.poprisk_label_noise != "off":

@@ -21,8 +21,8 @@ _WRITTEN = "<!-- this card was written by hand -->"
 _SECTION = re.compile(r"\n*<!-- hf_poprisk:begin .*?<!-- hf_poprisk:end -->\n*", re.DOTALL)
 _PEFT_TEMPLATE = "# Model Card for Model ID"  # what save_pretrained of an adapter leaves
 # the first is of the HTTP client: a bad status, or a connection that broke
-_UNREACHED = (HfHubHTTPError.__mro__[1], OfflineModeIsEnabled)
-_CITATION = """\
+UNREACHED = (HfHubHTTPError.__mro__[1], OfflineModeIsEnabled)
+CITATION = """\
 ```bibtex
 @article{litman2026theory,
   title   = {A Theory of Generalization in Deep Learning},
@@ -90,7 +90,7 @@ class HubMixin:
             return pushed
         except Exception as error:
             # a refused upload or card is the cause of another error
-            if not isinstance(error.__cause__ or error, _UNREACHED):
+            if not isinstance(error.__cause__ or error, UNREACHED):
                 raise
             raise HubError(
                 f"the push to {self.hub_model_id} failed ({_reason(error)}); the model is complete in "
@@ -159,7 +159,7 @@ class HubMixin:
         if examples is not None:
             share = "" if altered is None else f", {altered / max(examples, 1):.1%} with an altered label"
             lines += ["", f"Training data: {examples:,} examples{share}."]
-        return "\n".join([*lines, "", "Everything is in `poprisk_config.json`.", "", _CITATION])
+        return "\n".join([*lines, "", "Everything is in `poprisk_config.json`.", "", CITATION])
 
     def _open_of_run(self) -> str:
         """Two cells: the mean openness of the run, and what it would be without any signal."""

@@ -43,6 +43,7 @@ ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
         "a list of regular expressions",
     ),
     "label_noise": (lambda v: v in LABEL_NOISE, f"one of {', '.join(LABEL_NOISE)}"),
+    "judge_after_epochs": (lambda v: type(v) is int and v >= 0, "an integer ≥ 0"),
     "leap": (lambda v: isinstance(v, int | float) and v is not True and 0 <= v < math.inf, "a number ≥ 0"),
     "weight_column": (lambda v: v is None or isinstance(v, str) and v != "", "the name of a column"),
     "hub_access": (lambda v: v is None or v in HUB_ACCESS, f"one of {', '.join(HUB_ACCESS)}"),

@@ -28,7 +28,7 @@ STATISTICS_NAME = "poprisk_statistics.json"
 SCHEMA_VERSION = 1
 SOURCE = "arXiv:2605.01172"
 _PACKAGES = ("hf_poprisk", "torch", "transformers", "accelerate", "trl", "peft", "datasets")
-_SETTINGS = ("gate", "estimator", "warmup_steps", "ema_alpha", "exclude", "label_noise", "leap")
+_SETTINGS = "gate estimator warmup_steps ema_alpha exclude label_noise judge_after_epochs leap".split()
 # Settings of version 0.1 that are gone, with the value that means what the code does now.
 _GONE = {"reduction": "element", "gate_weight_decay": False}
 
@@ -118,6 +118,7 @@ def make_config(
         **args.gate_options(),  # gate, estimator, warmup_steps, ema_alpha, basis
         "exclude": list(args.poprisk_exclude or ()),
         "label_noise": args.poprisk_label_noise,
+        "judge_after_epochs": args.poprisk_judge_after_epochs,
         "leap": args.poprisk_leap,
         "unit": "group" if args.poprisk_estimator == "group" else "example",  # what the gate held out
         "units_per_step": args.units_per_step,  # b of a full step
@@ -164,7 +165,12 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], other_data: bool 
     gated = now["optim"] == OPTIM
     pairs = {"poprisk_basis": (before.get("basis", "coordinate"), now["basis"])}  # of any optimizer's moments
     if gated and before["optim"] == OPTIM:
-        old = {"label_noise": "off", "leap": 0.0, **before}  # older than these settings
+        old = {
+            "label_noise": "off",
+            "judge_after_epochs": 0,
+            "leap": 0.0,
+            **before,
+        }  # older than these settings
         pairs |= {f"poprisk_{name}": (old[name], now[name]) for name in _SETTINGS}
         pairs |= {f"{name} (of version 0.1)": (old.get(name, value), value) for name, value in _GONE.items()}
         if "ema" not in (before["estimator"], now["estimator"]):

@@ -34,6 +34,17 @@ def hiding(what: str, *flags: str) -> tuple[Rule, ...]:
     )
 
 
+def judges_too_late(args: Any, epochs: float) -> bool:
+    """Whether so many epochs end before labels are judged, or before a step is made with their weights."""
+    after = args.poprisk_judge_after_epochs
+    return after > epochs or after == epochs > 0 and args.poprisk_label_noise == "weight"
+
+
+AFTER_EPOCHS = (
+    "poprisk_judge_after_epochs={a.poprisk_judge_after_epochs} has an effect: train for more epochs (or for "
+    "as many with poprisk_label_noise=audit), or judge earlier."
+)
+
 # For every run.
 LAUNCH = (
     Rule(
@@ -77,7 +88,22 @@ GATE = (
     ),
 )
 
-LEAP = (
+# Settings of the judging that would do nothing.
+JUDGING = (
+    Rule(
+        lambda a: a.poprisk_label_noise == "off" and a.poprisk_judge_after_epochs,
+        "poprisk_judge_after_epochs={found} has no effect with poprisk_label_noise=off: set "
+        "poprisk_label_noise=weight or audit, or poprisk_judge_after_epochs=0.",
+    ),
+    Rule(
+        lambda a: a.max_steps <= 0 and judges_too_late(a, a.num_train_epochs),
+        "num_train_epochs={a.num_train_epochs:g} ends before " + AFTER_EPOCHS,
+    ),
+    Rule(
+        lambda a: a.poprisk_leap and a.poprisk_judge_after_epochs,
+        "poprisk_leap={a.poprisk_leap} is made before the first step, where labels are judged with "
+        "poprisk_judge_after_epochs=0 alone: set that, or poprisk_leap=0.",
+    ),
     Rule(
         lambda a: a.poprisk_leap and a.poprisk_label_noise != "weight",
         "poprisk_leap={a.poprisk_leap} goes to where judged labels lead: set poprisk_label_noise=weight, or "

@@ -1,7 +1,8 @@
 """A small Hugging Face Hub in memory, in the place of the requests that ``HfApi`` makes.
 
-There are model repositories with one branch. Owners see and change what is theirs, and nobody else gets into
-a private one. Which files a push takes, and in which thread, is decided by huggingface_hub itself.
+There are repositories of models and data sets, with one branch. Owners see and change what is theirs, and
+nobody else gets into a private one. Which files a push takes, and in which thread, is decided by
+huggingface_hub itself.
 """
 
 import hashlib
@@ -33,6 +34,7 @@ class Commit(NamedTuple):
 @dataclass
 class Repo:
     private: bool
+    type: str | None = None
     gated: str | bool = False
     commits: list[Commit] = field(default_factory=list)
     exposed: set[str] = field(default_factory=set)  # files that anybody could have downloaded at some time
@@ -87,16 +89,21 @@ class FakeHub:
         return found
 
     def create_repo(
-        self, user: str, repo_id: str, private: bool | None = None, exist_ok: bool = False
+        self,
+        user: str,
+        repo_id: str,
+        private: bool | None = None,
+        exist_ok: bool = False,
+        repo_type: str | None = None,
     ) -> RepoUrl:
         name = repo_id if "/" in repo_id else f"{user}/{repo_id}"
         if name not in self.repos:
             if not name.startswith(f"{user}/"):
                 raise refusal(403)
-            self.repos[name] = Repo(bool(private), commits=[Commit("0", "", {})])
+            self.repos[name] = Repo(bool(private), repo_type, commits=[Commit("0", "", {})])
         elif not exist_ok:
             raise refusal(409)
-        return RepoUrl(f"{constants.ENDPOINT}/{name}")
+        return RepoUrl(f"{constants.ENDPOINT}/{'datasets/' * (repo_type == 'dataset')}{name}")
 
     def update_repo_settings(
         self, user: str, repo_id: str, gated: str | None = None, private: bool | None = None
@@ -107,16 +114,25 @@ class FakeHub:
         repo.private = repo.private if private is None else private
         repo.changed()
 
-    def auth_check(self, user: str, repo_id: str, write: bool = False) -> None:
-        self._repo(user, repo_id, write)
+    def auth_check(self, user: str, repo_id: str, write: bool = False, repo_type: str | None = None) -> None:
+        if self._repo(user, repo_id, write).type != repo_type:
+            raise refusal(404)
 
     def _validate_yaml(self, user: str, content: str, repo_type: str | None = None) -> None:
         yaml.safe_load(content.split("---")[1])
 
     def create_commit(
-        self, user: str, repo_id: str, operations: list[Any], commit_message: str, **others: Any
+        self,
+        user: str,
+        repo_id: str,
+        operations: list[Any],
+        commit_message: str,
+        repo_type: str | None = None,
+        **others: Any,
     ) -> CommitInfo:
         repo = self._repo(user, repo_id)
+        if repo.type != repo_type:
+            raise refusal(404)
         try:
             self._fail("upload")
         except HfHubHTTPError as error:  # as huggingface_hub says it

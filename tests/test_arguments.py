@@ -286,6 +286,7 @@ BAD: dict[str, list[Any]] = {
     "basis": ["Eigen", None],
     "exclude": [["embed", 3], ["first("]],
     "label_noise": ["open"],
+    "judge_after_epochs": [-1, 0.5, True, "1"],
     "weight_column": ["", 3, True],
     "hub_access": ["yes"],
 }

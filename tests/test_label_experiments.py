@@ -322,3 +322,22 @@ def test_a_recipe_that_cannot_be_run_is_refused(
         with pytest.raises(common.RecipeError, match=message):
             run.main(argv)
     assert not (tmp_path / "out.csv").exists()
+
+
+def test_cross_training_judges_each_half_by_the_other(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(labels_judged, "CROSS_TRAINED", (0.3,))
+    score, seen = labels_judged.log_odds, []
+
+    def watched(trainer: Any, pairs: Dataset) -> np.ndarray:
+        found = score(trainer, pairs)
+        seen.append((set(trainer.train_dataset["prompt"]), set(pairs["prompt"]), trainer.state.global_step))
+        return found
+
+    monkeypatch.setattr(labels_judged, "log_odds", watched)
+    one = {"features": "cross-trained", "learning_rate": 3e-3, "arm": "cross-trained-0.003", "seed": 0}
+    row = labels_judged.run(one | {"data": str(recipe)})
+    (one, held, start), (trained, after, steps), (other, _, _), (_, others, _) = seen
+    assert start == 0 < steps and held == after == other and others == one == trained
+    assert not held & others and len(held) + len(others) == 63 and abs(len(held) - len(others)) <= 1
+    assert 0 < row["auroc_30"] < 1 and row["low_30"] <= row["rate_30"] <= row["high_30"]
+    assert row["likelihood_30"] < 0

@@ -92,6 +92,20 @@ BREAKS: dict[str, list[dict[str, Any]]] = {
     "which packing=True hides": [{"packing": True}],
     "which padding_free=True hides": [{"padding_free": True}],
     "judges labels, and a sequence has none": [{}],
+    "poprisk_judge_after_epochs={found} has no effect": [
+        {"poprisk_judge_after_epochs": 1, "poprisk_label_noise": "off"}
+    ],
+    "num_train_epochs={a.num_train_epochs:g} ends before": [
+        {"poprisk_judge_after_epochs": 2, "max_steps": -1, "num_train_epochs": 2},
+        {
+            **{"poprisk_judge_after_epochs": 2, "max_steps": -1, "num_train_epochs": 1.5},
+            "poprisk_label_noise": "audit",
+        },
+    ],
+    "poprisk_leap={a.poprisk_leap} is made before": [{"poprisk_leap": 1.0, "poprisk_judge_after_epochs": 1}],
+    "poprisk_leap={a.poprisk_leap} goes to": [
+        {"poprisk_leap": 1.0, "poprisk_label_noise": mode} for mode in ("off", "audit")
+    ],
     "gives the weights that": [{"poprisk_label_noise": "audit"}],
 }
 
@@ -118,7 +132,7 @@ GATE_CASES = [
 LABEL_CASES = [
     (config_class, rule, {"poprisk_label_noise": "weight", **fields})
     for config_class in TRAINERS
-    for rule, fields in broken(*config_class._label_rules)
+    for rule, fields in broken(*refusals.JUDGING, *config_class._label_rules)
 ]
 WEIGHT_CASES = [
     (config_class, rule, {"poprisk_weight_column": "w", **way, **fields})

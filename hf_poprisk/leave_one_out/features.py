@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from hf_poprisk.leave_one_out.chunks import Chunks
 from hf_poprisk.per_example.basis import Features, LayerBasis, measure_bases
 from hf_poprisk.per_example.factors import LinearFactors, linear_layers
 from hf_poprisk.per_example.undisturbed import mode, undisturbed
@@ -27,6 +29,7 @@ _MAX_FEATURES = 1 << 17  # k: what the buckets share is noise in the inner produ
 _FEWEST_FEATURES = 1 << 12
 _MAX_NUMBERS = 1 << 27  # n · k, half a gigabyte
 _NUM_FOR_BASES = 256  # examples that the bases are measured on
+_CHUNK = 32  # micro-batches
 
 
 class LabelFeatures(NamedTuple):
@@ -35,10 +38,12 @@ class LabelFeatures(NamedTuple):
     Attributes:
         parts: [n of this rank, k] float32.
         bases: name of a layer → its basis.
+        labels: what ``labels`` gave, [n of this rank]; None without it.
     """
 
     parts: list[np.ndarray]
     bases: list[dict[str, LayerBasis]]
+    labels: Tensor | None = None
 
 
 def label_features(
@@ -48,6 +53,8 @@ def label_features(
     rows_per_example: int = 1,
     k: int = _MAX_FEATURES,
     classifier: bool = False,
+    labels: Callable[[], Tensor] | None = None,
+    chunks: Chunks | None = None,
 ) -> LabelFeatures:
     """Features of the gradients of the labels' log-odds, over all linear layers, in eval mode.
 
@@ -59,6 +66,8 @@ def label_features(
         rows_per_example: of what the layers see; row j belongs to example j mod N.
         k: features of each part.
         classifier: the last linear layer is the head.
+        labels: the labels of the micro-batch that log_odds was given last, [N].
+        chunks: keeps what is finished, and has what an earlier call with the same arguments has finished.
 
     Raises:
         ValueError: a model without linear layers, or whose layers do not see the examples as rows; or
@@ -83,9 +92,11 @@ def label_features(
         if len(z) > 1:
             factors.backward(z * (torch.arange(len(z), device=z.device) == 0), rows_per_example)
 
-    def run(see: Any, count: int | None, done: Callable[[int], None] = lambda _: None) -> None:
+    def run(see: Any, count: int | None, done: Callable[[int], None] = lambda _: None, skip: int = 0) -> None:
         nonlocal checked
-        for batch in batches(count):
+        for i, batch in enumerate(batches(count)):
+            if i < skip:
+                continue
             if not checked:
                 check(batch)
                 checked = True
@@ -96,7 +107,16 @@ def label_features(
             done(len(z))
 
     with undisturbed(model, model.parameters()), mode(model, False), torch.enable_grad():
-        bases = measure_bases(lambda see: run(see, _NUM_FOR_BASES))
+        kept = None if chunks is None else chunks.load("bases")
+        if kept is None:
+            bases = measure_bases(lambda see: run(see, _NUM_FOR_BASES))
+            if chunks is not None:
+                chunks.save("bases", {f"{f}/{n}": getattr(b, f) for n, b in bases.items() for f in _OF_BASIS})
+        else:
+            names = sorted(key.removeprefix("left/") for key in kept if key.startswith("left/"))
+            device = next(model.parameters()).device
+            bases = {n: LayerBasis(*(kept[f"{f}/{n}"].to(device) for f in _OF_BASIS)) for n in names}
+            checked = True
         get_head = getattr(model, "get_output_embeddings", None)
         output = get_head() if get_head is not None else None
         of_head = set() if output is None else set(output.modules())  # several where an adapter wraps it
@@ -107,18 +127,40 @@ def label_features(
         )
         of_parts = [part for part in (head, below) if part]
         parts = [Features(part, k) for part in of_parts]
-        rows: list[list[Tensor]] = [[] for _ in parts]
+        finished: list[dict[str, Tensor]] = []
+        while chunks is not None and (kept := chunks.load(f"{len(finished):05}")) is not None:
+            finished.append(kept)
+        unfinished: list[dict[str, Tensor]] = []  # micro-batches
 
         def see(name: str, a: Tensor, d: Tensor) -> None:
             for part in parts:
                 part.see(name, a, d)
 
         def done(num_examples: int) -> None:
-            for part, found in zip(parts, rows, strict=True):
-                found.append(part.take(num_examples).cpu())
+            found = {f"part{i}": part.take(num_examples).cpu() for i, part in enumerate(parts)}
+            unfinished.append(found if labels is None else found | {"labels": labels()})
+            if len(unfinished) == _CHUNK:
+                finish()
 
-        run(see, None, done)
-    return LabelFeatures([torch.cat(found).numpy() for found in rows], of_parts)
+        def finish() -> None:
+            chunk = {key: torch.cat([found[key] for found in unfinished]) for key in unfinished[0]}
+            unfinished.clear()
+            if chunks is not None:
+                chunks.save(f"{len(finished):05}", chunk)
+            finished.append(chunk)
+
+        run(see, None, done, skip=_CHUNK * len(finished))
+        if unfinished:
+            finish()
+
+    def whole(key: str) -> Tensor:
+        return torch.cat([chunk.pop(key) for chunk in finished])
+
+    found = [whole(f"part{i}").numpy() for i in range(len(parts))]
+    return LabelFeatures(found, of_parts, None if labels is None else whole("labels"))
+
+
+_OF_BASIS = [field.name for field in fields(LayerBasis)]
 
 
 def _of_the_first(name: str, a: Tensor, d: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The judge's place in a trainer: labels are judged before the first step, and saved with the checkpoints."""
+"""The judge's place in a trainer: labels are judged once, and saved with the checkpoints."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from hf_poprisk.leave_one_out.chunks import Chunks
 from hf_poprisk.leave_one_out.features import ClassLogits, label_features, num_features, spread
 from hf_poprisk.leave_one_out.index import IndexCollator, IndexMixin, Sample
 from hf_poprisk.leave_one_out.judgement import Judgement, judge_classes, judge_pairs
@@ -21,6 +22,7 @@ from hf_poprisk.leave_one_out.leap import Leap, leap, trained_layers
 from hf_poprisk.leave_one_out.table import TABLE_NAME, ExampleTable, is_judged
 from hf_poprisk.leave_one_out.weights import LabelNoise
 from hf_poprisk.per_example.basis import LayerBasis
+from hf_poprisk.refusals import AFTER_EPOCHS, judges_too_late
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,7 @@ class LabelNoiseMixin(IndexMixin):
     label_log_odds: Callable[[torch.nn.Module, Any], Tensor] | None = None
     _label_noise: LabelNoise | None = None
     _passes: Passes | None = None  # of the last judgement, until it is followed
+    _chunks: Chunks | None = None  # of one process, for a judgement that may be killed
 
     def _start_label_noise(self, ids: np.ndarray, sample: Sample) -> None:
         """After the trainer is built; ids as ``with_index`` gave them."""
@@ -56,10 +59,17 @@ class LabelNoiseMixin(IndexMixin):
         self._passes = passes = Passes(self)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         classifier, k = self.label_log_odds is None, num_features(len(self.train_dataset))
-        parts, passes.bases = label_features(
-            model, passes.batches, passes.log_odds, self.rows_per_example, k, classifier=classifier
+        parts, passes.bases, labels = label_features(
+            model,
+            passes.batches,
+            passes.log_odds,
+            self.rows_per_example,
+            k,
+            classifier=classifier,
+            labels=(lambda: passes.labels) if classifier else None,
+            chunks=self._chunks,
         )
-        every = (passes.index, *([torch.cat(passes.labels)] if classifier else []), *parts)
+        every = (passes.index, *([labels] if classifier else []), *parts)
         ids, *columns = (self._of_all_ranks(x).numpy() for x in every)
         ids, rows = np.unique(ids, return_index=True)
         columns = [x[rows] for x in columns]
@@ -69,7 +79,7 @@ class LabelNoiseMixin(IndexMixin):
             found = judge_classes(columns, observed)
         else:
             found = judge_pairs(columns)
-        self._label_noise.take(ids, found)
+        self._label_noise.take(ids, found, self.state.global_step)
         passes.ids = ids
         return found
 
@@ -171,16 +181,30 @@ class _Judging(TrainerCallback):
         trainer, judge = self._trainer, self._trainer._label_noise
         if trainer.model_init is not None and not state.global_step:
             judge.forget()  # this is another model
+        if judge.fit is None and args.max_steps > 0:
+            steps = -(-len(kwargs["train_dataloader"]) // args.gradient_accumulation_steps)  # of an epoch
+            if judges_too_late(args, args.max_steps / steps):
+                raise ValueError(f"max_steps={args.max_steps} ends before {AFTER_EPOCHS.format(a=args)}")
+        self._judge_if_due(args, state)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._judge_if_due(args, state)  # a checkpoint of this moment is written after it
+
+    def _judge_if_due(self, args: Any, state: Any) -> None:
+        judge = self._trainer._label_noise
         leap_is_left = args.poprisk_leap and judge.leap is None  # a first call was interrupted
         if judge.fit is not None and not leap_is_left:  # a second call keeps what was found
             return
-        trainer._judge_and_leap()
+        if (state.epoch or 0) >= args.poprisk_judge_after_epochs:
+            self._trainer._judge_and_leap()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         judge = self._trainer._label_noise
         if args.should_save:  # with or without save_model(), the scores are worth keeping
             judge.save(args.output_dir)
-            if state.is_world_process_zero:
+            if state.is_world_process_zero and judge.fit is None:  # another callback ended it
+                logger.warning("no label was judged: training ended before poprisk_judge_after_epochs.")
+            elif state.is_world_process_zero:
                 logger.warning(f"{judge.found()}; `hf-poprisk audit {args.output_dir}` shows the examples.")
 
 
@@ -190,8 +214,8 @@ class Passes:
     Attributes:
         index: of the examples in the order of a pass, [n], if they have one.
         first: 1 for an example, 0 for its copy on another rank, [n] float32.
-        labels: of classes, per micro-batch, from the first pass over all.
         num_examples: of the last micro-batch.
+        labels: of classes, of the last micro-batch.
         ids: the index of the examples of all ranks that were judged, ascending.
         bases: of the layers of each part, once they are measured.
     """
@@ -207,7 +231,7 @@ class Passes:
         each = -(-count // trainer.accelerator.num_processes)
         self._mine = self._sorted([i % count for i in range(rank * each, (rank + 1) * each)])
         self.first = torch.tensor([float(i // each == rank) for i in self._mine])
-        self.labels: list[Tensor] = []
+        self.labels: Tensor
         self.ids: np.ndarray
         self.bases: list[dict[str, LayerBasis]]
         self._seen: list[Tensor] = []
@@ -251,8 +275,7 @@ class Passes:
             if trainer.label_log_odds is not None:
                 return trainer.label_log_odds(model, inputs)
             logits, labels = trainer._class_logits(model, inputs, self.num_examples)
-        if len(self.labels) < len(self._seen):
-            self.labels.append(labels.cpu())
+        self.labels = labels.cpu()
         return logits.float() @ _combination(logits.shape[1]).to(logits.device)
 
 

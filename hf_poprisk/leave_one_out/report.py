@@ -32,7 +32,7 @@ def report(
     """
     judged, what = int(run.judged.sum()), "preference pairs" if run.preferences else "examples"
     never = f" ({len(run.index) - judged} more were never judged)" * (judged < len(run.index))
-    lines = [f"{run.folder}: {judged} {what}{never}", *_rate(run)]
+    lines = [f"{run.folder}: {judged} {what}{never}", *rate(run)]
     if flips is not None:
         lines += _truth(run, flips)
     lines += ["", "The most suspicious:"]
@@ -46,13 +46,14 @@ def report(
     return lines
 
 
-def _rate(run: Run) -> list[str]:
+def rate(run: Run) -> list[str]:
+    """How many labels are mislabeled, in words."""
     p_correct, fit = run.p_correct[run.judged], run.fit
     below = p_correct < 0.5
-    rate = f"{fit.rate:.1%}, 95% interval {fit.low:.1%} to {fit.high:.1%}"
-    lines = [f"Noise rate: {rate}."]
+    known = f"{fit.rate:.1%}, 95% interval {fit.low:.1%} to {fit.high:.1%}"
+    lines = [f"Noise rate: {known}."]
     if run.doubt is not None:
-        lines = [f"Noise rate: open ({rate}). Do not filter by it: {run.doubt}."]
+        lines = [f"Noise rate: open ({known}). Do not filter by it: {run.doubt}."]
     lines += [f"Labels below .5: {below.sum()} of {len(below)} ({below.mean():.1%})."]
     if below.any():
         lines += [f"Precision at that cut: {1 - p_correct[below].mean():.0%} expected to be mislabeled."]

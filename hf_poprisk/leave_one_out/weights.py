@@ -77,6 +77,7 @@ class LabelNoise:
     Attributes:
         fit: the noise rate; None until labels were judged.
         weighted: whether weights other than 1 were found.
+        step: after how many optimizer steps they were judged.
         leap: by how much the mean margin grew; None until it was tried.
     """
 
@@ -89,13 +90,13 @@ class LabelNoise:
         """Begin anew."""
         self.table.clear()
         self.fit: NoiseFit | None = None
-        self.weighted, self._num_copies = False, 0
+        self.weighted, self._num_copies, self.step = False, 0, 0
         self.leap: Leap | None = None
 
-    def take(self, index: np.ndarray, found: Judgement) -> None:
-        """Keep what was found of the examples of an index, [n]."""
+    def take(self, index: np.ndarray, found: Judgement, step: int = 0) -> None:
+        """Keep what was found of the examples of an index, [n], after so many optimizer steps."""
         rows = self.table.rows(torch.from_numpy(index))
-        self.fit, self._num_copies = found.fit, found.num_copies
+        self.fit, self._num_copies, self.step = found.fit, found.num_copies, step
         self.weighted = competent(found.fit, self._what)
         self.table.judged[rows] = True
         self.table.log_odds[rows] = torch.from_numpy(found.log_odds).to(self.table.log_odds)
@@ -138,7 +139,7 @@ class LabelNoise:
     def found(self) -> str:
         """One clause on the labels; there is a fit."""
         fit = self.fit
-        weights = ", weights since step 0" * (self.weighted and self.mode == "weight")
+        weights = f", weights since step {self.step}" * (self.weighted and self.mode == "weight")
         return (
             f"poprisk_label_noise={self.mode}: estimated noise rate {fit.rate:.3f} ({fit.low:.3f} to "
             f"{fit.high:.3f}){weights}"
@@ -151,6 +152,7 @@ class LabelNoise:
             "preferences": self.preferences,
             "weighted": self.weighted,
             "num_copies": self._num_copies,
+            "step": self.step,
             "doubt": self.doubt if self.fit else None,
             "rule": RULE,
             "fit": asdict(self.fit) if self.fit else None,
@@ -174,5 +176,6 @@ class LabelNoise:
             )
         self.table.load(columns)
         self.weighted, self._num_copies = state["weighted"], state["num_copies"]
+        self.step = state.get("step", 0)
         self.fit = NoiseFit(**state["fit"]) if state["fit"] else None
         self.leap = Leap(*state["leap"]) if state.get("leap") else None

@@ -139,6 +139,7 @@ CLASS_ARMS = {
 PAIR_ARMS = {
     "weight": judged("weight"),
     "weight-shuffled": judged("weight", weights=ShuffledWeights),
+    "weight-later": judged("weight", poprisk_judge_after_epochs=1),
     "drop": judged("weight", weights=Drop),
     "right-only": judged("weight", weights=RightOnly),
     "em": judged("weight", weights=EM),

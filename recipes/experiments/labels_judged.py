@@ -2,7 +2,9 @@
 
 A swapped pair has the opposite features, so one pass over the clean pairs serves every noise rate. The rivals
 have frozen embeddings in place of gradients: chosen minus rejected, of the last hidden layer, at the last
-token or on average over the completion. ``self-influence`` is in a file of its own.
+token or on average over the completion; or they train: a plain epoch on each half of the pairs, labels as
+they are, judges the other half, by what it adds to the log-odds of their labels. ``self-influence`` is in a
+file of its own.
 """
 
 import tempfile
@@ -12,6 +14,7 @@ from typing import Any
 import labels_pairs
 import numpy as np
 import torch
+from datasets import Dataset
 from experiment import Cell, Experiment, Report
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -20,9 +23,11 @@ from torch.utils.data import DataLoader
 
 from hf_poprisk.leave_one_out.features import label_features, num_features, pair_log_odds
 from hf_poprisk.leave_one_out.judgement import judge_pairs
+from hf_poprisk.leave_one_out.noise import fit_noise
 
 NOISE = (0.0, 0.1, 0.2, 0.3, 0.4)
 DRAWS = 5  # of the pairs that are mislabeled
+CROSS_TRAINED = (0.2, 0.3)  # the noise of these arms, one draw each
 
 
 def features(cell: Cell) -> list[np.ndarray]:
@@ -32,14 +37,17 @@ def features(cell: Cell) -> list[np.ndarray]:
         trainer = labels_pairs.prepare(cell | clean, folder).trainer
         data = trainer.train_dataset
 
-        def batches(count: int | None) -> Iterator[Any]:
-            part = data if count is None else data.select(range(min(count, len(data))))
-            for batch in DataLoader(part, 16, collate_fn=trainer.data_collator):
-                yield trainer._prepare_inputs(batch)
+        def some(count: int | None) -> Iterator[Any]:
+            return batches(trainer, data if count is None else data.select(range(min(count, len(data)))))
 
         if cell["features"] == "gradients":
-            return label_features(trainer.model, batches, pair_log_odds, 2, num_features(len(data))).parts
-        return [np.concatenate([embedded(trainer.model, b, cell["features"]) for b in batches(None)])]
+            return label_features(trainer.model, some, pair_log_odds, 2, num_features(len(data))).parts
+        return [np.concatenate([embedded(trainer.model, b, cell["features"]) for b in some(None)])]
+
+
+def batches(trainer: Any, pairs: Dataset) -> Iterator[Any]:
+    for batch in DataLoader(pairs, 16, collate_fn=trainer.data_collator):
+        yield trainer._prepare_inputs(batch)
 
 
 @torch.no_grad()
@@ -64,6 +72,28 @@ def cross_validated(features: np.ndarray, seed: int) -> np.ndarray:
     return sign * cross_val_predict(model, x, sign, cv=5, method="decision_function")
 
 
+def cross_trained(cell: Cell, noise: float) -> tuple[np.ndarray, np.ndarray]:
+    """What training on the other half adds to the log-odds of each label, [n], and who is mislabeled, [n]."""
+    plain, found = {"noise": noise, "epochs": 1, "poprisk_gate": "none"}, []
+    for half in (0, 1):
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = labels_pairs.prepare(cell | plain, folder).trainer
+            data = trainer.train_dataset
+            held = np.random.default_rng([cell["seed"], 8]).permutation(len(data)) % 2 == half
+            trainer.train_dataset, pairs = (data.select(np.flatnonzero(x)) for x in (~held, held))
+            before = log_odds(trainer, pairs)
+            trainer.train()
+            found.append((np.flatnonzero(held), log_odds(trainer, pairs) - before))
+    rows, added = (np.concatenate(x) for x in zip(*found, strict=True))
+    return added[rows.argsort()], np.array(data["is_flipped"])
+
+
+@torch.no_grad()
+def log_odds(trainer: Any, pairs: Dataset) -> np.ndarray:
+    model = trainer.model.eval()
+    return torch.cat([pair_log_odds(model, batch) for batch in batches(trainer, pairs)]).numpy()
+
+
 def run(cell: Cell) -> dict[str, float | None]:
     """Means over the draws of the mislabeled pairs; ``error`` is the largest, ``auroc_least`` the least.
 
@@ -73,6 +103,15 @@ def run(cell: Cell) -> dict[str, float | None]:
         from labels_influence import after_an_epoch  # here, because nothing else needs kronfluence
 
         return after_an_epoch(cell, DRAWS)
+    if cell["features"] == "cross-trained":
+        results = {}
+        for noise in CROSS_TRAINED:
+            found, mislabeled = cross_trained(cell, noise)
+            fit = fit_noise(found)
+            scores = {"rate": fit.rate, "low": fit.low, "high": fit.high}
+            scores |= {"likelihood": fit.log_likelihood, "auroc": float(roc_auc_score(mislabeled, -found))}
+            results |= {f"{name}_{100 * noise:g}": value for name, value in scores.items()}
+        return results
     parts = features(cell)
     n, results = len(parts[0]), {}
     for noise in NOISE:
@@ -89,6 +128,7 @@ def run(cell: Cell) -> dict[str, float | None]:
                     "rate": found.fit.rate,
                     "low": found.fit.low,
                     "high": found.fit.high,
+                    "likelihood": found.fit.log_likelihood,
                     "below_half": float((found.p_correct < 0.5).mean()),
                     "auroc": float(roc_auc_score(mislabeled, -found.log_odds)) if noise else np.nan,
                     "folds": float(folds),
@@ -110,6 +150,10 @@ EXPERIMENT = Experiment(
         "last-state": {"features": "last"},
         "mean-state": {"features": "mean"},
         "self-influence": {},
+        **{
+            f"cross-trained-{rate:g}": {"features": "cross-trained", "learning_rate": rate}
+            for rate in (1e-4, 3e-4, 1e-3)
+        },
     },
     facets={"data": ["dpo", "dpo-words", "sentiment", "writing"]},
     seeds=(0,),

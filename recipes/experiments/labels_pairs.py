@@ -37,6 +37,11 @@ DATA = {
         REAL, options={"dataset_name": "outputs/real/sentiment", "num_train_epochs": 1}, count=600
     ),
     "writing": Pairs(REAL, options={"num_train_epochs": 1}, count=600),
+    # for weight-later, which judges after the first of them
+    "sentiment-2": Pairs(
+        REAL, options={"dataset_name": "outputs/real/sentiment", "num_train_epochs": 2}, count=600
+    ),
+    "writing-2": Pairs(REAL, options={"num_train_epochs": 2}, count=600),
 }
 
 TITLES = {

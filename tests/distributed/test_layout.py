@@ -110,7 +110,7 @@ def test_a_nan_on_one_rank_is_a_step_left_out_on_all(saved: dict[int, Any]) -> N
     assert saved[2]["nan"] == {"kept": True, "went_on": True, "ranks_agree": True, "steps": [2]}
 
 
-@pytest.mark.parametrize("kind", ["Trainer", "DPO", "DPO-LoRA", "DPO-eigen"])
+@pytest.mark.parametrize("kind", ["Trainer", "DPO", "DPO-LoRA", "DPO-eigen", "DPO-later"])
 def test_two_processes_resume_to_the_uninterrupted_run(kind: str, saved: dict[int, Any]) -> None:
     assert saved[2]["resume"][kind]
 
@@ -137,6 +137,18 @@ def test_labels_are_judged_and_weighted_alike(
         assert one["fit"].rate == pytest.approx(two["fit"].rate, abs=0.005)
     for a, b in zip(one["logs"][:STEPS], two["logs"][:STEPS], strict=True):
         assert a["poprisk/weight_mean"] == pytest.approx(b["poprisk/weight_mean"], abs=0.02)
+
+
+def test_two_processes_judge_after_an_epoch_as_one(saved: dict[int, Any]) -> None:
+    one, two = (saved[world]["later"] for world in (1, 2))
+    for name in ("log_odds", "weight"):
+        column = one["table"][name]
+        assert column.std() > 0.01
+        torch.testing.assert_close(
+            two["table"][name], column, rtol=0.05, atol=0.05 * float(column.std()), msg=name
+        )
+    for logs in (one["logs"], two["logs"]):
+        assert ["poprisk/weight_mean" in entry for entry in logs[:STEPS]] == [False, False, True]
 
 
 def test_two_processes_find_the_bases_of_one(saved: dict[int, Any]) -> None:

@@ -40,7 +40,7 @@ STOCK = (
     *("token mean: mt5", "ctc sum: hubert", "class weights: vit", "class weights: bert", "penalty: vit"),
     *("experts: mixtral", "contrastive: bert", "adapter: adalora", "adapter: prompt"),
 )
-RESUMED = ("Trainer", "DPO", "DPO-LoRA", "DPO-eigen")
+RESUMED = ("Trainer", "DPO", "DPO-LoRA", "DPO-eigen", "DPO-later")
 MICRO_BATCHES = {1: (1, 4, 16), 2: (1, 4)}
 
 
@@ -55,6 +55,11 @@ def build(kind: str, model_dir: str, world: int, micro_batch: int, **changes: An
         return trainer_of(folder, data, Classifier(), poprisk_label_noise="weight", **options)
     if kind == "DPO-weight":  # an odd number of pairs
         return trl_trainer_of("DPO", model_dir, folder, planted()[0], poprisk_label_noise="weight", **options)
+    if kind == "DPO-later":  # two steps are an epoch, the third has weights
+        options |= {**layout(micro_batch, 2 * B // world), "poprisk_judge_after_epochs": 1}
+        return trl_trainer_of(
+            "DPO", model_dir, folder, planted(4 * B)[0], poprisk_label_noise="weight", **options
+        )
     if kind == "DPO-LoRA":
         options["peft_config"] = LoraConfig(r=4, target_modules="all-linear", init_lora_weights="gaussian")
     if kind == "DPO-eigen":
@@ -226,6 +231,7 @@ def main() -> None:
     world = hf_poprisk.PopRiskTrainingArguments("unused", use_cpu=True).world_size
     saved: dict[str, Any] = {"world": world}
     saved["kinds"] = {(k, m): run(k, model_dir, world, m) for k in KINDS for m in MICRO_BATCHES[world]}
+    saved["later"] = run("DPO-later", model_dir, world, 4)
     saved["eigen"] = in_the_eigenbasis(model_dir, world)
     if world > 1:
         saved["unused"] = {view: unused_on_one_rank(view) for view in (False, True)}

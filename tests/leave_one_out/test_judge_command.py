@@ -1,6 +1,7 @@
 """``hf-poprisk judge``: preference pairs and labelled texts judged without training."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +14,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from datasets import ClassLabel, Dataset, load_from_disk
+from fake_hub import FakeHub
 from models import WORDS, adapted, save_tiny_model, text, tiny_model, tiny_tokenizer
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -28,7 +31,7 @@ from transformers import (
 
 from hf_poprisk import PopRiskTrainer, PopRiskTrainingArguments
 from hf_poprisk.__main__ import main
-from hf_poprisk.leave_one_out import INDEX, mixin
+from hf_poprisk.leave_one_out import INDEX, features, mixin
 from hf_poprisk.leave_one_out.data import load_data
 from leave_one_out.helpers import QUIET, prefer
 from leave_one_out.judged import command as any_command
@@ -571,7 +574,7 @@ def test_models_for_classes_are_refused(
     ],
     ids=lambda where: where[1],
 )
-def test_an_interrupted_run_leaves_nothing(
+def test_an_interrupted_run_leaves_nothing_but_its_chunks(
     where: tuple[Any, str], llama_dir: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*args: Any, **kwargs: Any) -> None:
@@ -583,8 +586,109 @@ def test_an_interrupted_run_leaves_nothing(
     with pytest.raises(SystemExit) as stopped:
         main(["judge", str(llama_dir), str(tmp_path / "data"), "--output_dir", str(tmp_path / "out")])
     assert stopped.value.code == 130 and capsys.readouterr().out == ""
-    assert sorted(tmp_path.rglob("*")) == before
+    left = {path.relative_to(tmp_path).parts[0] for path in {*tmp_path.rglob("*")} - {*before}}
+    assert left == (set() if where[0] is mixin else {"out"})
+    assert all(path.name.startswith("unfinished-") for path in (tmp_path / "out").glob("*"))
     assert datasets.is_caching_enabled()
+
+
+@pytest.mark.parametrize("kind", ["pairs", "classes"])
+def test_a_killed_run_goes_on(
+    kind: str,
+    llama_dir: Path,
+    bert_dir: Path,
+    data: Path,
+    texts: Path,
+    tmp_path: Path,
+    capsys: Any,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The same numbers, bit for bit, for fewer passes."""
+    monkeypatch.setattr(features, "_CHUNK", 2)
+    backward, calls, fatal = features.LinearFactors.backward, 0, 0
+
+    def counted(*args: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == fatal:
+            raise KeyboardInterrupt
+        backward(*args)
+
+    monkeypatch.setattr(features.LinearFactors, "backward", counted)
+    argv = [llama_dir, data] if kind == "pairs" else [bert_dir, texts]
+    out = tmp_path / "out"
+
+    def killed() -> Path:
+        nonlocal calls, fatal
+        calls, fatal = 0, 1 + 2 * 8 + 6  # a check, the bases, five micro-batches
+        with pytest.raises(SystemExit):
+            main(["judge", *map(str, argv), "--output_dir", str(out)])
+        calls, fatal = 0, 0
+        [folder] = out.iterdir()
+        assert sorted(path.name for path in folder.iterdir()) == ["00000", "00001", "bases"]
+        return folder
+
+    def scores(folder: Path, *options: Any) -> list[list[float]]:
+        run(capsys, *argv, "--output_dir", folder, *options)
+        assert sorted(file.name for file in folder.iterdir()) == ["judged.parquet", "report.html"]
+        return [table(folder)[name].tolist() for name in ("index", "log_odds", "p_correct")]
+
+    whole = scores(tmp_path / "whole")
+    assert calls == 1 + 3 * 8
+    chunk = killed() / "00002"
+    chunk.write_bytes((chunk.parent / "00001").read_bytes()[:-100])  # no chunk
+    assert scores(out) == whole and calls == 4
+    assert f"judge goes on from what {out} holds of it." in caplog.text
+    shutil.rmtree(out)
+    caplog.clear()
+    killed()
+    smaller = ["--per_device_train_batch_size", 4]
+    assert scores(out, *smaller) == scores(tmp_path / "smaller", *smaller)
+    assert f"{out} held chunks of another model, other data or options: judge starts anew." in caplog.text
+
+
+def test_a_refusal_leaves_no_chunks(
+    llama_dir: Path, data: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no(parts: Any) -> None:
+        assert list((tmp_path / "out").iterdir())
+        raise ValueError("nothing to tell.")
+
+    monkeypatch.setattr(mixin, "judge_pairs", no)
+    assert refused(capsys, llama_dir, data, "--output_dir", tmp_path / "out") == "nothing to tell."
+    assert not (tmp_path / "out").exists()
+
+
+def test_judged_labels_are_pushed_as_a_data_set(
+    llama_dir: Path, data: Path, tmp_path: Path, capsys: Any
+) -> None:
+    hub = FakeHub()
+    argv = [llama_dir, data, "--push_to_hub"]
+    with hub.running(tmp_path):
+        printed = run(capsys, *argv, "pairs-judged", "--output_dir", tmp_path / "out")
+        repo = hub.repos["alice/pairs-judged"]
+        assert (repo.private, repo.type) == (True, "dataset") and not repo.exposed
+        files = repo.commits[-1].files
+        assert printed.splitlines()[-1].startswith("pushed: ") and repo.commits[-1].oid in printed
+        for name in ("judged.parquet", "report.html"):
+            assert files.pop(name) == (tmp_path / "out" / name).read_bytes()
+        card = files.pop("README.md").decode()
+        assert not files and f"# Labels of pairs.parquet, judged by {llama_dir.name}\n" in card
+        assert "\nNoise rate: " in card and str(tmp_path) not in card
+        assert yaml.safe_load(card.split("---")[1])["tags"] == ["poprisk", "label-noise"]
+        # before anything is judged
+        says = refused(capsys, *argv, "bob/judged", "--output_dir", tmp_path / "no")
+        assert says.startswith("--push_to_hub bob/judged cannot be made or written to (403 Forbidden")
+        says = refused(capsys, *argv, "not a name", "--output_dir", tmp_path / "no")
+        assert says.startswith("--push_to_hub not a name cannot be made")
+        assert not (tmp_path / "no").exists()
+        hub.faults["upload"] = 500  # after it
+        with pytest.raises(SystemExit):
+            run(capsys, *argv, "pairs-judged", "--output_dir", tmp_path / "late")
+        out, err = capsys.readouterr()
+    assert "Noise rate: " in out and "failed (" in err and "late is complete: hf upload alice/" in err
+    assert (tmp_path / "late" / "report.html").is_file()
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl", "json", "csv"])
