@@ -134,6 +134,7 @@ PAIR_ARMS = {
     "em": judged("weight", weights=EM),
     "basis": {"poprisk_gate": "none", "poprisk_basis": "eigen"},
     "basis+weight": judged("weight", poprisk_basis="eigen"),
+    **{f"basis+{gate}": GATES[gate] | {"poprisk_basis": "eigen"} for gate in ("hard", "soft", "random-mask")},
     "leap": judged("weight", poprisk_leap=1.0, epochs=0),  # the learning rate does nothing
     **{make.__name__: {"poprisk_gate": "none", "optimizer": make} for make in RIVALS},
     "soap+weight": judged("weight", optimizer=rivals.soap),

@@ -12,7 +12,7 @@ from experiment import Cell
 from labels_arms import Arm, LogOdds
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
-from training import RandomMaskAdamW
+from training import RandomMaskAdamW, RandomMaskEigenAdamW
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from hf_poprisk import PopRiskEarlyStoppingCallback
@@ -89,7 +89,9 @@ def trainer_class(base: Any, cell: Cell, mislabeled: np.ndarray) -> Any:
         @staticmethod
         def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
             stock, kwargs = base.get_optimizer_cls_and_kwargs(args, model)
-            return RandomMaskAdamW if cell.get("random_mask") else stock, kwargs
+            if not cell.get("random_mask"):
+                return stock, kwargs
+            return RandomMaskEigenAdamW if args.poprisk_basis == "eigen" else RandomMaskAdamW, kwargs
 
     return ArmTrainer
 
