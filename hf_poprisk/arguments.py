@@ -61,8 +61,8 @@ class PopRiskArgumentsMixin:
     poprisk_basis: Literal["coordinate", "eigen"] = field(
         default="coordinate",
         metadata={
-            "help": "With poprisk_gate=none: where AdamW's moments live. eigen: in the eigenbasis of each "
-            "linear layer's per-example gradients, measured once, before the first step."
+            "help": "Where AdamW's moments and the gate live. eigen: in the eigenbasis of each linear "
+            "layer's per-example gradients, measured once, before the first step."
         },
     )
     poprisk_risk: bool = field(

@@ -1,26 +1,26 @@
-"""AdamW whose moments live in the Kronecker eigenbasis of each linear layer's gradients (``basis="eigen"``).
+"""AdamW and the gate in the Kronecker eigenbasis of each linear layer's gradients (``basis="eigen"``).
 
 With H_i the gradient of example i, U_L and U_R are the eigenvectors of ``Σ H_i H_iᵀ`` and ``Σ H_iᵀ H_i``,
-measured once, before the first step. The moments see ``G' = U_Lᵀ G U_R``, and AdamW's write Δ' is rotated
-back, ``W ← (1 − lr·wd) W + U_L Δ' U_Rᵀ``; weight decay is the same in every basis.
+measured once, before the first step. The moments see ``G' = U_Lᵀ G U_R``, the gate compares its square with
+``Q' = Σ_i (U_Lᵀ H_i U_R)²``, and AdamW's write Δ' is rotated back, ``W ← (1 − lr·wd) W + U_L Δ' U_Rᵀ``;
+weight decay is the same in every basis.
 (SOAP, arXiv:2409.11321, follows a running basis of batch gradients instead.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
-from hf_poprisk.gated_adamw import plain_adamw
 from hf_poprisk.leave_one_out.leap import trained_layers
 from hf_poprisk.leave_one_out.mixin import Passes
 from hf_poprisk.optimizer import PopRiskAdamW
-from hf_poprisk.per_example.basis import complete_bases
+from hf_poprisk.per_example.basis import Sides, complete_bases
 from hf_poprisk.per_example.factors import LinearFactors
 from hf_poprisk.per_example.undisturbed import mode, undisturbed
 
@@ -28,30 +28,16 @@ LEFT, RIGHT = "basis_left", "basis_right"  # in the state of a parameter
 _NUM_EXAMPLES = 256  # that the bases are measured on
 
 
-def rotated(state: Mapping[str, Any], x: Tensor) -> Tensor:
-    """U_Lᵀ X U_R, in the bases' dtype; x itself where the state holds no basis."""
-    if LEFT in state:
-        x = state[LEFT].T @ x.to(state[LEFT].dtype)
-    return x.to(state[RIGHT].dtype) @ state[RIGHT] if RIGHT in state else x
-
-
-def rotated_back(state: Mapping[str, Any], x: Tensor) -> Tensor:
-    """U_L X U_Rᵀ, the inverse."""
-    if LEFT in state:
-        x = state[LEFT] @ x.to(state[LEFT].dtype)
-    return x.to(state[RIGHT].dtype) @ state[RIGHT].T if RIGHT in state else x
-
-
 class EigenPopRiskAdamW(PopRiskAdamW):
-    """What ``PopRiskAdamW(..., gate="none", basis="eigen")`` gives; its state holds the bases too."""
+    """What ``PopRiskAdamW(..., basis="eigen")`` gives; its state holds the bases too."""
 
     @property
-    def rotated_parameters(self) -> list[Tensor]:
-        """Those with a basis, in group order."""
+    def bases(self) -> Mapping[Tensor, Sides]:  # type: ignore[override]
+        """Parameter → (U_L or None, U_R or None), of those that have one, in group order."""
         held = ((p, self.state.get(p, {})) for p in self._all_parameters())
-        return [p for p, state in held if LEFT in state or RIGHT in state]
+        return {p: (s.get(LEFT), s.get(RIGHT)) for p, s in held if LEFT in s or RIGHT in s}
 
-    def set_bases(self, bases: Mapping[Tensor, Sequence[Tensor | None]]) -> None:
+    def set_bases(self, bases: Mapping[Tensor, Sides]) -> None:
         """Before the first step. A parameter without a basis gets AdamW's own update.
 
         Args:
@@ -68,24 +54,12 @@ class EigenPopRiskAdamW(PopRiskAdamW):
             if found:  # torch makes the moments of an empty state only
                 zeros = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
                 self.state[p] = {"step": torch.tensor(0.0), **zeros, **found}
+        self._window = None
 
     def _update(self) -> None:
-        if not self.rotated_parameters:
+        if not self.bases:
             raise RuntimeError("basis='eigen' has no bases: call set_bases before the first step.")
-        for group in self.param_groups:
-            plain = []
-            for row in self._rows(group):
-                param, grad, exp_avg, exp_avg_sq, step = row
-                state = self.state[param]
-                if LEFT not in state and RIGHT not in state:
-                    plain.append(row)
-                    continue
-                write = torch.zeros_like(param)
-                turned = rotated(state, grad).to(param.dtype)
-                plain_adamw({**group, "weight_decay": 0.0}, [(write, turned, exp_avg, exp_avg_sq, step)])
-                param.mul_(1 - float(group["lr"]) * float(group["weight_decay"]))
-                param.add_(rotated_back(state, write))
-            plain_adamw(group, plain)
+        super()._update()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
         super().load_state_dict(state_dict)
@@ -95,6 +69,7 @@ class EigenPopRiskAdamW(PopRiskAdamW):
             for side in (LEFT, RIGHT):
                 if side in state:
                     self.state[p][side] = _held(state[side], p)
+        self._window = None
 
 
 def _held(basis: Tensor, param: Tensor) -> Tensor:
@@ -120,7 +95,7 @@ class MeasureBases(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self._trainer
         optimizer = trainer._poprisk_optimizer()
-        if not optimizer.rotated_parameters:
+        if not optimizer.bases:
             try:
                 self._measure(optimizer)
             except ValueError as error:
@@ -128,11 +103,12 @@ class MeasureBases(TrainerCallback):
                 raise ValueError(
                     f"poprisk_basis=eigen has nothing to measure ({reason}): set poprisk_basis=coordinate."
                 ) from error
-        turned = optimizer.rotated_parameters
+        turned = list(optimizer.bases)
         every = sum(p.numel() for p in optimizer._all_parameters() if p.requires_grad)
+        what = "AdamW's moments and the gate" if optimizer.needs_examples else "AdamW's moments"
         trainer._say(
-            f"poprisk_basis=eigen: AdamW's moments of {sum(p.numel() for p in turned):,} of {every:,} "
-            f"parameters ({len(turned)} matrices) are in the eigenbasis of their gradients."
+            f"poprisk_basis=eigen: {what} of {sum(p.numel() for p in turned):,} of {every:,} parameters "
+            f"({len(turned)} matrices) are in the eigenbasis of their gradients."
         )
 
     def _measure(self, optimizer: EigenPopRiskAdamW) -> None:
@@ -160,13 +136,14 @@ class MeasureBases(TrainerCallback):
             torch.enable_grad(),
         ):
             found = complete_bases(run)
-        bases, get_head = {}, getattr(model, "get_output_embeddings", lambda: None)
-        head = get_head()
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
+        bases = {}
         for name, (left, right) in found.items():
             layer = layers[name]
-            if layer is head:  # among tokens, few of which the examples hold, most directions are rounding
-                left = None
+            # among tokens, few of which the examples hold, most directions are rounding
+            left = None if layer is head or layer.weight in tables else left
             bases[layer.weight] = (right, left) if isinstance(layer, Conv1D) else (left, right)
         optimizer.set_bases(bases)
-        if not optimizer.rotated_parameters:
+        if not optimizer.bases:
             raise ValueError("no layer that is trained has a gradient and a side that is short enough")

@@ -13,6 +13,7 @@ from torch.optim.adamw import adamw
 
 from hf_poprisk.gate import openness
 from hf_poprisk.per_example import kernels_cpu, kernels_gpu
+from hf_poprisk.per_example.basis import Sides, rotated, rotated_back
 
 Row = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # param, grad, exp_avg, exp_avg_sq, step
 _PIECE = 1 << 18  # elements that are worked on together: they stay in a core's cache
@@ -96,6 +97,27 @@ def gated_adamw(group: dict[str, Any], row: Row, q: Tensor) -> None:
         unwritten = param * kept
         plain_adamw(group, [row])
         _take_back(param, unwritten, q)
+
+
+def adamw_in_basis(group: dict[str, Any], row: Row, q: Tensor | None, sides: Sides) -> None:
+    """AdamW in a basis, with its write multiplied by q there: weight decay is the same in every basis.
+
+    Args:
+        group: as for ``gated_adamw``.
+        row: of a matrix; its moments are in the basis, the gradient is not.
+        q: in the basis; None for no gate.
+        sides: the basis.
+    """
+    param, grad, *moments = row
+    write = torch.zeros_like(param)
+    turned: Row = (write, rotated(sides, grad).to(param.dtype), *moments)  # type: ignore[assignment]
+    undecayed = {**group, "weight_decay": 0.0}
+    if q is None:
+        plain_adamw(undecayed, [turned])
+    else:
+        gated_adamw(undecayed, turned, q)
+    param.mul_(1 - float(group["lr"]) * float(group["weight_decay"]))
+    param.add_(rotated_back(sides, write))
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:

@@ -13,10 +13,11 @@ from torch.distributed.tensor import DTensor
 
 from hf_poprisk.finite import all_finite, none_finite, why_none_is
 from hf_poprisk.gate import null_openness
-from hf_poprisk.gated_adamw import Row, decide, gated_adamw, plain_adamw
+from hf_poprisk.gated_adamw import Row, adamw_in_basis, decide, gated_adamw, plain_adamw
 from hf_poprisk.logs import GateStatistics
 from hf_poprisk.options import NOTHING_TO_TRAIN, check_options
 from hf_poprisk.per_example import BatchedGradients, Capture, ExampleWindow, Layout
+from hf_poprisk.per_example.basis import Sides
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class PopRiskAdamW(torch.optim.AdamW):
         ungated: parameters that the gate leaves alone (see ``options.matching``).
         warmup_steps: ungated steps at the start.
         ema_alpha: threshold of ``ema``; default ``(1−β₁)/(1+β₁)``. The published 1 closes almost everything.
-        basis: ``coordinate``, or without a gate ``eigen``: the moments are in an eigenbasis of each layer's
+        basis: ``coordinate``, or ``eigen``: the moments and the gate are in an eigenbasis of each layer's
             gradients, which ``set_bases`` must be given: ``hf_poprisk.eigen``.
 
     Attributes:
@@ -67,6 +68,7 @@ class PopRiskAdamW(torch.optim.AdamW):
     """
 
     keep_written = False
+    bases: Mapping[Tensor, Sides] = {}  # of the parameters that have one
     _said_single = False
     # of the window: copies start without
     _window: ExampleWindow | None = None
@@ -165,8 +167,7 @@ class PopRiskAdamW(torch.optim.AdamW):
 
         Args:
             layers: ``BatchedGradients(model, optimizer.gated_parameters)`` with nothing uncovered.
-            layout: ``Rows(N, rows)`` if row j belongs to example j mod N; ``Packed(lengths)`` for sequences
-                packed into one row.
+            layout: ``Rows(N, rows)`` if row j belongs to example j mod N; ``Packed(lengths)`` if packed.
 
         Raises:
             RuntimeError: see ``ExampleWindow.batch``.
@@ -179,7 +180,6 @@ class PopRiskAdamW(torch.optim.AdamW):
         return self._free_window().batch(layers, layout)
 
     def _free_window(self) -> ExampleWindow:
-        """The window, not closed."""
         window = self._open_window()
         if self._openness is not None:
             if any(p.grad is not None for p in self.gated_parameters):
@@ -212,7 +212,7 @@ class PopRiskAdamW(torch.optim.AdamW):
                 logger.warning("a step with a single example is plain AdamW's; this is said once.")
                 self._said_single = True
             return
-        sums = [self.decide(p.grad, sq_sum, num_examples) for p, sq_sum in sq_sums.items()]
+        sums = [self.decide(window.squares.rotated(p, p.grad), q, num_examples) for p, q in sq_sums.items()]
         self._openness = sq_sums
         if not sums:
             return
@@ -266,7 +266,8 @@ class PopRiskAdamW(torch.optim.AdamW):
 
     def _is_never_finite(self) -> bool:
         """Whether no step was taken yet and no gradient is finite, so that no step ever will be."""
-        return self.gate != "none" and not any(self.state.values()) and none_finite(self._all_parameters())
+        settled = self.gate == "none" or any(state.get("step") for state in self.state.values())
+        return not settled and none_finite(self._all_parameters())
 
     def _rows(self, group: dict[str, Any]) -> list[Row]:
         """Of the parameters of a group that have a gradient."""
@@ -278,24 +279,24 @@ class PopRiskAdamW(torch.optim.AdamW):
         return list(zip(*columns, strict=True))
 
     def _update(self) -> None:
+        bases = self.bases
         for group in self.param_groups:
-            gated, plain = list[Row](), list[Row]()
+            plain = list[Row]()
             for row in self._rows(group):
                 self.state[row[0]].pop("written", None)
-                (gated if self._is_gated(row[0], row[4]) else plain).append(row)
-            plain_adamw(group, plain)
-            for row in gated:
-                q = self._openness_of(group, row)
-                if self.keep_written:
+                if (q := self._openness_of(group, row)) is not None and self.keep_written:
                     self.state[row[0]]["written"] = q.clone()
-                gated_adamw(group, row, q)
+                if row[0] in bases:
+                    adamw_in_basis(group, row, q, bases[row[0]])
+                elif q is None:
+                    plain.append(row)
+                else:
+                    gated_adamw(group, row, q)
+            plain_adamw(group, plain)
 
-    def _is_gated(self, param: Tensor, step: Tensor) -> bool:
-        """Whether this step, the one after ``step``, is gated; what is ungated has no openness."""
-        return step.item() >= self.warmup_steps and param in (self._openness or {})
-
-    def _openness_of(self, group: dict[str, Any], row: Row) -> Tensor:
-        return self._openness[row[0]]  # type: ignore[index]
+    def _openness_of(self, group: dict[str, Any], row: Row) -> Tensor | None:
+        """q of this step, the one after ``step``; None where it is not gated."""
+        return (self._openness or {}).get(row[0]) if row[4].item() >= self.warmup_steps else None
 
     def _all_parameters(self) -> Iterator[Tensor]:
         return (p for group in self.param_groups for p in group["params"])
@@ -341,7 +342,7 @@ class PopRiskAdamW(torch.optim.AdamW):
         # with those that are frozen now: they may be trained later
         every = list(self._all_parameters())
         gated = dict.fromkeys(p for p in every if self.needs_examples and p not in self._ungated)
-        return ExampleWindow(gated, self.names, [p for p in every if p not in gated])
+        return ExampleWindow(gated, self.names, [p for p in every if p not in gated], self.bases)
 
     def _end_window(self) -> None:
         self._openness, self._skip_step, self._none_finite = None, False, None

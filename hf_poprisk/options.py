@@ -68,17 +68,11 @@ def check_options(prefix: str = "", **options: Any) -> None:
             f"{prefix}ema_alpha has no effect with {prefix}estimator={options['estimator']!r}: remove it or "
             f"set {prefix}estimator='ema'."
         )
-    if options["basis"] != "eigen":
-        return
-    for name, bad, way_out in (
-        ("gate", options["gate"] != "none", "gate='none'"),
-        ("estimator", options["estimator"] == "ema", "estimator='example'"),
-    ):
-        if bad:
-            raise ValueError(
-                f"{prefix}basis='eigen' does not go with {prefix}{name}={options[name]!r}: set "
-                f"{prefix}{way_out}, or {prefix}basis='coordinate'."
-            )
+    if options["basis"] == "eigen" and options["estimator"] == "ema":
+        raise ValueError(
+            f"{prefix}basis='eigen' does not go with {prefix}estimator='ema': set {prefix}estimator="
+            f"'example', or {prefix}basis='coordinate'."
+        )
 
 
 def matching(named_parameters: Iterable[tuple[str, Tensor]], patterns: Sequence[str]) -> list[Tensor]:

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from hf_poprisk.eigen import rotated
+from hf_poprisk.eigen import LEFT, RIGHT
+from hf_poprisk.per_example.basis import rotated
 from hf_poprisk.record import write_json
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,8 @@ def gains(
                 raise no_moments(optimizer)
             step = torch.as_tensor(state["step"]).double()  # on the device if fused: not read here
             # in the basis of the moments
-            grad, square = rotated(state, p.grad.float() / scale), state["exp_avg_sq"].float()
+            sides = state.get(LEFT), state.get(RIGHT)
+            grad, square = rotated(sides, p.grad.float() / scale), state["exp_avg_sq"].float()
             written = grad * state["written"] if "written" in state else grad
             last = square.sqrt().div_((1 - beta2**step).sqrt()).add_(group["eps"])
             signal = (written * state["exp_avg"] / last).sum() / (1 - beta1**step)

@@ -66,9 +66,6 @@ class StreamingPopRiskAdamW(PopRiskAdamW):
         if self._none_finite is None:  # close_window, which this form does not ask for, was not called
             self._none_finite = self._is_never_finite()
 
-    def _is_gated(self, param: Tensor, step: Tensor) -> bool:
-        return param not in self._ungated  # in warm-up too, so that the noise estimate runs
-
     def _update(self) -> None:
         self._sums: dict[Tensor, Tensor] = {}
         super()._update()
@@ -79,15 +76,17 @@ class StreamingPopRiskAdamW(PopRiskAdamW):
             self.statistics.add(list(self._sums), sums, null, None)
             self._sums = {}
 
-    def _openness_of(self, group: dict[str, Any], row: Row) -> Tensor:
+    def _openness_of(self, group: dict[str, Any], row: Row) -> Tensor | None:
         param, grad, exp_avg, _, step = row
+        if param in self._ungated:
+            return None
         beta1, t = group["betas"][0], step.item() + 1
         noise = self._track_noise(param, grad - exp_avg)
         signal = (torch.lerp(exp_avg, grad, 1 - beta1) / (1 - beta1**t)).square_()
         q = streaming_openness(signal, noise, self._alpha(beta1), self.gate)
         live = torch.count_nonzero(noise)
         self._sums[param] = torch.stack([x.float() for x in (q.sum(), live, live * 0, live * 0)])
-        return q.fill_(1.0) if t <= self.warmup_steps else q
+        return q.fill_(1.0) if t <= self.warmup_steps else q  # the noise estimate runs in warm-up too
 
     def _track_noise(self, param: Tensor, surprise: Tensor) -> Tensor:
         """``s ← ρ s + (1−ρ)(G − m_prev)²``; returns it bias-corrected."""

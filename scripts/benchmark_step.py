@@ -82,8 +82,8 @@ def plain(model: nn.Module, ids: Tensor, single: bool = False) -> Made:
     return backward, None, None
 
 
-def gated(model: nn.Module, ids: Tensor, single: bool = False) -> Made:
-    optimizer = PopRiskAdamW(trainable(model).values())
+def gated(model: nn.Module, ids: Tensor, single: bool = False, optimizer: PopRiskAdamW | None = None) -> Made:
+    optimizer = optimizer or PopRiskAdamW(trainable(model).values())
     layers = None if single else BatchedGradients(model, optimizer.gated_parameters)
 
     def backward() -> None:
@@ -105,17 +105,18 @@ def gated(model: nn.Module, ids: Tensor, single: bool = False) -> Made:
     return closed, squares, optimizer
 
 
-def eigen(model: nn.Module, ids: Tensor) -> Made:
+def eigen(model: nn.Module, ids: Tensor, gate: str = "none") -> Made:
     """In random bases, which cost what measured ones do; the side of the tokens is not rotated."""
 
     def orthogonal(size: int) -> Tensor:
         return torch.linalg.qr(torch.randn(size, size))[0]
 
-    optimizer = PopRiskAdamW(trainable(model).values(), gate="none", basis="eigen")
+    optimizer = PopRiskAdamW(trainable(model).values(), gate=gate, basis="eigen")
     weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad]
-    sides = {p: [None if n == VOCABULARY else orthogonal(n) for n in p.shape] for p in weights}
+    sides = {p: tuple(None if n == VOCABULARY else orthogonal(n) for n in p.shape) for p in weights}
     optimizer.set_bases(sides)
-    return plain(model, ids)[0], None, optimizer
+    made = plain(model, ids) if gate == "none" else gated(model, ids, optimizer=optimizer)
+    return made[0], None, optimizer
 
 
 def vmap(model: nn.Module, ids: Tensor) -> Made:
@@ -180,6 +181,7 @@ ARMS: dict[str, Callable[..., Made]] = {
     "gate, single examples": partial(gated, single=True),
     "gate, batched": gated,
     "eigenbasis, no gate": eigen,
+    "eigenbasis, gate, batched": partial(eigen, gate="hard"),
     **PEERS,
 }
 

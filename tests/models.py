@@ -20,6 +20,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.pytorch_utils import Conv1D
 
 import hf_poprisk
 from hf_poprisk import PopRiskTrainer, PopRiskTrainingArguments
@@ -67,6 +68,17 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>")
     fast.model_max_length = 128
     return fast
+
+
+def orthogonal(size: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(size)
+    return torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0].to(dtype)
+
+
+def some_bases(model: nn.Module) -> dict[torch.Tensor, tuple[torch.Tensor | None, torch.Tensor | None]]:
+    """Of the weights of linear layers; a vocabulary is not rotated."""
+    linear = [m.weight for m in model.modules() if isinstance(m, nn.Linear | Conv1D)]
+    return {w: tuple(orthogonal(n) if n < 200 else None for n in w.shape) for w in linear}
 
 
 def tiny_model(

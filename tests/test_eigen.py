@@ -10,24 +10,29 @@ import pytest
 import reference
 import torch
 from leave_one_out.helpers import classify, examples, first_gradients, planted, prefer, same, weights
-from models import tiny_model, trainer_of
+from models import orthogonal, tiny_model, trainer_of
 from peft import LoraConfig
-from test_optimizer import HYPER, assert_same, groups, parameters, set_gradients
+from test_optimizer import (
+    HYPER,
+    assert_same,
+    draw_examples,
+    groups,
+    parameters,
+    run_examples,
+    set_gradients,
+    step,
+)
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from hf_poprisk import PopRiskAdamW, risk
 from hf_poprisk.eigen import EigenPopRiskAdamW, MeasureBases
+from hf_poprisk.gate import null_openness
 from hf_poprisk.output_space.preconditioner import kind as preconditioner_kind
 from hf_poprisk.per_example import basis
 
 EIGEN: dict[str, Any] = {"poprisk_gate": "none", "poprisk_basis": "eigen"}
 adamw_in_basis = partial(PopRiskAdamW, gate="none", basis="eigen")
-
-
-def orthogonal(size: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    generator = torch.Generator().manual_seed(size)
-    return torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0].to(dtype)
 
 
 # The step
@@ -77,6 +82,61 @@ def test_steps_follow_the_textbook(sides: str) -> None:
         torch.testing.assert_close(optimizer.state[p]["exp_avg_sq"], s.detach(), rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("gate", ["hard", "soft"])
+def test_gated_steps_follow_the_textbook(gate: str) -> None:
+    """Single gradients are rotated, the gate decides there, and clipping leaves it alone."""
+    params = parameters(torch.float64)
+    optimizer = PopRiskAdamW(params, gate=gate, basis="eigen", **HYPER)
+    u, v = orthogonal(7), orthogonal(5)
+    optimizer.set_bases({params[0]: (u, v)})
+    expected = [[p.detach().clone(), torch.zeros_like(p), torch.zeros_like(p)] for p in params]
+    opened = 0.0
+    for number in range(1, 6):
+        examples = draw_examples(params, b=4, seed=number)
+        run_examples(optimizer, params, examples)
+        optimizer.close_window()
+        for p in params:
+            p.grad *= 0.3
+        optimizer.step()
+        optimizer.zero_grad()
+        for k, (w, m, s) in enumerate(expected):
+            h = torch.stack([example[k] for example in examples])
+            if k == 0:
+                w, h = u.T @ w @ v, u.T @ h @ v
+            q = reference.openness(h, gate)
+            opened += q.sum().item()
+            w, m, s = reference.adamw_step(w, 0.3 * h.sum(0), q, m, s, number, **HYPER)
+            expected[k] = [u @ w @ v.T if k == 0 else w, m, s]
+    for p, (w, m, s) in zip(params, expected, strict=True):
+        torch.testing.assert_close(p.detach(), w.detach(), rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(optimizer.state[p]["exp_avg"], m.detach(), rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(optimizer.state[p]["exp_avg_sq"], s.detach(), rtol=1e-11, atol=1e-12)
+    logs = optimizer.statistics.pop("examples")
+    share = opened / 5 / sum(p.numel() for p in params)
+    assert logs["poprisk/fraction_open"] == pytest.approx(share, rel=1e-6)
+    assert logs["poprisk/fraction_open_null"] == pytest.approx(null_openness(4, gate))
+
+
+def test_noise_opens_the_gate_as_often_in_any_basis() -> None:
+    p = nn.Parameter(torch.zeros(60, 50))
+    optimizer = PopRiskAdamW([p], gate="hard", basis="eigen", lr=0.0)
+    optimizer.set_bases({p: (orthogonal(60), orthogonal(50))})
+    for seed in range(10):
+        step(optimizer, [p], draw_examples([p], b=4, seed=seed, signal=0))
+    logs = optimizer.statistics.pop("examples")
+    assert logs["poprisk/fraction_open"] == pytest.approx(logs["poprisk/fraction_open_null"], abs=0.01)
+
+
+def test_a_gated_run_without_a_finite_gradient_says_so() -> None:
+    """The state holds bases, and no step."""
+    params = parameters()
+    optimizer = PopRiskAdamW(params, basis="eigen")
+    optimizer.set_bases({params[0]: (orthogonal(7), None)})
+    run_examples(optimizer, params, [[torch.full_like(p, float("nan")) for p in params]] * 2)
+    with pytest.raises(RuntimeError, match="finite"):
+        optimizer.step()
+
+
 def test_bfloat16_is_rotated_in_float32_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
     params = parameters(torch.bfloat16)
     optimizer = adamw_in_basis(params, lr=1e-2)
@@ -99,13 +159,14 @@ def test_bfloat16_is_rotated_in_float32_and_goes_on_bit_for_bit(tmp_path: Path) 
     assert_same(optimizer, other)
 
 
-def test_the_gain_is_what_the_step_is_worth_on_the_next_gradient() -> None:
+@pytest.mark.parametrize("gate", ["none", "soft"])
+def test_the_gain_is_what_the_step_is_worth_on_the_next_gradient(gate: str) -> None:
     params = parameters()
-    optimizer = adamw_in_basis(params, lr=1e-2, weight_decay=0.0)
+    optimizer = PopRiskAdamW(params, gate=gate, basis="eigen", lr=1e-2, weight_decay=0.0)
+    optimizer.keep_written = True
     optimizer.set_bases({params[0]: (orthogonal(7), orthogonal(5))})
-    set_gradients(params, 0)
     before = [p.detach().clone() for p in params]
-    optimizer.step()
+    step(optimizer, params, draw_examples(params, b=4))
     set_gradients(params, 1)
     worth = sum(float(((b - p.detach()) * p.grad).sum()) for b, p in zip(before, params, strict=True))
     assert float(risk.gains(optimizer)[0]) == pytest.approx(worth, rel=1e-4)
@@ -152,7 +213,7 @@ def test_the_bases_are_orthogonal_and_diagonalise_the_sums(
         return trainer.label_log_odds(model, batch)[0] if kind == "DPO" else model(**batch).loss
 
     optimizer = trainer._poprisk_optimizer()
-    held = {name: p for name, p in model.named_parameters() if p in set(optimizer.rotated_parameters)}
+    held = {name: p for name, p in model.named_parameters() if p in optimizer.bases}
     linear = [m for m in model.modules() if hasattr(m, "weight") and type(m).__name__ in ("Linear", "Conv1D")]
     assert len(held) == len(linear) > 8
     for name, (left, right) in sums_of(objective, 11, held).items():
@@ -247,21 +308,27 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Tensor]
     yield found
 
 
+@pytest.mark.parametrize("gate", ["none", "hard"])
 def test_a_resumed_run_is_the_uninterrupted_one(
-    llama_dir: Path, tmp_path: Path, measured: list[Any], caplog: pytest.LogCaptureFixture
+    gate: str, llama_dir: Path, tmp_path: Path, measured: list[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Bit for bit, without measuring again; with judged labels."""
+    in_basis = {**EIGEN, "poprisk_gate": gate}
     options = {"poprisk_label_noise": "weight", "save_strategy": "steps", "save_steps": 3, "max_steps": 6}
     run = partial(prefer, "DPO", llama_dir, tmp_path, planted()[0], **options)
-    whole, resumed = run(**EIGEN), run(**EIGEN)
+    whole, resumed = run(**in_basis), run(**in_basis)
     whole.train()
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert same(weights(whole), weights(resumed))
     assert_same(resumed._poprisk_optimizer(), whole._poprisk_optimizer())
     whole.train()  # a second training of the same model keeps them as well
     assert len(measured) == 1
-    share = "AdamW's moments of 9,632 of 14,736 parameters (15 matrices)"
+    what = "AdamW's moments" if gate == "none" else "AdamW's moments and the gate"
+    share = f"{what} of 9,632 of 14,736 parameters (15 matrices)"
     assert caplog.text.count(f"poprisk_basis=eigen: {share}") == 3
+    if gate != "none":
+        assert 0.1 < whole.state.log_history[0]["poprisk/fraction_open"] < 0.9
+        return
     with pytest.raises(ValueError, match="poprisk_basis from 'eigen' to 'coordinate'"):
         run(poprisk_gate="none").train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     with pytest.raises(ValueError, match="poprisk_basis from 'eigen' to 'coordinate'"):
@@ -304,24 +371,15 @@ class Stream(IterableDataset):
         return iter(examples())
 
 
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        ({"gate": "hard"}, "basis='eigen' does not go with {0}gate='hard': set {0}gate='none', or"),
-        (
-            {"gate": "none", "estimator": "ema"},
-            "basis='eigen' does not go with {0}estimator='ema': set {0}estimator='example', or",
-        ),
-    ],
-)
-def test_gates_are_refused(options: dict[str, str], sentence: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("gate", ["none", "hard"])
+def test_the_streaming_form_is_refused(gate: str, tmp_path: Path) -> None:
     """By the fields and by the optimizer."""
+    sentence = "basis='eigen' does not go with {0}estimator='ema': set {0}estimator='example', or"
     with pytest.raises(ValueError, match=f"^poprisk_{sentence.format('poprisk_')} poprisk_basis='coord"):
-        classify(
-            tmp_path, examples(), poprisk_basis="eigen", **{f"poprisk_{k}": v for k, v in options.items()}
-        )
+        options = {"poprisk_basis": "eigen", "poprisk_gate": gate, "poprisk_estimator": "ema"}
+        classify(tmp_path, examples(), **options)
     with pytest.raises(ValueError, match=f"^{sentence.format('')} basis='coordinate'"):
-        PopRiskAdamW(parameters(), basis="eigen", **options)
+        PopRiskAdamW(parameters(), basis="eigen", gate=gate, estimator="ema")
 
 
 def test_what_has_no_basis_is_refused(

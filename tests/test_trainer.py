@@ -32,9 +32,9 @@ class Record:
         original = ExampleWindow.reduce
 
         def reduce(window: ExampleWindow) -> Any:
-            b, sq_sums = original(window)
+            (b, sq_sums), turned = original(window), window.squares.rotated
             self.windows.append(
-                (b, {window.names[p]: (p.grad.clone(), q.clone()) for p, q in sq_sums.items()})
+                (b, {window.names[p]: (turned(p, p.grad).clone(), q.clone()) for p, q in sq_sums.items()})
             )
             return b, sq_sums
 

@@ -27,6 +27,23 @@ DAMPING = 1e-3  # δ
 SEED = 0  # of the projection
 
 
+Sides = tuple[Tensor | None, Tensor | None]  # U_L [out, out] and U_R [in, in]; None does not rotate a side
+
+
+def rotated(sides: Sides, x: Tensor) -> Tensor:
+    """U_Lᵀ X U_R, [..., out, in], in the dtype of the bases; x itself where there is none."""
+    left, right = sides
+    with torch.autocast(x.device.type, enabled=False):
+        x = x if left is None else left.T @ x.to(left.dtype)
+        return x if right is None else x.to(right.dtype) @ right
+
+
+def rotated_back(sides: Sides, x: Tensor) -> Tensor:
+    """U_L X U_Rᵀ, the inverse."""
+    left, right = sides
+    return rotated((None if left is None else left.T, None if right is None else right.T), x)
+
+
 @dataclass
 class LayerBasis:
     """Of one layer [out, in]; l and r are the directions that are kept of its sides.

@@ -66,7 +66,7 @@ class Capture:
         """Note a lookup of token ids, [rows, …], in an embedding."""
         if self._counts(weight):
             if weight not in self._tokens:
-                self._tokens[weight] = Tokens(weight, self.layout)
+                self._tokens[weight] = Tokens(weight, self.layout, self._squares)
             self._tokens[weight].see(ids)
 
     def _counts(self, param: Tensor) -> bool:
@@ -155,6 +155,8 @@ class Capture:
             raise self._uncovered(
                 param, "it is looked up inside a reentrant checkpoint and used outside of it too"
             )
+        if self._squares.bases.get(param, (None, None))[0] is not None:
+            raise self._uncovered(param, "it is an embedding, whose rows a basis must not mix")
         h = tokens.add(ids, d, padding)
         grad = torch.zeros_like(param, dtype=h.dtype).index_add_(0, tokens.ids, h)
         return self._returning(param, grad)
@@ -170,7 +172,7 @@ class Capture:
             return
         if self._uses[param] > 1:
             raise self._uncovered(param, "a large weight is used both by a fused head and elsewhere")
-        rows = rows_per_block(param)
+        rows, h = rows_per_block(param), self._squares.rotated(param, h)
         for start in range(0, param.shape[0], rows):
             block = h[start : start + rows].to(wide(h.dtype), copy=True)
             if param in self._tokens:
@@ -191,7 +193,8 @@ class Capture:
                     param, "a part of its gradient did not come through the captured layers"
                 )
         if param in self._kept:
-            self._squares.add(param, rounded(self._kept.pop(param), param))
+            kept = rounded(self._kept.pop(param), param)
+            self._squares.add(param, self._squares.rotated(param, kept))
         elif param in self._repeated:
             self._products.square(param, self._repeated.pop(param), None, self._tokens.get(param))
         if param in self._tokens:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_poprisk.per_example import kernels_cpu, kernels_gpu
+from hf_poprisk.per_example.basis import rotated_back
 from hf_poprisk.per_example.layout import Layout, Rows, by_example, wide
 from hf_poprisk.per_example.squares import SquareSum
 
@@ -43,9 +44,15 @@ class Products:
             grad: G, [out, in], overwritten with ``Σ_i h_i``.
             tokens: of a weight that is an embedding too: its rows are moved there.
         """
+        sides = self._squares.bases.get(param)
+        if sides is not None:  # (D_i U_L)ᵀ (A_i U_R) is h_i in the basis
+            left, right = sides
+            uses = [(_times(a, right, param), _times(d, left, param)) for a, d in uses]
         single = tokens is None and len(uses) == 1 and isinstance(self._layout, Rows)
         if not (single and self._several_at_once(param, *uses[0], grad)):
             self._one_by_one(param, uses, grad, tokens, self._squares)
+        if sides is not None and grad is not None:
+            grad.copy_(rotated_back(sides, grad))
 
     def _several_at_once(self, param: Tensor, a: Tensor, d: Tensor, grad: Tensor | None) -> bool:
         """Take several examples in one pass over G and Q, if there is a way that is faster."""
@@ -146,11 +153,11 @@ class Tokens:
 
     Attributes:
         ids: token of each row, [rows] int64, sorted within an example.
-        grads: their gradients, [rows, width].
+        grads: their gradients, [rows, width], rotated as they are squared.
     """
 
-    def __init__(self, weight: Tensor, layout: Layout) -> None:
-        self._weight, self._layout = weight, layout
+    def __init__(self, weight: Tensor, layout: Layout, squares: SquareSum) -> None:
+        self._weight, self._layout, self._squares = weight, layout, squares
         self._vocabulary, self._width = weight.shape
         self._keys: Tensor | None = None  # example · vocabulary + token, sorted
 
@@ -174,7 +181,7 @@ class Tokens:
             d = d.masked_fill((ids.reshape(-1) == padding)[:, None], 0)
         h = torch.zeros_like(self.grads)
         h.index_add_(0, torch.searchsorted(self._keys, self._key(ids)), d)
-        self.grads.add_(rounded(h, self._weight))
+        self.grads.add_(self._squares.rotated(self._weight, rounded(h, self._weight)))
         return h
 
     def take(self, example: int, start: int, block: Tensor) -> None:
@@ -190,6 +197,11 @@ class Tokens:
             where = self.ids[offset + lo : offset + hi] - start
             self.grads[offset + lo : offset + hi].add_(block[where])
             block[where] = 0
+
+
+def _times(x: Tensor, basis: Tensor | None, param: Tensor) -> Tensor:
+    x = x.to(wide(param.dtype))
+    return x if basis is None else x @ basis
 
 
 def rounded(h: Tensor, param: Tensor) -> Tensor:

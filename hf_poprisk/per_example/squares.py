@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from hf_poprisk.per_example import kernels_cpu
+from hf_poprisk.per_example.basis import Sides, rotated
 from hf_poprisk.per_example.layout import wide
 from hf_poprisk.per_example.ranks import average_squares
 
@@ -20,15 +21,20 @@ class SquareSum:
 
     Args:
         params: whose squares are summed.
+        bases: of those whose gradients are rotated before they are squared.
     """
 
-    def __init__(self, params: Iterable[Tensor]) -> None:
-        self.params = list(params)
+    def __init__(self, params: Iterable[Tensor], bases: Mapping[Tensor, Sides] | None = None) -> None:
+        self.params, self.bases = list(params), bases or {}
         self._sums: dict[Tensor, Tensor] = {}
         self._rows: dict[Tensor, int] = {}  # of this window: how many rows have been written
 
+    def rotated(self, param: Tensor, h: Tensor) -> Tensor:
+        """Gradients of the whole parameter, [..., out, in], as they are squared."""
+        return rotated(self.bases[param], h) if param in self.bases else h
+
     def add(self, param: Tensor, h: Tensor, start: int = 0) -> None:
-        """Gradients of the rows ``start`` … of some examples, [n, rows, …].
+        """Gradients of the rows ``start`` … of some examples, [n, rows, …], rotated.
 
         Blocks of rows come one after the other, and all examples of a block before the next one.
         """
@@ -50,7 +56,7 @@ class SquareSum:
         kernels_cpu.add_squares(h, total, squares, first=first, fresh=fresh)
 
     def add_rows(self, param: Tensor, rows: Tensor, h: Tensor) -> None:
-        """Gradients of single rows of a table; rows: [R] int64, h: [R, width]."""
+        """Gradients of single rows of a table, rotated; rows: [R] int64, h: [R, width]."""
         sums, fresh = self.buffer(param)
         if fresh:
             sums.zero_()

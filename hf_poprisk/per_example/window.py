@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hf_poprisk.per_example.basis import Sides
 from hf_poprisk.per_example.capture import Capture
 from hf_poprisk.per_example.layers import BatchedGradients
 from hf_poprisk.per_example.layout import Layout
@@ -32,6 +33,7 @@ class ExampleWindow:
         params: the parameters whose squares are summed; plain dense tensors.
         names: parameter → name, only for messages.
         others: further ones, which ``no_example`` watches too.
+        bases: parameter → basis in which its squares are summed.
     """
 
     def __init__(
@@ -39,8 +41,9 @@ class ExampleWindow:
         params: Iterable[Tensor],
         names: Mapping[Tensor, str] | None = None,
         others: Iterable[Tensor] = (),
+        bases: Mapping[Tensor, Sides] | None = None,
     ) -> None:
-        self.squares = SquareSum(params)
+        self.squares = SquareSum(params, bases)
         self._params = self.squares.params
         self._others = list(others)
         self.names: Mapping[Tensor, str] = names or {}
@@ -63,7 +66,7 @@ class ExampleWindow:
 
         def square(param: Tensor, grad: Tensor) -> None:
             self._check_part(param, grad)
-            self.squares.add(param, grad[None])
+            self.squares.add(param, self.squares.rotated(param, grad[None]))
 
         with self._backward(square, self._params):
             yield

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import rivals
 import torch
 from common import RecipeError
 from torch import Tensor
@@ -121,8 +122,10 @@ def judged(mode: str, gate: str = "none", **more: Any) -> dict[str, Any]:
     return {"poprisk_gate": gate, "poprisk_label_noise": mode, **more}
 
 
+RIVALS = (rivals.lion, rivals.muon, rivals.soap)
+
 # early: by this score of a split of the training data, whose labels are as noisy; risk: early too, by the
-# population gain; weights: in place of the judge's
+# population gain; weights: in place of the judge's; optimizer: in place of AdamW
 ARMS: dict[str, dict[str, Any]] = {
     "adamw": GATES["adamw"],
     "adamw-early": {"poprisk_gate": "none", "early": "accuracy"},
@@ -146,5 +149,8 @@ PAIR_ARMS = {
     "hoelder": judged("weight", weights=Hoelder),
     "basis": {"poprisk_gate": "none", "poprisk_basis": "eigen"},
     "basis+weight": judged("weight", poprisk_basis="eigen"),
+    **{f"basis+{gate}": GATES[gate] | {"poprisk_basis": "eigen"} for gate in ("hard", "soft", "random-mask")},
     "leap": judged("weight", poprisk_leap=1.0, epochs=0),  # the learning rate does nothing
+    **{make.__name__: {"poprisk_gate": "none", "optimizer": make} for make in RIVALS},
+    "soap+weight": judged("weight", optimizer=rivals.soap),
 }

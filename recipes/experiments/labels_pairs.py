@@ -51,6 +51,7 @@ TITLES = {
 }
 
 
+EPOCHS = 4
 EXCHANGED = 6  # words of a completion that change places
 
 
@@ -144,7 +145,7 @@ def prepare(cell: Cell, folder: str) -> Setup:
     trainer_kind = trainer_class(Trainer, cell, mislabeled[kept])
     trainer = dpo.make_trainer(trainer_kind, args, model_args, train.select(kept), sets)
     reference = dpo.reference_of(trainer, model_args)
-    every_epoch = list(sets) if cell.get("early") else ["test"] if cell["arm"] == "adamw" else []
+    every_epoch = list(sets) if cell.get("early") else ["test"]
     return Setup(
         trainer, lambda name: dpo.score(trainer, reference, name), mislabeled[kept], list(sets), every_epoch
     )
@@ -153,8 +154,8 @@ def prepare(cell: Cell, folder: str) -> Setup:
 EXPERIMENT = Experiment(
     title="Mislabeled examples: preference pairs, DPO",
     verdict="supported only at equal learning rate, and a mask does the same",
-    run=lambda cell: run_cell(cell, prepare),
-    settings={"epochs": 4},
+    run=lambda cell: run_cell(cell, prepare, epochs=EPOCHS),
+    settings={"epochs": EPOCHS},
     arms={
         **ARMS,
         **PAIR_ARMS,

@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import RecipeError
 from experiment import Cell
 from labels_arms import Arm, LogOdds
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
-from training import RandomMaskAdamW
+from training import RandomMaskAdamW, RandomMaskEigenAdamW
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from hf_poprisk import PopRiskEarlyStoppingCallback
@@ -77,10 +78,20 @@ def trainer_class(base: Any, cell: Cell, mislabeled: np.ndarray) -> Any:
                 return super()._weights_of(rows)
             return self._arm.weights(rows, self._log_odds.found)
 
+        def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+            if "optimizer" not in cell:
+                return super().create_optimizer(model)
+            if self.args.weight_decay:
+                raise RecipeError(f"{cell['arm']} is run without weight decay: set weight_decay to 0.")
+            self.optimizer = cell["optimizer"](self.model, self.args.learning_rate)
+            return self.optimizer
+
         @staticmethod
         def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
             stock, kwargs = base.get_optimizer_cls_and_kwargs(args, model)
-            return RandomMaskAdamW if cell.get("random_mask") else stock, kwargs
+            if not cell.get("random_mask"):
+                return stock, kwargs
+            return RandomMaskEigenAdamW if args.poprisk_basis == "eigen" else RandomMaskAdamW, kwargs
 
     return ArmTrainer
 
@@ -97,8 +108,12 @@ class Curves(TrainerCallback):
             curve.append(self._score(name))
 
 
-def run_cell(cell: Cell, prepare: Callable[[Cell, str], Setup]) -> dict[str, float | None]:
-    """Train once; accuracies are on clean labels, ``mislabeled_fitted`` on mislabeled ones as labeled."""
+def run_cell(cell: Cell, prepare: Callable[[Cell, str], Setup], epochs: int = 0) -> dict[str, float | None]:
+    """Train once; accuracies are on clean labels, ``mislabeled_fitted`` on mislabeled ones as labeled.
+
+    Args:
+        epochs: so many columns hold the test accuracy after each epoch.
+    """
     with tempfile.TemporaryDirectory() as folder:
         setup = prepare(cell, folder)
         trainer, curves = setup.trainer, Curves(setup)
@@ -111,9 +126,10 @@ def run_cell(cell: Cell, prepare: Callable[[Cell, str], Setup]) -> dict[str, flo
     if by := cell.get("early"):  # the first of the best
         sign = -1 if by == "loss" else 1
         epoch = int(np.argmax(np.nan_to_num([sign * scores[by] for scores in curve["held"]], nan=-np.inf)))
+    tested = [scores["accuracy"] for scores in curve.get("test", ())]
     judge, auroc = trainer._label_noise, None
     if trainer.state.global_step or judge.leapt:
-        final = {name: curve[name][epoch] if name in curve else setup.score(name) for name in setup.sets}
+        final = {name: curve[name][epoch] if curve.get(name) else setup.score(name) for name in setup.sets}
     else:  # the model is as it was, which has no preference
         final = {name: {"accuracy": None} for name in setup.sets}
     if judge is not None and setup.mislabeled.any():
@@ -123,10 +139,11 @@ def run_cell(cell: Cell, prepare: Callable[[Cell, str], Setup]) -> dict[str, flo
         "validation_accuracy": final["validation"]["accuracy"],
         "test_accuracy": final["test"]["accuracy"],
         # of the epoch that is best on test, which nobody can choose
-        "test_accuracy_best": max(s["accuracy"] for s in curve["test"]) if "test" in curve else None,
+        "test_accuracy_best": max(tested, default=None),
         "test_kl_per_token": final["test"].get("kl_per_token"),
         "mislabeled_fitted": final.get("mislabeled", {}).get("accuracy"),
         "noise_rate": judge.fit.rate if judge is not None else None,
         "below_half": float((judge.p_correct() < 0.5).mean()) if judge is not None else None,
         "auroc_suspicion": auroc,
+        **{f"test_accuracy_{k + 1}": tested[k] if k < len(tested) else None for k in range(epochs)},
     }

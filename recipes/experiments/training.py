@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from hf_poprisk import PopRiskAdamW, PopRiskTrainer, PopRiskTrainingArguments
+from hf_poprisk.eigen import EigenPopRiskAdamW
 
 GATES = {  # the arms of the small experiments
     "adamw": {"poprisk_gate": "none"},
@@ -35,6 +36,10 @@ class RandomMaskAdamW(PopRiskAdamW):
         opened, live = sums[:2].tolist()
         sq_sum.bernoulli_(min(opened / max(live, 1.0), 1.0), generator=self._masks).mul_(touched)
         return sums
+
+
+class RandomMaskEigenAdamW(RandomMaskAdamW, EigenPopRiskAdamW):
+    """The same in the eigenbasis."""
 
 
 class RandomMaskTrainer(PopRiskTrainer):

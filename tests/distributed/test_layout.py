@@ -17,6 +17,7 @@ from hf_poprisk.per_example import window as windows
 ROOT = Path(__file__).parents[2]
 B, STEPS = 16, 3
 KINDS = ("Trainer", "DPO", "SFT", "Reward", "DPO-LoRA", "DPO-one-by-one", "DPO-column", "SFT-column")
+KINDS += ("DPO-gate-in-basis",)
 LAYOUTS = [(1, 4), (1, 16), (2, 1), (2, 4)]  # processes, examples per backward; compared with (1, 1)
 
 

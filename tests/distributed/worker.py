@@ -23,7 +23,7 @@ from datasets import Dataset
 from leave_one_out.helpers import Classifier, examples, planted
 from losses import KINDS as LOSSES
 from losses import FirstGradient, first_step, gap
-from models import layout, preferences, rows, sequences, trainer_of, trl_trainer_of
+from models import layout, preferences, rows, sequences, some_bases, trainer_of, trl_trainer_of
 from peft import LoraConfig
 from test_checkpoints import assert_same
 from test_trainer import Record
@@ -32,10 +32,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import hf_poprisk
 from hf_poprisk import PopRiskAdamW
+from hf_poprisk.eigen import MeasureBases
 
 B, STEPS = 16, 3
 KINDS = ("Trainer", "DPO", "SFT", "Reward", "DPO-LoRA", "DPO-one-by-one", "classes-weight", "DPO-weight")
-KINDS += ("DPO-column", "SFT-column")
+KINDS += ("DPO-column", "SFT-column", "DPO-gate-in-basis")
 STOCK = (
     *("token mean: mt5", "ctc sum: hubert", "class weights: vit", "class weights: bert", "penalty: vit"),
     *("experts: mixtral", "contrastive: bert", "adapter: adalora", "adapter: prompt"),
@@ -62,6 +63,8 @@ def build(kind: str, model_dir: str, world: int, micro_batch: int, **changes: An
         )
     if kind == "DPO-LoRA":
         options["peft_config"] = LoraConfig(r=4, target_modules="all-linear", init_lora_weights="gaussian")
+    if kind == "DPO-gate-in-basis":
+        options["poprisk_basis"] = "eigen"
     if kind == "DPO-eigen":
         options |= {"poprisk_gate": "none", "poprisk_basis": "eigen"}
     data = sequences(B * STEPS) if kind.startswith("SFT") else preferences(B * STEPS)
@@ -80,6 +83,9 @@ def run(kind: str, model_dir: str, world: int, micro_batch: int) -> dict[str, An
         trainer._prepare_layers = lambda optimizer: trainer._say_one_by_one("the test that wants it")
     with pytest.MonkeyPatch.context() as patch:
         windows = Record(patch).windows
+        if kind == "DPO-gate-in-basis":  # measured ones may differ where gradients are zero
+            bases = some_bases(trainer.model)
+            patch.setattr(MeasureBases, "_measure", lambda self, optimizer: optimizer.set_bases(bases))
         trainer.train()
     weights = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
     found = {"windows": windows, "weights": weights, "logs": trainer.state.log_history}
@@ -95,7 +101,7 @@ def in_the_eigenbasis(model_dir: str, world: int) -> dict[str, torch.Tensor]:
     trainer = build("DPO-eigen", model_dir, world, 4)
     trainer.train()
     optimizer = trainer._poprisk_optimizer()
-    basis = optimizer.state[optimizer.rotated_parameters[0]]["basis_right"]
+    basis = next(right for _, right in optimizer.bases.values())
     ranks = [torch.empty_like(basis) for _ in range(world)]
     dist.all_gather(ranks, basis) if world > 1 else ranks[0].copy_(basis)
     return {n: p.detach().clone() for n, p in trainer.model.named_parameters()} | {

@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import reference
 import torch
-from models import adapted, text, tiny_model, tiny_tokenizer
+from models import adapted, some_bases, text, tiny_model, tiny_tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from hf_poprisk.per_example import BatchedGradients, Capture, Rows, products
 from hf_poprisk.per_example import capture as capturing
+from hf_poprisk.per_example.basis import Sides
 from hf_poprisk.per_example.window import ExampleWindow
 
 N = 4
@@ -53,22 +54,33 @@ def checkpointed(model: nn.Module, reentrant: bool = False) -> None:
 
 
 def textbook(
-    model: nn.Module, inputs: dict[str, Tensor], n: int, pairs: bool
+    model: nn.Module, inputs: dict[str, Tensor], n: int, pairs: bool, bases: dict[Tensor, Sides] | None = None
 ) -> dict[str, tuple[Tensor, Tensor]]:
+    """G, and Q of the single gradients, rotated where there is a basis."""
     examples = [{k: v[i::n] for k, v in inputs.items()} for i in range(n)]
     gradients = reference.per_example_gradients(
         trainable(model), lambda example: example_losses(model, example, pairs).sum() / n, examples
     )
-    return {name: reference.grad_and_square_sums(gradients, name) for name in trainable(model)}
+    sums = {name: reference.grad_and_square_sums(gradients, name) for name in trainable(model)}
+    for name, p in trainable(model).items():
+        if p in (bases or {}):
+            sides = zip(bases[p], p.shape, strict=True)
+            left, right = (torch.eye(size).double() if u is None else u for u, size in sides)
+            sums[name] = sums[name][0], sum((left.T @ h[name] @ right).square() for h in gradients)
+    return sums
 
 
 def captured(
-    model: nn.Module, batches: list[tuple[dict[str, Tensor], int | None]], pairs: bool, total: int
+    model: nn.Module,
+    batches: list[tuple[dict[str, Tensor], int | None]],
+    pairs: bool,
+    total: int,
+    bases: dict[Tensor, Sides] | None = None,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """G and Q after one window of backwards, one per (inputs, examples or None for ``example``)."""
     params = trainable(model)
     layers = BatchedGradients(model, params.values())
-    window = ExampleWindow(params.values(), {p: name for name, p in params.items()})
+    window = ExampleWindow(params.values(), {p: name for name, p in params.items()}, bases=bases)
     for inputs, n in batches:
         rows = len(inputs["input_ids"])
         with window.example() if n is None else window.batch(layers, Rows(n, rows)) as capture:
@@ -139,6 +151,26 @@ def test_large_layers_equal_the_loop(kind: str, tied: bool, pairs: bool, large: 
     inputs = batch(2 * N if pairs else N)
     got = captured(model, [(inputs, N)], pairs, N)
     assert_same(got, textbook(model, inputs, N, pairs), 1e-12 if kind != "gemma3" else 1e-5)
+
+
+@pytest.mark.parametrize("way", ["alone", "small", "large"])
+@pytest.mark.parametrize(("kind", "tied"), [("llama", False), ("llama", True), ("gpt2", True)])
+def test_squares_in_a_basis_equal_the_loop(
+    kind: str, tied: bool, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop rotates single gradients, as does ``alone``; the others the factors of large layers."""
+    monkeypatch.setattr(capturing, "_SMALL", 0 if way == "large" else 1 << 17)
+    model, inputs = tiny_model(kind, tied, torch.float64), batch(2 * N)
+    bases = some_bases(model)
+    expected = textbook(model, inputs, N, True, bases)
+    examples = [({k: v[i::N] for k, v in inputs.items()}, None) for i in range(N)]
+    got = captured(model, examples if way == "alone" else [(inputs, N)], True, N, bases)
+    assert_same(got, expected, 1e-12)
+    in_coordinates = textbook(model, inputs, N, True)
+    names = [name for name, p in trainable(model).items() if p in bases]
+    assert len(names) > 8
+    for name in names:
+        assert (in_coordinates[name][1] - got[name][1]).abs().max() > 0.1 * got[name][1].abs().max(), name
 
 
 class Uses(nn.Module):
