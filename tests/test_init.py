@@ -32,6 +32,9 @@ hf_poprisk.PopRiskTrainer, hf_poprisk.PopRiskTrainingArguments, hf_poprisk.PopRi
 assert "trl" not in sys.modules
 hf_poprisk.PopRiskDPOConfig
 assert "trl" in sys.modules
+assert not any(name.startswith(("trl.experimental.", "trl.trainer.grpo_trainer")) for name in sys.modules)
+for name in hf_poprisk.__all__:
+    getattr(hf_poprisk, name)
 """
     assert {*hf_poprisk.__all__, "__version__"} <= set(output(sys.executable, "-c", code).split())
 
