@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from leave_one_out.helpers import planted
 from losses import FirstGradient, gap
 from models import DATA, layout, preferences, tiny_model, trainer_of, trl_trainer_of
 from peft import LoraConfig
@@ -134,3 +135,18 @@ def test_the_labels_of_pairs_are_judged(kind: str, llama_dir: Path, tmp_path: Pa
             labels, kept = labels[:, 1:].clamp(min=0), labels[:, 1:] != -100
             log_p.append(float((logits.gather(-1, labels[..., None])[..., 0] * kept).sum().detach()))
         assert float(z.detach()) == pytest.approx(log_p[0] - log_p[1], abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["ORPO", "CPO"])
+def test_the_judge_and_the_leap_are_those_of_dpo(kind: str, llama_dir: Path, tmp_path: Path) -> None:
+    """They see the same texts and the same model, whatever the loss."""
+    options = {"poprisk_label_noise": "weight", "poprisk_leap": 0.5, "num_train_epochs": 0, **layout(4)}
+    trainers = [trl_trainer_of(k, str(llama_dir), tmp_path, planted()[0], **options) for k in ("DPO", kind)]
+    for trainer in trainers:
+        trainer.train()
+    theirs, ours = (trainer._label_noise for trainer in trainers)
+    torch.testing.assert_close(ours.table.log_odds, theirs.table.log_odds, rtol=1e-3, atol=1e-3)
+    assert ours.leap.reached == pytest.approx(theirs.leap.reached, rel=1e-2) and ours.leap.reached > 0.4
+    moved = [dict(trainer.model.named_parameters()) for trainer in trainers]
+    for name, p in moved[1].items():
+        torch.testing.assert_close(p, moved[0][name], rtol=1e-3, atol=1e-4, msg=name)

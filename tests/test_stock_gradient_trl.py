@@ -167,10 +167,11 @@ SEQ2SEQ: dict[str, Callable[[], torch.nn.Module]] = {
 def test_sequence_to_sequence_behind_both_mixins(
     name: str, trainer: type[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """G is the stock one, and Q that of single examples; labels of one length make token means equal."""
+    """G is the stock one; Q is that of single examples, up to the scale that T5's loss has by the layout."""
     kinds, found, squares = behind_the_mixins(trainer, Seq2SeqTrainingArguments), [], []
     data = [{**row, "labels": torch.roll(row["input_ids"], 1)} for row in LOSSES["token mean: bart"].data]
     for size, optim in ((4, "poprisk_adamw"), (1, "poprisk_adamw"), (4, "adamw_torch")):
+        torch.manual_seed(0)
         make = partial(trainer_of, tmp_path, data, SEQ2SEQ[name](), kinds, predict_with_generate=True)
         with monkeypatch.context() as patch:
             record = Record(patch)
@@ -179,8 +180,10 @@ def test_sequence_to_sequence_behind_both_mixins(
         squares += [q for _, q in record.windows]
         assert "eval_loss" in trained_one.evaluate(data[:2])  # with generation, by the stock trainer
     assert gap(found[0], found[2]) < TOLERANCE and len(squares) == 2
-    for n, (_, q) in squares[0].items():
-        assert (q - squares[1][n][1]).abs().max() <= 1e-4 * q.abs().max(), n
+    for n, (g, q) in squares[0].items():
+        other_g, other_q = squares[1][n]
+        other_q = other_q * (g.norm() / other_g.norm()) ** 2
+        assert (q - other_q).abs().max() <= 1e-4 * q.abs().max(), n
 
 
 def test_dropout_does_not_stop_the_self_check(tmp_path: Path) -> None:
