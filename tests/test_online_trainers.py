@@ -120,8 +120,8 @@ def by_completion(completions: list[str], **_: Any) -> list[float]:
 def share_open(model: Path, folder: Path, reward: Any) -> float:
     """Over steps of sixteen prompts with eight completions each, of which there are few different ones."""
     options = {"num_generations": 8, "per_device_train_batch_size": 64, "gradient_accumulation_steps": 2}
-    options |= {"max_completion_length": 2, "learning_rate": 0.0, "max_steps": 8}
-    options |= {"poprisk_exclude": ["embed"]}  # rows that one prompt alone reaches are closed
+    options |= {"max_completion_length": 1, "learning_rate": 0.0, "max_steps": 8}
+    options |= {"poprisk_exclude": ["embed", "lm_head"]}  # whose rows few prompts reach
     data = Dataset.from_dict({"prompt": [f"{i} {text(i, 4)}" for i in range(128)]})  # all different
     trainer = trl_trainer_of("GRPO", str(model), folder, data, reward_funcs=reward, **options)
     trainer.train()
@@ -147,10 +147,13 @@ def test_random_rewards_open_the_gate_by_chance_only_if_prompts_are_the_examples
             return Rows(rows, rows)
 
         monkeypatch.setattr(PopRiskGRPOTrainer, "_layout", single)
-    print(found, gate.null_openness(16, "hard"), gate.null_openness(128, "hard"))
+    print(found)
+    by_chance = {"prompt": gate.null_openness(16, "hard"), "completion": gate.null_openness(128, "hard")}
     for drawn in ("by_answer", "by_completion"):
-        assert found["prompt", drawn] == pytest.approx(gate.null_openness(16, "hard"), abs=0.04)
-    assert found["completion", "by_answer"] > gate.null_openness(128, "hard") + 0.1
+        assert found["prompt", drawn] == pytest.approx(by_chance["prompt"], abs=0.04)
+    assert found["completion", "by_answer"] > by_chance["completion"] + 0.1
+    # what is drawn for each completion is confirmed by none, of whichever prompt
+    assert found["completion", "by_completion"] == pytest.approx(by_chance["completion"], abs=0.04)
 
 
 def test_whole_prompts_are_shuffled() -> None:

@@ -144,7 +144,10 @@ LABEL_CASES = [
 WEIGHT_CASES = [
     (config_class, rule, {"poprisk_weight_column": "w", **way, **fields})
     for config_class in ALL
-    for rule, fields in broken(*config_class._weight_rules, *refusals.WHOLE_PARAMETERS)
+    for rule, fields in broken(
+        *config_class._weight_rules,
+        *(() if config_class in ONLINE else refusals.WHOLE_PARAMETERS),  # where weights never are
+    )
     for way in ({}, STOCK)
     if way == {} or "poprisk_label_noise" not in fields  # which has no effect there
 ]

@@ -145,14 +145,14 @@ def t5() -> torch.nn.Module:
     return T5ForConditionalGeneration(config)
 
 
-class FirstTokens(Seq2SeqTrainer):
-    """A user's trainer with a loss of its own: the mean over the examples of their first token's loss."""
+class LastTokens(Seq2SeqTrainer):
+    """A user's trainer with a loss of its own: the mean over the examples of their last token's loss."""
 
     loss_is_scaled_for_ga = False
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
         outputs = model(**inputs)
-        loss = torch.nn.functional.cross_entropy(outputs.logits[:, 0], inputs["labels"][:, 0])
+        loss = torch.nn.functional.cross_entropy(outputs.logits[:, -1], inputs["labels"][:, -1])
         return (loss, outputs) if return_outputs else loss
 
 
@@ -162,7 +162,7 @@ SEQ2SEQ: dict[str, Callable[[], torch.nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("trainer", [Seq2SeqTrainer, FirstTokens])
+@pytest.mark.parametrize("trainer", [Seq2SeqTrainer, LastTokens])
 @pytest.mark.parametrize("name", SEQ2SEQ)
 def test_sequence_to_sequence_behind_both_mixins(
     name: str, trainer: type[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
