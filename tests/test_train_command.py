@@ -17,6 +17,7 @@ from hf_poprisk import load_record, train_command
 from hf_poprisk.__main__ import main
 
 ROOT = Path(__file__).parents[1]
+REWARDS = "def length(completions, **_): return [len(x) for x in completions]"
 ONLINE = ["--reward_funcs", "rewards.length", "--num_generations", "2", "--max_completion_length", "4"]
 
 
@@ -37,7 +38,7 @@ def test_a_command_trains_with_the_gate(
     command: str, llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # where TRL looks for rewards
-    (tmp_path / "rewards.py").write_text("def length(completions, **_): return [len(x) for x in completions]")
+    (tmp_path / "rewards.py").write_text(REWARDS)
     online = ONLINE if command in ("grpo", "rloo") else []
     stock = [getattr(trl, train_command.COMMANDS[command][0] + what) for what in ("Config", "Trainer")]
     main(argv(command, llama_dir, tmp_path, "--poprisk_gate", "soft", *online))
@@ -83,20 +84,26 @@ def test_a_run_is_resumed_from_its_last_checkpoint(llama_dir: Path, tmp_path: Pa
     assert [entry["step"] for entry in state["log_history"]] == [1, 2]
 
 
-def test_launched_by_accelerate(llama_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("command", "examples"), [("dpo", 8), ("grpo", 4)])
+def test_launched_by_accelerate(command: str, examples: int, llama_dir: Path, tmp_path: Path) -> None:
+    """Two processes; the prompts of a step of GRPO are whole on either, and are its examples."""
+    (tmp_path / "rewards.py").write_text(REWARDS)
     launch = ["accelerate.commands.launch", "--config_file", str(ROOT / "recipes/accelerate/cpu2.yaml")]
     done = subprocess.run(
         [
             *(sys.executable, "-m", *launch, "--main_process_port", "0", "-m", "hf_poprisk"),
-            *argv("dpo", llama_dir, tmp_path),
+            *argv(command, llama_dir, tmp_path, *(ONLINE if command == "grpo" else [])),
         ],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=240,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert load_record(tmp_path / "out").config["layout"]["processes"] == 2
+    record = load_record(tmp_path / "out")
+    assert record.config["layout"]["processes"] == 2
+    assert {entry["examples"] for entry in record.statistics["parameters"].values()} == {examples}
 
 
 @pytest.mark.parametrize(
