@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from hf_poprisk import __version__, train_command
 from hf_poprisk.leave_one_out import audit, judge_command
 from hf_poprisk.output_space import report as output_space
 from hf_poprisk.user_errors import UserError, one_line
@@ -13,7 +14,9 @@ from hf_poprisk.user_errors import UserError, one_line
 def main(argv: Sequence[str] | None = None) -> None:
     """Carry out a command line; what a user can put right is one sentence and exit code 2."""
     parser = argparse.ArgumentParser("hf-poprisk", description="Training on population risk.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    train_command.add_commands(commands)
     judge_command.add_command(commands)
     audit.add_command(commands)
     output_space.add_command(commands)

@@ -76,7 +76,8 @@ class GateStatistics:
 
         Args:
             unit: what one leave-one-out unit is called in the log, ``examples`` or ``groups``; the
-                entry and the margin are left out when no step had any.
+                entry and the margin are left out when no step had any. The noise scale is in examples, and
+                left out where no signal was seen.
         """
         logs: dict[str, float] = {}
         ended, self._interval = self._interval, _Interval()
@@ -88,6 +89,8 @@ class GateStatistics:
                 b = ended.examples / ended.steps
                 logs[f"poprisk/{unit}"] = b
                 logs["poprisk/margin"] = _margin(b, energy, sq_sum)
+                if unit == "examples" and energy > sq_sum:
+                    logs["poprisk/noise_scale"] = noise_scale(b, energy, sq_sum)
         if ended.skipped:
             logs["poprisk/steps_skipped"] = float(ended.skipped)
         return logs
@@ -130,6 +133,23 @@ class GateStatistics:
         self._interval = _Interval(**saved["interval"])
         if saved["interval"]["sums"] is not None:
             self._interval.sums = torch.tensor(saved["interval"]["sums"])
+
+
+def noise_scale(b: float, energy: float, sq_sum: float) -> float:
+    """The simple noise scale ``tr(Σ)/|g|²`` of McCandlish et al. 2018 (arXiv:1812.06162, section 2.2).
+
+    With Σ the covariance of the examples' gradients and g its mean, both estimated without bias from the
+    examples of a step: ``tr(Σ) = b(bΣQ − ΣG²)/(b − 1)`` and ``|g|² = b(ΣG² − ΣQ)/(b − 1)``.
+
+    Args:
+        b: examples per step, above 1.
+        energy: ΣG², over coordinates, and over steps if there are several.
+        sq_sum: ΣQ, below ``energy``.
+
+    Returns:
+        In examples: at batches well below it a larger one saves steps, well above it few.
+    """
+    return (b * sq_sum - energy) / (energy - sq_sum)
 
 
 def _margin(b: float, energy: float, sq_sum: float) -> float:

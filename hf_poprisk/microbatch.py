@@ -21,19 +21,21 @@ from hf_poprisk.per_example.self_check import SelfCheck, Verdict, some_examples
 from hf_poprisk.per_example.undisturbed import mode
 
 logger = logging.getLogger(__name__)
-_WAY_OUT = (
-    "set per_device_train_batch_size=1 and raise gradient_accumulation_steps, or poprisk_estimator=group"
-)
 
 
 class MicrobatchMixin:
     """Shows the optimizer every example of a micro-batch; part of ``PopRiskMixin``.
 
-    ``rows_per_example`` is for trainers whose collator gives several rows to an example: rows i, i + N, … of
-    a micro-batch of N examples are one of them.
+    ``rows_per_example`` is for trainers whose examples are several rows of what the model is called on: rows
+    i, i + N, … of a micro-batch of N examples are one of them. The collator gives them, unless
+    ``collated_rows`` says how many it gives, of which the loss makes the others.
     """
 
     rows_per_example = 1
+    collated_rows: int | None = None
+    _way_out = (
+        "set per_device_train_batch_size=1 and raise gradient_accumulation_steps, or poprisk_estimator=group"
+    )
     _layers: BatchedGradients | None = None  # of the model, where a micro-batch is taken in one backward
     _not_together: str | None = None  # why it is not
     _one_by_one: OneByOne | None = None  # where it is not
@@ -78,14 +80,13 @@ class MicrobatchMixin:
         """Where the examples are; None where none are asked for."""
         if not self._takes_examples(optimizer):
             return None
-        main_input = getattr(self.accelerator.unwrap_model(self.model), "main_input_name", "input_ids")
         size = self.args.per_device_train_batch_size
         try:
-            layout = find_layout(inputs, self.rows_per_example, main_input)
+            layout = self._rows_of(inputs)
         except NotSeparable as error:
             if size == 1:
                 return Rows(1, 1)
-            raise ValueError(f"{error}: {_WAY_OUT}.") from error
+            raise ValueError(f"{error}: {self._way_out}.") from error
         if isinstance(layout, Packed):
             if not self._announces_several and self.accelerator.num_processes > 1:
                 raise ValueError(
@@ -97,6 +98,10 @@ class MicrobatchMixin:
             return Rows(1, layout.num_rows)
         self._check_count(layout.num_examples)
         return layout
+
+    def _rows_of(self, inputs: Any) -> Layout:
+        main_input = getattr(self.accelerator.unwrap_model(self.model), "main_input_name", "input_ids")
+        return find_layout(inputs, self.rows_per_example, main_input, self.collated_rows)
 
     def _one_by_one_step(
         self,
@@ -127,7 +132,7 @@ class MicrobatchMixin:
                     ):
                         one_by_one.backward(i, model if last and self.accelerator.num_processes > 1 else None)
             except NotSeparable as error:
-                raise RuntimeError(f"{error}, which it did not at the start: {_WAY_OUT}.") from error
+                raise RuntimeError(f"{error}, which it did not at the start: {self._way_out}.") from error
             finally:
                 one_by_one.release()
         return loss
@@ -194,7 +199,7 @@ class MicrobatchMixin:
             reasons = dict.fromkeys(filter(None, (verdict.not_together, verdict.not_one_by_one)))
             raise ValueError(
                 "the gradient of the examples of a micro-batch would not be the stock trainer's ("
-                f"{'; '.join(reasons) or elsewhere}): {_WAY_OUT}."
+                f"{'; '.join(reasons) or elsewhere}): {self._way_out}."
             )
         self._layers = None
         if self._not_together is None:
@@ -269,9 +274,9 @@ class MicrobatchMixin:
         if self._balances_experts(model):
             raise ValueError(
                 "router_aux_loss_coef balances the experts over the examples of a micro-batch: set it to 0, "
-                f"or {_WAY_OUT}."
+                f"or {self._way_out}."
             )
-        check_batch_norm(model, _WAY_OUT)
+        check_batch_norm(model, self._way_out)
         self._find_layers(optimizer)
 
     def _find_layers(self, optimizer: PopRiskAdamW) -> None:

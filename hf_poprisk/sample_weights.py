@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset
 from hf_poprisk.leave_one_out.index import IndexMixin
 from hf_poprisk.leave_one_out.table import ExampleTable
 from hf_poprisk.microbatch import check_batch_norm, is_compiled_in_place
-from hf_poprisk.per_example.examples import NotSeparable, copied, find_layout
+from hf_poprisk.per_example.examples import NotSeparable, copied
 from hf_poprisk.per_example.layout import Layout, Packed
 from hf_poprisk.per_example.self_check import some_examples
 from hf_poprisk.per_example.undisturbed import mode, undisturbed
@@ -175,8 +175,7 @@ class SampleWeightMixin(IndexMixin):
             )
 
     def _layout_of(self, inputs: Any, count: int) -> Layout:
-        main_input = getattr(self._output_weights.model, "main_input_name", "input_ids")
-        layout = find_layout(inputs, self.rows_per_example, main_input)
+        layout = self._rows_of(inputs)
         if isinstance(layout, Packed) or layout.num_examples != count:
             raise NotSeparable(f"{layout} for {count} examples")
         return layout

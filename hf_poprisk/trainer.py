@@ -262,8 +262,9 @@ def _summary(optimizer: PopRiskAdamW, args: Any) -> str:
     per_step, few, units = "", "", args.units_per_step
     if optimizer.estimator != "ema":
         layout = f"{args.world_size} process(es) × {args.gradient_accumulation_steps} backwards"
-        if args.per_device_train_batch_size > 1:
-            layout += f" × {args.per_device_train_batch_size}"
+        per_backward = units // (args.world_size * args.gradient_accumulation_steps)
+        if per_backward > 1:
+            layout += f" × {per_backward}"
         per_step = f", {units} {_units(args)} per step ({layout})"
         if units < 4:
             few = (

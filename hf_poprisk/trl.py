@@ -1,4 +1,4 @@
-"""The TRL trainers with the gate, and their configs. The only module that imports trl."""
+"""The trainers of TRL's stable part that learn from data at hand, with the gate, and their configs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,16 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 from trl.trainer import utils as trl_utils
 
 from hf_poprisk.arguments import PopRiskArgumentsMixin
@@ -16,7 +25,7 @@ from hf_poprisk.per_example.fused_head import head_by_example
 from hf_poprisk.refusals import EXAMPLES, LABEL_MODE, LABELS, WEIGHS, WEIGHTS, Rule, hiding
 from hf_poprisk.trainer import PopRiskMixin, takes_what
 
-_TAG = "poprisk"
+TAG = "poprisk"
 # These DPO losses sort across the batch, so no pair has a gradient of its own.
 _COUPLED_LOSSES = ("aot", "aot_unpaired")
 
@@ -90,20 +99,37 @@ class PopRiskRewardConfig(PopRiskArgumentsMixin, RewardConfig):
     """``trl.RewardConfig`` with the gate's fields; one example is one preference pair."""
 
 
-class _FusedHeadMixin(PopRiskMixin):
+@dataclass
+class PopRiskKTOConfig(PopRiskArgumentsMixin, KTOConfig):
+    """``trl.KTOConfig`` with the gate's fields; one example is one completion.
+
+    The mean log-ratio of the mismatched completions, z0 in KTO's paper, is of all examples of a micro-batch.
+    It has no gradient, so each example still has one of its own.
+    """
+
+    _label_rules = (
+        Rule(
+            lambda a: True,
+            f"{LABEL_MODE} judges pairs and classes, and a completion that is good or bad by itself is "
+            "neither: set poprisk_label_noise=off, or train on pairs with DPO.",
+        ),
+    )
+
+
+class FusedHeadMixin(PopRiskMixin):
     """Runs TRL's fused language-model head example by example, so that its weight can be gated."""
 
     def _fused_operations(self, capture: Capture) -> AbstractContextManager[None]:
         return head_by_example(capture, self.accelerator.unwrap_model(self.model), trl_utils)
 
 
-class PopRiskDPOTrainer(_FusedHeadMixin, DPOTrainer):
+class PopRiskDPOTrainer(FusedHeadMixin, DPOTrainer):
     """``trl.DPOTrainer`` with the gate."""
 
     rows_per_example = 2  # chosen rows first, then rejected ones
     label_log_odds = staticmethod(pair_log_odds)
     _config_class = PopRiskDPOConfig
-    _tag_names = [*DPOTrainer._tag_names, _TAG]
+    _tag_names = [*DPOTrainer._tag_names, TAG]
     __init__ = takes_what(DPOTrainer.__init__)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -122,11 +148,11 @@ class PopRiskDPOTrainer(_FusedHeadMixin, DPOTrainer):
         return super().evaluate(eval_dataset, *args, **kwargs)
 
 
-class PopRiskSFTTrainer(_FusedHeadMixin, SFTTrainer):
+class PopRiskSFTTrainer(FusedHeadMixin, SFTTrainer):
     """``trl.SFTTrainer`` with the gate."""
 
     _config_class = PopRiskSFTConfig
-    _tag_names = [*SFTTrainer._tag_names, _TAG]
+    _tag_names = [*SFTTrainer._tag_names, TAG]
     __init__ = takes_what(SFTTrainer.__init__)
 
 
@@ -136,5 +162,13 @@ class PopRiskRewardTrainer(PopRiskMixin, RewardTrainer):
     rows_per_example = 2  # chosen rows first, then rejected ones
     label_log_odds = staticmethod(reward_log_odds)
     _config_class = PopRiskRewardConfig
-    _tag_names = [*RewardTrainer._tag_names, _TAG]
+    _tag_names = [*RewardTrainer._tag_names, TAG]
     __init__ = takes_what(RewardTrainer.__init__)
+
+
+class PopRiskKTOTrainer(FusedHeadMixin, KTOTrainer):
+    """``trl.KTOTrainer`` with the gate."""
+
+    _config_class = PopRiskKTOConfig
+    _tag_names = [*KTOTrainer._tag_names, TAG]
+    __init__ = takes_what(KTOTrainer.__init__)

@@ -6,23 +6,21 @@ import os
 import statistics
 import sys
 import time
-import types
-import typing
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
 from datasets import Dataset, DatasetDict, disable_progress_bars, load_dataset, load_from_disk
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 from trl import TrlParser
 
-from hf_poprisk.checkpoints import CheckpointError, newest_checkpoint
+from hf_poprisk import train_command
+from hf_poprisk.checkpoints import CheckpointError
 from hf_poprisk.hub import HubError
+from hf_poprisk.user_errors import UserError
 
 ROOT = Path(__file__).parent  # of the recipes
 
@@ -33,16 +31,11 @@ def parse(dataclass_types: Iterable[Any], argv: list[str] | None = None) -> tupl
     The second dataclass holds the training arguments; they are quiet unless ``disable_tqdm`` is false. A
     bad key or value ends the program with exit code 2 and one sentence, before anything is loaded.
     """
-    parser = TrlParser(dataclass_types, usage="%(prog)s --config RECIPE.yaml [--key value ...]")
+    parser = TrlParser(dataclass_types)
     parser.set_defaults(disable_tqdm=True)  # a line per log; --disable_tqdm false brings the bars back
-    # TRL switches checkpointing on through its old name and asks for it by that.
-    warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
     try:
-        parsed = parser.parse_args_and_config(argv)
-        for group in parsed:
-            check_types(group)
-        parsed[1].check_training()
-    except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
+        parsed = train_command.parse(parser, argv)
+    except UserError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     if parsed[1].disable_tqdm:
         disable_progress_bars()
@@ -61,24 +54,6 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("\ninterrupted: nothing was published; what is finished is kept.", file=sys.stderr)
         sys.exit(130)
-
-
-def check_types(group: Any) -> None:
-    """YAML has types of its own, and the parser lets those pass that are not text.
-
-    Raises:
-        RecipeError: a plain field with a value of another type.
-    """
-    for name, hint in typing.get_type_hints(type(group)).items():
-        union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-        kinds = set(typing.get_args(hint)) if union else {hint}
-        value = getattr(group, name, None)
-        if not kinds <= {int, float, bool, str, type(None)} or value is None:
-            continue
-        is_text, is_whole = isinstance(value, str) and str in kinds, type(value) is int and float in kinds
-        if not (type(value) in kinds or is_text or is_whole):
-            expected = " or ".join(sorted(kind.__name__ for kind in kinds - {type(None)}))
-            raise RecipeError(f"{name} must be {expected}; got {value!r}.")
 
 
 class RecipeError(ValueError):
@@ -155,20 +130,6 @@ def flip_preferences(dataset: Dataset, fraction: float, seed: int) -> Dataset:
         return swapped
 
     return dataset.map(swap, with_indices=True, desc=f"Flipping {count} of {len(dataset)} labels")
-
-
-def checkpoint_to_resume(args: TrainingArguments) -> str | None:
-    """``resume_from_checkpoint`` as a folder; ``last`` is the newest complete one in ``output_dir``."""
-    wanted = args.resume_from_checkpoint
-    if wanted is None or wanted.lower() in ("false", "none"):
-        return None
-    last = wanted.lower() in ("last", "true")
-    found = newest_checkpoint(args.output_dir, args.save_only_model) if last else Path(wanted)
-    if found is None:
-        raise RecipeError(f"resume_from_checkpoint={wanted}: {args.output_dir} holds no complete checkpoint.")
-    if not found.is_dir():
-        raise RecipeError(f"resume_from_checkpoint={wanted} is not a folder.")
-    return str(found)
 
 
 class StepTimer(TrainerCallback):

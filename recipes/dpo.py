@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from hf_poprisk import PopRiskDPOConfig, PopRiskDPOTrainer
+from hf_poprisk.train_command import checkpoint_to_resume
 
 MAX_FLIPPED_EVAL = 512  # flipped training pairs scored at every evaluation
 
@@ -144,7 +145,7 @@ def score(trainer: PopRiskDPOTrainer, reference: torch.nn.Module | None, name: s
 def main() -> None:
     script_args, args, model_args = common.parse(ARGUMENTS)
     common.require_path(model_args.model_name_or_path, "model_name_or_path")
-    resume = common.checkpoint_to_resume(args)
+    resume = checkpoint_to_resume(args)
     train, sets = load(script_args)
     train = common.flip_preferences(train, script_args.flip_fraction, script_args.flip_seed)
     flipped = [row for row, is_flipped in enumerate(train["is_flipped"]) if is_flipped]

@@ -25,6 +25,7 @@ from transformers import (
 from trl import ModelConfig, ScriptArguments, get_peft_config
 
 from hf_poprisk import PopRiskTrainer, PopRiskTrainingArguments
+from hf_poprisk.train_command import checkpoint_to_resume
 
 TASKS = ("causal-lm", "classification")
 
@@ -96,7 +97,7 @@ def main() -> None:
     if script_args.flip_fraction and script_args.task != "classification":
         raise RecipeError("flip_fraction needs labels to flip: set task=classification or flip_fraction=0.")
     common.require_path(model_args.model_name_or_path, "model_name_or_path")
-    resume = common.checkpoint_to_resume(args)
+    resume = checkpoint_to_resume(args)
     data = common.load_splits(
         script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming
     )

@@ -10,7 +10,8 @@ cornell-movie-review-data/rotten_tomatoes is like it).
     OUTPUT_DIR/model       for from_pretrained
     OUTPUT_DIR/sentiment   {train,validation,test}.parquet: prompt, chosen, rejected, in one word: the
                            sentiment of a review
-    OUTPUT_DIR/writing     the same columns, as messages: a review of the kind that was asked for, and one of the other
+    OUTPUT_DIR/writing     the same columns, as messages: a review of the kind that was asked for, and
+                           one of the other
 """
 
 from __future__ import annotations
@@ -93,8 +94,13 @@ def writing(reviews: pd.DataFrame) -> pd.DataFrame:
         asked, chosen, rejected = ("negative", *texts[::-1]) if row % 2 else ("positive", *texts)
         prompt = f"Write a {asked} one-sentence review of a film."
         # messages: in its chat template the model makes more of what was asked for
-        turns = (("prompt", "user", prompt), ("chosen", "assistant", chosen), ("rejected", "assistant", rejected))
-        pairs.append({name: [{"role": role, "content": text}] for name, role, text in turns})
+        pairs.append(
+            {
+                "prompt": [{"role": "user", "content": prompt}],
+                "chosen": [{"role": "assistant", "content": chosen}],
+                "rejected": [{"role": "assistant", "content": rejected}],
+            }
+        )
     return pd.DataFrame(pairs)
 
 

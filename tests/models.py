@@ -162,6 +162,30 @@ def sequences(count: int) -> Dataset:
     return Dataset.from_dict({"text": [text(i, 4 + 3 * (i % 4)) for i in range(count)]})
 
 
+def completions(count: int) -> Dataset:
+    """Good and bad ones, in no order."""
+    pairs, good = preferences(count), [(i * i + i // 2) % 3 > 0 for i in range(count)]
+    texts = [row["chosen" if label else "rejected"] for row, label in zip(pairs, good, strict=True)]
+    return Dataset.from_dict({"prompt": pairs["prompt"], "completion": texts, "label": good})
+
+
+def triples(count: int) -> Dataset:
+    return preferences(count).add_column("reference", [" " + text(5 * i + 2, 4) for i in range(count)])
+
+
+def prompts(count: int) -> Dataset:
+    return preferences(count).select_columns("prompt")
+
+
+# What the kinds of TRL trainers are trained on; the others on preference pairs.
+DATA = {"SFT": sequences, "KTO": completions, "TPO": triples, "GRPO": prompts, "RLOO": prompts}
+
+
+def reward(completions: list[str], **_: Any) -> list[float]:
+    """A reward for online trainers: the share of the letter e."""
+    return [text.count("e") / max(len(text), 1) for text in completions]
+
+
 def token_examples(count: int, pad_to: int = 24) -> list[dict[str, torch.Tensor]]:
     """Single-row padded causal-LM inputs, [1, pad_to] each; padding is masked and ignored in the loss."""
     tokenizer = tiny_tokenizer()
@@ -201,6 +225,7 @@ def trainer_of(
     """A trainer, of a tiny Llama on eight rows unless told otherwise; options of its config and its own."""
     trainer, config = kinds
     names = "eval_dataset data_collator processing_class callbacks peft_config compute_loss_func".split()
+    names += ["ref_model", "reward_funcs"]
     own = {name: options.pop(name) for name in names if name in options}
     args = config(str(folder), **{**QUIET, **options})
     data = rows(8) if data is None else data
@@ -210,6 +235,8 @@ def trainer_of(
 def trl_trainer_of(kind: str, model: Any, folder: Path | str, data: Any = None, **options: Any) -> Any:
     """One of the TRL trainers, on eight rows of its kind of data unless told otherwise."""
     if data is None:
-        data = sequences(8) if kind == "SFT" else preferences(8)
+        data = DATA.get(kind, preferences)(8)
+    if kind in ("GRPO", "RLOO"):
+        options.setdefault("reward_funcs", reward)
     kinds = tuple(getattr(hf_poprisk, f"PopRisk{kind}{what}") for what in ("Trainer", "Config"))
     return trainer_of(folder, data, model, kinds, **{"bf16": False, **options})

@@ -35,6 +35,43 @@ def per_example_gradients(
     return gradients
 
 
+def parts_of_the_loss(
+    trainer: Any, batches: Sequence[Any], owners: Sequence[Tensor], scale: float
+) -> list[dict[str, Tensor]]:
+    """What each unit of a step adds to the gradient of a stock trainer's own loss, one backward for each.
+
+    The loss is that of the whole micro-batch; of the model's outputs only the unit's rows have a gradient.
+
+    Args:
+        trainer: a stock one.
+        batches: the micro-batches of the step.
+        owners: of each, the unit of every row that the model is called on, [rows] int64.
+        scale: by which the trainer multiplies the loss of a micro-batch.
+    """
+    model, params = trainer.model, {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
+    model.train()
+    gradients = []
+    for unit in range(1 + max(int(owner.max()) for owner in owners)):
+
+        def part(batch: Any, unit: int = unit) -> Tensor:
+            def keep(module: nn.Module, args: Any, output: Any) -> None:
+                for name, x in output.items() if torch.is_grad_enabled() else ():
+                    if isinstance(x, Tensor) and x.requires_grad:
+                        mine = (owner == unit).view(-1, *(1,) * (x.dim() - 1))
+                        output[name] = torch.where(mine, x, x.detach())
+
+            inputs, owner = batch
+            hook = model.register_forward_hook(keep)
+            try:
+                return scale * trainer.compute_loss(model, dict(inputs))
+            finally:
+                hook.remove()
+
+        steps = per_example_gradients(params, part, zip(batches, owners, strict=True))
+        gradients.append({n: sum(h[n] for h in steps) for n in params})
+    return gradients
+
+
 def grad_and_square_sums(gradients: Sequence[Mapping[str, Tensor]], name: str) -> tuple[Tensor, Tensor]:
     """``G = Σ h_i`` and ``Q = Σ h_i²`` of one parameter, accumulated in float64."""
     stacked = torch.stack([h[name].double() for h in gradients])  # [b, *shape]

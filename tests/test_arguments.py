@@ -13,19 +13,27 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import torch
 import yaml
-from models import preferences, rows, sequences, tiny_model
+from models import DATA, preferences, rows, tiny_model
 from transformers import HfArgumentParser
 from transformers.training_args import OptimizerNames
 from trl import TrlParser
 
 from hf_poprisk import (
     PopRiskAdamW,
+    PopRiskCPOConfig,
+    PopRiskCPOTrainer,
     PopRiskDPOConfig,
     PopRiskDPOTrainer,
+    PopRiskKTOConfig,
+    PopRiskKTOTrainer,
+    PopRiskORPOConfig,
+    PopRiskORPOTrainer,
     PopRiskRewardConfig,
     PopRiskRewardTrainer,
     PopRiskSFTConfig,
     PopRiskSFTTrainer,
+    PopRiskTPOConfig,
+    PopRiskTPOTrainer,
     PopRiskTrainer,
     PopRiskTrainingArguments,
 )
@@ -37,6 +45,10 @@ TRAINERS: dict[type[Any], type[Any]] = {
     PopRiskDPOConfig: PopRiskDPOTrainer,
     PopRiskSFTConfig: PopRiskSFTTrainer,
     PopRiskRewardConfig: PopRiskRewardTrainer,
+    PopRiskKTOConfig: PopRiskKTOTrainer,
+    PopRiskORPOConfig: PopRiskORPOTrainer,
+    PopRiskCPOConfig: PopRiskCPOTrainer,
+    PopRiskTPOConfig: PopRiskTPOTrainer,
 }
 CHOICES = {"gate": GATES, "estimator": ESTIMATORS, "label_noise": LABEL_NOISE, "basis": BASES}
 
@@ -254,7 +266,8 @@ def test_the_optim_flag_decides_what_the_trainer_runs(
     flags = f"--optim {optim} --max_steps 2 --logging_steps 1 --save_strategy no --weight_decay 0.1"
     args = parse(*flags.split(), "--gradient_accumulation_steps", "2", parser=HfArgumentParser)
     model: Any = str(llama_dir)
-    data: Any = sequences(16) if config_class is PopRiskSFTConfig else preferences(16)
+    kind = config_class.__name__.removeprefix("PopRisk").removesuffix("Config")
+    data: Any = DATA.get(kind, preferences)(16)
     if config_class is PopRiskTrainingArguments:
         model, data = tiny_model(), rows(16)
     trainer = TRAINERS[config_class](model, args=args, train_dataset=data)
@@ -270,6 +283,7 @@ def test_the_optim_flag_decides_what_the_trainer_runs(
     assert hooks[-3:] == [len(parameters) if gated else 0] * 3  # after what the self-check tried out
     logged = {name for entry in trainer.state.log_history for name in entry if name.startswith("poprisk/")}
     names = ("fraction_open", "fraction_open_null", "examples", "margin")
+    logged.discard("poprisk/noise_scale")  # where a signal was seen
     assert logged == ({f"poprisk/{name}" for name in names} if gated else set())
     assert not any(p._backward_hooks for p in parameters)
 

@@ -32,6 +32,9 @@ hf_poprisk.PopRiskTrainer, hf_poprisk.PopRiskTrainingArguments, hf_poprisk.PopRi
 assert "trl" not in sys.modules
 hf_poprisk.PopRiskDPOConfig
 assert "trl" in sys.modules
+assert not {"hf_poprisk.trl_experimental", "hf_poprisk.trl_online"} & sys.modules.keys()
+for name in hf_poprisk.__all__:
+    getattr(hf_poprisk, name)
 """
     assert {*hf_poprisk.__all__, "__version__"} <= set(output(sys.executable, "-c", code).split())
 

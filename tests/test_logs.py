@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_poprisk.logs import GateStatistics
+from hf_poprisk.logs import GateStatistics, noise_scale
 
 NAMES = [f"layer.{i}" for i in range(12)]
 
@@ -80,3 +80,27 @@ def test_a_record_of_parameters_that_are_gone_is_left_out() -> None:
     del params["layer.3"]
     resumed.load(saved, params)
     assert of_run(resumed, params)["parameters"].keys() == params.keys()
+
+
+def test_the_noise_scale_is_the_ratio_of_two_unbiased_estimates() -> None:
+    """By hand from single gradients, and near the closed form where mean and covariance are known."""
+    torch.manual_seed(0)
+    b, mean, std = 8, torch.linspace(-0.2, 0.2, 500), torch.linspace(0.5, 1.5, 500)
+    statistics, traces, norms = GateStatistics(), [], []
+    param = nn.Parameter(torch.zeros(500))
+    for _ in range(400):
+        gradients = (mean + std * torch.randn(b, 500)).double()  # of the examples; h is 1/b of them
+        g, q = gradients.mean(0), (gradients / b).square().sum(0)
+        traces.append(gradients.var(0, correction=1).sum())
+        norms.append(g.square().sum() - traces[-1] / b)
+        sums = torch.stack([torch.tensor(250.0), torch.tensor(500.0), g.square().sum(), q.sum()])
+        statistics.add([param], sums[None].double(), 0.35, b)
+    found = statistics.pop("examples")["poprisk/noise_scale"]
+    assert found == pytest.approx(float(sum(traces) / sum(norms)), rel=1e-6)
+    assert found == pytest.approx(float(std.square().sum() / mean.square().sum()), rel=0.05)
+    assert noise_scale(4, 16.0, 4.0) == 0  # four times the same gradient
+    statistics.add([param], torch.tensor([[1.0, 2.0, 3.0, 3.0]]), 0.35, b)  # no signal
+    statistics.add([param], torch.tensor([[1.0, 2.0, 3.0, 1.0]]), 0.35, b)
+    assert "poprisk/noise_scale" not in statistics.pop("groups")
+    statistics.add([param], torch.tensor([[1.0, 2.0, 3.0, 3.0]]), 0.35, b)
+    assert "poprisk/noise_scale" not in statistics.pop("examples")

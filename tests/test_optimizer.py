@@ -234,6 +234,7 @@ def test_statistics_are_averages_over_live_coordinates() -> None:
         "poprisk/fraction_open_null": pytest.approx(0.3910, abs=1e-4),
         "poprisk/examples": 4,
         "poprisk/margin": pytest.approx(4 / 3 * (energy - noise) / energy, rel=1e-5),
+        "poprisk/noise_scale": pytest.approx((4 * noise - energy) / (energy - noise), rel=1e-4),
     }
     assert optimizer.statistics.pop("examples") == {}
 

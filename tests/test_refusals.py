@@ -8,23 +8,34 @@ import pytest
 import torch
 from accelerate.parallelism_config import ParallelismConfig
 from fault_worker import Fragile, examples, one_sentence
-from models import preferences, rows, sequences, tiny_model, trl_trainer_of
+from models import DATA, preferences, reward, rows, tiny_model, trl_trainer_of
 from test_arguments import TRAINERS
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainingArguments
-from trl import DPOConfig, RewardConfig, SFTConfig
+from trl import DPOConfig, GRPOConfig, KTOConfig, RewardConfig, SFTConfig
+from trl.experimental.orpo import ORPOConfig
 
 from hf_poprisk import (
     PopRiskDPOConfig,
-    PopRiskDPOTrainer,
+    PopRiskGRPOConfig,
+    PopRiskGRPOTrainer,
+    PopRiskKTOConfig,
     PopRiskMixin,
+    PopRiskORPOConfig,
     PopRiskRewardConfig,
+    PopRiskRLOOConfig,
+    PopRiskRLOOTrainer,
     PopRiskSFTConfig,
     PopRiskTrainer,
     PopRiskTrainingArguments,
     refusals,
 )
 
+ONLINE: dict[type[Any], type[Any]] = {
+    PopRiskGRPOConfig: PopRiskGRPOTrainer,
+    PopRiskRLOOConfig: PopRiskRLOOTrainer,
+}
+ALL = {**TRAINERS, **ONLINE}
 STOCK = {"optim": "adamw_torch", "poprisk_estimator": "example"}  # other fields must be the defaults then
 
 Make = Callable[..., Any]
@@ -36,11 +47,15 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # transformers sets it; put back afterwards
 
     def build(config_class: type[Any] = PopRiskTrainingArguments, **fields: Any) -> Any:
-        later = {k: fields.pop(k) for k in ("n_gpu", "world_size", "deepspeed", "WORLD_SIZE") if k in fields}
+        names = ("n_gpu", "world_size", "deepspeed", "WORLD_SIZE", "auto_find_batch_size")
+        later = {k: fields.pop(k) for k in names if k in fields}
         common = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "report_to": "none"}
         steps = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "max_steps": 2}
+        if "num_generations" in config_class.__dataclass_fields__:  # of one prompt
+            steps |= {"per_device_train_batch_size": 2, "num_generations": 2}
         args = config_class(**{**common, "save_strategy": "no", "logging_steps": 1, **steps, **fields})
         args.deepspeed = later.get("deepspeed")  # its package is not installed here
+        args.auto_find_batch_size = later.get("auto_find_batch_size", False)  # some stock classes refuse it
         for name in later.keys() & {"n_gpu", "world_size"}:
             monkeypatch.setattr(config_class, name, later[name])
         if world := later.get("WORLD_SIZE", later.get("world_size")):
@@ -53,15 +68,16 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
 
 def build_trainer(args: Any, tmp_path: Path) -> Any:
     """A trainer that would load a model which is not there."""
-    trainer, absent = TRAINERS[type(args)], str(tmp_path / "absent")
+    trainer, absent = ALL[type(args)], str(tmp_path / "absent")
     if trainer is PopRiskTrainer:
 
         def model_init() -> nn.Module:
             raise OSError(absent)
 
         return trainer(args=args, model_init=model_init, train_dataset=[{}])
-    data = sequences(4) if isinstance(args, PopRiskSFTConfig) else preferences(4)
-    return trainer(absent, args=args, train_dataset=data)
+    kind = type(args).__name__.removeprefix("PopRisk").removesuffix("Config")
+    more = {"reward_funcs": reward} if type(args) in ONLINE else {}
+    return trainer(absent, args=args, train_dataset=DATA.get(kind, preferences)(4), **more)
 
 
 # The table: every rule, by a part of its sentence, with settings that it refuses. One without an entry fails.
@@ -107,6 +123,12 @@ BREAKS: dict[str, list[dict[str, Any]]] = {
         {"poprisk_leap": 1.0, "poprisk_label_noise": mode} for mode in ("off", "audit")
     ],
     "gives the weights that": [{"poprisk_label_noise": "audit"}],
+    "a completion that is good or bad by itself": [{}],
+    "a triple with a reference text": [{}],
+    # of sampled completions
+    "does not hold whole ones": [{"per_device_train_batch_size": 3}, {"num_generations": 4}],
+    "completions are sampled: weight": [{}],
+    "a sampled completion has none": [{}],
 }
 
 
@@ -125,19 +147,20 @@ def gate_rules(config_class: type[Any]) -> list[refusals.Rule]:
 
 
 GATE_CASES = [
-    (config_class, rule, fields)
-    for config_class in TRAINERS
-    for rule, fields in broken(*gate_rules(config_class))
+    (config_class, rule, fields) for config_class in ALL for rule, fields in broken(*gate_rules(config_class))
 ]
 LABEL_CASES = [
     (config_class, rule, {"poprisk_label_noise": "weight", **fields})
-    for config_class in TRAINERS
+    for config_class in ALL
     for rule, fields in broken(*refusals.JUDGING, *config_class._label_rules)
 ]
 WEIGHT_CASES = [
     (config_class, rule, {"poprisk_weight_column": "w", **way, **fields})
-    for config_class in TRAINERS
-    for rule, fields in broken(*config_class._weight_rules, *refusals.WHOLE_PARAMETERS)
+    for config_class in ALL
+    for rule, fields in broken(
+        *config_class._weight_rules,
+        *(() if config_class in ONLINE else refusals.WHOLE_PARAMETERS),  # where weights never are
+    )
     for way in ({}, STOCK)
     if way == {} or "poprisk_label_noise" not in fields  # which has no effect there
 ]
@@ -206,6 +229,9 @@ def test_settings_near_the_refused_ones_pass(config_class: type[Any], make: Make
         (PopRiskDPOConfig, DPOConfig),
         (PopRiskSFTConfig, SFTConfig),
         (PopRiskRewardConfig, RewardConfig),
+        (PopRiskKTOConfig, KTOConfig),
+        (PopRiskORPOConfig, ORPOConfig),
+        (PopRiskGRPOConfig, GRPOConfig),
         # gated, and for another trainer
         (PopRiskDPOConfig, PopRiskTrainingArguments),
         (PopRiskSFTConfig, PopRiskDPOConfig),
@@ -214,10 +240,11 @@ def test_settings_near_the_refused_ones_pass(config_class: type[Any], make: Make
 def test_a_config_of_another_class_is_refused(
     right: type[Any], wrong: type[Any], make: Make, tmp_path: Path
 ) -> None:
-    trainer, args = TRAINERS[right], make(wrong)
-    # By position: DPO has the reference model where the others have `args`.
-    before = (None,) if trainer is PopRiskDPOTrainer else ()
-    for positional, named in (((), {"args": args}), ((*before, args), {})):
+    trainer, args = ALL[right], make(wrong)
+    # By position: DPO and KTO have the reference model where the others have `args`, GRPO its rewards.
+    before = (None,) if right in (PopRiskDPOConfig, PopRiskKTOConfig, PopRiskGRPOConfig) else ()
+    named_before = {"reward_funcs": None} if right is PopRiskGRPOConfig else {}
+    for positional, named in (((), {"args": args, **named_before}), ((*before, args), {})):
         message = rf"^{trainer.__name__} does not take {wrong.__name__}: use {right.__name__}\.$"
         with pytest.raises(TypeError, match=message):
             trainer(str(tmp_path / "absent"), *positional, **named)

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from losses import KINDS as LOSSES
-from losses import FirstGradient, gap, mt5
+from losses import VOCABULARY, FirstGradient, gap, mt5
 from models import layout, preferences, tiny_model, tiny_tokenizer, trainer_of, trl_trainer_of
 from peft import LoraConfig
+from test_trainer import Record
 from torch import Tensor
 from transformers import (
     MixtralConfig,
@@ -20,6 +21,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
@@ -135,17 +138,52 @@ def test_preference_trainers_behind_the_mixin(theirs: tuple[Any, Any], size: int
     assert mine["loss"] == pytest.approx(plain["loss"], rel=1e-5) and mine["poprisk/examples"] == 4
 
 
-@pytest.mark.parametrize("name", ["token mean: mt5", "token mean: bart"])
-def test_sequence_to_sequence_behind_both_mixins(name: str, tmp_path: Path) -> None:
-    kind, found = LOSSES[name], []
-    kinds = behind_the_mixins(Seq2SeqTrainer, Seq2SeqTrainingArguments)
-    for optim in ("poprisk_adamw", "adamw_torch"):
+def t5() -> torch.nn.Module:
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": VOCABULARY}
+    config = T5Config(**sizes, dropout_rate=0.0, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1)
+    return T5ForConditionalGeneration(config)
+
+
+class LastTokens(Seq2SeqTrainer):
+    """A user's trainer with a loss of its own: the mean over the examples of their last token's loss."""
+
+    loss_is_scaled_for_ga = False
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+        outputs = model(**inputs)
+        loss = torch.nn.functional.cross_entropy(outputs.logits[:, -1], inputs["labels"][:, -1])
+        return (loss, outputs) if return_outputs else loss
+
+
+SEQ2SEQ: dict[str, Callable[[], torch.nn.Module]] = {
+    "t5": t5,
+    **{name: LOSSES[f"token mean: {name}"].model for name in ("mt5", "bart")},
+}
+
+
+@pytest.mark.parametrize("trainer", [Seq2SeqTrainer, LastTokens])
+@pytest.mark.parametrize("name", SEQ2SEQ)
+def test_sequence_to_sequence_behind_both_mixins(
+    name: str, trainer: type[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G is the stock one; Q is that of single examples, up to the scale that T5's loss has by the layout."""
+    kinds, found, squares = behind_the_mixins(trainer, Seq2SeqTrainingArguments), [], []
+    data = [{**row, "labels": torch.roll(row["input_ids"], 1)} for row in LOSSES["token mean: bart"].data]
+    for size, optim in ((4, "poprisk_adamw"), (1, "poprisk_adamw"), (4, "adamw_torch")):
         torch.manual_seed(0)
-        make = partial(trainer_of, tmp_path, kind.data, kind.model(), kinds, predict_with_generate=True)
-        gradient, trainer = trained(make, **layout(4), optim=optim)
+        make = partial(trainer_of, tmp_path, data, SEQ2SEQ[name](), kinds, predict_with_generate=True)
+        with monkeypatch.context() as patch:
+            record = Record(patch)
+            gradient, trained_one = trained(make, **layout(size), optim=optim)
         found.append(gradient)
-        assert "eval_loss" in trainer.evaluate(kind.data[:2])  # with generation, by the stock trainer
-    assert gap(*found) < TOLERANCE
+        squares += [q for _, q in record.windows]
+        assert "eval_loss" in trained_one.evaluate(data[:2])  # with generation, by the stock trainer
+    assert gap(found[0], found[2]) < TOLERANCE and len(squares) == 2
+    for n, (g, q) in squares[0].items():
+        other_g, other_q = squares[1][n]
+        other_q = other_q * (g.norm() / other_g.norm()) ** 2
+        assert (q - other_q).abs().max() <= 1e-4 * q.abs().max(), n
 
 
 def test_dropout_does_not_stop_the_self_check(tmp_path: Path) -> None:

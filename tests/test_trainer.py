@@ -131,6 +131,7 @@ def test_logs_are_averages_over_the_interval_and_not_in_evaluations(tmp_path: Pa
         "poprisk/fraction_open_null",
         "poprisk/examples",
         "poprisk/margin",
+        "poprisk/noise_scale",
     }
     evaluations = [entry for entry in runs[4] if "eval_loss" in entry]
     assert len(evaluations) == 4 and not any("poprisk" in key for entry in evaluations for key in entry)

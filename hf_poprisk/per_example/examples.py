@@ -20,10 +20,18 @@ class NotSeparable(ValueError):
     """The examples of this micro-batch cannot be taken out of it."""
 
 
-def find_layout(inputs: Any, rows_per_example: int = 1, main_input: str = "input_ids") -> Layout:
+def find_layout(
+    inputs: Any, rows_per_example: int = 1, main_input: str = "input_ids", collated_rows: int | None = None
+) -> Layout:
     """Which part of a collated micro-batch belongs to which example.
 
     A single row whose ``position_ids`` start over holds several sequences, one after the other.
+
+    Args:
+        inputs: the micro-batch.
+        rows_per_example: of what the model is called on.
+        main_input: the key that tells how many rows there are, if it is there.
+        collated_rows: of an example in ``inputs``, where the loss makes other rows of them.
 
     Raises:
         NotSeparable: no tensor with rows, or rows that do not divide over the examples.
@@ -33,9 +41,10 @@ def find_layout(inputs: Any, rows_per_example: int = 1, main_input: str = "input
     rows = num_rows(inputs, main_input)
     if rows is None:
         raise NotSeparable("the batch holds no tensor whose first axis could be its rows")
-    if rows % rows_per_example:
-        raise NotSeparable(f"{rows} rows are not examples of {rows_per_example} rows each")
-    return Rows(rows // rows_per_example, rows)
+    own = collated_rows or rows_per_example
+    if rows % own:
+        raise NotSeparable(f"{rows} rows are not examples of {own} rows each")
+    return Rows(rows // own, rows // own * rows_per_example)
 
 
 def num_rows(inputs: Any, main_input: str) -> int | None:
