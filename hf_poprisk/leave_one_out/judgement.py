@@ -220,7 +220,7 @@ def _unit(x: np.ndarray) -> np.ndarray | None:
 
 def _lengths(x: np.ndarray) -> np.ndarray:
     """[n]; infinite instead of what is rounding."""
-    lengths = np.linalg.norm(x, axis=1)
+    lengths = np.sqrt(np.einsum("nk,nk->n", x, x))
     return np.where(lengths > _NOTHING * np.median(lengths[lengths > 0]), lengths, np.inf)
 
 

@@ -2,8 +2,8 @@
 
 With ``H_i = D_iᵀ A_i`` the gradient of example i, the basis is the leading eigenvectors U_L of ``Σ H_i H_iᵀ``
 and U_R of ``Σ H_iᵀ H_i``; in it the gradient is ``H'_i = U_Lᵀ H_i U_R = (D_i U_L)ᵀ (A_i U_R)``: the factors
-are rotated, and H_i is never formed. V = mean (H'_i)², elementwise, gives Adam's preconditioner there,
-P = 1/(√V + δ·mean √V).
+are rotated, and H_i is not formed where it is larger than these. V = mean (H'_i)², elementwise, gives Adam's
+preconditioner there, P = 1/(√V + δ·mean √V).
 (SOAP, arXiv 2409.11321; EKFAC, arXiv 1806.03884.)
 
 The other directions are left out. Few examples have a part in them, which P would make as large as what they
@@ -71,6 +71,12 @@ def measure_bases(run: Callable[[Callable[[str, Tensor, Tensor], None]], None]) 
             widths = d.shape[-1], a.shape[-1]
             sides[name] = [d.new_zeros(n, SKETCH if _is_long(n) else n) for n in widths]
         left, right = sides[name]  # Σ_i D_iᵀ A_i A_iᵀ D_i Ω, and the same of the other side
+        if d.shape[-1] * a.shape[-1] <= a.shape[1] * (d.shape[-1] + a.shape[-1]):
+            h = torch.bmm(d.mT, a)  # smaller than its factors, and then faster
+            for total, x in ((left, h.transpose(0, 1)), (right, h.permute(2, 0, 1))):
+                x, omega = x.flatten(1), test_matrix.of(total)
+                total.addmm_(x, x.T if omega is None else x.T @ omega)
+            return
         left.addmm_(d.flatten(0, 1).T, (a @ a.mT @ test_matrix.times(d)).flatten(0, 1))
         right.addmm_(a.flatten(0, 1).T, (d @ d.mT @ test_matrix.times(a)).flatten(0, 1))
 
