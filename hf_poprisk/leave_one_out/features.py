@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_FEATURES = 1 << 17  # k: what the buckets share is noise in the inner products, of the order of 1/√k
 _FEWEST_FEATURES = 1 << 12
-_MAX_NUMBERS = 1 << 27  # n · k, half a gigabyte
+_MAX_NUMBERS = 1 << 28  # n · k, a gigabyte
 _NUM_FOR_BASES = 256  # examples that the bases are measured on
 _CHUNK = 32  # micro-batches
 

@@ -21,6 +21,8 @@ from hf_poprisk.leave_one_out.regression import Ridge, leave_one_out
 RIDGES = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1)
 CLASS_RIDGES = (*RIDGES, 0.03, 0.01, 0.003, 0.001)
 FEWEST = 50  # examples
+MOST_DIMENSIONS = 4096  # of a regression, whose time grows with the square
+MOST_NUMBERS = 1 << 27  # n · dimensions, a gigabyte
 _NOTHING = 1e-3  # of the median length: what is shorter is rounding
 _FOLDS = 5  # of the test whether a second round is a gain
 
@@ -40,7 +42,8 @@ class Judgement:
         ridge: λ.
         rounds: 2 if the regression was weighted by what a first one gave.
         num_copies: examples that others have the same features as.
-        dual: of pairs, the solution weighted by p_correct is ``Σ_i dual_i φ_i`` of each part, [n, parts].
+        dual: of pairs, the solution weighted by p_correct is ``Σ_i dual_i φ_i`` of each part, [n, parts]; of
+            very many pairs nearly that.
     """
 
     log_odds: np.ndarray
@@ -217,26 +220,35 @@ def _unit(x: np.ndarray) -> np.ndarray | None:
 
 def _lengths(x: np.ndarray) -> np.ndarray:
     """[n]; infinite instead of what is rounding."""
-    lengths = np.linalg.norm(x, axis=1)
+    lengths = np.sqrt(np.einsum("nk,nk->n", x, x))
     return np.where(lengths > _NOTHING * np.median(lengths[lengths > 0]), lengths, np.inf)
 
 
 def _candidates(units: Mapping[int, np.ndarray]) -> Iterator[tuple[int | None, np.ndarray]]:
-    """All parts of the features together, and each of them, in no more than n dimensions; [n, m] float64."""
-    n, widths = len(next(iter(units.values()))), [x.shape[1] for x in units.values()]
-    grams = {part: x @ x.T for part, x in units.items()} if sum(widths) > n else {}
-    if len(units) > 1 and grams:
-        yield None, _compact(np.mean(list(grams.values()), 0))
-    elif len(units) > 1:
-        yield None, np.concatenate(list(units.values()), 1).astype(np.float64) / np.sqrt(len(units))
-    for part, x in units.items():
-        yield part, _compact(grams[part]) if x.shape[1] > n else x.astype(np.float64)
+    """All parts of the features together, and each of them, in no more than n dimensions; [n, m] float64.
 
-
-def _compact(gram: np.ndarray) -> np.ndarray:
-    """Features with these inner products, [n, n] → [n, n] float64."""
-    values, vectors = eigh(gram.astype(np.float64))
-    return vectors * np.sqrt(values.clip(0))
+    Of very many examples, in the directions of some, evenly spread (Nyström's approximation).
+    """
+    n = len(next(iter(units.values())))
+    most = min(MOST_DIMENSIONS, MOST_NUMBERS // n)
+    some = slice(None) if n <= most else np.linspace(0, n - 1, most).astype(int)
+    grams: dict[int, np.ndarray] = {}
+    for part in [None] * (len(units) > 1) + list(units):
+        used = list(units) if part is None else [part]
+        if sum(units[p].shape[1] for p in used) <= min(n, most):
+            together = np.concatenate([units[p] for p in used], 1)
+            yield part, together.astype(np.float64) / np.sqrt(len(used))
+            continue
+        for p in used:
+            if p not in grams:
+                grams[p] = units[p][some] @ units[p][some].T
+        values, vectors = eigh(np.mean([grams[p] for p in used], 0).astype(np.float64))
+        if n <= most:
+            yield part, vectors * np.sqrt(values.clip(0))
+            continue
+        kept = values > 1e-6 * values[-1]  # of float32
+        onto = (vectors[:, kept] / np.sqrt(values[kept])).astype(np.float32)
+        yield part, np.mean([units[p] @ (units[p][some].T @ onto) for p in used], 0, np.float64)
 
 
 def _num_copies(units: Mapping[int, np.ndarray], labels: np.ndarray | None = None) -> int:

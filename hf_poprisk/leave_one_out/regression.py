@@ -24,7 +24,7 @@ has a closed form, and so has leaving example i out, exactly: its scores are the
 from __future__ import annotations
 
 import numpy as np
-from scipy.linalg import cho_factor, cho_solve, eigh
+from scipy.linalg import cho_factor, cho_solve, eigh, solve_triangular
 from scipy.special import expit
 
 _NEWTON_STEPS = 50
@@ -56,7 +56,8 @@ def leave_one_out(
     for _ in range(_NEWTON_STEPS):
         p = expit(-f)
         curvature = w * p * (1 - p)
-        hessian = cho_factor((features.T * curvature) @ features + ridge * np.eye(m), lower=True)
+        half = features * np.sqrt(curvature)[:, None]
+        hessian = cho_factor(half.T @ half + ridge * np.eye(m), lower=True)
         gradient = ridge * a - features.T @ (w * p)
         step = cho_solve(hessian, gradient)
         decrement = gradient @ step
@@ -66,7 +67,7 @@ def leave_one_out(
         while (new := objective(a - length * step))[0] > value - 1e-4 * length * decrement and length > 1e-6:
             length /= 2  # the full step may overshoot far from the solution
         a, (value, f) = a - length * step, new
-    h = np.einsum("nm,mn->n", features, cho_solve(hessian, features.T))
+    h = np.square(solve_triangular(hessian[0], features.T, lower=True)).sum(0)
     return f - w * p * h / (1 - curvature * h), a
 
 

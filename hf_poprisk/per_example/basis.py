@@ -2,8 +2,8 @@
 
 With ``H_i = D_iᵀ A_i`` the gradient of example i, the basis is the leading eigenvectors U_L of ``Σ H_i H_iᵀ``
 and U_R of ``Σ H_iᵀ H_i``; in it the gradient is ``H'_i = U_Lᵀ H_i U_R = (D_i U_L)ᵀ (A_i U_R)``: the factors
-are rotated, and H_i is never formed. V = mean (H'_i)², elementwise, gives Adam's preconditioner there,
-P = 1/(√V + δ·mean √V).
+are rotated, and H_i is not formed where it is larger than these. V = mean (H'_i)², elementwise, gives Adam's
+preconditioner there, P = 1/(√V + δ·mean √V).
 (SOAP, arXiv 2409.11321; EKFAC, arXiv 1806.03884.)
 
 The other directions are left out. Few examples have a part in them, which P would make as large as what they
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 LEADING = 256  # directions of a side
-SKETCH = 2 * LEADING  # columns of the sketch of a side that is longer
+SKETCH = 2 * LEADING  # columns of the sketch of a side that is more than twice as long
 LONGEST = 2048  # a side whose complete basis is wanted; its eigenvectors take time as the cube
 DAMPING = 1e-3  # δ
 SEED = 0  # of the projection
@@ -87,8 +87,14 @@ def measure_bases(run: Callable[[Callable[[str, Tensor, Tensor], None]], None]) 
         a, d = a.float(), d.float()
         if name not in sides:
             widths = d.shape[-1], a.shape[-1]
-            sides[name] = [d.new_zeros(width, min(width, SKETCH)) for width in widths]
+            sides[name] = [d.new_zeros(n, SKETCH if _is_long(n) else n) for n in widths]
         left, right = sides[name]  # Σ_i D_iᵀ A_i A_iᵀ D_i Ω, and the same of the other side
+        if d.shape[-1] * a.shape[-1] <= a.shape[1] * (d.shape[-1] + a.shape[-1]):
+            h = torch.bmm(d.mT, a)  # smaller than its factors, and then faster
+            for total, x in ((left, h.transpose(0, 1)), (right, h.permute(2, 0, 1))):
+                x, omega = x.flatten(1), test_matrix.of(total)
+                total.addmm_(x, x.T if omega is None else x.T @ omega)
+            return
         left.addmm_(d.flatten(0, 1).T, (a @ a.mT @ test_matrix.times(d)).flatten(0, 1))
         right.addmm_(a.flatten(0, 1).T, (d @ d.mT @ test_matrix.times(a)).flatten(0, 1))
 
@@ -167,12 +173,14 @@ class Features:
         if name not in self._bases:
             return
         h = self._bases[name].rotate(a, d).flatten(1).mul_(self._scales[name])
-        # consecutive coordinates go to consecutive buckets, from the layer's own first one on
-        whole = h.shape[1] // self._k * self._k
-        phi = h[:, :whole].view(len(h), -1, self._k).sum(1)
-        phi[:, : h.shape[1] - whole] += h[:, whole:]
-        phi = phi.roll(self._offsets[name], 1)
-        self._sum = phi if self._sum is None else self._sum.add_(phi)
+        if self._sum is None:
+            self._sum = h.new_zeros(len(h), self._k)
+        # consecutive coordinates go to consecutive buckets, from the layer's own first one on and around
+        place = self._offsets[name]
+        while h.shape[1]:
+            part, h = h[:, : self._k - place], h[:, self._k - place :]
+            self._sum[:, place : place + part.shape[1]] += part
+            place = 0
 
     def take(self, num_examples: int) -> Tensor:
         """The features of the N examples seen since the last call, [N, k] float32; zero if no layer ran."""
@@ -181,7 +189,7 @@ class Features:
 
 
 class _TestMatrices:
-    """Ω of every side that is longer than a sketch has columns; the same on every rank."""
+    """Ω of every long side; the same on every rank."""
 
     def __init__(self) -> None:
         self._drawn: dict[int, Tensor] = {}
@@ -189,7 +197,7 @@ class _TestMatrices:
     def of(self, sketch: Tensor) -> Tensor | None:
         """[length, columns]; None stands for the identity."""
         length = len(sketch)
-        if length > SKETCH and length not in self._drawn:
+        if _is_long(length) and length not in self._drawn:
             generator = torch.Generator().manual_seed(length)
             self._drawn[length] = torch.randn(length, SKETCH, generator=generator).to(sketch.device)
         return self._drawn.get(length)
@@ -198,6 +206,11 @@ class _TestMatrices:
         """x Ω, [N, tokens, columns], of x [N, tokens, length]."""
         omega = self.of(x[0, 0])
         return x if omega is None else x @ omega
+
+
+def _is_long(length: int) -> bool:
+    """Whether a sketch is faster than the eigenvectors of the side itself."""
+    return length > 2 * SKETCH
 
 
 def _leading(sketch: Tensor, omega: Tensor | None, count: int) -> Tensor:
@@ -215,7 +228,8 @@ def _leading(sketch: Tensor, omega: Tensor | None, count: int) -> Tensor:
         core = omega.T @ y
         values, basis = torch.linalg.eigh((core + core.T) / 2)
         root = y @ (basis / values.clamp(min=shift + torch.finfo(y.dtype).tiny).sqrt())  # S ≈ root rootᵀ
-        vectors = torch.linalg.svd(root, full_matrices=False)[0]
+        # its left singular vectors; those of small ones would not be quite orthogonal
+        vectors = torch.linalg.qr(root @ torch.linalg.eigh(root.T @ root)[1].flip(1)[:, :count])[0]
     vectors = vectors[:, :count].to(sketch.dtype).contiguous()
     if dist.is_available() and dist.is_initialized():
         dist.broadcast(vectors, 0)  # signs are free

@@ -22,8 +22,8 @@ def test_examples_for_the_bases_are_from_all_of_the_data() -> None:
     assert spread(range(10), 4) == [0, 2, 5, 7] and spread(range(3), 8) == [0, 1, 2]
 
 
-def test_features_fit_half_a_gigabyte() -> None:
-    assert [num_features(n) for n in (100, 1024, 10_000, 1_000_000)] == [1 << 17, 1 << 17, 13421, 4096]
+def test_features_fit_a_gigabyte() -> None:
+    assert [num_features(n) for n in (100, 2048, 10_000, 1_000_000)] == [1 << 17, 1 << 17, 26843, 4096]
 
 
 class TimeFirst(nn.Module):

@@ -112,6 +112,18 @@ def test_candidates_have_the_inner_products_of_the_parts_and_of_all(k: int) -> N
     assert dict(judgement._candidates({1: one})).keys() == {1}
 
 
+def test_many_examples_are_in_the_directions_of_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judgement, "MOST_DIMENSIONS", 24)
+    spectrum = np.concatenate([np.ones(10), np.full(30, 1e-2)])
+    for n in (20, 50):
+        parts = {p: (drawn(n, 40, p) * spectrum).astype(np.float32) for p in (0, 1)}
+        for part, x in judgement._candidates(parts):
+            used = list(parts.values()) if part is None else [parts[part]]
+            gram = np.mean([y @ y.T for y in used], 0)  # of ten strong directions, or twenty
+            assert x.shape == (n, min(n, 24)) and x.dtype == np.float64
+            np.testing.assert_allclose(x @ x.T, gram, atol=1e-4 if n == 20 else 0.1)
+
+
 # -- what is found ------------------------------------------------------------------------------------------
 
 

@@ -132,7 +132,7 @@ def run_of(factors: dict[str, tuple[Tensor, Tensor]]) -> Callable[[Any], None]:
 
 def random_factors(n: int = 6) -> dict[str, tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(0)
-    sizes = {"wide": (5, 7, 3), "tall": (4, 2, 6)}  # tokens, in, out
+    sizes = {"wide": (5, 7, 3), "tall": (4, 2, 6), "short": (2, 9, 8)}  # tokens, in, out
     return {
         name: (torch.randn(n, t, i, generator=generator), torch.randn(n, t, o, generator=generator))
         for name, (t, i, o) in sizes.items()
@@ -166,13 +166,16 @@ def test_the_other_directions_are_left_out(monkeypatch: pytest.MonkeyPatch) -> N
         torch.testing.assert_close(basis.second_moment, whole[name].second_moment[:2, :2])
 
 
-def test_the_leading_directions_of_a_long_side_come_from_a_sketch(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tokens", [5, 30])
+def test_the_leading_directions_of_a_long_side_come_from_a_sketch(
+    tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("hf_poprisk.per_example.basis.LEADING", 4)
     monkeypatch.setattr("hf_poprisk.per_example.basis.SKETCH", 8)
     generator = torch.Generator().manual_seed(0)
     draw = partial(torch.randn, generator=generator)
-    d = draw(6, 5, 3) @ draw(3, 40)  # of rank 3: the sketch is exact
-    a = draw(6, 5, 50) * torch.arange(1, 51) ** -1.5
+    d = draw(6, tokens, 3) @ draw(3, 40)  # of rank 3: the sketch is exact
+    a = draw(6, tokens, 50) * torch.arange(1, 51) ** -1.5
     basis = measure_bases(run_of({"layer": (a, d)}))["layer"]
     assert basis.left.shape == (40, 4) and basis.right.shape == (50, 4)
     h = d.mT @ a
