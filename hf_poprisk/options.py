@@ -14,6 +14,7 @@ from hf_poprisk.gate import GATES
 ESTIMATORS = ("example", "group", "ema")
 BASES = ("coordinate", "eigen")
 LABEL_NOISE = ("off", "audit", "weight")
+SHORTEST_LEAP = 1e-3  # nats: a mean of float32 log-odds is rounded by 2e-6 at 20 nats and by 3e-5 at 500
 HUB_ACCESS = ("auto", "manual")
 NOTHING_TO_TRAIN = (
     "nothing to train: no parameter requires a gradient; unfreeze some, or load an adapter with "
@@ -44,14 +45,17 @@ ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "label_noise": (lambda v: v in LABEL_NOISE, f"one of {', '.join(LABEL_NOISE)}"),
     "judge_after_epochs": (lambda v: type(v) is int and v >= 0, "an integer ≥ 0"),
-    "leap": (lambda v: isinstance(v, int | float) and v is not True and 0 <= v < math.inf, "a number ≥ 0"),
+    "leap": (
+        lambda v: isinstance(v, int | float) and v is not True and (v == 0 or SHORTEST_LEAP <= v < math.inf),
+        f"0, or a number ≥ {SHORTEST_LEAP:g}, below which float32 shows little but rounding",
+    ),
     "weight_column": (lambda v: v is None or isinstance(v, str) and v != "", "the name of a column"),
     "hub_access": (lambda v: v is None or v in HUB_ACCESS, f"one of {', '.join(HUB_ACCESS)}"),
 }
 
 
 def check_options(prefix: str = "", **options: Any) -> None:
-    """Refuse bad values, a threshold that would have no effect, and a basis that does not take a gate.
+    """Refuse bad values, a threshold that would have no effect, and the streaming gate in a basis.
 
     Args:
         prefix: how the caller's users spell the names, for the messages.

@@ -294,7 +294,7 @@ def test_the_optim_flag_decides_what_the_trainer_runs(
 BAD: dict[str, list[Any]] = {
     "gate": ["open", None],
     "estimator": ["token"],
-    "leap": [-1.0, float("inf"), float("nan"), True, "far"],
+    "leap": [-1.0, 1e-6, float("inf"), float("nan"), True, "far"],
     "warmup_steps": [-1, 1.0, True, "1"],
     "ema_alpha": [0.0, -0.5, float("nan"), True, "0.5"],
     "basis": ["Eigen", None],

@@ -242,6 +242,29 @@ def test_a_cell_is_a_run_of_the_recipe(recipe: Path, tmp_path: Path, monkeypatch
     assert row["mislabeled_fitted"] == scores["flipped"]["accuracy"]
 
 
+def test_other_optimizers_and_the_basis_are_arms(recipe: Path, tmp_path: Path) -> None:
+    arms = ("adamw", "lion", "muon", "soap", "soap+weight", "basis", "basis+hard", "basis+random-mask")
+    found = {arm: PAIRS.run(cell(PAIRS, recipe, arm, 0.3, 2e-3, 0, 2)) for arm in arms}
+    assert len({row["test_kl_per_token"] for row in found.values()}) == len(arms)  # not the same run
+    for row in found.values():
+        assert row["test_accuracy_2"] == row["test_accuracy"] <= row["test_accuracy_best"]
+        assert row["test_accuracy_1"] is not None and row["test_accuracy_3"] is None
+    assert found["soap+weight"]["noise_rate"] is not None and found["soap"]["noise_rate"] is None
+    trainer = labels_pairs.prepare(cell(PAIRS, recipe, "muon", 0.3, 2e-3, 0, 2), str(tmp_path)).trainer
+    hidden, rest = trainer.create_optimizer().param_groups
+    embedding = trainer.model.get_input_embeddings().weight
+    assert len(hidden["params"]) == 14 and all(p.dim() == 2 and p is not embedding for p in hidden["params"])
+    assert hidden["lr"] == rest["lr"] == 2e-3 and rest["betas"] == (0.9, 0.95)
+    decayed = rewritten(recipe, tmp_path / "decayed.yaml", weight_decay=0.1)
+    with pytest.raises(common.RecipeError, match="lion is run without weight decay"):
+        PAIRS.run(cell(PAIRS, decayed, "lion", 0.3, 2e-3, 0, 2))
+
+
+def test_a_leap_trains_nothing_whatever_the_data_say(recipe: Path, tmp_path: Path) -> None:
+    trainer = labels_pairs.prepare(cell(PAIRS, recipe, "leap", 0.3, 2e-3, 0, 0), str(tmp_path)).trainer
+    assert trainer.args.num_train_epochs == 0 and trainer.args.poprisk_leap == 1.0
+
+
 def test_validation_pairs_are_set_apart_with_their_labels_as_they_are(recipe: Path, tmp_path: Path) -> None:
     clean, drawn = {row["prompt"]: row["chosen"] for row in train_pairs()}, []
     for seed in (0, 1):

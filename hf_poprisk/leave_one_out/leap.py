@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_poprisk.options import SHORTEST_LEAP
 from hf_poprisk.per_example.basis import LayerBasis, summed
 from hf_poprisk.per_example.factors import LinearFactors, linear_layers
 from hf_poprisk.per_example.undisturbed import mode, undisturbed
@@ -70,7 +71,8 @@ def leap(
 ) -> Leap:
     """Move the linear layers that are trained until the mean margin has grown by so much.
 
-    Where the model does not follow, the step is halved, up to four times, and then taken back.
+    Where the model does not follow, the step is halved, up to four times and not below a thousandth of a
+    nat, and then taken back.
 
     Args:
         model: not wrapped.
@@ -129,6 +131,8 @@ def leap(
     kept = {name: layer.weight.detach().clone() for name, layer in layers.items()}
     with mode(model, False), torch.no_grad():
         for predicted in (margin / 2**halvings for halvings in range(_HALVINGS + 1)):
+            if predicted < SHORTEST_LEAP:
+                break
             with ExitStack() as back:  # by errors too
                 for name, layer in layers.items():
                     back.callback(layer.weight.copy_, kept[name])

@@ -97,6 +97,7 @@ def arguments(cell: Cell, folder: str) -> tuple[Any, ...]:
         "label_smoothing": cell["noise"] if "robust" in losses else 0,
         "push_to_hub": False,
         **({"num_train_epochs": cell["epochs"], **DATA[cell["data"]].options} if known else {}),
+        **({} if cell["epochs"] else {"num_train_epochs": 0}),  # whatever the data say
     }
     argv = [str(item) for name, value in options.items() for item in (f"--{name}", value)]
     argv += ["--loss_type", *losses, "--loss_weights", *map(str, losses.values())]

@@ -15,6 +15,16 @@ RATE = ["learning_rate"]
 TITLES = labels_classes.TITLES | labels_pairs.TITLES
 ARMS = {  # by what they do
     "Judging": ("adamw", "weight", "weight-shuffled", "drop", "drop-told", "right-only"),
+    "The eigenbasis, and other optimizers": (
+        "adamw",
+        "basis",
+        "lion",
+        "muon",
+        "soap",
+        "soap+weight",
+        "basis+weight",
+    ),
+    "The gates in the eigenbasis": ("adamw", "basis", "basis+hard", "basis+soft", "basis+random-mask"),
     "Losses for pairs": ("adamw", "robust", "conservative", "ipo", "em", "hoelder"),
     "The gates and their masks": ("adamw", "hard", "random-mask", "soft", "random-mask-soft"),
     "Early stopping": ("adamw", "adamw-early", "adamw-early-loss", "adamw-risk"),
@@ -138,7 +148,8 @@ def arms(rows: pd.DataFrame) -> str:
         known = rows[rows["arm"].isin(names)]
         others = known[known["arm"] != "adamw"][["data", "noise"]].drop_duplicates()
         part = known.merge(others, on=["data", "noise"])  # where more than adamw was run
-        out += [f"**{kind}**", facet_table(labels_pairs.EXPERIMENT, part, REPORT, names)]
+        if len(part):
+            out += [f"**{kind}**", facet_table(labels_pairs.EXPERIMENT, part, REPORT, names)]
     return "\n\n".join(out)
 
 
