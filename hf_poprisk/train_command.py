@@ -37,7 +37,8 @@ COMMANDS = {
 _HELP = {
     "model": "model_name_or_path dtype",
     "training": "output_dir learning_rate num_train_epochs max_steps per_device_train_batch_size "
-    "gradient_accumulation_steps max_length optim seed bf16 use_cpu resume_from_checkpoint",
+    "gradient_accumulation_steps max_length num_generations max_completion_length loss_type beta optim seed "
+    "bf16 use_cpu resume_from_checkpoint",
     "adapters": "use_peft lora_r lora_alpha lora_target_modules load_in_4bit",
 }
 
