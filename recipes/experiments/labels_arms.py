@@ -152,5 +152,5 @@ PAIR_ARMS = {
     **{f"basis+{gate}": GATES[gate] | {"poprisk_basis": "eigen"} for gate in ("hard", "soft", "random-mask")},
     "leap": judged("weight", poprisk_leap=1.0, epochs=0),  # the learning rate does nothing
     **{make.__name__: {"poprisk_gate": "none", "optimizer": make} for make in RIVALS},
-    "soap+weight": judged("weight", optimizer=rivals.soap),
+    **{f"{make.__name__}+weight": judged("weight", optimizer=make) for make in (rivals.muon, rivals.soap)},
 }

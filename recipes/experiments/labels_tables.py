@@ -21,6 +21,7 @@ ARMS = {  # by what they do
         "lion",
         "muon",
         "soap",
+        "muon+weight",
         "soap+weight",
         "basis+weight",
     ),

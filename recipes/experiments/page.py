@@ -18,6 +18,7 @@ import labels_tables
 import output_space
 import pandas as pd
 from experiment import HERE, NAMES, Experiment, Report, load, read, results_of
+from labels_pairs import EPOCHS
 from matplotlib.figure import Figure
 from tables import best, difference, digits, error, in_words, markdown, paired, table, with_error
 
@@ -30,6 +31,10 @@ LABELS = ("labels_classes", "labels_pairs")
 CLAIMS = [name for name in NAMES if not name.startswith("labels_")]  # of the source
 MASKS = {"hard": "random-mask", "soft": "random-mask-soft"}  # gate → its mask
 SHOWN = ("adamw", "hard", "soft", "random-mask")  # the arms in the table of all claims
+PASSES = {  # arm → passes before the first epoch: judging takes two, the basis half a one, the leap two
+    **{"adamw": 0, "lion": 0, "muon": 0, "soap": 0, "basis": 0.5, "weight": 2, "soap+weight": 2},
+    **{"basis+weight": 2.5, "leap": 4, "right-only": 0},
+}
 NO_GAIN = "supported only at equal learning rate, and a mask does the same"
 OF_THE_GATE = {  # data → verdict, of the lines of that table with 30 % mislabeled
     "dpo": NO_GAIN,
@@ -149,6 +154,34 @@ def draw(rows: pd.DataFrame, path: Path) -> None:
     figure.savefig(path, dpi=70, metadata={"Software": None}, pil_kwargs={"optimize": True})
 
 
+def draw_passes(rows: pd.DataFrame, path: Path) -> None:
+    """Hard pairs with 30 % flipped: accuracy against passes over the data, each arm at its best rate; a PNG.
+
+    Epochs of which no accuracy was kept are left out; bars are standard errors over the seeds.
+    """
+    figure = Figure(figsize=(6.5, 4), layout="constrained")
+    axis = figure.subplots()
+    part = rows[(rows["data"] == "dpo") & (rows["noise"] == 0.3) & rows["test_accuracy"].notna()]
+    for i, (arm, before) in enumerate(PASSES.items()):
+        chosen = best(part[part["arm"] == arm], labels_tables.RATE, labels_tables.REPORT)
+        if not len(chosen):
+            continue
+        epochs = 0 if arm == "leap" else EPOCHS
+        known = {e: chosen.get(f"test_accuracy_{e}", pd.Series(dtype=float)) for e in range(1, epochs)}
+        ends = {**known, epochs: chosen["test_accuracy"]}
+        points = [(before + e, fmean(y), error(y)) for e, y in ends.items() if len(y) and y.notna().all()]
+        x, y, bars = zip(*points, strict=True)
+        label = f"{arm} ({len(chosen)})"
+        axis.errorbar(x, y, bars, label=label, marker="oX"[arm == "leap"], ms=4, color=f"C{i}", lw=1)
+    axis.set(
+        xlabel="passes over the data, those of judging and of the basis too", ylabel="accuracy on clean pairs"
+    )
+    axis.set_title("dpo, 30 % flipped (seeds in brackets)", fontsize=10)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=70, metadata={"Software": None}, pil_kwargs={"optimize": True})
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "summary": summary,
     "overview": overview,
@@ -182,7 +215,9 @@ def written(page: str) -> str:
 def main() -> None:
     for path in PAGES:
         path.write_text(written(path.read_text()))
-    draw(rows_of("labels_pairs")[1], HERE / "results" / "preferences.png")
+    pairs = rows_of("labels_pairs")[1]
+    draw(pairs, HERE / "results" / "preferences.png")
+    draw_passes(pairs, HERE / "results" / "passes.png")
 
 
 if __name__ == "__main__":
