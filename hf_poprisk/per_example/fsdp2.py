@@ -1,0 +1,61 @@
+"""A model that FSDP2 shards, looked into: its groups, and the whole parameters that autograd sees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+
+def local(x: Any) -> Any:
+    """This rank's part of a sharded tensor; anything else as it is."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def groups_of(model: nn.Module) -> list[tuple[FSDPModule, Any]]:
+    """The groups of parameters that FSDP2 gathers together, each with a module of it; none if it does not."""
+    modules: dict[Any, FSDPModule] = {}
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            modules.setdefault(module._get_fsdp_state(), module)
+    found = []
+    for state, module in modules.items():
+        if len(state._fsdp_param_groups) > 1:
+            raise NotImplementedError(
+                "the gate cannot follow a module whose parameters FSDP2 shards over several meshes: shard "
+                "all of them over one."
+            )
+        found += [(module, group) for group in state._fsdp_param_groups]
+    return found
+
+
+def whole_parameters(model: nn.Module) -> dict[Tensor, Tensor]:
+    """Sharded parameter → the leaf that autograd sees in its place, for life. Empty without FSDP2.
+
+    Every rank must call it: what FSDP2 never gathered is gathered once.
+    """
+    whole: dict[Tensor, Tensor] = {}
+    for module, group in groups_of(model):
+        if not all(hasattr(f, "_unsharded_param") for f in group.fsdp_params):
+            module.unshard()
+            module.reshard()
+        whole |= {f.sharded_param: f.unsharded_param for f in group.fsdp_params}
+    return whole
+
+
+def gathered_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """``model.modules()``; those with parameters come group by group, while FSDP2 has them gathered."""
+    groups = groups_of(model)
+    for module, group in groups:
+        module.unshard()
+        yield from dict.fromkeys(
+            owner
+            for f in group.fsdp_params
+            for owner in (f._module_info.module, *f._module_info.shared_modules)
+        )
+        module.reshard()
+    if not groups:
+        yield from model.modules()
