@@ -53,6 +53,10 @@ class ExampleBlocks(torch.optim.Optimizer):
             NotImplementedError: parameters that are sharded in another way, or not.
             ValueError: gradients that would not be summed in float32.
         """
+        if self.needs_examples is False:
+            raise NotImplementedError(
+                "without a gate, and with estimator='ema', there are no examples to follow."
+            )
         self._sharded = ShardedModel(model, self._all_parameters(), self.describe)
         self._window = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -59,3 +60,22 @@ def gathered_modules(model: nn.Module) -> Iterator[nn.Module]:
         module.reshard()
     if not groups:
         yield from model.modules()
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 shards the model, or a part of it."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+@contextmanager
+def reducing(model: nn.Module, on: bool) -> Iterator[None]:
+    """Let FSDP2 reduce gradients inside this block, or hold them back; afterwards as before."""
+    groups = [group for _, group in groups_of(model)]
+    before = [(group.reduce_grads, group.all_reduce_grads) for group in groups]
+    for group in groups:
+        group.reduce_grads = group.all_reduce_grads = on
+    try:
+        yield
+    finally:
+        for group, (reduced, all_reduced) in zip(groups, before, strict=True):
+            group.reduce_grads, group.all_reduce_grads = reduced, all_reduced

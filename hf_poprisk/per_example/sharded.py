@@ -156,7 +156,7 @@ class ShardedWindow(ExampleWindow):
             {**names, **{whole[p]: name for p, name in names.items() if p in whole}},
             [whole[p] for p in others],
         )
-        self._optimized = sharded
+        self.params = sharded
         self._shards: dict[Tensor, Tensor] = {}  # sharded parameter → this rank's part of Q, on all ranks
 
     @contextmanager
@@ -169,6 +169,9 @@ class ShardedWindow(ExampleWindow):
         allowed = list(allowed)
         with super().no_example(self._model.whole[p] for p in allowed) as met:
             yield met
+        seen = [p for p in allowed if self.leaf(p) in met]
+        met.clear()
+        met.update(seen)
         self.shared = set(allowed)
 
     @torch.no_grad()
@@ -212,12 +215,20 @@ class ShardedWindow(ExampleWindow):
         for p in params:
             if p not in self._shards:
                 self._shards[p] = torch.zeros_like(local(p), dtype=wide(p.dtype))
-        sums = {p: self._shards[p] for p in params}
+        return self._averaged({p: self._shards[p] for p in params})
+
+    def _averaged(self, sums: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         if self._model.replicas is not None:
             add_over_ranks(list(sums.values()), self._model.replicas)
         for p, q in sums.items():
             divide_squares({p: q}, self._model.divisor[p])
         return sums
+
+    def so_far(self) -> dict[Tensor, Tensor]:
+        return self._averaged({p: self._shards[p].clone() for p in self.params if p in self._shards})
+
+    def leaf(self, param: Tensor) -> Tensor:
+        return self._model.whole[param]
 
     def add_over_shards(self, sums: Tensor) -> Tensor:
         dist.all_reduce(sums, group=self._model.shards)
@@ -229,7 +240,7 @@ class ShardedWindow(ExampleWindow):
         self.squares = SquareSum(self._params)  # whole squares are not kept from window to window
 
     def _gradients(self) -> Iterator[Tensor | None]:
-        for p in self._optimized:
+        for p in self.params:
             yield local(p.grad)
         for group in self._model.groups:
             yield from group.held()

@@ -41,7 +41,7 @@ class ExampleWindow:
         others: Iterable[Tensor] = (),
     ) -> None:
         self.squares = SquareSum(params)
-        self._optimized = self._params = self.squares.params  # what has a .grad, and what autograd sees
+        self.params = self._params = self.squares.params  # with a .grad; what autograd sees of them
         self._others = list(others)
         self.names: Mapping[Tensor, str] = names or {}
         self._fired: set[Tensor] = set()  # parameters seen by the backward in progress
@@ -171,7 +171,7 @@ class ExampleWindow:
         Raises:
             RuntimeError: gradients without any captured example, or changed since the last one.
         """
-        with_grad = [p for p in self._optimized if p.grad is not None]
+        with_grad = [p for p in self.params if p.grad is not None]
         if with_grad and not self.num_examples:
             raise RuntimeError(
                 "the gate is on but saw no example: run each example's backward inside "
@@ -191,6 +191,14 @@ class ExampleWindow:
     def add_over_shards(self, sums: Tensor) -> Tensor:
         """Sums over what this rank holds of each parameter, [P, …], over all of it."""
         return sums
+
+    def so_far(self) -> dict[Tensor, Tensor]:
+        """Q before the window ends, in the units of ``.grad``, where its examples are of several ranks."""
+        return self.squares.so_far()
+
+    def leaf(self, param: Tensor) -> Tensor:
+        """What autograd sees of a parameter."""
+        return param
 
     def reset(self) -> None:
         """Forget the window; the buffers stay for the next one."""

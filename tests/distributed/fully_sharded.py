@@ -4,6 +4,7 @@ Imported once, before the ranks are forked from it. Not a test module.
 """
 
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import reference
 import torch
 import torch.distributed as dist
-from models import adapted, tiny_model
+from models import adapted, tiny_model, token_examples
 from per_example.test_layers import batch, checkpointed, example_losses, trainable
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -220,6 +221,16 @@ def whole(shard: Tensor, p: Tensor) -> Tensor:
     ).full_tensor()
 
 
+def guide() -> dict[str, float]:
+    """The loop of the guide, as it is printed: its logs."""
+    page = Path(__file__).parents[2] / "hf_poprisk/README.md"
+    text = re.search(r"<!-- test: sharded -->\n```python\n(.*?)```", page.read_text(), re.S)
+    examples = token_examples(8)[dist.get_rank() :: dist.get_world_size()]
+    names = {"model": tiny_model(), "batches": [examples]}
+    exec(text[1], names)
+    return names["optimizer"].statistics.pop("examples")
+
+
 def plain_traffic(layout: Layout) -> dict[str, list[int]]:
     """Of the same window without the gate."""
     model = sharded(layout)
@@ -241,6 +252,8 @@ def main(rank: int, world: int, port: int, folder: Path) -> None:
         found[name] = run(layout)
         if world == 2 and layout.micro == 3 and layout.adapter == "full" and not layout.tied:
             found[name]["plain"] = plain_traffic(layout)
+    if world == 2:
+        found["guide"] = guide()
     torch.save(found, folder / f"{world}-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import socket
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,23 +14,28 @@ from hf_poprisk.gate import openness
 CASES = [(world, name) for world, layouts in LAYOUTS.items() for name in layouts]
 
 
+def launch(module: str, main: Callable[..., None], world: int, *args: Any) -> None:
+    """Run ``main(rank, world, port, *args)`` of a module in as many processes."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([module])  # seconds for each process otherwise
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [context.Process(target=main, args=(r, world, port, *args)) for r in range(world)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(timeout=240)
+        process.kill()  # one that waits for another, which failed
+    assert [process.exitcode for process in ranks] == [0] * world
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
     """World size → what rank 0 saw."""
     folder = tmp_path_factory.mktemp("sharded")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fully_sharded"])
     for world in LAYOUTS:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        ranks = [context.Process(target=main, args=(r, world, port, folder)) for r in range(world)]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join(timeout=240)
-            process.kill()
-        assert [process.exitcode for process in ranks] == [0] * world
+        launch("fully_sharded", main, world, folder)
     return {world: torch.load(folder / f"{world}-0.pt", weights_only=False) for world in LAYOUTS}
 
 
@@ -100,3 +106,8 @@ def test_a_rank_holds_the_squares_of_its_shards(world: int, name: str, found: di
     assert seen["held"] == 4 * seen["held_numel"]
     if layout.sync != "last" and name != "unsharded":
         assert not any(seen["whole"])
+
+
+def test_the_loop_of_the_guide_runs(found: dict[int, Any]) -> None:
+    logs = found[2]["guide"]
+    assert logs["poprisk/examples"] == 8 and 0.05 < logs["poprisk/fraction_open"] < 0.95
