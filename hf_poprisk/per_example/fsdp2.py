@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -62,6 +63,16 @@ def gathered_modules(model: nn.Module) -> Iterator[nn.Module]:
         yield from model.modules()
 
 
+def plain_copy(module: nn.Module) -> nn.Module:
+    """A copy to try things on, of the class that the module had before ``fully_shard``."""
+    if not isinstance(module, FSDPModule):
+        return copy.deepcopy(module)
+    kind = type(module).__mro__[2]
+    plain = kind.__new__(kind)
+    vars(plain).update(vars(module), _parameters={**module._parameters}, _buffers={**module._buffers})
+    return plain
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP2 shards the model, or a part of it."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
@@ -79,3 +90,21 @@ def reducing(model: nn.Module, on: bool) -> Iterator[None]:
     finally:
         for group, (reduced, all_reduced) in zip(groups, before, strict=True):
             group.reduce_grads, group.all_reduce_grads = reduced, all_reduced
+
+
+@contextmanager
+def kept_gathered(model: nn.Module) -> Iterator[None]:
+    """Keep the parameters of the model's own group gathered inside this block, once a forward has done it.
+
+    For calls of its forward past the hooks of FSDP2, which would free them before their backward.
+    """
+    groups = [group for module, group in groups_of(model) if module is model]
+    before = [(group.reshard_after_backward, group.post_forward_mesh_info) for group in groups]
+    for group in groups:
+        group.reshard_after_backward, group.post_forward_mesh_info = False, None
+    try:
+        yield
+    finally:
+        for group, (after_backward, after_forward) in zip(groups, before, strict=True):
+            group.reshard_after_backward, group.post_forward_mesh_info = after_backward, after_forward
+            group.reshard()

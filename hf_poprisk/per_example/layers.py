@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -15,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
 from hf_poprisk.per_example.capture import Capture, Embedding, Linear
-from hf_poprisk.per_example.fsdp2 import gathered_modules, whole_parameters
+from hf_poprisk.per_example.fsdp2 import gathered_modules, plain_copy, whole_parameters
 
 _DORA = "peft.tuners.lora.dora.DoraLinearLayer"  # by name: PEFT need not be installed
 
@@ -199,7 +198,7 @@ def _is_elementwise(module: nn.Module, own: Mapping[str, Tensor]) -> bool:
     first = next(iter(own.values()))
     if first.device.type == "meta" or len({p.shape for p in own.values()}) > 1:
         return False
-    module = copy.deepcopy(module)  # its forward may count or remember
+    module = plain_copy(module)  # its forward may count or remember
     generator = torch.Generator().manual_seed(0)
     for shape in ((2, 3), (2, 3, 2)):
         x = torch.randn(*shape, first.numel(), generator=generator).to(first.device, first.dtype)

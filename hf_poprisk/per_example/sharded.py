@@ -24,7 +24,6 @@ from torch.nn import functional as F
 from hf_poprisk.per_example.fsdp2 import groups_of, local, whole_parameters
 from hf_poprisk.per_example.layout import wide
 from hf_poprisk.per_example.ranks import add_over_ranks, divide_squares
-from hf_poprisk.per_example.squares import SquareSum
 from hf_poprisk.per_example.window import ExampleWindow
 
 
@@ -235,9 +234,9 @@ class ShardedWindow(ExampleWindow):
         return sums
 
     def reset(self) -> None:
-        super().reset()
+        self.squares.take(list(self.squares.so_far()))  # whole squares are not kept from window to window
         self._shards = {}
-        self.squares = SquareSum(self._params)  # whole squares are not kept from window to window
+        super().reset()
 
     def _gradients(self) -> Iterator[Tensor | None]:
         for p in self.params:

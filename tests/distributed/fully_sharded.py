@@ -40,6 +40,7 @@ class Layout:
     options: dict[str, Any] = field(default_factory=dict)  # of fully_shard
     replicas: int = 1
     ungated: bool = False  # some of the parameters
+    ends: bool = False  # are groups of their own, as accelerate makes them
 
 
 LAYOUTS = {
@@ -59,6 +60,8 @@ LAYOUTS = {
         "bf16 computed, held": Layout(computed=BF16, sync="last"),
         "bf16 parameters": Layout(dtype=BF16, sync="last"),
         "ungated": Layout(ungated=True),
+        "ends, single": Layout(ends=True, sync="last"),
+        "ends, several": Layout(ends=True, micro=3),
     },
     3: {
         "single, each": Layout(),
@@ -93,8 +96,11 @@ def sharded(layout: Layout) -> nn.Module:
     if layout.replicas > 1:
         shape, names = (layout.replicas, world // layout.replicas), ("replicate", "shard")
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
-    policy = MixedPrecisionPolicy(layout.computed, F32, output_dtype=F32)
-    for module in [m for m in model.modules() if type(m).__name__ == "LlamaDecoderLayer"] + [model]:
+    parts: list[Any] = [m for m in model.modules() if type(m).__name__ == "LlamaDecoderLayer"]
+    if layout.ends:
+        parts += [model.model.embed_tokens, [model.model.norm, model.lm_head]]
+    for module in [*parts, model]:
+        policy = MixedPrecisionPolicy(layout.computed, F32, output_dtype=F32 if module is model else None)
         fully_shard(module, mesh=mesh, mp_policy=policy, **layout.options)
     return model
 
@@ -103,7 +109,9 @@ def textbook(layout: Layout) -> dict[str, tuple[Tensor, Tensor]]:
     """G and Q in one process, from single examples."""
     model, inputs, world = build(layout), batch(B), dist.get_world_size()
     if layout.computed is not None:
-        model.to(layout.computed)
+        for p in model.parameters():  # as FSDP2, which leaves the buffers
+            p.data = p.data.to(layout.computed)
+    model.register_forward_hook(in_float32)
     gradients = reference.per_example_gradients(
         trainable(model),
         lambda i: (
@@ -113,6 +121,11 @@ def textbook(layout: Layout) -> dict[str, tuple[Tensor, Tensor]]:
     )
     sums = {name: reference.grad_and_square_sums(gradients, name) for name in trainable(model)}
     return {name: (g / world, q / world**2) for name, (g, q) in sums.items()}
+
+
+def in_float32(module: nn.Module, args: Any, output: Any) -> Any:
+    output.logits = output.logits.float()
+    return output
 
 
 class Traffic:
@@ -235,7 +248,8 @@ def plain_traffic(layout: Layout) -> dict[str, list[int]]:
     """Of the same window without the gate."""
     model = sharded(layout)
     optimizer = PopRiskAdamW(trainable(model).values(), gate="none")
-    model(**batch(1))
+    window(model, optimizer, layout, [])
+    optimizer.zero_grad()
     with Traffic() as traffic:
         window(model, optimizer, layout, [])
         optimizer.close_window()

@@ -3,6 +3,7 @@
 Imported once, before the ranks are forked from it. Not a test module.
 """
 
+import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from models import layout, preferences, rows, trainer_of, trl_trainer_of
 from peft import LoraConfig
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 
 from hf_poprisk import load_record
 from hf_poprisk.per_example.window import ExampleWindow
@@ -62,7 +65,7 @@ def accelerate_shards() -> Iterator[None]:
 
 def build(name: str, model_dir: Path, folder: Path, sharded: bool, **changes: Any) -> Any:
     """A trainer whose step t sees examples 12 t … 12 t + 11 in any layout."""
-    kind, micro, options = RUNS[name]
+    kind, micro, options = copy.deepcopy(RUNS[name])  # transformers writes into them
     per_rank = B // dist.get_world_size()
     options = {
         **layout(micro, per_rank),
@@ -122,6 +125,14 @@ def seen(trainer: Any, resume: str | None = None) -> dict[str, Any]:
     }
 
 
+def loaded_sharded(micro: int, model_dir: Path, folder: Path) -> dict[str, Any]:
+    """The run "single", or "several" without exclusions, on a model that transformers itself shards."""
+    config = DistributedConfig(fsdp_size=dist.get_world_size(), fsdp_mixed_precision=False)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, distributed_config=config)
+    options = {**layout(micro, B // dist.get_world_size()), "max_steps": STEPS}
+    return seen(trainer_of(folder, rows(B * STEPS), model, **options))
+
+
 def saved_and_resumed(model_dir: Path, folder: Path, kind: str) -> dict[str, Any]:
     """Three steps, and the third again from the second's checkpoint by a new trainer."""
     changes = {**SAVING, "fsdp_config": {**FSDP["fsdp_config"], "state_dict_type": kind}}
@@ -150,6 +161,7 @@ def main(rank: int, world: int, port: int, folder: Path, model_dir: Path) -> Non
     found: dict[str, Any] = {}
     if world == 2:
         found["ddp"] = {name: seen(build(name, model_dir, folder, False)) for name in RUNS}
+        found["loaded"] = {micro: loaded_sharded(micro, model_dir, folder) for micro in (1, 3)}
         with accelerate_shards():
             found["fsdp"] = {name: seen(build(name, model_dir, folder, True)) for name in RUNS}
             for kind in ("SHARDED_STATE_DICT", "FULL_STATE_DICT"):

@@ -43,7 +43,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
 def test_sums_and_gate_are_those_of_one_process(world: int, name: str, found: dict[int, Any]) -> None:
     layout, seen = LAYOUTS[world][name], found[world][name]
     low = layout.dtype == torch.bfloat16
-    tolerance = 2e-2 if low else 2e-6  # of G, which is held in the parameters' dtype
+    tolerance = 2e-2 if low else 1e-5  # of G, which is held in the parameters' dtype
     compared = opened = 0
     for entry in seen["windows"]:
         assert entry["b"] == B
@@ -54,9 +54,9 @@ def test_sums_and_gate_are_those_of_one_process(world: int, name: str, found: di
                 assert not squares
                 continue
             ours_sq, q = squares
-            assert (ours_sq.double() - sq_sum).abs().max() <= 2e-6 * sq_sum.abs().max(), key
+            assert (ours_sq.double() - sq_sum).abs().max() <= 1e-5 * sq_sum.abs().max(), key
             # exact ties apart, and what G's own rounding decides
-            far = (grad.square() - sq_sum).abs() > (3e-2 if low else 1e-5) * sq_sum
+            far = (grad.square() - sq_sum).abs() > (3e-2 if low else 3e-5) * sq_sum
             assert torch.equal(q.double()[far], openness(grad, sq_sum, B)[far]), key
             if world & (world - 1) == 0:  # a power of two divides G exactly: one example opens nothing
                 single = ours.float().square() == ours_sq
@@ -97,7 +97,8 @@ def test_the_gate_costs_one_reduction_of_the_squares(name: str, found: dict[int,
     assert sent["reduce_scatter_single"] == [n for n in gradients for _ in range(2)]  # each is followed
     assert sent["all_gather_single"] == plain["all_gather_single"]
     tensors = len(found[2][name]["expected"])
-    assert sent["all_reduce"] == [*plain["all_reduce"], 8, 16 * tensors]  # b; four sums of each tensor
+    # before the first step whether any gradient is finite; b; four sums of each tensor
+    assert sent["all_reduce"] == [*plain["all_reduce"], 4, 8, 16 * tensors]
 
 
 @pytest.mark.parametrize(("world", "name"), CASES)

@@ -55,6 +55,13 @@ def test_the_windows_are_those_of_ddp(name: str, found: dict[int, Any]) -> None:
             assert a[entry] == pytest.approx(b[entry], rel=1e-2), entry
 
 
+@pytest.mark.parametrize("micro", [1, 3])
+def test_a_model_that_transformers_shards_as_it_loads_it(micro: int, found: dict[int, Any]) -> None:
+    ours = found[2]["loaded"][micro]
+    assert ours["sharded"] and ours["together"] == (micro > 1)
+    assert_same_window(ours["windows"][0], found[2]["ddp"]["single"]["windows"][0], 1e-5)
+
+
 def test_bfloat16_is_summed_in_float32(found: dict[int, Any]) -> None:
     """accelerate's own policy sums bfloat16; G would be coarse, and a gate decided by its rounding."""
     _, entry = found[2]["fsdp"]["bf16"]["windows"][0]
