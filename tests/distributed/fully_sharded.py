@@ -183,7 +183,7 @@ def run(layout: Layout) -> dict[str, Any]:
     optimizer.follow(model)
     optimizer._open_window()
     stock = torch.optim.AdamW(
-        [nn.Parameter(p.full_tensor()) for p in named.values()], lr=1e-3, weight_decay=0.0
+        [nn.Parameter(p.full_tensor()) for p in named.values()], lr=1e-3, weight_decay=0.0, fused=True
     )
     found: dict[str, Any] = {"expected": expected, "windows": [], "whole": []}
     for step in range(2):

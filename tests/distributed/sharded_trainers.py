@@ -7,9 +7,11 @@ import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
@@ -18,7 +20,10 @@ from fully_sharded import whole
 from models import layout, preferences, rows, trainer_of, trl_trainer_of
 from peft import LoraConfig
 from torch import Tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.checkpoint import state_dict
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
@@ -40,12 +45,16 @@ RUNS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "one by one": ("Trainer-one-by-one", 3, {}),
     "DPO-LoRA": ("DPO-LoRA", 3, {}),
     "bf16": ("Trainer", 1, {"bf16": True}),
+    "loaded by one rank": ("Trainer", 1, {}),
 }
 
 
 @contextmanager
 def accelerate_shards() -> Iterator[None]:
-    """accelerate has FSDP2 on GPUs only, and trains with DDP elsewhere; PyTorch's own runs here too."""
+    """accelerate has FSDP2 on GPUs only, and trains with DDP elsewhere; PyTorch's own runs here too.
+
+    On a CPU the tensors of a gathered state dict are still on their way.
+    """
     original = AcceleratorState.__init__
 
     def init(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
@@ -56,24 +65,26 @@ def accelerate_shards() -> Iterator[None]:
                 fsdp_plugin.set_mixed_precision(self._mixed_precision)
             self.fsdp_plugin = fsdp_plugin
 
-    AcceleratorState.__init__ = init
-    try:
+    def arrived(get: Any, *args: Any, **kwargs: Any) -> Any:
+        found = get(*args, **kwargs)
+        return tree_map(lambda x: x.wait() if isinstance(x, AsyncCollectiveTensor) else x, found)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AcceleratorState, "__init__", init)
+        for name in ("get_model_state_dict", "get_optimizer_state_dict"):
+            patch.setattr(state_dict, name, partial(arrived, getattr(state_dict, name)))
         yield
-    finally:
-        AcceleratorState.__init__ = original
 
 
 def build(name: str, model_dir: Path, folder: Path, sharded: bool, **changes: Any) -> Any:
     """A trainer whose step t sees examples 12 t … 12 t + 11 in any layout."""
     kind, micro, options = copy.deepcopy(RUNS[name])  # transformers writes into them
     per_rank = B // dist.get_world_size()
-    options = {
-        **layout(micro, per_rank),
-        "max_steps": STEPS,
-        **options,
-        **(FSDP if sharded else {}),
-        **changes,
-    }
+    options = {**layout(micro, per_rank), "max_steps": STEPS, **options}
+    if sharded:
+        more = {"cpu_ram_efficient_loading": True} if name == "loaded by one rank" else {}
+        options |= {**FSDP, "fsdp_config": {**FSDP["fsdp_config"], **more}}
+    options |= changes
     if kind.startswith("Trainer"):
         trainer = trainer_of(folder, rows(B * STEPS), **options)
     else:
@@ -100,11 +111,9 @@ def recorded() -> Iterator[list[tuple[int, dict[str, tuple[Tensor, Tensor]]]]]:
         windows.append((b, entry))
         return b, sq_sums
 
-    ExampleWindow.reduce = reduce
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ExampleWindow, "reduce", reduce)
         yield windows
-    finally:
-        ExampleWindow.reduce = original
 
 
 def seen(trainer: Any, resume: str | None = None) -> dict[str, Any]:
