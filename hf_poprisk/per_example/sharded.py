@@ -73,12 +73,13 @@ class ShardedModel:
 
     def __init__(self, model: nn.Module, params: Iterable[Tensor], describe: Callable[[Tensor], str]) -> None:
         params, found = dict.fromkeys(params), groups_of(model)
-        self.whole = whole_parameters(model)
-        if others := [p for p in params if p not in self.whole]:
+        sharded = {f.sharded_param for _, group in found for f in group.fsdp_params}
+        if others := [p for p in params if p not in sharded]:
             raise NotImplementedError(
                 f"{describe(others[0])} is not sharded by FSDP2 in this model, and the gate takes all "
                 "parameters or none so: call fully_shard on the model, without ignored_params, before the "
-                "optimizer is made."
+                "optimizer is made (an adapter on a model that is sharded as it is loaded: set fsdp=true "
+                "instead of DistributedConfig)."
             )
         for _, group in found:
             for f in group.fsdp_params:
@@ -90,6 +91,7 @@ class ShardedModel:
                 "the gate follows FSDP2 over one mesh of all processes: pass the same one to every "
                 "fully_shard."
             )
+        self.whole = whole_parameters(model)
         mesh = found[0][1].mesh_info
         self.shards: dist.ProcessGroup = mesh.shard_process_group
         self.replicas: dist.ProcessGroup | None = getattr(mesh, "replicate_process_group", None)
@@ -124,11 +126,13 @@ def _check(f: Any, group: Any, describe: Callable[[Tensor], str]) -> None:
             f"the gate cannot serve {name}, which FSDP2 keeps in the memory of the CPU: leave "
             "offload_policy out."
         )
-    reduced = group._reduce_dtype or f.unsharded_param.dtype
+    policy = group.mp_policy
+    reduced = policy.reduce_dtype or policy.param_dtype or f.sharded_param.dtype
     if wide(reduced) != reduced:
         raise ValueError(
             f"the gradient of {name} would be summed over the ranks in {reduced}, whose rounding decides "
-            "gates: set reduce_dtype=torch.float32 in FSDP2's MixedPrecisionPolicy."
+            "gates: set reduce_dtype=torch.float32 in FSDP2's MixedPrecisionPolicy (fsdp_mixed_precision=True in "
+            "a DistributedConfig)."
         )
 
 

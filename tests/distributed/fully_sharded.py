@@ -16,7 +16,7 @@ from models import adapted, tiny_model, token_examples
 from per_example.test_layers import batch, checkpointed, example_losses, trainable
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
 from hf_poprisk import PopRiskAdamW
 from hf_poprisk.per_example import BatchedGradients, Rows
@@ -244,6 +244,46 @@ def guide() -> dict[str, float]:
     return names["optimizer"].statistics.pop("examples")
 
 
+def nan_on_one_shard() -> dict[str, Any]:
+    """A NaN that only rank 1 can see, in the second step: what each rank does."""
+    layout = Layout(ungated=True)
+    model = sharded(layout)
+    named = trainable(model)
+    ungated = [p for name, p in named.items() if "mlp" in name]
+    optimizer = PopRiskAdamW(named.items(), lr=1e-3, ungated=ungated)
+    optimizer.follow(model)
+    for step in range(2):
+        window(model, optimizer, layout, [])
+        if step == 1 and dist.get_rank() == 1:
+            local(ungated[0].grad)[0] = float("nan")
+        before = [local(p).clone() for p in named.values()]
+        optimizer.step()
+        kept = all(torch.equal(x, local(p)) for x, p in zip(before, named.values(), strict=True))
+        optimizer.zero_grad()
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, kept)
+    return {"kept": everywhere, "logs": optimizer.statistics.pop("examples")}
+
+
+def refusals() -> list[str]:
+    """What is said of models that the gate cannot follow."""
+    said = []
+    for options in (
+        {"policy": MixedPrecisionPolicy(BF16)},
+        {"offload": CPUOffloadPolicy(pin_memory=False)},
+        {"part": True},
+    ):
+        model = build(Layout())
+        policy = options.get("policy") or MixedPrecisionPolicy()
+        offload = {"offload_policy": options["offload"]} if "offload" in options else {}
+        fully_shard(model.model if "part" in options else model, mp_policy=policy, **offload)
+        try:
+            PopRiskAdamW(model.named_parameters()).follow(model)
+        except (ValueError, NotImplementedError) as error:
+            said.append(str(error))
+    return said
+
+
 def plain_traffic(layout: Layout) -> dict[str, list[int]]:
     """Of the same window without the gate."""
     model = sharded(layout)
@@ -267,7 +307,7 @@ def main(rank: int, world: int, port: int, folder: Path) -> None:
         if world == 2 and layout.micro == 3 and layout.adapter == "full" and not layout.tied:
             found[name]["plain"] = plain_traffic(layout)
     if world == 2:
-        found["guide"] = guide()
+        found["guide"], found["nan"], found["refused"] = guide(), nan_on_one_shard(), refusals()
     torch.save(found, folder / f"{world}-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

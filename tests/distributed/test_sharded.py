@@ -112,3 +112,18 @@ def test_a_rank_holds_the_squares_of_its_shards(world: int, name: str, found: di
 def test_the_loop_of_the_guide_runs(found: dict[int, Any]) -> None:
     logs = found[2]["guide"]
     assert logs["poprisk/examples"] == 8 and 0.05 < logs["poprisk/fraction_open"] < 0.95
+
+
+def test_a_nan_in_one_shard_is_a_step_left_out_on_all_ranks(found: dict[int, Any]) -> None:
+    assert found[2]["nan"]["kept"] == [True, True]
+    assert found[2]["nan"]["logs"]["poprisk/steps_skipped"] == 1
+
+
+def test_what_the_gate_cannot_follow_is_refused(found: dict[int, Any]) -> None:
+    coarse, offloaded, part = found[2]["refused"]
+    assert (
+        "would be summed over the ranks in torch.bfloat16" in coarse
+        and "reduce_dtype=torch.float32" in coarse
+    )
+    assert "keeps in the memory of the CPU: leave offload_policy out" in offloaded
+    assert part.startswith("lm_head.weight is not sharded by FSDP2 in this model")
