@@ -73,6 +73,8 @@ class ShardedModel:
 
     def __init__(self, model: nn.Module, params: Iterable[Tensor], describe: Callable[[Tensor], str]) -> None:
         params, found = dict.fromkeys(params), groups_of(model)
+        for _, group in found:
+            group.lazy_init()  # weights that were loaded after fully_shard are other objects
         sharded = {f.sharded_param for _, group in found for f in group.fsdp_params}
         if others := [p for p in params if p not in sharded]:
             raise NotImplementedError(
@@ -131,8 +133,8 @@ def _check(f: Any, group: Any, describe: Callable[[Tensor], str]) -> None:
     if wide(reduced) != reduced:
         raise ValueError(
             f"the gradient of {name} would be summed over the ranks in {reduced}, whose rounding decides "
-            "gates: set reduce_dtype=torch.float32 in FSDP2's MixedPrecisionPolicy (fsdp_mixed_precision=True in "
-            "a DistributedConfig)."
+            "gates: set reduce_dtype=torch.float32 in FSDP2's MixedPrecisionPolicy (of a DistributedConfig: "
+            "fsdp_mixed_precision=True)."
         )
 
 
