@@ -62,6 +62,11 @@ class ShardingMixin:
                 f"FSDP2 with cpu_offload is not supported by {what}: leave it out and shard over more GPUs, "
                 f"or set {without}."
             )
+        if self.args.poprisk_estimator == "ema":
+            raise ValueError(
+                "poprisk_estimator=ema does not run on sharded parameters: set poprisk_estimator=example, launch "
+                f"with DDP, or set {without}."
+            )
         policy = plugin.mixed_precision_policy
         if policy is not None:  # accelerate's own sums bfloat16, whose rounding would decide gates
             plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32)

@@ -106,6 +106,15 @@ def test_sharding_switched_on_by_the_launcher_is_refused(
     assert gated.train() == "trained"
 
 
+def test_the_streaming_form_does_not_run_on_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = small(tmp_path, poprisk_estimator="ema")
+    plugin = SimpleNamespace(fsdp_version=2, cpu_offload=None)
+    monkeypatch.setattr(trainer.accelerator.state, "fsdp_plugin", plugin, raising=False)
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match="^poprisk_estimator=ema does not run on sharded parameters"):
+        trainer.train()
+
+
 def test_a_run_that_accelerate_did_not_shard_is_refused(tmp_path: Path) -> None:
     trainer = small(tmp_path)
     trainer.args.fsdp = True  # as accelerate does on a CPU, where it trains with DDP and says nothing
