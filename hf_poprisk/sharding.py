@@ -64,8 +64,8 @@ class ShardingMixin:
             )
         if self.args.poprisk_estimator == "ema":
             raise ValueError(
-                "poprisk_estimator=ema does not run on sharded parameters: set poprisk_estimator=example, launch "
-                f"with DDP, or set {without}."
+                "poprisk_estimator=ema does not run on sharded parameters: set poprisk_estimator=example, "
+                f"launch with DDP, or set {without}."
             )
         policy = plugin.mixed_precision_policy
         if policy is not None:  # accelerate's own sums bfloat16, whose rounding would decide gates
