@@ -67,8 +67,6 @@ def test_bfloat16_is_summed_in_float32(found: dict[int, Any]) -> None:
     _, entry = found[2]["fsdp"]["bf16"]["windows"][0]
     coarse = [grad for grad, _ in entry.values() if torch.equal(grad, grad.bfloat16().float()) and grad.any()]
     assert not coarse and all(grad.dtype == torch.float32 for grad, _ in entry.values())
-    for name, (grad, sq_sum) in entry.items():
-        assert not openness(grad, sq_sum, B)[grad.square() == sq_sum].any(), name
 
 
 @pytest.mark.parametrize("kind", ["SHARDED_STATE_DICT", "FULL_STATE_DICT"])
