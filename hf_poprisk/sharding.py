@@ -43,6 +43,12 @@ class ShardingMixin:
                 f"DeepSpeed is not supported by {what}: shard with FSDP2 (fsdp=true; for ZeRO-2 "
                 f"reshard_after_forward=false), or set {without}."
             )
+        parallel = getattr(self.accelerator, "parallelism_config", None)
+        if parallel is not None and (parallel.tp_enabled or parallel.cp_enabled or parallel.sp_enabled):
+            raise ValueError(
+                f"tensor, context and sequence parallelism are not supported by {what}: shard with FSDP2 "
+                f"alone (dp_shard_size, dp_replicate_size), or set {without}."
+            )
         asked = self.args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1")
         if asked and not self.is_fsdp_enabled:
             raise ValueError(

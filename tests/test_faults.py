@@ -106,6 +106,18 @@ def test_sharding_switched_on_by_the_launcher_is_refused(
     assert gated.train() == "trained"
 
 
+def test_parallelism_that_the_launcher_switched_on_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = small(tmp_path)
+    split = SimpleNamespace(tp_enabled=False, cp_enabled=True, sp_enabled=False)
+    monkeypatch.setattr(type(trainer.accelerator), "parallelism_config", split)
+    with pytest.raises(
+        ValueError, match="^tensor, context and sequence .* by optim=poprisk_adamw: shard with"
+    ):
+        trainer.train()
+
+
 def test_the_streaming_form_does_not_run_on_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = small(tmp_path, poprisk_estimator="ema")
     plugin = SimpleNamespace(fsdp_version=2, cpu_offload=None)
