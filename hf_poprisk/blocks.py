@@ -16,14 +16,24 @@ from hf_poprisk.per_example.sharded import ShardedModel, ShardedWindow
 class ExampleBlocks(torch.optim.Optimizer):
     """The part of ``PopRiskAdamW`` that opens windows, on parameters which it can name."""
 
+    gate: str
     estimator: str
-    needs_examples: bool
-    gated_parameters: list[Tensor]
     _names: dict[Tensor, str]
     _ungated: set[Tensor]
     _sharded: ShardedModel | None = None
     _window: ExampleWindow | None = None
     _openness: dict[Tensor, Tensor] | None = None  # q, once the window is closed
+
+    @property
+    def needs_examples(self) -> bool:
+        """Whether backwards must run inside ``example()``."""
+        return self.gate != "none"
+
+    @property
+    def gated_parameters(self) -> list[Tensor]:
+        """The trainable parameters under the gate, in group order; empty when it is off."""
+        trainable = (p for p in self._all_parameters() if p.requires_grad)
+        return [p for p in trainable if self.gate != "none" and p not in self._ungated]
 
     def name_parameters(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Names for messages and records, if the optimizer was not given any."""
@@ -53,7 +63,7 @@ class ExampleBlocks(torch.optim.Optimizer):
             NotImplementedError: parameters that are sharded in another way, or not.
             ValueError: gradients that would not be summed in float32.
         """
-        if self.needs_examples is False:
+        if not self.needs_examples:
             raise NotImplementedError(
                 "without a gate, and with estimator='ema', there are no examples to follow."
             )

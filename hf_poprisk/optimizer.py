@@ -119,17 +119,6 @@ class PopRiskAdamW(ExampleBlocks, torch.optim.AdamW):
         if gate != "none" and not known - self._ungated:
             raise ValueError("every parameter is ungated: use gate='none' if that is what you want.")
 
-    @property
-    def needs_examples(self) -> bool:
-        """Whether backwards must run inside ``example()``."""
-        return self.gate != "none"
-
-    @property
-    def gated_parameters(self) -> list[Tensor]:
-        """The trainable parameters under the gate, in group order; empty when it is off."""
-        trainable = (p for p in self._all_parameters() if p.requires_grad)
-        return [p for p in trainable if self.gate != "none" and p not in self._ungated]
-
     @torch.no_grad()
     def close_window(self) -> None:
         """Decide the gate: after the gradients are reduced over ranks, before they are clipped.
@@ -177,7 +166,9 @@ class PopRiskAdamW(ExampleBlocks, torch.optim.AdamW):
                 f"no example's gradient was seen for {', '.join(names[:3])}, which has one: every backward "
                 "must run inside `with optimizer.example():`."
             )
-        self._skip_step = not finite or not all_finite(p.grad for p in self._ungated)
+        # in the same order on every rank
+        ungated = [p.grad for p in self._all_parameters() if p in self._ungated]
+        self._skip_step = not finite or not all_finite(ungated)
         if self._skip_step:
             return
         self.statistics.add(list(sq_sums), stacked, null_openness(num_examples, self.gate), num_examples)

@@ -23,14 +23,14 @@ def groups_of(model: nn.Module) -> list[tuple[FSDPModule, Any]]:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             modules.setdefault(module._get_fsdp_state(), module)
-    found = []
-    for state, module in modules.items():
+    found: list[tuple[FSDPModule, Any]] = []
+    for state, member in modules.items():
         if len(state._fsdp_param_groups) > 1:
             raise NotImplementedError(
                 "the gate cannot follow a module whose parameters FSDP2 shards over several meshes: shard "
                 "all of them over one."
             )
-        found += [(module, group) for group in state._fsdp_param_groups]
+        found += [(member, group) for group in state._fsdp_param_groups]
     return found
 
 
@@ -67,7 +67,7 @@ def plain_copy(module: nn.Module) -> nn.Module:
     """A copy to try things on, of the class that the module had before ``fully_shard``."""
     if not isinstance(module, FSDPModule):
         return copy.deepcopy(module)
-    kind = type(module).__mro__[2]
+    kind: Any = type(module).__mro__[2]
     plain = kind.__new__(kind)
     vars(plain).update(vars(module), _parameters={**module._parameters}, _buffers={**module._buffers})
     return plain

@@ -20,7 +20,6 @@ from fully_sharded import whole
 from models import layout, preferences, rows, trainer_of, trl_trainer_of
 from peft import LoraConfig
 from torch import Tensor
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.checkpoint import state_dict
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
@@ -66,8 +65,15 @@ def accelerate_shards() -> Iterator[None]:
             self.fsdp_plugin = fsdp_plugin
 
     def arrived(get: Any, *args: Any, **kwargs: Any) -> Any:
-        found = get(*args, **kwargs)
-        return tree_map(lambda x: x.wait() if isinstance(x, AsyncCollectiveTensor) else x, found)
+        gathered = getattr(kwargs.get("options"), "full_state_dict", False)
+
+        def plain(x: Any) -> Any:
+            if not gathered or not isinstance(x, Tensor):
+                return x
+            x = x.full_tensor() if isinstance(x, DTensor) else x
+            return torch.empty(x.shape, dtype=x.dtype).copy_(x)
+
+        return tree_map(plain, get(*args, **kwargs))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(AcceleratorState, "__init__", init)
@@ -174,7 +180,12 @@ def main(rank: int, world: int, port: int, folder: Path, model_dir: Path) -> Non
         with accelerate_shards():
             found["fsdp"] = {name: seen(build(name, model_dir, folder, True)) for name in RUNS}
             for kind in ("SHARDED_STATE_DICT", "FULL_STATE_DICT"):
-                found[kind] = saved_and_resumed(model_dir, folder, kind)
+                try:
+                    found[kind] = saved_and_resumed(model_dir, folder, kind)
+                except Exception:
+                    import traceback
+
+                    found[kind] = traceback.format_exc()
     else:
         with accelerate_shards():
             kind = "SHARDED_STATE_DICT"
