@@ -255,8 +255,10 @@ class PopRiskArgumentsMixin:
             return
         refuse(refusals.OPTIMIZER, self)
         refuse(refusals.JUDGING, self)
-        if (self.poprisk_label_noise, self.poprisk_gate, self.poprisk_basis) != ("off", "none", "coordinate"):
+        if (self.poprisk_label_noise, self.poprisk_basis) != ("off", "coordinate"):
             refuse(whole, self, of=f"optim={OPTIM}", without=self.plain_options)
+        elif self.poprisk_gate != "none":
+            refuse(refusals.SHARDED, self, of=f"optim={OPTIM}", without=self.plain_options)
         if self.poprisk_label_noise != "off":
             refuse(self._label_rules, self)
         if self.poprisk_gate != "none":

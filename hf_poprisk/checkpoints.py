@@ -163,6 +163,7 @@ class CheckpointMixin:
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
         self._weights_step = None
+        self._follow_shards()
         if self._risk is not None:
             self._risk.load(checkpoint, self.args.device)
         self._load_label_noise(checkpoint)
@@ -173,7 +174,7 @@ class CheckpointMixin:
         if checkpoint is not None and Path(checkpoint, CONFIG_NAME).is_file():
             statistics = load_record(checkpoint).statistics
             if statistics is not None:
-                optimizer.statistics.load(statistics, dict(self.model.named_parameters()))
+                optimizer.statistics.load(statistics, {name: p for p, name in optimizer.names.items()})
 
     def _load_best_model(self) -> None:
         super()._load_best_model()  # type: ignore[misc]
@@ -190,6 +191,14 @@ class CheckpointMixin:
         super()._save(output_dir, state_dict)  # type: ignore[misc]
         if self.args.should_save:
             self._write_record(output_dir or self.args.output_dir)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in transformers; a sharded checkpoint, whose weights are saved elsewhere, has its record too."""
+        super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+        if self.is_fsdp_enabled and self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            self._write_record(folder)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)  # type: ignore[misc]

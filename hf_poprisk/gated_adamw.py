@@ -31,6 +31,8 @@ def decide(grad: Tensor, sq_sum: Tensor, num_examples: int, gate: str) -> Tensor
     Returns:
         [4] float32, the sums of ``GateStatistics.add``: Σ q, the number of elements with Q > 0, ΣG², ΣQ.
     """
+    if not grad.numel():  # a rank without a part of it
+        return torch.zeros(4, device=grad.device)
     for fused in (kernels_gpu, kernels_cpu):
         if fused.usable(grad, sq_sum):
             return fused.decide(grad, sq_sum, num_examples, gate == "soft")
@@ -78,6 +80,9 @@ def gated_adamw(group: dict[str, Any], row: Row, q: Tensor) -> None:
         q: its openness, same shape, floating point.
     """
     *tensors, step = row
+    if not q.numel():
+        step += 1
+        return
     fused = next((k for k in (kernels_gpu, kernels_cpu) if k.usable(*tensors, q)), None)
     if fused is not None:
         step += 1

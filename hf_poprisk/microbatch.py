@@ -16,6 +16,7 @@ from transformers.trainer_utils import has_length
 from hf_poprisk.optimizer import PopRiskAdamW
 from hf_poprisk.per_example import BatchedGradients, Capture, Layout, Packed, Rows
 from hf_poprisk.per_example.examples import NotSeparable, copied, find_layout
+from hf_poprisk.per_example.fsdp2 import reducing
 from hf_poprisk.per_example.one_by_one import OneByOne
 from hf_poprisk.per_example.self_check import SelfCheck, Verdict, some_examples
 from hf_poprisk.per_example.undisturbed import mode
@@ -116,7 +117,7 @@ class MicrobatchMixin:
         with self._uncompiled():
             try:
                 with (
-                    self.accelerator.no_sync(model),
+                    self._unsynced(model),
                     one_by_one.cached(layout),
                     optimizer.no_example(self._shared),
                 ):
@@ -125,12 +126,13 @@ class MicrobatchMixin:
                 for i in range(layout.num_examples):
                     # only the last one is synchronised: the gradients would be averaged over and over
                     last = i == layout.num_examples - 1 and self.accelerator.sync_gradients
+                    by_ddp = self.accelerator.num_processes > 1 and not self._sharded
                     with (
-                        nullcontext() if last else self.accelerator.no_sync(model),
+                        nullcontext() if last else self._unsynced(model),
                         self.compute_loss_context_manager(),
                         optimizer.example(),
                     ):
-                        one_by_one.backward(i, model if last and self.accelerator.num_processes > 1 else None)
+                        one_by_one.backward(i, model if last and by_ddp else None)
             except NotSeparable as error:
                 raise RuntimeError(f"{error}, which it did not at the start: {self._way_out}.") from error
             finally:
@@ -172,8 +174,8 @@ class MicrobatchMixin:
         checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in unwrapped.modules())
         if layout.num_examples == 1:  # another rank has more, and none may check alone
             inputs, layout = some_examples(inputs, layout, [0, 0], unwrapped)
-        elif layout.num_examples > 2 and checkpointing:
-            # in eval mode nothing is recomputed, and all of them may not fit
+        elif layout.num_examples > 2 and (checkpointing or self._sharded):
+            # in eval mode nothing is recomputed, and all of them may not fit; all ranks must take as many
             inputs, layout = some_examples(inputs, layout, [0, 1], unwrapped)
         low = self._has_low_precision(unwrapped)
         check = SelfCheck(unwrapped, inputs, layout, optimizer.new_window, backward, low)
@@ -183,7 +185,8 @@ class MicrobatchMixin:
 
     def _take(self, verdict: Verdict, optimizer: PopRiskAdamW) -> None:
         """Take the path on which all ranks agree."""
-        if verdict.unreached and verdict.not_one_by_one is None and self.accelerator.num_processes > 1:
+        several = self.accelerator.num_processes > 1
+        if verdict.unreached and verdict.not_one_by_one is None and several and not self._sharded:
             name = optimizer.describe(next(iter(verdict.unreached)))
             verdict.not_one_by_one = f"no example reaches {name}, whose gradient DDP would not reduce"
         wrong = [not verdict.decided, verdict.not_together is not None, verdict.not_one_by_one is not None]
@@ -219,7 +222,8 @@ class MicrobatchMixin:
         """Losses inside this block are not logged, wait for no rank, and leave the trainer as it was."""
         before, metrics = dict(vars(self)), copy.deepcopy(getattr(self, "_metrics", None))
         with ExitStack() as stack:
-            stack.enter_context(self.accelerator.no_sync(model))
+            # what FSDP2 held back would not fit
+            stack.enter_context(reducing(model, True) if self._sharded else self.accelerator.no_sync(model))
             stack.enter_context(self._uncompiled())
             for name in ("gather", "gather_for_metrics", "reduce"):
                 setattr(self.accelerator, name, lambda tensor, *_, **__: tensor)

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from hf_poprisk.blocks import ExampleBlocks
 from hf_poprisk.finite import all_finite, none_finite, why_none_is
 from hf_poprisk.gate import null_openness
 from hf_poprisk.gated_adamw import Row, adamw_in_basis, decide, gated_adamw, plain_adamw
 from hf_poprisk.logs import GateStatistics
 from hf_poprisk.options import NOTHING_TO_TRAIN, check_options
-from hf_poprisk.per_example import BatchedGradients, Capture, ExampleWindow, Layout
-from hf_poprisk.per_example.basis import Sides
+from hf_poprisk.per_example.fsdp2 import local
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +25,7 @@ _UNSUPPORTED = ("amsgrad", "maximize", "differentiable")  # of what AdamW's grou
 _KEPT = "gate estimator warmup_steps ema_alpha basis keep_written _ungated _names".split()  # in copies
 
 
-class PopRiskAdamW(torch.optim.AdamW):
+class PopRiskAdamW(ExampleBlocks, torch.optim.AdamW):
     """AdamW that writes a parameter only where the batch's signal beats its leave-one-out noise.
 
     The moments m, v see the ordinary gradient on every step; the gate multiplies the write only,
@@ -45,6 +44,7 @@ class PopRiskAdamW(torch.optim.AdamW):
         optimizer.zero_grad()
 
     On several ranks the gradients must be averaged over all of them, as by DDP, before the window closes.
+    If FSDP2 shards the model, tell the optimizer once: ``follow``.
 
     Args:
         params: as for ``torch.optim.AdamW``; ``model.named_parameters()`` puts names into messages.
@@ -64,15 +64,12 @@ class PopRiskAdamW(torch.optim.AdamW):
 
     Raises:
         ValueError: a bad value, an option that would have no effect, or no parameter left to train or gate.
-        NotImplementedError: sharded parameters (DTensor).
+        NotImplementedError: sharded parameters (DTensor) with ``estimator="ema"`` or ``basis="eigen"``.
     """
 
     keep_written = False
-    bases: Mapping[Tensor, Sides] = {}  # of the parameters that have one
     _said_single = False
     # of the window: copies start without
-    _window: ExampleWindow | None = None
-    _openness: dict[Tensor, Tensor] | None = None  # q, once it is closed
     _skip_step = False
     _none_finite: bool | None = None  # no step was ever taken, nor will be; None until it is asked
 
@@ -122,71 +119,6 @@ class PopRiskAdamW(torch.optim.AdamW):
         if gate != "none" and not known - self._ungated:
             raise ValueError("every parameter is ungated: use gate='none' if that is what you want.")
 
-    @property
-    def needs_examples(self) -> bool:
-        """Whether backwards must run inside ``example()``."""
-        return self.gate != "none"
-
-    @property
-    def gated_parameters(self) -> list[Tensor]:
-        """The trainable parameters under the gate, in group order; empty when it is off."""
-        trainable = (p for p in self._all_parameters() if p.requires_grad)
-        return [p for p in trainable if self.gate != "none" and p not in self._ungated]
-
-    def name_parameters(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
-        """Names for messages and records, if the optimizer was not given any."""
-        self._names = {p: name for name, p in named_parameters}
-        self._window = None
-
-    @property
-    def names(self) -> Mapping[Tensor, str]:
-        """From ``name_parameters``, or as the optimizer was given them; records leave out what has none."""
-        given = (zip(g["params"], g.get("param_names", ()), strict=False) for g in self.param_groups)
-        return {p: name for named in given for p, name in named} | self._names
-
-    def describe(self, param: Tensor) -> str:
-        """A parameter's name, or else its shape."""
-        return self._open_window().describe(param)
-
-    def example(self) -> AbstractContextManager[None]:
-        """Block around the backward of one example (of one micro-batch with ``estimator="group"``).
-
-        Raises:
-            RuntimeError: see ``ExampleWindow.example``; or the window was closed and not stepped.
-        """
-        if not self.needs_examples:
-            return nullcontext()
-        return self._free_window().example()
-
-    def no_example(self, allowed: Iterable[Tensor]) -> AbstractContextManager[set[Tensor]]:
-        """Block around a backward whose gradients belong to no example; see ``ExampleWindow.no_example``."""
-        return self._free_window().no_example(allowed)
-
-    def batch(self, layers: BatchedGradients, layout: Layout) -> AbstractContextManager[Capture | None]:
-        """Block around the forward and the backward of several examples; the sums are those of ``example``.
-
-        Args:
-            layers: ``BatchedGradients(model, optimizer.gated_parameters)`` with nothing uncovered.
-            layout: ``Rows(N, rows)`` if row j belongs to example j mod N; ``Packed(lengths)`` if packed.
-
-        Raises:
-            RuntimeError: see ``ExampleWindow.batch``.
-            ValueError: with ``estimator="group"``, whose unit is the batch: use ``example``.
-        """
-        if self.estimator == "group":
-            raise ValueError("estimator='group' takes a batch as one unit: use optimizer.example().")
-        if not self.needs_examples:
-            return nullcontext()
-        return self._free_window().batch(layers, layout)
-
-    def _free_window(self) -> ExampleWindow:
-        window = self._open_window()
-        if self._openness is not None:
-            if any(p.grad is not None for p in self.gated_parameters):
-                raise RuntimeError("an example after close_window(): first call step() and zero_grad().")
-            self._end_window()  # the step was skipped, by a loss scaler for instance
-        return window
-
     @torch.no_grad()
     def close_window(self) -> None:
         """Decide the gate: after the gradients are reduced over ranks, before they are clipped.
@@ -203,6 +135,9 @@ class PopRiskAdamW(torch.optim.AdamW):
 
     def _decide(self) -> None:
         """Put q in place of the window's Q; or leave the step out, or take it ungated."""
+        if (self._window is None or not self._window.num_examples) and self._writes_nothing():
+            self._openness = {}
+            return
         window = self._open_window()
         num_examples, sq_sums = window.reduce()
         if num_examples < 2:
@@ -212,12 +147,14 @@ class PopRiskAdamW(torch.optim.AdamW):
                 logger.warning("a step with a single example is plain AdamW's; this is said once.")
                 self._said_single = True
             return
-        sums = [self.decide(window.squares.rotated(p, p.grad), q, num_examples) for p, q in sq_sums.items()]
+        sums = [
+            self.decide(window.squares.rotated(p, local(p.grad)), q, num_examples) for p, q in sq_sums.items()
+        ]
         self._openness = sq_sums
         if not sums:
             return
         device = sums[0].device
-        stacked = torch.stack([s.to(device) for s in sums])
+        stacked = window.add_over_shards(torch.stack([s.to(device) for s in sums]))
         _, _, energy, noise = stacked.unbind(1)
         rounding = torch.finfo(torch.float32).eps ** 2 * energy.sum()  # of what cancels out
         unseen = (noise == 0) & (energy > _UNDERFLOW) & (energy > rounding)
@@ -229,12 +166,20 @@ class PopRiskAdamW(torch.optim.AdamW):
             names = [window.describe(p) for p, u in zip(sq_sums, unseen, strict=True) if bool(u)]
             raise RuntimeError(
                 f"no example's gradient was seen for {', '.join(names[:3])}, which has one: every backward "
-                "must run inside `with optimizer.example():`, and sharded parameters are not supported."
+                "must run inside `with optimizer.example():`."
             )
-        self._skip_step = not finite or not all_finite(p.grad for p in self._ungated)
+        # in the same order on every rank
+        ungated = [p.grad for p in self._all_parameters() if p in self._ungated]
+        self._skip_step = not finite or not all_finite(ungated)
         if self._skip_step:
             return
         self.statistics.add(list(sq_sums), stacked, null_openness(num_examples, self.gate), num_examples)
+
+    def _writes_nothing(self) -> bool:
+        """A step of zeros at lr = 0, by which torch.distributed.checkpoint makes the state."""
+        if any(float(group["lr"]) for group in self.param_groups):
+            return False
+        return not any(bool(local(p.grad).any()) for p in self._all_parameters() if p.grad is not None)
 
     def decide(self, grad: Tensor, sq_sum: Tensor, num_examples: int) -> Tensor:
         """Write a parameter's q over its Q; returns its sums, see ``gated_adamw.decide``."""
@@ -291,15 +236,12 @@ class PopRiskAdamW(torch.optim.AdamW):
                 elif q is None:
                     plain.append(row)
                 else:
-                    gated_adamw(group, row, q)
+                    gated_adamw(group, tuple(map(local, row)), q)  # type: ignore[arg-type]
             plain_adamw(group, plain)
 
     def _openness_of(self, group: dict[str, Any], row: Row) -> Tensor | None:
         """q of this step, the one after ``step``; None where it is not gated."""
         return (self._openness or {}).get(row[0]) if row[4].item() >= self.warmup_steps else None
-
-    def _all_parameters(self) -> Iterator[Tensor]:
-        return (p for group in self.param_groups for p in group["params"])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; the window's examples are forgotten with their gradients."""
@@ -325,26 +267,19 @@ class PopRiskAdamW(torch.optim.AdamW):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        if self.gate != "none" and any(isinstance(p, DTensor) for p in self.param_groups[-1]["params"]):
-            raise NotImplementedError(
-                "the gate cannot serve sharded parameters (FSDP2, tensor parallelism): train with DDP, or "
-                "set gate='none'."
-            )
-        self._window = None
-
-    def _open_window(self) -> ExampleWindow:
-        if self._window is None:
-            self._window = self.new_window()
-        return self._window
-
-    def new_window(self) -> ExampleWindow:
-        """An empty window over the parameters, apart from the optimizer's own."""
-        # with those that are frozen now: they may be trained later
-        every = list(self._all_parameters())
-        gated = dict.fromkeys(p for p in every if self.needs_examples and p not in self._ungated)
-        return ExampleWindow(gated, self.names, [p for p in every if p not in gated], self.bases)
+        if any(isinstance(p, DTensor) for p in self.param_groups[-1]["params"]):
+            if self.gate != "none" and self.estimator == "ema":
+                raise NotImplementedError(
+                    "estimator='ema' cannot serve sharded parameters (FSDP2, tensor parallelism): set "
+                    "estimator='example', or gate='none'."
+                )
+            if self.basis == "eigen":
+                raise NotImplementedError(
+                    "basis='eigen' cannot serve sharded parameters (FSDP2, tensor parallelism): train with "
+                    "DDP, or set basis='coordinate'."
+                )
+        self._window = self._sharded = None
 
     def _end_window(self) -> None:
-        self._openness, self._skip_step, self._none_finite = None, False, None
-        if self._window is not None:
-            self._window.reset()
+        super()._end_window()
+        self._skip_step, self._none_finite = False, None

@@ -55,13 +55,7 @@ LAUNCH = (
 )
 
 # Whatever splits parameters or takes the layout of a step out of our hands. ``of`` is what cannot serve it.
-WHOLE_PARAMETERS = (
-    Rule(lambda a: a.fsdp, "fsdp is not supported by {of}: train with DDP, or set {without}."),
-    Rule(lambda a: a.deepspeed, "deepspeed is not supported by {of}: train with DDP, or set {without}."),
-    Rule(
-        lambda a: a.parallelism_config is not None,
-        "parallelism_config is not supported by {of}: train with DDP, or set {without}.",
-    ),
+PROCESSES = (
     Rule(
         lambda a: a.auto_find_batch_size,
         "auto_find_batch_size is not supported by {of}: set the batch size yourself, or set {without}.",
@@ -70,6 +64,43 @@ WHOLE_PARAMETERS = (
         lambda a: a.n_gpu > 1,
         "nn.DataParallel is not supported by {of}: start one process per GPU with accelerate launch, or set "
         "CUDA_VISIBLE_DEVICES, or set {without}.",
+    ),
+)
+WHOLE_PARAMETERS = (
+    Rule(lambda a: a.fsdp, "fsdp is not supported by {of}: train with DDP, or set {without}."),
+    Rule(lambda a: a.deepspeed, "deepspeed is not supported by {of}: train with DDP, or set {without}."),
+    Rule(
+        lambda a: a.parallelism_config is not None,
+        "parallelism_config is not supported by {of}: train with DDP, or set {without}.",
+    ),
+    *PROCESSES,
+)
+
+# The same for the gate, which serves FSDP2.
+SHARDED = (
+    *PROCESSES,
+    Rule(
+        lambda a: a.fsdp and int((a.fsdp_config or {}).get("version", 2)) != 2,
+        "FSDP1 is not supported by {of}: set version: 2 in fsdp_config, or set {without}.",
+    ),
+    Rule(
+        lambda a: a.fsdp and (a.fsdp_config or {}).get("cpu_offload"),
+        "cpu_offload is not supported by {of}: leave it out of fsdp_config and shard over more GPUs, or set "
+        "{without}.",
+    ),
+    Rule(
+        lambda a: a.fsdp and a.poprisk_estimator == "ema",
+        "poprisk_estimator=ema does not run on sharded parameters: set poprisk_estimator=example, leave fsdp "
+        "out, or set {without}.",
+    ),
+    Rule(
+        lambda a: a.deepspeed,
+        "deepspeed is not supported by {of}: shard with FSDP2 (fsdp=true), or set {without}.",
+    ),
+    Rule(
+        lambda a: (c := a.parallelism_config) is not None and (c.tp_enabled or c.cp_enabled or c.sp_enabled),
+        "tensor, context and sequence parallelism are not supported by {of}: shard with FSDP2 alone "
+        "(dp_shard_size, dp_replicate_size), or set {without}.",
     ),
 )
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from hf_poprisk.eigen import LEFT, RIGHT
@@ -56,9 +57,12 @@ def gains(
 
     Raises:
         ValueError: an optimizer without these moments, or a gate whose q is not kept.
+        NotImplementedError: sharded parameters.
     """
     if getattr(optimizer, "gate", "none") != "none" and not getattr(optimizer, "keep_written", True):
         raise ValueError("the gains of a gated step need its q: set optimizer.keep_written = True.")
+    if any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"]):
+        raise NotImplementedError("the gains of sharded parameters are not computed: train with DDP.")
     total, clip = None, torch.tensor(1.0)
     if max_norm:
         every = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

@@ -22,9 +22,11 @@ from hf_poprisk.leave_one_out.mixin import LabelNoiseMixin
 from hf_poprisk.microbatch import MicrobatchMixin
 from hf_poprisk.optimizer import PopRiskAdamW
 from hf_poprisk.options import matching
+from hf_poprisk.per_example.fsdp2 import is_sharded
 from hf_poprisk.record import describe_data
 from hf_poprisk.risk import RiskMeter, no_moments
 from hf_poprisk.sample_weights import SampleWeightMixin, take_weights
+from hf_poprisk.sharding import ShardingMixin
 from hf_poprisk.user_errors import need
 
 logger = logging.getLogger(__name__)
@@ -41,7 +43,9 @@ def takes_what(stock: Callable[_P, None]) -> Callable[_P, None]:
     return init  # type: ignore[return-value]  # which takes anything
 
 
-class PopRiskMixin(MicrobatchMixin, HubMixin, CheckpointMixin, SampleWeightMixin, LabelNoiseMixin):
+class PopRiskMixin(
+    MicrobatchMixin, ShardingMixin, HubMixin, CheckpointMixin, SampleWeightMixin, LabelNoiseMixin
+):
     """Stands before a ``Trainer`` class in the bases and gates its optimizer.
 
     ``optim="poprisk_adamw"`` in the arguments turns it on; with any other optimizer the trainer is the
@@ -153,7 +157,10 @@ class PopRiskMixin(MicrobatchMixin, HubMixin, CheckpointMixin, SampleWeightMixin
             if self.is_world_process_zero():
                 # A warning, because the default verbosity hides anything less and a run must say it.
                 logger.warning(_summary(optimizer, self.args))
-            self._prepare_layers(optimizer)
+            if self.accelerator.is_fsdp2 and not is_sharded(self.model):
+                self._let_go(optimizer)
+            else:
+                self._prepare_layers(optimizer)
         return self.optimizer
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -164,8 +171,10 @@ class PopRiskMixin(MicrobatchMixin, HubMixin, CheckpointMixin, SampleWeightMixin
                 "built."
             )
         gated = self.args.optim == OPTIM and self.args.poprisk_gate != "none"
-        if gated or self._label_noise is not None or self.args.poprisk_basis == "eigen":
+        if self._label_noise is not None or self.args.poprisk_basis == "eigen":
             self._check_launch(f"optim={OPTIM}", self.args.plain_options)
+        elif gated:
+            self._check_sharding(f"optim={OPTIM}", self.args.plain_options)
         if gated:
             self._check_copies()
         if self._risk is not None:
@@ -175,12 +184,6 @@ class PopRiskMixin(MicrobatchMixin, HubMixin, CheckpointMixin, SampleWeightMixin
             name = getattr(self.args.optim, "value", self.args.optim)
             logger.warning(f"optim={name}: plain {name}, no population-risk gate; set optim={OPTIM} for it.")
         return super().train(*args, **kwargs)  # type: ignore[misc]
-
-    def _check_launch(self, what: str, without: str) -> None:
-        """Sharding that the launcher switched on, which only the built trainer knows."""
-        for name, on in (("FSDP", self.is_fsdp_enabled), ("DeepSpeed", self.is_deepspeed_enabled)):
-            if on:
-                raise ValueError(f"{name} is not supported by {what}: launch with DDP, or set {without}.")
 
     def _check_copies(self) -> None:
         """Padding copies beside their originals in one step."""

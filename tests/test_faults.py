@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -83,19 +84,54 @@ def test_an_adapter_that_was_loaded_frozen_is_refused_as_such(
 
 
 @pytest.mark.parametrize(
-    ("attribute", "name"), [("is_fsdp_enabled", "FSDP"), ("is_deepspeed_enabled", "DeepSpeed")]
+    ("attribute", "name", "sentence"),
+    [
+        ("is_fsdp_enabled", "FSDP", "FSDP1 is not supported by optim=poprisk_adamw: set fsdp_version=2"),
+        ("is_deepspeed_enabled", "DeepSpeed", "DeepSpeed is not .* optim=poprisk_adamw: shard with FSDP2"),
+    ],
 )
 def test_sharding_switched_on_by_the_launcher_is_refused(
-    attribute: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    attribute: str, name: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Trainer, "train", lambda *_: "trained")
     gated, gains = small(tmp_path), small(tmp_path, optim="adamw_torch", poprisk_risk=True)
-    for trainer, of in ((gated, "optim=poprisk_adamw"), (gains, "poprisk_risk=true")):
+    plugin = SimpleNamespace(fsdp_version=1)
+    monkeypatch.setattr(gated.accelerator.state, "fsdp_plugin", plugin, raising=False)
+    of_gains = f"{name} is not supported by poprisk_risk=true: launch with DDP"
+    for trainer, expected in ((gated, sentence), (gains, of_gains)):
         setattr(trainer, attribute, True)
-        with pytest.raises(ValueError, match=f"^{name} is not supported by {of}: launch with DDP"):
+        with pytest.raises(ValueError, match=f"^{expected}"):
             trainer.train()
     gated.args.poprisk_gate = "none"
     assert gated.train() == "trained"
+
+
+def test_parallelism_that_the_launcher_switched_on_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = small(tmp_path)
+    split = SimpleNamespace(tp_enabled=False, cp_enabled=True, sp_enabled=False)
+    monkeypatch.setattr(type(trainer.accelerator), "parallelism_config", split)
+    with pytest.raises(
+        ValueError, match="^tensor, context and sequence .* by optim=poprisk_adamw: shard with"
+    ):
+        trainer.train()
+
+
+def test_the_streaming_form_does_not_run_on_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = small(tmp_path, poprisk_estimator="ema")
+    plugin = SimpleNamespace(fsdp_version=2, cpu_offload=None)
+    monkeypatch.setattr(trainer.accelerator.state, "fsdp_plugin", plugin, raising=False)
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match="^poprisk_estimator=ema does not run on sharded parameters"):
+        trainer.train()
+
+
+def test_a_run_that_accelerate_did_not_shard_is_refused(tmp_path: Path) -> None:
+    trainer = small(tmp_path)
+    trainer.args.fsdp = True  # as accelerate does on a CPU, where it trains with DDP and says nothing
+    with pytest.raises(ValueError, match="^fsdp was asked for, and accelerate set up NO instead, .* on GPUs"):
+        trainer.train()
 
 
 TWO = {"per_device_train_batch_size": 2}
@@ -218,11 +254,16 @@ def test_sharded_parameters_are_refused(process_group: None) -> None:
     mesh = init_device_mesh("cpu", (1,))
     sharded = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Shard(0)]))
     plain = nn.Parameter(torch.ones(4))
-    for estimator in ("example", "group", "ema"):
-        with pytest.raises(NotImplementedError, match=r"sharded parameters \(FSDP2, .* set gate='none'"):
-            PopRiskAdamW([plain, sharded], estimator=estimator)
-    with pytest.raises(NotImplementedError, match="sharded parameters"):
-        PopRiskAdamW([plain]).add_param_group({"params": [sharded]})
+    with pytest.raises(NotImplementedError, match=r"sharded parameters \(FSDP2, .* or gate='none'"):
+        PopRiskAdamW([plain, sharded], estimator="ema")
+    with pytest.raises(NotImplementedError, match="sharded parameters .* set basis='coordinate'"):
+        PopRiskAdamW([plain, sharded], gate="none", basis="eigen")
+    for estimator in ("example", "group"):
+        gated = PopRiskAdamW([plain, sharded], estimator=estimator)
+        with pytest.raises(NotImplementedError, match=r"call optimizer.follow\(model\)"):
+            gated.example()
+        with pytest.raises(NotImplementedError, match="is not sharded by FSDP2 in this model"):
+            gated.follow(nn.Linear(2, 2))
     ungated = PopRiskAdamW([sharded], gate="none", lr=0.5, weight_decay=0.0)
     sharded.sum().backward()
     ungated.step()

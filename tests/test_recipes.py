@@ -82,12 +82,12 @@ def test_every_recipe_parses_and_may_start(path: Path) -> None:
     assert args.units_per_step >= 16
 
 
-@pytest.mark.parametrize("name", ["cpu", "cpu2", "gpu", "ddp"])
+@pytest.mark.parametrize("name", ["cpu", "cpu2", "gpu", "ddp", "fsdp2", "hsdp"])
 def test_launch_configs_are_what_accelerate_reads(name: str) -> None:
     from accelerate.commands.config.config_args import ClusterConfig
 
     config = ClusterConfig.from_yaml_file(ROOT / f"recipes/accelerate/{name}.yaml")
-    assert config.num_processes == {"cpu": 1, "cpu2": 2, "gpu": 1, "ddp": 8}[name]
+    assert config.num_processes == {"cpu": 1, "cpu2": 2, "gpu": 1, "ddp": 8, "fsdp2": 8, "hsdp": 64}[name]
     assert config.use_cpu == name.startswith("cpu")
 
 

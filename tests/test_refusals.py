@@ -86,6 +86,10 @@ def build_trainer(args: Any, tmp_path: Path) -> Any:
 BREAKS: dict[str, list[dict[str, Any]]] = {
     "launched as {found} processes": [{"WORLD_SIZE": "2"}],
     "fsdp is not supported": [{"fsdp": "full_shard"}],
+    "FSDP1 is not supported": [{"fsdp": "full_shard", "fsdp_config": {"version": 1}}],
+    "cpu_offload is not supported": [{"fsdp": "full_shard", "fsdp_config": {"cpu_offload": True}}],
+    "poprisk_estimator=ema does not run on": [{"fsdp": "full_shard", "poprisk_estimator": "ema"}],
+    "tensor, context and sequence parallelism": [{"parallelism_config": ParallelismConfig(tp_size=2)}],
     "deepspeed is not supported": [{"deepspeed": {"zero_optimization": {"stage": 2}}}],
     "parallelism_config is not supported": [{"parallelism_config": ParallelismConfig()}],
     "auto_find_batch_size is not supported": [{"auto_find_batch_size": True}],
@@ -142,7 +146,7 @@ def broken(*rules: refusals.Rule) -> list[tuple[refusals.Rule, dict[str, Any]]]:
 
 
 def gate_rules(config_class: type[Any]) -> list[refusals.Rule]:
-    always = (refusals.LAUNCH, refusals.WHOLE_PARAMETERS, refusals.OPTIMIZER, refusals.GATE)
+    always = (refusals.LAUNCH, refusals.SHARDED, refusals.OPTIMIZER, refusals.GATE)
     return [rule for rules in (*always, config_class._example_rules) for rule in rules]
 
 
@@ -192,7 +196,7 @@ def test_other_runs_are_refused_only_what_they_cannot_do(
         "none": ({"poprisk_gate": "none"}, rule in refusals.OPTIMIZER),
         "stock": (STOCK, False),
         "ema": ({"poprisk_estimator": "ema"}, rule not in config_class._example_rules),
-        "risk": ({**STOCK, "poprisk_risk": True}, rule in refusals.WHOLE_PARAMETERS),
+        "risk": ({**STOCK, "poprisk_risk": True}, rule in (*refusals.WHOLE_PARAMETERS, *refusals.SHARDED)),
     }[run]
     args = make(config_class, **{**fields, **changes})
     if refused or rule in refusals.LAUNCH:

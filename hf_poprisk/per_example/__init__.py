@@ -7,6 +7,7 @@ every term is the example's ``h_i``, squared while it is in the cache. Nothing o
 
     window.py       one accumulation window of micro-steps                             <- read first
     squares.py      Q, the sum of the squares; ranks.py: reduced over ranks
+    sharded.py      the window of a model that FSDP2 shards; fsdp2.py: its groups, looked into
     layout.py       which part of a tensor belongs to which example
     layers.py       which layers form their per-example gradients, how each is run
     capture.py      the h_i of one forward and backward, and the autograd functions that form them

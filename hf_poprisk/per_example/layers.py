@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -15,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
 from hf_poprisk.per_example.capture import Capture, Embedding, Linear
+from hf_poprisk.per_example.fsdp2 import gathered_modules, plain_copy, whole_parameters
 
 _DORA = "peft.tuners.lora.dora.DoraLinearLayer"  # by name: PEFT need not be installed
 
@@ -23,7 +23,7 @@ class BatchedGradients:
     """Forms the per-example gradients of some parameters of a model.
 
     Args:
-        model: the model, not wrapped by DDP; may be a PEFT model.
+        model: the model, not wrapped by DDP; may be a PEFT model, and sharded by FSDP2.
         params: the parameters; frozen ones are left out.
 
     Attributes:
@@ -32,10 +32,11 @@ class BatchedGradients:
     """
 
     def __init__(self, model: nn.Module, params: Iterable[Tensor]) -> None:
-        self._params = {p for p in params if p.requires_grad}
+        whole = whole_parameters(model)  # what the layers will see, if FSDP2 shards them
+        self._params = {whole.get(p, p) for p in params if p.requires_grad}
         # whose [1, T] positions are known to be added to the rows, and not taken apart first
         self._positions = {
-            child.weight
+            whole.get(child.weight, child.weight)
             for parent in model.modules()
             if type(parent).__module__.startswith("transformers.")
             for child in parent.children()
@@ -43,7 +44,7 @@ class BatchedGradients:
         }
         self._runs: list[tuple[nn.Module, Callable[..., Any]]] = []
         owned: set[Tensor] = set()
-        for module in model.modules():
+        for module in gathered_modules(model):
             own = {n: p for n, p in module.named_parameters(recurse=False) if p in self._params}
             run = _layer(module, own) if own else None
             if run is not None:
@@ -52,7 +53,7 @@ class BatchedGradients:
         self.uncovered = {
             name: f"a parameter of {type(model.get_submodule(name.rpartition('.')[0])).__name__}"
             for name, p in model.named_parameters()
-            if p in self._params - owned
+            if whole.get(p, p) in self._params - owned
         }
 
     @contextmanager
@@ -197,7 +198,7 @@ def _is_elementwise(module: nn.Module, own: Mapping[str, Tensor]) -> bool:
     first = next(iter(own.values()))
     if first.device.type == "meta" or len({p.shape for p in own.values()}) > 1:
         return False
-    module = copy.deepcopy(module)  # its forward may count or remember
+    module = plain_copy(module)  # its forward may count or remember
     generator = torch.Generator().manual_seed(0)
     for shape in ((2, 3), (2, 3, 2)):
         x = torch.randn(*shape, first.numel(), generator=generator).to(first.device, first.dtype)

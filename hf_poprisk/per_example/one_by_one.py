@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from torch.autograd import Function
 from torch.utils._pytree import tree_flatten_with_path, tree_unflatten
 
 from hf_poprisk.per_example.examples import NotSeparable, num_rows, take
+from hf_poprisk.per_example.fsdp2 import kept_gathered
 from hf_poprisk.per_example.layout import Layout, Rows, Slot, find, joined, part_of
 from hf_poprisk.per_example.undisturbed import random_state, same_random_numbers, set_random_state
 
@@ -55,6 +56,7 @@ class OneByOne:
         self._cut: list[nn.Module] = [model]  # whose outputs are cached
         self._slots: dict[tuple[int, int, Any], Slot] = {}  # call, output, path in it → the examples
         self._calls: list[_Call] = []
+        self._kept = ExitStack()  # as long as there are graphs
 
     @contextmanager
     def cached(self, layout: Layout, learn: bool = False) -> Iterator[None]:
@@ -64,7 +66,8 @@ class OneByOne:
             layout: of the micro-batch.
             learn: find out where the examples are in the outputs: once, in eval mode.
         """
-        self._calls = []
+        self.release()
+        self._kept.enter_context(kept_gathered(self._model))
         if learn:
             self._slots = {}
         answer = partial(self._answer, self._model.forward, layout, learn)
@@ -105,10 +108,13 @@ class OneByOne:
                         slopes.append(part_of(slot.slope, slot, call.layout, example).to(tensor.dtype))
         if tensors:
             torch.autograd.backward(tensors, slopes)
+        if not any(outputs for call in self._calls for outputs in call.outputs):
+            self._kept.close()
 
     def release(self) -> None:
         """Let go of the last micro-batch."""
         self._calls = []
+        self._kept.close()
 
     # -- once per run ------------------------------------------------------------------------------------
 

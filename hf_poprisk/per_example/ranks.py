@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import accumulate, groupby
 from operator import itemgetter
 
@@ -21,22 +22,28 @@ def average_squares(sums: dict[Tensor, Tensor]) -> None:
     """
     if not (dist.is_available() and dist.is_initialized()) or (world := dist.get_world_size()) == 1:
         return
-    _all_reduce(list(sums.values()), scale=1.0 / world**2)
-    if world & (world - 1):
-        # Dividing by such a world size rounds G, and an element that one example touched has
-        # G² = Q exactly before it: rounding alone must not open it.
-        for p, sum_ in sums.items():
-            sum_.mul_(1.0 + 2.0 * torch.finfo(p.dtype).eps + 8.0 * torch.finfo(sum_.dtype).eps)
+    add_over_ranks(list(sums.values()))
+    divide_squares(sums, world)
 
 
-def _all_reduce(tensors: list[Tensor], scale: float) -> None:
-    """Sum each tensor over the ranks and multiply it by ``scale``, in place, in flat buckets."""
+def divide_squares(sums: dict[Tensor, Tensor], divisor: float) -> None:
+    """``Q ← Q / divisor²`` in place: in the units of gradients that are divided by ``divisor``."""
+    for p, sum_ in sums.items():
+        scale = 1.0 / divisor**2
+        if math.frexp(divisor)[0] != 0.5:
+            # Dividing by what is no power of two rounds G, and an element that one example touched has
+            # G² = Q exactly before it: rounding alone must not open it.
+            scale *= 1.0 + 2.0 * torch.finfo(p.dtype).eps + 8.0 * torch.finfo(sum_.dtype).eps
+        sum_.mul_(scale)
+
+
+def add_over_ranks(tensors: list[Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Sum each tensor over the ranks of a group (default: all), in place, in flat buckets."""
     before = accumulate((t.numel() for t in tensors), initial=0)
     kinds = [(t.dtype, t.device, numel // _BUCKET_NUMEL) for t, numel in zip(tensors, before, strict=False)]
     for _, found in groupby(zip(kinds, tensors, strict=True), key=itemgetter(0)):
         bucket = [t for _, t in found]
         flat = torch.cat([t.reshape(-1) for t in bucket])
-        dist.all_reduce(flat)
-        flat.mul_(scale)
+        dist.all_reduce(flat, group=group)
         for tensor, reduced in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
             tensor.copy_(reduced.view_as(tensor))

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from hf_poprisk.per_example.capture import Capture
 from hf_poprisk.per_example.examples import NotSeparable, take
+from hf_poprisk.per_example.fsdp2 import local
 from hf_poprisk.per_example.layers import BatchedGradients
 from hf_poprisk.per_example.layout import Layout, Packed, wide
 from hf_poprisk.per_example.one_by_one import OneByOne
@@ -108,7 +109,8 @@ class SelfCheck:
         with mode(self._model, training=not self._draws):
             if self._draws:
                 self._run_stock()
-            if not all(bool(g.isfinite().all()) for g in self._stock.values()):
+            broken = float(sum(not bool(g.isfinite().all()) for g in self._stock.values()))
+            if self._over_shards([[broken]])[0][0]:
                 verdict.decided = False
                 return verdict
             together: _Gradients = {}
@@ -167,7 +169,8 @@ class SelfCheck:
         reached: set[Tensor] = set()
         with ExitStack() as stack:
             for p in met:
-                stack.callback(p.register_hook(lambda _, p=p: reached.add(p)).remove)
+                hook = window.leaf(p).register_hook(lambda _, p=p: reached.add(p))
+                stack.callback(hook.remove)
             for example in range(layout.num_examples):
                 with window.example():
                     one_by_one.backward(example)
@@ -182,10 +185,15 @@ class SelfCheck:
 
     def _take_gradients(self) -> _Gradients:
         """The accumulated gradients, which are taken away."""
-        taken: _Gradients = {p: p.grad for p in self._params if p.grad is not None}
+        taken: _Gradients = {p: local(p.grad) for p in self._params if p.grad is not None}
         for p in taken:
             p.grad = None
         return taken
+
+    def _over_shards(self, rows: list[list[float]]) -> list[list[float]]:
+        """Sums over what this rank holds of each parameter, over all of it."""
+        sums = torch.tensor(rows, dtype=torch.float64, device=self._params[0].device)
+        return self._window().add_over_shards(sums).tolist()
 
     # -- comparisons -------------------------------------------------------------------------------------
 
@@ -197,9 +205,9 @@ class SelfCheck:
             (ours, loss), stock = self._fresh(partial(run, window)), self._stock_loss
             if abs(loss - stock) > self._tolerance.loss * max(abs(stock), 1e-3):
                 raise NotSeparable(f"the loss would be {loss:.4g} and not {stock:.4g}")
-            self._compare(ours, window.squares.so_far())
+            self._compare(ours, window.so_far())
 
-        return self._reason(compare), window.squares.so_far()
+        return self._reason(compare), window.so_far()
 
     @staticmethod
     def _reason(run: Callable[[], Any]) -> str | None:
@@ -215,14 +223,17 @@ class SelfCheck:
         return None
 
     def _compare(self, ours: _Gradients, squares: _Gradients) -> None:
-        noise = {p: float(q.sum()) ** 0.5 for p, q in squares.items()}
-        total = sum(float(g.norm()) ** 2 for g in self._stock.values()) ** 0.5
-        total = max(total, sum(x**2 for x in noise.values()) ** 0.5)
-        worst, name, off = 1.0, "", 0.0
+        rows = []
         for p in self._params:
-            g, h = (x[p] if p in x else torch.zeros_like(p) for x in (self._stock, ours))
-            gap, size = float((g - h).norm()), float(g.norm())
-            allowed = size + noise.get(p, 0.0) + self._tolerance.floor * total
+            g, h = (x[p] if p in x else torch.zeros_like(local(p)) for x in (self._stock, ours))
+            both = float((g - h).norm()) ** 2, float(g.norm()) ** 2
+            rows.append([*both, float(squares[p].sum()) if p in squares else 0.0])
+        rows = self._over_shards(rows)
+        total = max(sum(size for _, size, _ in rows), sum(noise for *_, noise in rows)) ** 0.5
+        worst, name, off = 1.0, "", 0.0
+        for p, row in zip(self._params, rows, strict=True):
+            gap, size, noise = (x**0.5 for x in row)
+            allowed = size + noise + self._tolerance.floor * total
             excess = gap / (self._tolerance.gradient * allowed) if allowed else float(gap > 0)
             if not excess <= worst:
                 worst, name, off = excess, self._names[p], gap / size if size else 1.0
@@ -235,7 +246,7 @@ class SelfCheck:
         some = partial(some_examples, self._inputs, self._layout, model=self._model)
         first, _ = some([0])
         self._fresh(lambda: one_by_one.check_rows(self._layout, lambda: self._backward(first)))
-        gated = self._verdict.shared & set(self._window().squares.params)
+        gated = [p for p in self._window().params if p in self._verdict.shared]
         if not gated:
             return
 
@@ -245,10 +256,13 @@ class SelfCheck:
 
         parts = [some(examples) for examples in ([*range(n)], [0], [n - 1])]
         whole, *others = (self._fresh(partial(shared_terms, *part))[0] for part in parts)
-        for p in gated:
-            for other in others:
-                gap = (whole[p] - other.get(p, torch.zeros_like(p))).norm()
-                if not gap <= _SAME * whole[p].norm():
+        for other in others:
+            gaps = ((whole[p] - other.get(p, torch.zeros_like(whole[p]))).norm() for p in gated)
+            rows = [
+                [float(gap) ** 2, float(whole[p].norm()) ** 2] for gap, p in zip(gaps, gated, strict=True)
+            ]
+            for p, (gap, size) in zip(gated, self._over_shards(rows), strict=True):
+                if not gap <= _SAME**2 * size:
                     raise NotSeparable(
                         f"the loss reaches {self._names[p]} by another way than the model's outputs, and "
                         "differently for each example, where poprisk_exclude could leave it ungated"
@@ -259,12 +273,16 @@ class SelfCheck:
             # Random numbers drawn inside the model are others for an example alone: no fault of this path.
             vouched = self._draws and not _could_be_other_rows(self._inputs, self._layout)
             return None if vouched else f"examples alone: {self._verdict.not_one_by_one}"
-        total = sum(float(q.sum()) for q in alone.values())
-        for p in together.keys() | alone.keys():
-            nothing = torch.zeros_like(p, dtype=wide(p.dtype))
+        params = [p for p in self._params if p in together or p in alone]
+        rows = []
+        for p in params:
+            nothing = torch.zeros_like(local(p), dtype=wide(p.dtype))
             q, other = alone.get(p, nothing), together.get(p, nothing)
-            allowed = float(q.sum()) + self._tolerance.floor**2 * total
-            if not float((q - other).abs().sum()) <= self._tolerance.square * allowed:
+            rows.append([float(q.sum()), float((q - other).abs().sum())])
+        rows = self._over_shards(rows) if rows else []
+        total = sum(size for size, _ in rows)
+        for p, (size, gap) in zip(params, rows, strict=True):
+            if not gap <= self._tolerance.square * (size + self._tolerance.floor**2 * total):
                 return f"the per-example gradients of {self._names[p]} are not those of the examples alone"
         return None
 

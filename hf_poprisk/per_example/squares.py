@@ -93,6 +93,16 @@ class SquareSum:
         average_squares(sums)
         return sums
 
+    def take(self, params: list[Tensor]) -> list[Tensor]:
+        """Q of some parameters on this rank, as ``reduce`` begins with it; it is forgotten here."""
+        taken = []
+        for p in params:
+            if p not in self._rows:
+                self.buffer(p)[0].zero_()
+            taken.append(self._sums.pop(p))
+            self._rows.pop(p)
+        return taken
+
     def reset(self) -> None:
         """Begin a new window."""
         self._rows.clear()

@@ -44,7 +44,7 @@ class ExampleWindow:
         bases: Mapping[Tensor, Sides] | None = None,
     ) -> None:
         self.squares = SquareSum(params, bases)
-        self._params = self.squares.params
+        self.params = self._params = self.squares.params  # with a .grad; what autograd sees of them
         self._others = list(others)
         self.names: Mapping[Tensor, str] = names or {}
         self._fired: set[Tensor] = set()  # parameters seen by the backward in progress
@@ -127,11 +127,12 @@ class ExampleWindow:
     @contextmanager
     def _backward(self, hook: Callable[[Tensor, Tensor], None], params: list[Tensor]) -> Iterator[None]:
         """Call ``hook(param, grad)`` for each trainable parameter when this backward is through with it."""
-        if all(p.grad is None for p in self._params):
+        gradients = [g for g in self._gradients() if g is not None]
+        if not gradients:
             self.reset()  # the accumulated gradient is gone, so is what was collected beside it
         elif self._stamp is not None:
             self._check_untouched()
-        elif torch.nn.utils.get_total_norm([p.grad for p in self._params if p.grad is not None]):
+        elif torch.nn.utils.get_total_norm(gradients):
             raise RuntimeError(
                 "the first example of a step found gradients that are not zero: call "
                 "optimizer.zero_grad() after optimizer.step()."
@@ -173,19 +174,34 @@ class ExampleWindow:
         Raises:
             RuntimeError: gradients without any captured example, or changed since the last one.
         """
-        with_grad = [p for p in self._params if p.grad is not None]
+        with_grad = [p for p in self.params if p.grad is not None]
         if with_grad and not self.num_examples:
             raise RuntimeError(
                 "the gate is on but saw no example: run each example's backward inside "
                 "`with optimizer.example():`, or train with PopRiskTrainer or one of its siblings."
             )
         self._check_untouched()
-        sq_sums, num_examples = self.squares.reduce(with_grad), self.num_examples
+        sq_sums, num_examples = self._reduce_squares(with_grad), self.num_examples
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             count = torch.tensor(num_examples, device=with_grad[0].device if with_grad else None)
             dist.all_reduce(count)
             num_examples = int(count)
         return num_examples, sq_sums
+
+    def _reduce_squares(self, params: list[Tensor]) -> dict[Tensor, Tensor]:
+        return self.squares.reduce(params)
+
+    def add_over_shards(self, sums: Tensor) -> Tensor:
+        """Sums over what this rank holds of each parameter, [P, …], over all of it."""
+        return sums
+
+    def so_far(self) -> dict[Tensor, Tensor]:
+        """Q before the window ends, in the units of ``.grad``, where its examples are of several ranks."""
+        return self.squares.so_far()
+
+    def leaf(self, param: Tensor) -> Tensor:
+        """What autograd sees of a parameter."""
+        return param
 
     def reset(self) -> None:
         """Forget the window; the buffers stay for the next one."""
@@ -196,8 +212,12 @@ class ExampleWindow:
         self._stamp = None
         self.num_examples = 0
 
+    def _gradients(self) -> Iterable[Tensor | None]:
+        """What has been accumulated, wherever it is."""
+        return (p.grad for p in self._params)
+
     def _grad_stamp(self) -> tuple[object, ...]:
-        return tuple(None if p.grad is None else (p.grad.data_ptr(), p.grad._version) for p in self._params)
+        return tuple(None if g is None else (g.data_ptr(), g._version) for g in self._gradients())
 
     def _check_untouched(self) -> None:
         if self._stamp is not None and self._stamp != self._grad_stamp():
