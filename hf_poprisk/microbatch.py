@@ -297,6 +297,11 @@ class MicrobatchMixin:
         self._layers = layers
 
     def _say_one_by_one(self, reason: str) -> None:
+        if self._sharded:  # where their squares were seen to differ from those in one backward
+            raise ValueError(
+                f"the examples of a micro-batch would be taken one by one, because of: {reason}, which FSDP2 "
+                f"does not allow: {_WAY_OUT}."
+            )
         self._not_together = reason
         if self.args.ddp_static_graph:
             raise ValueError(

@@ -118,6 +118,13 @@ def test_parallelism_that_the_launcher_switched_on_is_refused(
         trainer.train()
 
 
+def test_examples_one_by_one_are_refused_on_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = small(tmp_path)
+    monkeypatch.setattr(type(trainer), "_sharded", True)
+    with pytest.raises(ValueError, match="one by one, because of: a reason, which FSDP2 does not allow: set"):
+        trainer._say_one_by_one("a reason")
+
+
 def test_the_streaming_form_does_not_run_on_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = small(tmp_path, poprisk_estimator="ema")
     plugin = SimpleNamespace(fsdp_version=2, cpu_offload=None)

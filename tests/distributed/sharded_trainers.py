@@ -16,8 +16,7 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from fully_sharded import whole
-from models import layout, preferences, rows, trainer_of, trl_trainer_of
-from peft import LoraConfig
+from models import layout, rows, trainer_of
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
@@ -40,8 +39,6 @@ RUNS: dict[str, tuple[str, int, dict[str, Any]]] = {
         3,
         {"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}},
     ),
-    "one by one": ("Trainer-one-by-one", 3, {}),
-    "DPO-LoRA": ("DPO-LoRA", 3, {}),
     "bf16": ("Trainer", 1, {"bf16": True}),
     "loaded by one rank": ("Trainer", 1, {}),
 }
@@ -67,22 +64,14 @@ def accelerate_shards() -> Iterator[None]:
 
 def build(name: str, model_dir: Path, folder: Path, sharded: bool, **changes: Any) -> Any:
     """A trainer whose step t sees examples 12 t … 12 t + 11 in any layout."""
-    kind, micro, options = copy.deepcopy(RUNS[name])  # transformers writes into them
+    _, micro, options = copy.deepcopy(RUNS[name])  # transformers writes into them
     per_rank = B // dist.get_world_size()
     options = {**layout(micro, per_rank), "max_steps": STEPS, **options}
     if sharded:
         more = {"cpu_ram_efficient_loading": True} if name == "loaded by one rank" else {}
         options |= {**FSDP, "fsdp_config": {**WRAPPED, **more}}
     options |= changes
-    if kind.startswith("Trainer"):
-        trainer = trainer_of(folder, rows(B * STEPS), **options)
-    else:
-        adapter = LoraConfig(r=4, target_modules="all-linear", init_lora_weights="gaussian")
-        data = preferences(B * STEPS)
-        trainer = trl_trainer_of("DPO", str(model_dir), folder, data, peft_config=adapter, **options)
-    if kind.endswith("one-by-one"):
-        trainer._find_layers = lambda optimizer: trainer._say_one_by_one("the test that wants it")
-    return trainer
+    return trainer_of(folder, rows(B * STEPS), **options)
 
 
 @contextmanager
