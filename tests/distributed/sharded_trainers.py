@@ -16,7 +16,8 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from fully_sharded import whole
-from models import layout, rows, trainer_of
+from models import layout, preferences, rows, trainer_of, trl_trainer_of
+from peft import LoraConfig
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
@@ -39,6 +40,8 @@ RUNS: dict[str, tuple[str, int, dict[str, Any]]] = {
         3,
         {"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}},
     ),
+    "DPO": ("DPO", 1, {}),
+    "DPO with LoRA": ("DPO-LoRA", 1, {}),
     "bf16": ("Trainer", 1, {"bf16": True}),
     "loaded by one rank": ("Trainer", 1, {}),
 }
@@ -64,13 +67,17 @@ def accelerate_shards() -> Iterator[None]:
 
 def build(name: str, model_dir: Path, folder: Path, sharded: bool, **changes: Any) -> Any:
     """A trainer whose step t sees examples 12 t … 12 t + 11 in any layout."""
-    _, micro, options = copy.deepcopy(RUNS[name])  # transformers writes into them
+    kind, micro, options = copy.deepcopy(RUNS[name])  # transformers writes into them
     per_rank = B // dist.get_world_size()
     options = {**layout(micro, per_rank), "max_steps": STEPS, **options}
     if sharded:
         more = {"cpu_ram_efficient_loading": True} if name == "loaded by one rank" else {}
         options |= {**FSDP, "fsdp_config": {**WRAPPED, **more}}
     options |= changes
+    if kind != "Trainer":
+        lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights="gaussian")
+        options["peft_config"] = lora if kind == "DPO-LoRA" else None
+        return trl_trainer_of("DPO", str(model_dir), folder, preferences(B * STEPS), **options)
     return trainer_of(folder, rows(B * STEPS), **options)
 
 
