@@ -66,7 +66,10 @@ def assert_same_windows(got: list[Any], expected: list[Any]) -> None:
     ("options", "reason"),
     [
         ({}, None),
-        ({"conv": True}, "conv.weight (a parameter of ConvTranspose1d), conv.bias (a parameter of ConvTranspose1d)"),
+        (
+            {"conv": True},
+            "conv.weight (a parameter of ConvTranspose1d), conv.bias (a parameter of ConvTranspose1d)",
+        ),
         (
             {"hidden": True},
             "first.bias cannot be formed: a layer does not see the examples: its input is "

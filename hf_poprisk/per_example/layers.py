@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_poprisk.per_example.calls import run_calls
 from hf_poprisk.per_example.capture import Capture, Linear
+from hf_poprisk.per_example.positions import BIASES, run_bias
 
 _OF_CALLS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.GroupNorm, nn.LayerNorm)
 _DORA = "peft.tuners.lora.dora.DoraLinearLayer"  # by name: PEFT need not be installed
@@ -43,14 +44,17 @@ class BatchedGradients:
             for child in parent.children()
             if isinstance(child, nn.Embedding)
         }
-        self._runs: list[tuple[nn.Module, Callable[..., Any]]] = []
+        self._runs: list[tuple[nn.Module, str, Callable[..., Any]]] = []  # module, method, what it becomes
         owned: set[Tensor] = set()
         for module in model.modules():
             own = {n: p for n, p in module.named_parameters(recurse=False) if p in self._params}
             run = _layer(module, own) if own else None
             if run is not None:
                 owned.update(own.values())
-                self._runs.append((module, run))
+                self._runs.append((module, "forward", run))
+            table = getattr(module, "relative_attention_bias", None)  # of T5 and its kin
+            if isinstance(table, nn.Embedding) and table.weight in self._params:
+                self._runs += [(module, name, run_bias(name)) for name in BIASES if hasattr(module, name)]
         self.uncovered = {
             name: f"a parameter of {type(model.get_submodule(name.rpartition('.')[0])).__name__}"
             for name, p in model.named_parameters()
@@ -61,19 +65,19 @@ class BatchedGradients:
     def capture(self, capture: Capture) -> Iterator[None]:
         """Run the layers through ``capture`` inside this block, which holds the forward and the backward."""
         capture.positions = self._positions
-        for module, _ in self._runs:
-            if "forward" in vars(module):
+        for module, method, _ in self._runs:
+            if method in vars(module):
                 raise RuntimeError(
-                    f"the forward of {type(module).__name__} was replaced after BatchedGradients was built: "
+                    f"the {method} of {type(module).__name__} was replaced after BatchedGradients was built: "
                     "build it again."
                 )
-        for module, run in self._runs:
-            module.forward = partial(run, module, capture)
+        for module, method, run in self._runs:
+            setattr(module, method, partial(run, module, capture))
         try:
             yield
         finally:
-            for module, _ in self._runs:
-                del module.forward
+            for module, method, _ in self._runs:
+                delattr(module, method)
             capture.release()
 
 
@@ -89,12 +93,12 @@ def _layer(module: nn.Module, own: Mapping[str, Tensor]) -> Callable[..., Any] |
         return run_calls if plain and set(own) == {"weight"} else None
     if forward is nn.LayerNorm.forward or forward is nn.RMSNorm.forward:
         return _run_norm if len(module.normalized_shape) == 1 else None  # type: ignore[arg-type]
-    if isinstance(module, _OF_CALLS):
-        return run_calls if set(own) <= {"weight", "bias"} else None
     if f"{type(module).__module__}.{type(module).__qualname__}" == _DORA:
         return _run_dora
     if _is_elementwise(module, own):
         return _run_elementwise
+    if isinstance(module, _OF_CALLS):
+        return run_calls if set(own) <= {"weight", "bias"} else None
     return run_calls if _is_shared(module, own) else None
 
 
@@ -174,8 +178,10 @@ def _is_shared(module: nn.Module, own: Mapping[str, Tensor]) -> bool:
     A guess from the shapes: another use is an error in the backward. Not of whole models: some have a
     mask, which only training uses.
     """
-    shapes = all(p.dim() == 1 or p.dim() > 2 and p.shape[0] == 1 for p in own.values())
-    return shapes and next(module.children(), None) is not None and not isinstance(module, PreTrainedModel)
+    if isinstance(module, PreTrainedModel) or type(module).forward is nn.Module.forward:
+        return False
+    dims = 1 if next(module.children(), None) is not None else 2
+    return all(p.dim() >= dims and (p.dim() == 1 or p.shape[0] == 1) for p in own.values())
 
 
 def _is_elementwise(module: nn.Module, own: Mapping[str, Tensor]) -> bool:
