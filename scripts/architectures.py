@@ -78,7 +78,7 @@ KINDS = {
 }
 OTHER: dict[str, dict[str, Any]] = {  # where the sizes alone do not make a model
     "codegen": {"n_head": 4, "rotary_dim": 4},
-    "deepseek_v3": {"qk_rope_head_dim": 8, "head_dim": 8},
+    "deepseek_v3": {"qk_rope_head_dim": 8, "head_dim": 8, "first_k_dense_replace": 0},
     "dbrx": {"attn_config": {"rope_theta": 10000.0}},
     "esm": {"pad_token_id": 1, "mask_token_id": 3},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
@@ -200,7 +200,7 @@ def table(rows: list[tuple[str, str, str]]) -> str:
     groups: dict[str, list[str]] = {}
     for family, stop, error in rows:
         if stop == "one backward" and error.startswith("not run"):
-            stop = "a use that hides the examples, when run" if HIDDEN in error else "not run: its own error"
+            stop = "a use that hides the examples, when run" if HIDDEN in error else "another error, when run"
         elif stop == "one backward":
             stop = "nothing with text alone (images: not tried)" if "text" in error else "**nothing**"
         elif stop != "not built":  # the layers of transformers by their kind, those of torch by name

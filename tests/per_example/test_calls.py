@@ -142,7 +142,12 @@ class Tokens(nn.Module):
     [
         (Tokens(cut=True), (N, 5, 6), Rows(N, N), "of positions cannot be formed: it was used outside"),
         (Tokens(), (1, 5, 6), Packed((2, 3)), "of positions cannot be formed: it was used outside"),
-        (nn.Conv1d(4, 6, 3), (N, 4, 5), Rows(2, 2), "of bias cannot be formed: a layer does not see the ex"),
+        (
+            nn.Conv1d(4, 6, 3),
+            (N, 4, 5),
+            Rows(2, 2),
+            "of weight cannot be formed: a layer does not see the ex",
+        ),
         (nn.Conv1d(4, 6, 3), (4, 5), Rows(4, 4), "cannot be formed: it was used outside"),
         (
             nn.Conv1d(4, 6, 3),
