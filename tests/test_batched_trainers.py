@@ -27,7 +27,7 @@ class Classifier(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.first, self.last = nn.Linear(6, 5), nn.Linear(5, 3)
-        self.conv = nn.Conv1d(6, 6, 1) if conv else None
+        self.conv = nn.ConvTranspose1d(6, 6, 1) if conv else None
         self.hidden, self.tokens, self.tokens_first = hidden, tokens, tokens_first
 
     def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -66,7 +66,10 @@ def assert_same_windows(got: list[Any], expected: list[Any]) -> None:
     ("options", "reason"),
     [
         ({}, None),
-        ({"conv": True}, "conv.weight (a parameter of Conv1d), conv.bias (a parameter of Conv1d)"),
+        (
+            {"conv": True},
+            "conv.weight (a parameter of ConvTranspose1d), conv.bias (a parameter of ConvTranspose1d)",
+        ),
         (
             {"hidden": True},
             "first.bias cannot be formed: a layer does not see the examples: its input is "

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from hf_poprisk.per_example.layout import Layout, wide
+from hf_poprisk.per_example.layout import Layout, Rows, wide
 from hf_poprisk.per_example.products import Products, Tokens, Use, all_products, rounded, rows_per_block
 from hf_poprisk.per_example.squares import SquareSum
 
@@ -86,9 +86,12 @@ class Capture:
         self._tokens.clear()
         self._products.scratch.clear()
 
-    def fits(self, x: Tensor, params: Iterable[Tensor | None]) -> bool:
-        """Whether the examples can be seen in ``x``; if not, remember whom it concerns."""
-        if self.layout.fits(x):
+    def fits(self, x: Tensor, params: Iterable[Tensor | None], packed: bool = True) -> bool:
+        """Whether the examples can be seen in ``x``; if not, remember whom it concerns.
+
+        ``packed=False``: for what would mix sequences that lie in one row.
+        """
+        if self.layout.fits(x) and (packed or isinstance(self.layout, Rows)):
             return True
         for p in params:
             if self.wants(p):
@@ -170,8 +173,29 @@ class Capture:
                 self._kept[param] = h.new_zeros(self.num_examples, *param.shape, dtype=wide(h.dtype))
             self._kept[param][example] += h
             return
+        self._square_alone(param, example, h)
+
+    def convolution(
+        self, param: Tensor, x: Tensor, d: Tensor, gradients: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        """x: [rows, in, …], d: [rows, out, …]; ``gradients(x, d, n=…)`` of n examples. Returns their sum."""
+        self._seen.add(param)
+        if self._is_small(param):
+            h = gradients(x, d, n=self.num_examples)
+            return self._returning(param, self._keep(param, h.to(wide(h.dtype))))
+        total = torch.zeros_like(param, dtype=wide(param.dtype))
+        for i in range(self.num_examples):
+            h = gradients(x[i :: self.num_examples], d[i :: self.num_examples], n=1)[0]
+            total += h
+            self._square_alone(param, i, h)
+        return self._returning(param, total)
+
+    def _square_alone(self, param: Tensor, example: int, h: Tensor) -> None:
+        """Square one example's gradient of a large weight's only use, but for an embedding's rows."""
         if self._uses[param] > 1:
-            raise self._uncovered(param, "a large weight is used both by a fused head and elsewhere")
+            raise self._uncovered(
+                param, "a large weight of a fused head or a convolution is used elsewhere too"
+            )
         rows, h = rows_per_block(param), self._squares.rotated(param, h)
         for start in range(0, param.shape[0], rows):
             block = h[start : start + rows].to(wide(h.dtype), copy=True)

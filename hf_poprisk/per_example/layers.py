@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_poprisk.per_example.capture import Capture, Embedding, Linear
+from hf_poprisk.per_example.calls import run_calls
+from hf_poprisk.per_example.capture import Capture, Linear
 from hf_poprisk.per_example.fsdp2 import gathered_modules, plain_copy, whole_parameters
+from hf_poprisk.per_example.positions import BIASES, run_bias
 
+_OF_CALLS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.GroupNorm, nn.LayerNorm)
 _DORA = "peft.tuners.lora.dora.DoraLinearLayer"  # by name: PEFT need not be installed
 
 
@@ -42,14 +45,17 @@ class BatchedGradients:
             for child in parent.children()
             if isinstance(child, nn.Embedding)
         }
-        self._runs: list[tuple[nn.Module, Callable[..., Any]]] = []
+        self._runs: list[tuple[nn.Module, str, Callable[..., Any]]] = []  # module, method, what it becomes
         owned: set[Tensor] = set()
         for module in gathered_modules(model):
             own = {n: p for n, p in module.named_parameters(recurse=False) if p in self._params}
             run = _layer(module, own) if own else None
             if run is not None:
                 owned.update(own.values())
-                self._runs.append((module, run))
+                self._runs.append((module, "forward", run))
+            table = getattr(module, "relative_attention_bias", None)  # of T5 and its kin
+            if isinstance(table, nn.Embedding) and table.weight in self._params:
+                self._runs += [(module, name, run_bias(name)) for name in BIASES if hasattr(module, name)]
         self.uncovered = {
             name: f"a parameter of {type(model.get_submodule(name.rpartition('.')[0])).__name__}"
             for name, p in model.named_parameters()
@@ -60,19 +66,19 @@ class BatchedGradients:
     def capture(self, capture: Capture) -> Iterator[None]:
         """Run the layers through ``capture`` inside this block, which holds the forward and the backward."""
         capture.positions = self._positions
-        for module, _ in self._runs:
-            if "forward" in vars(module):
+        for module, method, _ in self._runs:
+            if method in vars(module):
                 raise RuntimeError(
-                    f"the forward of {type(module).__name__} was replaced after BatchedGradients was built: "
+                    f"the {method} of {type(module).__name__} was replaced after BatchedGradients was built: "
                     "build it again."
                 )
-        for module, run in self._runs:
-            module.forward = partial(run, module, capture)
+        for module, method, run in self._runs:
+            setattr(module, method, partial(run, module, capture))
         try:
             yield
         finally:
-            for module, _ in self._runs:
-                del module.forward
+            for module, method, _ in self._runs:
+                delattr(module, method)
             capture.release()
 
 
@@ -85,12 +91,16 @@ def _layer(module: nn.Module, own: Mapping[str, Tensor]) -> Callable[..., Any] |
         return _run_linear if set(own) <= {"weight", "bias"} else None
     if isinstance(module, nn.Embedding):
         plain = module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
-        return _run_embedding if plain and set(own) == {"weight"} else None
+        return run_calls if plain and set(own) == {"weight"} else None
     if forward is nn.LayerNorm.forward or forward is nn.RMSNorm.forward:
         return _run_norm if len(module.normalized_shape) == 1 else None  # type: ignore[arg-type]
     if f"{type(module).__module__}.{type(module).__qualname__}" == _DORA:
         return _run_dora
-    return _run_elementwise if _is_elementwise(module, own) else None
+    if _is_elementwise(module, own):
+        return _run_elementwise
+    if isinstance(module, _OF_CALLS):
+        return run_calls if set(own) <= {"weight", "bias"} else None
+    return run_calls if _is_shared(module, own) else None
 
 
 def _run_linear(module: Any, capture: Capture, *args: Tensor, **kwargs: Tensor) -> Tensor:
@@ -105,34 +115,6 @@ def _run_linear(module: Any, capture: Capture, *args: Tensor, **kwargs: Tensor) 
         if capture.wants(p):
             capture.used(p)
     return Linear.apply(x, weight, bias, capture, transposed)
-
-
-def _run_embedding(module: Any, capture: Capture, *args: Any, **kwargs: Any) -> Any:
-    if not capture.wants(module.weight):
-        return type(module).forward(module, *args, **kwargs)
-    with _EmbeddingMode(module.weight, capture):  # subclasses scale or mask around the lookup
-        return type(module).forward(module, *args, **kwargs)
-
-
-class _EmbeddingMode(TorchFunctionMode):
-    """Sends the lookups in one weight through ``Embedding``."""
-
-    def __init__(self, weight: Tensor, capture: Capture) -> None:
-        super().__init__()
-        self._weight, self._capture = weight, capture
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.embedding or args[1] is not self._weight:
-            return func(*args, **kwargs)
-        ids, capture, weight = args[0], self._capture, self._weight
-        if ids.dim() == 2 and ids.shape[0] == 1 and weight in capture.positions:
-            ids = ids.expand(capture.layout.num_rows, *ids.shape[1:])  # positions, the same for every row
-        if not capture.fits(ids, (weight,)):  # ids of one axis may as well be positions
-            return func(*args, **kwargs)
-        capture.lookup(weight, ids)
-        padding = args[2] if len(args) > 2 else kwargs.get("padding_idx")
-        return Embedding.apply(weight, ids, padding, capture)
 
 
 def _run_norm(module: Any, capture: Capture, *args: Tensor, **kwargs: Tensor) -> Tensor:
@@ -189,6 +171,18 @@ def _run_dora(module: Any, capture: Capture, x: Tensor, **kwargs: Any) -> Tensor
     if base.bias is not None:
         base_result = base_result - base.bias
     return (y + base_result) * (capture.per_row(magnitude, x.dim()) / fixed) - base_result
+
+
+def _is_shared(module: nn.Module, own: Mapping[str, Tensor]) -> bool:
+    """Class tokens, rows of positions, layer scales: what a part of a model adds to its rows, or scales.
+
+    A guess from the shapes: another use is an error in the backward. Not of whole models: some have a
+    mask, which only training uses.
+    """
+    if isinstance(module, PreTrainedModel) or type(module).forward is nn.Module.forward:
+        return False
+    dims = 1 if next(module.children(), None) is not None else 2
+    return all(p.dim() >= dims and (p.dim() == 1 or p.shape[0] == 1) for p in own.values())
 
 
 def _is_elementwise(module: nn.Module, own: Mapping[str, Tensor]) -> bool:

@@ -376,7 +376,7 @@ class Convolved(Classifier):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv = nn.Conv1d(1, 1, 3, padding=1)
+        self.conv = nn.ConvTranspose1d(1, 1, 3, padding=1)
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         return super().forward(x + self.conv(x[:, None])[:, 0], labels)

@@ -204,7 +204,7 @@ class Encoder(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.table, self.out = nn.Embedding(50, 8), nn.Linear(8, 8)
-        self.conv = nn.Conv1d(8, 8, 1) if conv else None
+        self.conv = nn.ConvTranspose1d(8, 8, 1) if conv else None
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         x = self.table(input_ids)

@@ -293,7 +293,7 @@ class Scale(nn.Module):
 
 
 def test_what_is_covered_is_found_out_by_trying_without_a_trace() -> None:
-    faults = Scale("couples"), Scale("refuses"), nn.Conv1d(6, 6, 1), nn.BatchNorm1d(6)
+    faults = Scale("couples"), Scale("refuses"), nn.ConvTranspose1d(6, 6, 1), nn.BatchNorm1d(6)
     model = nn.Sequential(Scale(), nn.Linear(6, 6), *faults)
     torch.manual_seed(0)
     fresh = torch.rand(3)
