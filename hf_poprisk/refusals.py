@@ -127,7 +127,9 @@ JUDGING = (
         "poprisk_label_noise=weight or audit, or poprisk_judge_after_epochs=0.",
     ),
     Rule(
-        lambda a: a.max_steps <= 0 and judges_too_late(a, a.num_train_epochs),
+        lambda a: (
+            a.poprisk_label_noise != "off" and a.max_steps <= 0 and judges_too_late(a, a.num_train_epochs)
+        ),
         "num_train_epochs={a.num_train_epochs:g} ends before " + AFTER_EPOCHS,
     ),
     Rule(

@@ -127,6 +127,12 @@ def parse(parser: TrlParser, argv: Sequence[str] | None = None) -> tuple[Any, ..
     warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
     parser.usage = USAGE
     argv = list(sys.argv[1:] if argv is None else argv)
+    # TRL's parser reads the file only if its name is a word of its own
+    argv = [
+        word for part in argv for word in (part.split("=", 1) if part.startswith("--config=") else [part])
+    ]
+    if argv.count("--config") > 1:
+        raise UserError("--config was given twice: put all options in one file.")
     if "--help_all" in argv:
         print(parser.format_help())
         parser.exit()
@@ -179,6 +185,8 @@ def check_types(group: Any) -> None:
         union = typing.get_origin(hint) in (typing.Union, types.UnionType)
         kinds = set(typing.get_args(hint)) if union else {hint}
         value = getattr(group, name, None)
+        if name == "fsdp":  # of which transformers itself makes a bool
+            continue
         if not kinds <= {int, float, bool, str, type(None)} or value is None:
             continue
         is_text, is_whole = isinstance(value, str) and str in kinds, type(value) is int and float in kinds

@@ -45,6 +45,16 @@ class _PromptArguments(PopRiskArgumentsMixin):
             "per_device_train_batch_size={a.per_device_train_batch_size} does not hold whole ones: make it a "
             "multiple of num_generations.",
         ),
+        Rule(
+            lambda a: (
+                a.poprisk_estimator != "ema"
+                and a.num_iterations > 1
+                and a.steps_per_generation < a.gradient_accumulation_steps
+            ),
+            "num_iterations={a.num_iterations} with steps_per_generation={a.steps_per_generation} below "
+            "gradient_accumulation_steps={a.gradient_accumulation_steps} puts the same prompts into a step "
+            "several times, and copies confirm each other: raise steps_per_generation.",
+        ),
         *EXAMPLES,
     )
     _weight_rules = (
@@ -99,6 +109,13 @@ class _PromptsMixin(FusedHeadMixin):
             if self.state.global_step == 0:
                 self._check_prompts(inputs["prompt_ids"])
         return super()._gated_step(model, inputs, num_items_in_batch)
+
+    def _check_sharding(self, what: str, without: str) -> None:
+        super()._check_sharding(what, without)
+        if self._sharded:
+            raise ValueError(
+                f"FSDP2 is not supported by {what} for sampled completions: launch with DDP, or set {without}."
+            )
 
     def _gates(self) -> bool:
         optimizer = self._poprisk_optimizer()

@@ -204,7 +204,9 @@ def _fingerprint(trainer: Any) -> str:
     """Of the weights, the tokens and labels, and what else the features depend on."""
     args, model = trainer.args, trainer.model
     versions = (RULE, torch.__version__, str(args.device))
-    what = [*versions, args.per_device_train_batch_size, type(model).__name__, model.config.to_json_string()]
+    cut = [getattr(args, name, None) for name in ("max_length", "truncation_mode")]  # by the collator
+    sizes = [args.per_device_train_batch_size, *cut]
+    what = [*versions, *sizes, type(model).__name__, model.config.to_json_string()]
     digest = hashlib.sha256(repr(what).encode())
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())

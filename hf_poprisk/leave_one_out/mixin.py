@@ -91,6 +91,8 @@ class LabelNoiseMixin(IndexMixin):
         self._say(f"{judge.found()}; {below} of {len(found.p_correct)} labels are below .5{doubt}.")
         margin = self.args.poprisk_leap
         if not margin:
+            if self.state.global_step >= self.state.max_steps:  # no step is left to log
+                self.log(judge.logs())
             return
         if not judge.weighted:
             judge.leap = Leap(0.0, 0.0)
@@ -188,7 +190,7 @@ class _Judging(TrainerCallback):
         self._judge_if_due(args, state)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._judge_if_due(args, state)  # a checkpoint of this moment is written after it
+        self._judge_if_due(args, state)
 
     def _judge_if_due(self, args: Any, state: Any) -> None:
         judge = self._trainer._label_noise

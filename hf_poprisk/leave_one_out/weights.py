@@ -139,7 +139,8 @@ class LabelNoise:
     def found(self) -> str:
         """One clause on the labels; there is a fit."""
         fit = self.fit
-        weights = f", weights since step {self.step}" * (self.weighted and self.mode == "weight")
+        weights = f", weights since step {self.step}" if self.weighted else ", nothing is weighted"
+        weights *= self.mode == "weight"
         return (
             f"poprisk_label_noise={self.mode}: estimated noise rate {fit.rate:.3f} ({fit.low:.3f} to "
             f"{fit.high:.3f}){weights}"
