@@ -114,7 +114,7 @@ class _PromptsMixin(FusedHeadMixin):
         super()._check_sharding(what, without)
         if self._sharded:
             raise ValueError(
-                f"FSDP2 is not supported by {what} for sampled completions: launch with DDP, or set {without}."
+                f"FSDP2 is not supported by {what} for sampled completions: use DDP, or set {without}."
             )
 
     def _gates(self) -> bool:
