@@ -131,6 +131,9 @@ BREAKS: dict[str, list[dict[str, Any]]] = {
     "a triple with a reference text": [{}],
     # of sampled completions
     "does not hold whole ones": [{"per_device_train_batch_size": 3}, {"num_generations": 4}],
+    "puts the same prompts into a step": [
+        {"num_iterations": 2, "steps_per_generation": 1, "gradient_accumulation_steps": 2}
+    ],
     "completions are sampled: weight": [{}],
     "a sampled completion has none": [{}],
 }

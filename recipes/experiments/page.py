@@ -32,8 +32,8 @@ CLAIMS = [name for name in NAMES if not name.startswith("labels_")]  # of the so
 MASKS = {"hard": "random-mask", "soft": "random-mask-soft"}  # gate → its mask
 SHOWN = ("adamw", "hard", "soft", "random-mask")  # the arms in the table of all claims
 PASSES = {  # arm → passes before the first epoch: judging takes two, the basis half a one, the leap two
-    **{"adamw": 0, "lion": 0, "muon": 0, "soap": 0, "basis": 0.5, "weight": 2, "soap+weight": 2},
-    **{"basis+weight": 2.5, "leap": 4, "right-only": 0},
+    **{"adamw": 0, "lion": 0, "muon": 0, "soap": 0, "basis": 0.5, "weight": 2, "muon+weight": 2},
+    **{"soap+weight": 2, "basis+weight": 2.5, "leap": 4, "right-only": 0},
 }
 NO_GAIN = "supported only at equal learning rate, and a mask does the same"
 OF_THE_GATE = {  # data → verdict, of the lines of that table with 30 % mislabeled
