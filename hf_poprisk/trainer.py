@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import time
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, ParamSpec
@@ -184,6 +185,12 @@ class PopRiskMixin(
             name = getattr(self.args.optim, "value", self.args.optim)
             logger.warning(f"optim={name}: plain {name}, no population-risk gate; set optim={OPTIM} for it.")
         return super().train(*args, **kwargs)  # type: ignore[misc]
+
+    def end(self) -> None:
+        super().end()  # type: ignore[misc]
+        # gloo's threads let go of their last tensors meanwhile; if DDP drops the group before, both wait for good
+        # (pytorch/pytorch#56297)
+        time.sleep(0.1)
 
     def _check_copies(self) -> None:
         """Padding copies beside their originals in one step."""

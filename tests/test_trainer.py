@@ -236,9 +236,9 @@ def test_the_mixin_hides_nothing_of_the_stock_trainers() -> None:
     """Its own names are free in every class it stands before; TRL prints `_name` in model cards, say."""
     overridden = set(
         "create_optimizer train training_step compute_loss log push_to_hub get_optimizer_cls_and_kwargs "
-        "create_model_card init_hf_repo _save _save_checkpoint _save_rng_state _load_optimizer_and_scheduler "
-        "_run_epoch _load_best_model _push_from_checkpoint _finish_current_push _clip_grad_norm "
-        "get_train_dataloader get_batch_samples _prepare_inputs".split()
+        "create_model_card init_hf_repo save_model _save _save_checkpoint _save_rng_state _run_epoch "
+        "_load_optimizer_and_scheduler _load_best_model _push_from_checkpoint _finish_current_push end "
+        "_clip_grad_norm get_train_dataloader get_batch_samples _prepare_inputs _prepare_for_training".split()
     )
     own = {name for base in (PopRiskMixin, *PopRiskMixin.__bases__) for name in vars(base)} - overridden
     for stock in (Trainer, trl.DPOTrainer, trl.SFTTrainer, trl.RewardTrainer):

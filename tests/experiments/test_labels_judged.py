@@ -94,8 +94,9 @@ def test_reviews_become_pairs(tmp_path: Path) -> None:
     assert words.rejected.tolist() == [" negative", " positive"] * 2
     assert words.prompt[1] == "Review: b\nThe sentiment of this review is"
     texts = prepare_real.writing(reviews)
-    assert texts.chosen.tolist() == ["a", "d"] and texts.rejected.tolist() == ["b", "c"]
-    assert ["positive" in prompt for prompt in texts.prompt] == [True, False]
+    said = {name: [messages[0]["content"] for messages in texts[name]] for name in texts}
+    assert said["chosen"] == ["a", "d"] and said["rejected"] == ["b", "c"]
+    assert ["positive" in prompt for prompt in said["prompt"]] == [True, False]
     prepare_real.write_splits(words, {"train": 2, "test": 1}, tmp_path / "out")
     sizes = {name: len(pd.read_parquet(tmp_path / "out" / f"{name}.parquet")) for name in ("train", "test")}
     assert sizes == {"train": 2, "test": 1}

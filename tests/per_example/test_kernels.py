@@ -130,6 +130,8 @@ def test_steps_with_and_without(
     close = {"rtol": 1e-6, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 4e-3, "atol": 1e-4}
     for got, expected in zip(results[0][:3], results[1][:3], strict=True):
         torch.testing.assert_close(got, expected, **close)
+    scales = [logged.pop("poprisk/noise_scale") for *_, logged in results]  # a small difference divides it
+    assert scales[0] == pytest.approx(scales[1], rel=1e-3)
     assert results[0][3] == pytest.approx(results[1][3], rel=1e-5, abs=1e-6)
 
 

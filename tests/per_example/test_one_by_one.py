@@ -41,7 +41,7 @@ def test_a_plain_mean_does_not_depend_on_the_layout(name: str, tmp_path: Path) -
         gradient, trainer = first_step(kind, tmp_path, size, 8 // size)
         opens.append((trainer.state.log_history[0]["poprisk/fraction_open"], gradient))
     for opened, gradient in opens[1:]:
-        assert opened == pytest.approx(opens[0][0], abs=2e-3)
+        assert opened == pytest.approx(opens[0][0], abs=3e-3)  # the bias of keys: rounding
         assert gap(gradient, opens[0][1]) < TOLERANCE
 
 
@@ -111,10 +111,11 @@ def test_a_term_that_appears_later_is_an_error(tmp_path: Path) -> None:
     """A penalty that the self-check has not met would be taken for nothing's."""
 
     class Later(Ridge):
-        def term(self, logits: Tensor) -> Any:
-            return 0.0 if self.state.global_step < 2 else super().term(logits)
+        def own_loss(self, model: Any, inputs: Any) -> tuple[Tensor, Any]:
+            outputs = model(**inputs)
+            return outputs.loss + (self.term(outputs.logits) if self.state.global_step >= 2 else 0.0), outputs
 
-    kind = KINDS["penalty: vit"]
+    kind = KINDS["adapter: ia3"]
     kinds, options = (Later, PopRiskTrainingArguments), {"per_device_train_batch_size": 4, "max_steps": 4}
     trainer = trainer_of(tmp_path, kind.data, kind.model(), kinds, **options)
     with pytest.raises(RuntimeError, match="by another way than the model's outputs, which it did not"):
