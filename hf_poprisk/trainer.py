@@ -188,8 +188,8 @@ class PopRiskMixin(
 
     def end(self) -> None:
         super().end()  # type: ignore[misc]
-        # gloo's threads let go of their last tensors meanwhile; if DDP drops the group before, both wait for good
-        # (pytorch/pytorch#56297)
+        # gloo's threads let go of their last tensors meanwhile; if DDP drops the group before that, both wait
+        # for good (pytorch/pytorch#56297)
         time.sleep(0.1)
 
     def _check_copies(self) -> None:
