@@ -1,7 +1,7 @@
 """DPO with and without the gate, on the embedded model or on anything from the Hub.
 
     accelerate launch --config_file recipes/accelerate/cpu.yaml recipes/dpo.py \\
-        --config recipes/tiny/dpo/poprisk.yaml [--key value ...]
+        --config recipes/tiny/dpo.yaml [--key value ...]
 
 Writes the model, ``trainer_state.json`` (the curves) and ``results.json`` (the numbers at the end) into
 ``output_dir``.

@@ -1,7 +1,7 @@
 """PopRiskTrainer with and without the gate: causal language modelling, or text classification.
 
     accelerate launch --config_file recipes/accelerate/cpu.yaml recipes/train.py \\
-        --config recipes/tiny/classification/poprisk.yaml [--key value ...]
+        --config recipes/tiny/classification.yaml [--key value ...]
 
 Writes the model, ``trainer_state.json`` and ``results.json`` into ``output_dir``.
 """

@@ -180,7 +180,7 @@ def recipe(tmp_path: Path) -> Path:
     for split, data in {"train": train_pairs(), "test": preferences(6, 200)}.items():
         data.to_parquet(tmp_path / "data" / f"{split}.parquet")
     return rewritten(
-        RECIPES / "tiny/dpo/adamw.yaml",
+        RECIPES / "tiny/dpo.yaml",
         tmp_path / "recipe.yaml",
         model_name_or_path=str(tmp_path / "model"),
         attn_implementation="eager",

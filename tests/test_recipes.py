@@ -235,7 +235,7 @@ def test_a_mistake_is_one_sentence_before_anything_is_loaded(
 ) -> None:
     config = tmp_path / "config.yaml"
     on_line = line.startswith("--")
-    text = (ROOT / "recipes/tiny/dpo/poprisk.yaml").read_text() if on_line else f"use_cpu: true\n{line}\n"
+    text = (ROOT / "recipes/tiny/dpo.yaml").read_text() if on_line else f"use_cpu: true\n{line}\n"
     config.write_text(re.sub("^output_dir:.*", "", text, flags=re.M) + f"\noutput_dir: {tmp_path / 'out'}\n")
     with pytest.raises(SystemExit) as stopped:
         recipe(dpo, "--config", config, *(line.split() if on_line else ()))

@@ -20,13 +20,13 @@ from labels_run import HELD_OUT, Setup, hold_out, run_cell, trainer_class, train
 
 @dataclass(frozen=True)
 class Pairs:
-    recipe: str = "tiny/dpo/poprisk.yaml"
+    recipe: str = "tiny/dpo.yaml"
     easier: bool = False  # with the chosen completion out of order in place of the rejected one
     options: dict[str, Any] = field(default_factory=dict)  # in place of the recipe's
     count: int | None = None  # training pairs
 
 
-LORA = "tiny/dpo-lora/poprisk.yaml"
+LORA = "tiny/dpo-lora.yaml"
 REAL = "smollm2-135m/dpo-lora.yaml"  # needs python scripts/prepare_real.py
 DATA = {
     "dpo": Pairs(),
