@@ -146,6 +146,15 @@ def test_the_pages_agree_with_the_results() -> None:
         )
 
 
+def test_the_answer_has_the_numbers_of_the_tables() -> None:
+    answer = (page.HERE / "README.md").read_text().partition("The source's claims")[0]
+    tables = "".join(match[0] for path in page.PAGES for match in page.MARKED.finditer(path.read_text()))
+    told = set(re.findall(r"0\.\d{3}", answer))
+    assert len(told) == 11 and told <= set(re.findall(r"0\.\d{3}", tables))
+    assert "| intervals | 21, 11 better, 2 worse | 21, 0 better, 3 worse |" in tables
+    assert "| 21, 2 better, 2 worse |  |" in tables
+
+
 def test_every_link_of_a_page_leads_somewhere() -> None:
     root = page.ROOT
     pages = [root / "README.md", *(root / "recipes").rglob("*.md"), page.GUIDE]
