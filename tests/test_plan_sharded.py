@@ -15,8 +15,7 @@ Plan, OFFLINE = PLAN["Plan"], {**os.environ, "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.mark.parametrize(
-    ("backwards", "held", "gigabytes"),
-    [(1, False, (35, 59)), (8, True, (201, 224)), (8, False, (283, 472))],
+    ("backwards", "held", "gigabytes"), [(1, False, (35, 59)), (8, True, (201, 224)), (8, False, (283, 472))]
 )
 def test_traffic_of_seven_billion_on_eight_gpus(
     backwards: int, held: bool, gigabytes: tuple[int, int]

@@ -97,10 +97,7 @@ class Watch(TrainerCallback):
 
 
 def fit(
-    model: nn.Module,
-    data: Rows,
-    options: dict[str, Any],
-    measure: Callable[[int], dict[str, float] | None],
+    model: nn.Module, data: Rows, options: dict[str, Any], measure: Callable[[int], dict[str, float] | None]
 ) -> dict[str, list[float]]:
     """Train with ``PopRiskTrainer``.
 
