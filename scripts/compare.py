@@ -19,11 +19,7 @@ PANELS = (
 
 
 def load(folder: Path) -> tuple[dict[str, Any], list[dict[str, float]]]:
-    """The results of a run and its log history.
-
-    Raises:
-        SystemExit: a folder without a finished run.
-    """
+    """The results of a run and its log history."""
     try:
         content = json.loads((folder / "results.json").read_text())
         history = json.loads((folder / "trainer_state.json").read_text())["log_history"]

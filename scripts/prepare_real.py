@@ -42,11 +42,7 @@ OTHER = {"fresh": "rotten", "rotten": "fresh"}
 
 
 def packaged(package: str, name: str, digest: str) -> Path:
-    """A file of an installed package.
-
-    Raises:
-        SystemExit: it is not installed, or is another file.
-    """
+    """A file of an installed package."""
     spec = importlib.util.find_spec(package)
     if spec is None:
         sys.exit(f"prepare_real.py: error: {package} is not installed; see prepare_real.py --help.")

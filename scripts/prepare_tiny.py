@@ -215,11 +215,7 @@ def write_data(folder: Path, split: str, rows: list[dict[str, Any]]) -> None:
 
 
 def build(folder: Path, args: Namespace, docs: list[str], found: dict[str, list[str]]) -> dict[str, Any]:
-    """Everything but metadata.json; returns what it should say of the outcome.
-
-    Raises:
-        SystemExit: a split is left with fewer than two pairs.
-    """
+    """Everything but metadata.json; returns what it should say of the outcome."""
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()  # the stream is longer than the context, on purpose
     disable_progress_bars()

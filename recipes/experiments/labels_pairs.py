@@ -106,12 +106,7 @@ def arguments(cell: Cell, folder: str) -> tuple[Any, ...]:
 
 
 def prepare(cell: Cell, folder: str) -> Setup:
-    """The trainer of a cell.
-
-    Raises:
-        RecipeError: the model or the data are missing, or have an empty completion.
-        SystemExit: ``recipes/dpo.py`` would refuse the file.
-    """
+    """The trainer of a cell."""
     import dpo
 
     from hf_poprisk import PopRiskDPOTrainer

@@ -193,11 +193,7 @@ PARTS: dict[str, Callable[[], str]] = {
 
 
 def written(page: str) -> str:
-    """A page with its generated parts as they should be.
-
-    Raises:
-        RecipeError: a part that there is not.
-    """
+    """A page with its generated parts as they should be."""
 
     def part(match: re.Match[str]) -> str:
         begin, name, end = match.groups()

@@ -110,10 +110,6 @@ def fit(
 
     Returns:
         The recorded curves, ``step`` among them.
-
-    Raises:
-        RecipeError: fewer examples than a step takes, a last step that would not be measured, or a mask in
-            place of no gate.
     """
     steps, every, batch = (options[name] for name in ("steps", "every", "examples_per_step"))
     if len(data) < batch:
