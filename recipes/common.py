@@ -15,7 +15,7 @@ import pandas as pd
 from datasets import Dataset, DatasetDict, disable_progress_bars, load_dataset, load_from_disk
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
-from trl import TrlParser
+from trl import ScriptArguments, TrlParser
 
 from hf_poprisk import train_command
 from hf_poprisk.checkpoints import CheckpointError
@@ -60,14 +60,14 @@ class RecipeError(ValueError):
     """Something the user can put right, said in one sentence."""
 
 
-def load_splits(name: str | None, config: str | None, streaming: bool) -> DatasetDict:
+def load_splits(args: ScriptArguments) -> DatasetDict:
     """A data set by its Hub name, or a folder: of data files, or written by ``save_to_disk``."""
-    require_path(name, "dataset_name")
-    if streaming:
+    require_path(args.dataset_name, "dataset_name")
+    if args.dataset_streaming:
         raise RecipeError("dataset_streaming=true is not supported by the recipes: set it to false.")
-    if Path(name, "dataset_dict.json").is_file():
-        return load_from_disk(name)
-    return load_dataset(name, config)
+    if Path(args.dataset_name, "dataset_dict.json").is_file():
+        return load_from_disk(args.dataset_name)
+    return load_dataset(args.dataset_name, args.dataset_config)
 
 
 def require_path(name: str | None, option: str) -> None:
@@ -80,18 +80,15 @@ def require_path(name: str | None, option: str) -> None:
         raise RecipeError(f"{option}={name} is not a folder{hint}.")
 
 
-def split(dataset: DatasetDict, name: str, option: str) -> Dataset:
-    if name not in dataset:
-        raise RecipeError(f"{option}={name} is not a split of the data set: it has {', '.join(dataset)}.")
-    return dataset[name]
+def split(data: DatasetDict, args: ScriptArguments, option: str) -> Dataset:
+    name = getattr(args, option)
+    if name not in data:
+        raise RecipeError(f"{option}={name} is not a split of the data set: it has {', '.join(data)}.")
+    return data[name]
 
 
 def check_completions(dataset: Dataset, name: str) -> None:
-    """Refuse empty completions: such a pair teaches the length of nothing.
-
-    Raises:
-        RecipeError: names the split, the first row and the column.
-    """
+    """Refuse empty completions: such a pair teaches the length of nothing."""
     missing = {"chosen", "rejected"} - set(dataset.column_names)
     if missing:
         raise RecipeError(f"the {name} split has no column {' and '.join(sorted(missing))}.")
@@ -99,9 +96,8 @@ def check_completions(dataset: Dataset, name: str) -> None:
         for row, value in enumerate(dataset[column]):
             text = value if isinstance(value, str) or value is None else value[-1]["content"] if value else ""
             if not (text or "").strip():
-                raise RecipeError(
-                    f"row {row} of the {name} split has an empty {column!r}: drop or repair it."
-                )
+                where = f"row {row} of the {name} split has an empty {column!r}"
+                raise RecipeError(f"{where}: drop or repair it.")
 
 
 def flip_preferences(dataset: Dataset, fraction: float, seed: int) -> Dataset:
@@ -151,11 +147,8 @@ class ShortLog(TrainerCallback):
     NAMES = ("loss", "accuracy", "accuracies", "fraction_open", "noise_rate")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
-        kept = [
-            f"{name} {value:.4g}"
-            for name, value in logs.items()
-            if name.endswith(self.NAMES) and "token_accuracy" not in name
-        ]
+        shown = [name for name in logs if name.endswith(self.NAMES) and "token_accuracy" not in name]
+        kept = [f"{name} {logs[name]:.4g}" for name in shown]
         if kept and state.is_world_process_zero:
             print(f"step {state.global_step}/{state.max_steps}: {', '.join(kept)}", flush=True)
 
@@ -193,12 +186,8 @@ def finish(
             "seconds_per_step": statistics.median(timer.seconds) if timer.seconds else None,
             "steps": trainer.state.global_step,
         }
-        settings = {
-            name: value
-            for group in groups
-            for name, value in (group.to_dict() if hasattr(group, "to_dict") else vars(group)).items()
-            if not name.endswith("token")
-        }
+        every = [group.to_dict() if hasattr(group, "to_dict") else vars(group) for group in groups]
+        settings = {k: v for group in every for k, v in group.items() if not k.endswith("token")}
         content = {"results": results, "settings": settings}
         path = Path(trainer.args.output_dir, "results.json")
         path.write_text(json.dumps(content, indent=2, sort_keys=True, default=str) + "\n")

@@ -1,7 +1,7 @@
 """DPO with and without the gate, on the embedded model or on anything from the Hub.
 
     accelerate launch --config_file recipes/accelerate/cpu.yaml recipes/dpo.py \\
-        --config recipes/tiny/dpo/poprisk.yaml [--key value ...]
+        --config recipes/tiny/dpo.yaml [--key value ...]
 
 Writes the model, ``trainer_state.json`` (the curves) and ``results.json`` (the numbers at the end) into
 ``output_dir``.
@@ -45,17 +45,12 @@ def load(script_args: DPOScriptArguments) -> tuple[Dataset, dict[str, Dataset]]:
 
     Returns:
         The training split; ``test``, and ``validation`` where the recipe names one.
-
-    Raises:
-        RecipeError: no such data set or split, or an empty completion.
     """
-    data = common.load_splits(
-        script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming
-    )
-    train = common.split(data, script_args.dataset_train_split, "dataset_train_split")
-    held_out = {"test": common.split(data, script_args.dataset_test_split, "dataset_test_split")}
-    if name := script_args.dataset_validation_split:
-        held_out["validation"] = common.split(data, name, "dataset_validation_split")
+    data = common.load_splits(script_args)
+    train = common.split(data, script_args, "dataset_train_split")
+    held_out = {"test": common.split(data, script_args, "dataset_test_split")}
+    if script_args.dataset_validation_split:
+        held_out["validation"] = common.split(data, script_args, "dataset_validation_split")
     for name, part in {"training": train, **held_out}.items():
         common.check_completions(part, name)
     return train, held_out

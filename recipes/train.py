@@ -1,7 +1,7 @@
 """PopRiskTrainer with and without the gate: causal language modelling, or text classification.
 
     accelerate launch --config_file recipes/accelerate/cpu.yaml recipes/train.py \\
-        --config recipes/tiny/classification/poprisk.yaml [--key value ...]
+        --config recipes/tiny/classification.yaml [--key value ...]
 
 Writes the model, ``trainer_state.json`` and ``results.json`` into ``output_dir``.
 """
@@ -54,9 +54,8 @@ def prepare(
     wanted = [args.text_column] + ([args.label_column] if args.task == "classification" else [])
     for column in wanted:
         if column not in data.column_names:
-            raise RecipeError(
-                f"the {name} split has no column {column}: it has {', '.join(data.column_names)}."
-            )
+            columns = ", ".join(data.column_names)
+            raise RecipeError(f"the {name} split has no column {column}: it has {columns}.")
     for row, text in enumerate(data[args.text_column]):
         if not (text or "").strip():
             raise RecipeError(f"row {row} of the {name} split has an empty {args.text_column!r}.")
@@ -98,17 +97,13 @@ def main() -> None:
         raise RecipeError("flip_fraction needs labels to flip: set task=classification or flip_fraction=0.")
     common.require_path(model_args.model_name_or_path, "model_name_or_path")
     resume = checkpoint_to_resume(args)
-    data = common.load_splits(
-        script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming
-    )
-    train = common.split(data, script_args.dataset_train_split, "dataset_train_split")
-    test = common.split(data, script_args.dataset_test_split, "dataset_test_split")
+    data = common.load_splits(script_args)
+    train, test = (common.split(data, script_args, f"dataset_{name}_split") for name in ("train", "test"))
 
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    train, test = (
-        prepare(d, name, tokenizer, script_args) for d, name in ((train, "training"), (test, "test"))
-    )
+    train = prepare(train, "training", tokenizer, script_args)
+    test = prepare(test, "test", tokenizer, script_args)
     load = {"revision": model_args.model_revision, "dtype": model_args.dtype or "float32"}
     if script_args.task == "classification":
         num_labels = max(train["labels"]) + 1

@@ -13,19 +13,22 @@ one thread.
 """
 
 import argparse
+import itertools
 import logging
 import pstats
 import statistics
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from cProfile import Profile
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
+from benchmark_step import alone, peak_resident
+from sklearn.metrics import roc_auc_score
+
+from hf_poprisk.leave_one_out.judgement import judge_pairs
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 sys.path[:0] = [str(RECIPES), str(RECIPES / "experiments")]
@@ -51,10 +54,8 @@ def beside_an_epoch(data: str, rounds: int) -> None:
         with Profile() as profile:
             judge.judge_labels()
     taken["judging / epoch"] = [j / e for j, e in zip(taken["judging"], taken["epoch"], strict=True)]
-    print(
-        f"{data}, {len(judge.train_dataset)} pairs, {rounds} rounds", "| | median | least | most |", sep="\n"
-    )
-    print("|---|---|---|---|")
+    print(f"{data}, {len(judge.train_dataset)} pairs, {rounds} rounds")
+    print("| | median | least | most |\n|---|---|---|---|")
     for name, times in taken.items():
         print(f"| {name} | {statistics.median(times):.2f} | {min(times):.2f} | {max(times):.2f} |")
     pstats.Stats(profile).sort_stats("cumulative").print_stats(40)
@@ -62,17 +63,10 @@ def beside_an_epoch(data: str, rounds: int) -> None:
 
 def with_fewer(data: str, counts: list[int]) -> None:
     import labels_judged
-    from sklearn.metrics import roc_auc_score
-
-    from hf_poprisk.leave_one_out.judgement import judge_pairs
 
     parts = labels_judged.features({"data": data, "seed": 0, "features": "gradients", "arm": "gradients"})
     n = len(parts[0])
-    print(
-        f"| {data}, features of a part | AUROC, 30 % flipped | 40 % | seconds |",
-        "|---|---|---|---|",
-        sep="\n",
-    )
+    print(f"| {data}, features of a part | AUROC, 30 % flipped | 40 % | seconds |\n|---|---|---|---|")
     for k in counts:
         few = [x if x.shape[1] <= k else x.reshape(n, -1, k).sum(1) for x in parts]  # powers of two
         start, areas = time.process_time(), []
@@ -103,21 +97,12 @@ def made_up(n: int, k: int) -> tuple[list[np.ndarray], np.ndarray]:
 def regressions(n: int, k: int) -> tuple[float, float, float, float]:
     """Seconds, peak gigabytes, AUROC and the estimated rate of one size."""
     torch.set_num_threads(1)
-    from sklearn.metrics import roc_auc_score
-
-    from hf_poprisk.leave_one_out.judgement import judge_pairs
-
     before = peak_resident()
     parts, flipped = made_up(n, k)
     start = time.process_time()
     found = judge_pairs(parts)
     seconds, memory = time.process_time() - start, (peak_resident() - before) / 2**20
     return seconds, memory, float(roc_auc_score(flipped, -found.log_odds)), found.fit.rate
-
-
-def peak_resident() -> int:
-    """Kilobytes; Linux. (``ru_maxrss`` starts at what the parent process had.)"""
-    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 
 
 def main() -> None:
@@ -135,16 +120,10 @@ def main() -> None:
         else:
             beside_an_epoch(data, args.rounds)
     if args.examples:
-        print(
-            "| pairs | features | seconds | peak GB | AUROC | estimated rate |",
-            "|---|---|---|---|---|---|",
-            sep="\n",
-        )
-    for n in args.examples:
-        for k in args.features:
-            with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-                seconds, memory, auroc, rate = pool.submit(regressions, n, k).result()
-            print(f"| {n:,} | {k:,} | {seconds:.1f} | {memory:.2f} | {auroc:.3f} | {rate:.3f} |", flush=True)
+        print("| pairs | features | seconds | peak GB | AUROC | estimated rate |\n|---|---|---|---|---|---|")
+    for n, k in itertools.product(args.examples, args.features):
+        seconds, memory, auroc, rate = alone(regressions, n, k)
+        print(f"| {n:,} | {k:,} | {seconds:.1f} | {memory:.2f} | {auroc:.3f} | {rate:.3f} |", flush=True)
 
 
 if __name__ == "__main__":

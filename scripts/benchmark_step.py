@@ -46,14 +46,14 @@ def build(args: argparse.Namespace) -> tuple[nn.Module, Tensor]:
     from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
     torch.manual_seed(0)
+    config: Any
     if args.model == "llama":
         sizes = {"hidden_size": args.width, "intermediate_size": 8 * args.width // 3 // 16 * 16}
         sizes |= {"num_hidden_layers": 6, "num_attention_heads": 4}
-        config: Any = LlamaConfig(vocab_size=VOCABULARY, **sizes, tie_word_embeddings=False)
+        config = LlamaConfig(vocab_size=VOCABULARY, **sizes, tie_word_embeddings=False)
     else:
         sizes = {"n_embd": args.width, "n_layer": 6, "n_head": 4, "n_positions": 4096}
-        dropout = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0)
-        config = GPT2Config(vocab_size=VOCABULARY, **sizes, **dropout)
+        config = GPT2Config(vocab_size=VOCABULARY, **sizes, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     if args.adapter == "lora":
         from peft import LoraConfig, get_peft_model
@@ -107,14 +107,13 @@ def gated(model: nn.Module, ids: Tensor, single: bool = False, optimizer: PopRis
 
 def eigen(model: nn.Module, ids: Tensor, gate: str = "none") -> Made:
     """In random bases, which cost what measured ones do; the side of the tokens is not rotated."""
-
-    def orthogonal(size: int) -> Tensor:
-        return torch.linalg.qr(torch.randn(size, size))[0]
-
     optimizer = PopRiskAdamW(trainable(model).values(), gate=gate, basis="eigen")
     weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad]
-    sides = {p: tuple(None if n == VOCABULARY else orthogonal(n) for n in p.shape) for p in weights}
-    optimizer.set_bases(sides)
+
+    def orthogonal(n: int) -> Tensor | None:
+        return None if n == VOCABULARY else torch.linalg.qr(torch.randn(n, n))[0]
+
+    optimizer.set_bases({w: tuple(map(orthogonal, w.shape)) for w in weights})
     made = plain(model, ids) if gate == "none" else gated(model, ids, optimizer=optimizer)
     return made[0], None, optimizer
 
@@ -147,13 +146,8 @@ def opacus(model: nn.Module, ids: Tensor) -> Made:
 
     def squares() -> dict[str, Tensor]:
         loss_of(sampled, ids).backward()
-        found = {}
-        for name, p in trainable(model).items():
-            sample = getattr(p, "grad_sample", None)
-            if isinstance(sample, Tensor):
-                found[name] = (sample / len(ids)).square().sum(0)
-                p.grad_sample = None
-        return found
+        found = {n: vars(p).pop("grad_sample", None) for n, p in trainable(model).items()}
+        return {n: (h / len(ids)).square().sum(0) for n, h in found.items() if isinstance(h, Tensor)}
 
     return squares, squares, None
 
@@ -208,16 +202,8 @@ def error_of(squares: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
     return f"{relative:.0e}" + (f", {missing} of {len(expected)} missing" if missing else "")
 
 
-def peak_megabytes(arm: str, args: argparse.Namespace) -> float | None:
-    """Of three steps of an arm in a process of its own; None where that fails."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        try:
-            return pool.submit(memory_of, arm, args).result()
-        except Exception:  # a peer's, or the process was killed
-            return None
-
-
-def memory_of(arm: str, args: argparse.Namespace) -> float:
+def memory_of(arm: str, args: argparse.Namespace) -> int:
+    """Kilobytes of three steps, over what the imports take; to be run in a process of its own."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     build(args)  # imports what it needs
@@ -226,12 +212,18 @@ def memory_of(arm: str, args: argparse.Namespace) -> float:
     step, _ = make(arm, args)
     for _ in range(3):
         step()
-    return (peak_resident() - before) / 1024
+    return peak_resident() - before
 
 
 def peak_resident() -> int:
     """Kilobytes; Linux. (``ru_maxrss`` starts at what the parent process had.)"""
     return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+
+
+def alone(work: Callable[..., Any], *args: Any) -> Any:
+    """What ``work`` returns in a process of its own."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(work, *args).result()
 
 
 def interleaved(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
@@ -271,7 +263,7 @@ def measure(args: argparse.Namespace) -> None:
         except Exception as error:  # a peer that is not installed, or refuses the model
             errors[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:60]}"
     ratios = interleaved(steps, args.rounds)
-    base = peak_megabytes("plain AdamW", args)
+    base = alone(memory_of, "plain AdamW", args)
     title = f"{args.model}, {args.adapter}, batch {args.batch} × {args.tokens} tokens, width {args.width}"
     table = Table("arm", "step", "spread (quartiles)", "peak memory", "error of Q", title=title)
     for name in arms:
@@ -279,8 +271,10 @@ def measure(args: argparse.Namespace) -> None:
             table.add_row(name, "–", "", "", errors[name])
             continue
         low, middle, high = statistics.quantiles(ratios[name], n=4)
-        peak = peak_megabytes(name, args)
-        memory = f"{peak / base:.2f}" if peak and base else "–"
+        try:
+            memory = f"{alone(memory_of, name, args) / base:.2f}"
+        except Exception:  # a peer's, or the process was killed
+            memory = "–"
         table.add_row(name, f"{middle:.2f}", f"{low:.2f}–{high:.2f}", memory, errors[name])
     Console(width=110).print(table)
 
@@ -296,8 +290,8 @@ def growth(cell: argparse.Namespace) -> float:
     for step in steps.values():
         step()
     ratio = statistics.median(interleaved(steps, cell.rounds)["gate, batched"])
-    row = [f"{cell.model} {cell.adapter}", cell.width, cell.batch, cell.tokens, f"{ratio:.2f}"]
-    print(f"| {' | '.join(map(str, row))} |", flush=True)
+    place = f"{cell.model} {cell.adapter} | {cell.width} | {cell.batch} | {cell.tokens}"
+    print(f"| {place} | {ratio:.2f} |", flush=True)
     return ratio
 
 
@@ -310,7 +304,6 @@ def report_growth(cells: list[tuple[argparse.Namespace, float]], path: str) -> N
     """
     from matplotlib.figure import Figure
 
-    axis = Figure().subplots()
     extra = torch.tensor([ratio - 1 for _, ratio in cells], dtype=torch.float64)
     terms = extra.new_tensor([[1 / c.tokens, 1 / (c.tokens * c.batch), 1 / gflop(c)] for c, _ in cells])
     factors = torch.linalg.lstsq(terms, extra[:, None], driver="gelsd").solution[:, 0]
@@ -324,10 +317,11 @@ def report_growth(cells: list[tuple[argparse.Namespace, float]], path: str) -> N
     for (cell, ratio), fit in zip(cells, fitted.tolist(), strict=True):
         name = f"{cell.model}, {cell.adapter}, width {cell.width}, batch {cell.batch}"
         lines.setdefault(name, []).append((cell.tokens, ratio, 1 + fit))
-    for name, points in lines.items():
+    axis = Figure().subplots()
+    for i, (name, points) in enumerate(lines.items()):
         tokens, measured, expected = zip(*sorted(points), strict=True)
-        (line,) = axis.plot(tokens, measured, marker="o", label=name)
-        axis.plot(tokens, expected, "--", color=line.get_color(), linewidth=0.8)
+        axis.plot(tokens, measured, marker="o", label=name, color=f"C{i % 10}")
+        axis.plot(tokens, expected, "--", color=f"C{i % 10}", linewidth=0.8)
     axis.set_xscale("log", base=2)
     axis.set(xlabel="tokens per example", ylabel="CPU time of a step, plain AdamW = 1 (dashed: fit)")
     axis.legend(fontsize=7)
@@ -336,11 +330,12 @@ def report_growth(cells: list[tuple[argparse.Namespace, float]], path: str) -> N
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", nargs="+", choices=("llama", "gpt2"), default=["llama"])
-    parser.add_argument("--adapter", nargs="+", choices=("full", "lora"), default=["full", "lora"])
-    parser.add_argument("--tokens", nargs="+", type=int, default=[64, 256])
-    parser.add_argument("--batch", nargs="+", type=int, default=[8])
-    parser.add_argument("--width", nargs="+", type=int, default=[256])
+    kinds = {"model": ("llama", "gpt2"), "adapter": ("full", "lora")}
+    axes = {"model": ["llama"], "adapter": ["full", "lora"], "width": [256], "batch": [8]}
+    axes["tokens"] = [64, 256]
+    for axis, default in axes.items():
+        kind = type(default[0])
+        parser.add_argument(f"--{axis}", nargs="+", type=kind, choices=kinds.get(axis), default=default)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--ours", action="store_true", help="leave the other libraries out")
     parser.add_argument("--at_most", type=float, metavar="GFLOP", help="leave out larger steps")
@@ -350,7 +345,6 @@ def main() -> None:
     if args.rounds < 3:
         parser.error(f"--rounds must be at least 3; got {args.rounds}.")
     torch.set_num_threads(1)
-    axes = ("model", "adapter", "width", "batch", "tokens")
     grid = itertools.product(*(getattr(args, axis) for axis in axes))
     cells = [argparse.Namespace(**vars(args) | dict(zip(axes, point, strict=True))) for point in grid]
     cells = [cell for cell in cells if args.at_most is None or gflop(cell) <= args.at_most]

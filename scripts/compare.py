@@ -19,11 +19,7 @@ PANELS = (
 
 
 def load(folder: Path) -> tuple[dict[str, Any], list[dict[str, float]]]:
-    """The results of a run and its log history.
-
-    Raises:
-        SystemExit: a folder without a finished run.
-    """
+    """The results of a run and its log history."""
     try:
         content = json.loads((folder / "results.json").read_text())
         history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
@@ -32,49 +28,26 @@ def load(folder: Path) -> tuple[dict[str, Any], list[dict[str, float]]]:
         sys.exit(f"compare.py: error: {folder} holds no finished run ({error}): train it again.")
 
 
-def number(value: float | None, digits: int = 3) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
 def table(runs: dict[str, dict[str, Any]]) -> Table:
     """One row per run; a dash where a run has no such number."""
-    columns = (
-        Column("run", no_wrap=True),
-        "held-out accuracy",
-        "reward margin",
-        "KL per token",
-        "flipped fitted",
-        "open / noise level",
-        "s per step",
-    )
-    out = Table(*columns, title="DPO on noisy preferences")
+    columns = ("held-out accuracy", "reward margin", "KL per token", "flipped fitted", "open / noise level")
+    out = Table(Column("run", no_wrap=True), *columns, "s per step", title="DPO on noisy preferences")
     for name, r in runs.items():
         gate, test, flipped = r["gate"], r["scores"]["test"], r["scores"].get("flipped", {})
-        opened = (
-            f"{gate['fraction_open']:.3f} / {gate['fraction_open_null']:.3f}"
-            if "fraction_open" in gate
-            else "–"
-        )
-        out.add_row(
-            name,
-            number(test["accuracy"]),
-            number(test["margin"], 2),
-            number(test["kl_per_token"]),
-            number(flipped.get("accuracy")),
-            opened,
-            number(r["seconds_per_step"], 2),
-        )
+        opened = [gate[key] for key in ("fraction_open", "fraction_open_null") if key in gate]
+        cells = (test["accuracy"], 3), (test["margin"], 2), (test["kl_per_token"], 3)
+        numbers = ["–" if x is None else f"{x:.{n}f}" for x, n in (*cells, (flipped.get("accuracy"), 3))]
+        seconds = "–" if r["seconds_per_step"] is None else f"{r['seconds_per_step']:.2f}"
+        out.add_row(name, *numbers, " / ".join(f"{x:.3f}" for x in opened) or "–", seconds)
     return out
 
 
 def plot(histories: dict[str, list[dict[str, float]]], path: Path) -> None:
     """The curves of ``PANELS`` over optimizer steps, one line per run, as a PNG."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    axes = figure.subplots(2, 2)
     for axis, (title, key, whose) in zip(axes.flat, PANELS, strict=True):
         for color, (name, history) in enumerate(histories.items()):
             points = [(entry["step"], entry[key]) for entry in history if key in entry and whose in entry]
@@ -90,7 +63,6 @@ def plot(histories: dict[str, list[dict[str, float]]], path: Path) -> None:
         axes.flat[0].legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def main() -> None:

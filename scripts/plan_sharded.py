@@ -2,6 +2,7 @@
 
     python scripts/plan_sharded.py --parameters 7.62e9 --gpus 8 --backwards 1 8
     python scripts/plan_sharded.py --model Qwen/Qwen2.5-7B-Instruct --gpus 64 --replicas 8
+    python scripts/plan_sharded.py --model FOLDER       # with a config.json; no weights, no network
     python scripts/plan_sharded.py --parameters 7.62e9 --trainable 4e7 --gpus 8     # an adapter
 
 On paper, from the sizes of what is kept and sent; nothing is measured. Weights and moments are float32 and
@@ -57,18 +58,17 @@ class Plan:
         return kept / self.shards + whole + reduction
 
 
-def count(model: str) -> tuple[float, float]:
+def count(model: str) -> tuple[int, int]:
     """The parameters of a model, and of the largest of its groups; its configuration is read, no weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
         loaded = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
-    every = sum(p.numel() for p in loaded.parameters())
     ends = {loaded.get_input_embeddings().weight, loaded.get_output_embeddings().weight}
     blocks = [m for m in loaded.modules() if type(m).__name__ in (loaded._no_split_modules or ())]
-    sizes = [sum(p.numel() for p in m.parameters()) for m in blocks]
-    return every, max(*sizes, *(p.numel() for p in ends))
+    sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
+    return sum(p.numel() for p in loaded.parameters()), max(*sizes, *(p.numel() for p in ends))
 
 
 def table(plan: Plan, backwards: list[int]) -> Table:
@@ -94,29 +94,28 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=8)
     parser.add_argument("--replicas", type=int, default=1, help="copies of the model (HSDP)")
     parser.add_argument("--backwards", type=int, nargs="+", default=[1, 8], help="of each GPU in a step")
-    parser.add_argument(
-        "--gradient_bytes",
-        type=int,
-        choices=(2, 4),
-        default=4,
-        help="of a reduced gradient; the gate wants 4",
-    )
+    wanted = "of a reduced gradient; the gate wants 4"
+    parser.add_argument("--gradient_bytes", type=int, choices=(2, 4), default=4, help=wanted)
     args = parser.parse_args()
     if args.replicas < 1 or args.gpus < 1 or args.gpus % args.replicas:
         parser.error(f"--replicas {args.replicas} does not divide --gpus {args.gpus}.")
     if min(args.backwards) < 1:
         parser.error("--backwards must be at least 1.")
-    parameters, largest = (args.parameters, None) if args.model is None else count(args.model)
+    try:
+        parameters, largest = (args.parameters, None) if args.model is None else count(args.model)
+    except (OSError, ValueError):  # no such folder, no network, or no causal language model
+        parser.error(
+            f"the configuration of --model {args.model} is in no folder and not to be had from the Hub: give "
+            "a folder with its config.json, or the sizes as --parameters and --largest_group."
+        )
     trainable = parameters if args.trainable is None else args.trainable
     if not 0 < trainable <= parameters:
         parser.error(f"--trainable must be above 0 and at most the {parameters:g} parameters.")
     largest = args.largest_group or (largest if trainable == parameters else None) or trainable / 10
     shards = args.gpus // args.replicas
     plan = Plan(parameters, trainable, largest, shards, args.replicas, args.gradient_bytes)
-    Console().print(
-        f"{parameters / 1e9:.2f} billion parameters, {trainable / 1e9:.2f} trained, on {args.gpus} GPUs "
-        f"({args.replicas} × {shards}); per GPU:"
-    )
+    trained = f"{parameters / 1e9:.2f} billion parameters, {trainable / 1e9:.2f} trained"
+    Console().print(f"{trained}, on {args.gpus} GPUs ({args.replicas} × {shards}); per GPU:")
     Console().print(table(plan, args.backwards))
 
 

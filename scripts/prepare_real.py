@@ -36,18 +36,13 @@ REVIEWS = (
     "data/rotten_tomatoes_corpus_full.csv.bz2",
     "26b56d24d5a04cbed72d2a8c9a3fa47ebf62229f8c1cd8c9c3544c4ef12dd3f5",
 )
-SENTIMENT = {"train": 4000, "validation": 200, "test": 400}  # reviews
-WRITING = {"train": 4000, "validation": 200, "test": 400}  # pairs, of two reviews each
+SIZES = {"train": 4000, "validation": 200, "test": 400}  # pairs
 WORDS = {"fresh": "positive", "rotten": "negative"}
 OTHER = {"fresh": "rotten", "rotten": "fresh"}
 
 
 def packaged(package: str, name: str, digest: str) -> Path:
-    """A file of an installed package.
-
-    Raises:
-        SystemExit: it is not installed, or is another file.
-    """
+    """A file of an installed package."""
     spec = importlib.util.find_spec(package)
     if spec is None:
         sys.exit(f"prepare_real.py: error: {package} is not installed; see prepare_real.py --help.")
@@ -77,30 +72,22 @@ def load_reviews() -> pd.DataFrame:
 
 
 def sentiment(reviews: pd.DataFrame) -> pd.DataFrame:
-    return pd.DataFrame(
-        {
-            "prompt": "Review: " + reviews.text + "\nThe sentiment of this review is",
-            "chosen": " " + reviews.category.map(WORDS),
-            "rejected": " " + reviews.category.map(OTHER).map(WORDS),
-        }
-    )
+    prompt = "Review: " + reviews.text + "\nThe sentiment of this review is"
+    chosen, rejected = (" " + kind.map(WORDS) for kind in (reviews.category, reviews.category.map(OTHER)))
+    return pd.DataFrame({"prompt": prompt, "chosen": chosen, "rejected": rejected})
 
 
 def writing(reviews: pd.DataFrame) -> pd.DataFrame:
     """As many pairs as there are reviews of the rarer kind; every second one asks for a negative review."""
     kinds = {kind: rows.text.tolist() for kind, rows in reviews.groupby("category")}
     pairs = []
-    for row, texts in enumerate(zip(kinds["fresh"], kinds["rotten"], strict=False)):
-        asked, chosen, rejected = ("negative", *texts[::-1]) if row % 2 else ("positive", *texts)
-        prompt = f"Write a {asked} one-sentence review of a film."
+    for i, texts in enumerate(zip(kinds["fresh"], kinds["rotten"], strict=False)):
+        asked, chosen, rejected = ("negative", *texts[::-1]) if i % 2 else ("positive", *texts)
+        said = {"prompt": f"Write a {asked} one-sentence review of a film."}
+        said |= {"chosen": chosen, "rejected": rejected}
         # messages: in its chat template the model makes more of what was asked for
-        pairs.append(
-            {
-                "prompt": [{"role": "user", "content": prompt}],
-                "chosen": [{"role": "assistant", "content": chosen}],
-                "rejected": [{"role": "assistant", "content": rejected}],
-            }
-        )
+        who = {"prompt": "user"}
+        pairs.append({n: [{"role": who.get(n, "assistant"), "content": text}] for n, text in said.items()})
     return pd.DataFrame(pairs)
 
 
@@ -124,8 +111,8 @@ def main() -> None:
     unfinished.mkdir(parents=True)
     make_model(unfinished / "model")
     reviews = load_reviews()
-    write_splits(sentiment(reviews), SENTIMENT, unfinished / "sentiment")
-    write_splits(writing(reviews), WRITING, unfinished / "writing")
+    for make in (sentiment, writing):
+        write_splits(make(reviews), SIZES, unfinished / make.__name__)
     unfinished.rename(out)
     print(f"wrote {out}")
 

@@ -168,16 +168,7 @@ def pretrain(model: Any, stream: Any, steps: int, seed: int) -> None:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-
-
-def bits_per_character(model: Any, tokenizer: Any, texts: list[str]) -> float:
-    """Cross-entropy of the texts under the model in bits, over their characters."""
-    stream = token_stream(texts, tokenizer)
-    rows = stream[: len(stream) // CONTEXT * CONTEXT].view(-1, CONTEXT)
     model.eval()
-    with torch.no_grad():
-        nats = sum(model(input_ids=r, labels=r).loss.item() * len(r) for r in rows.split(BATCH)) / len(rows)
-    return nats / math.log(2) * len(stream) / sum(map(len, texts))
 
 
 def sample(model: Any, tokenizer: Any, prompts: list[str]) -> list[str | None]:
@@ -189,14 +180,13 @@ def sample(model: Any, tokenizer: Any, prompts: list[str]) -> list[str | None]:
     for start in range(0, len(prompts), 64):
         batch = tokenizer(prompts[start : start + 64], return_tensors="pt", padding=True, padding_side="left")
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        out = model.generate(**inputs, **options)
-        for row in out[:, batch["input_ids"].shape[1] :]:
-            text = tokenizer.decode(row, skip_special_tokens=True)
+        out = model.generate(**inputs, **options)[:, batch["input_ids"].shape[1] :]
+        for text in tokenizer.batch_decode(out, skip_special_tokens=True):
             words = text.split()[:COMPLETION_WORDS]
             continuation = " " + " ".join(words)
-            # one that goes on in the middle of the prompt's last word, stops early or breaks a character
-            unusable = text[:1] != " " or len(words) < COMPLETION_WORDS or "\ufffd" in continuation
-            sampled.append(None if unusable else continuation)
+            # not one that goes on in the middle of the prompt's last word, stops early or breaks a character
+            usable = text[:1] == " " and len(words) == COMPLETION_WORDS and "\ufffd" not in continuation
+            sampled.append(continuation if usable else None)
     return sampled
 
 
@@ -209,11 +199,9 @@ def reject(model: Any, tokenizer: Any, pool: list[dict[str, Any]], wanted: int) 
             break
         texts = sample(model, tokenizer, [row["prompt"] for row in batch])
         for row, text in zip(batch, texts, strict=True):
-            if text is None or text == row["chosen"]:
-                queue.append(row)
-            else:
-                row["rejected"] = text
-                wanted -= 1
+            row["rejected"] = text if text != row["chosen"] else None
+        queue += [row for row in batch if row["rejected"] is None]
+        wanted -= sum(row["rejected"] is not None for row in batch)
     return [row for row in pool if row["rejected"]]
 
 
@@ -227,33 +215,24 @@ def write_data(folder: Path, split: str, rows: list[dict[str, Any]]) -> None:
 
 
 def build(folder: Path, args: Namespace, docs: list[str], found: dict[str, list[str]]) -> dict[str, Any]:
-    """Everything but metadata.json; returns what it should say of the outcome.
-
-    Raises:
-        SystemExit: a split is left with fewer than two pairs.
-    """
+    """Everything but metadata.json; returns what it should say of the outcome."""
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()  # the stream is longer than the context, on purpose
     disable_progress_bars()
     torch.set_num_threads(1)  # matrices this small gain nothing from a second one
     set_seed(args.seed)
-    wanted = {"train": args.num_train_pairs, "validation": args.num_eval_pairs}
-    wanted["test"] = 2 * args.num_eval_pairs
+    sizes = (args.num_train_pairs, args.num_eval_pairs, 2 * args.num_eval_pairs)
+    wanted = dict(zip(SPLITS, sizes, strict=True))
     tokenizer, model = new_model(docs, args.vocab_size)
     logger.info("pretraining %s parameters: %d steps, a few minutes", model.num_parameters(), args.steps)
     pretrain(model, token_stream(docs, tokenizer), args.steps, args.seed)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    bits = bits_per_character(model, tokenizer, [text for name in sorted(found) for text in found[name]])
-    logger.info("%.2f bits per character on the language reference, which it has not seen", bits)
     assigned = split_topics(found, wanted, args.seed)
     counts: dict[str, int] = {}
     for split, names in assigned.items():
-        pool = [
-            {"prompt": prompt, "chosen": chosen, "rejected": None, "topic": name}
-            for name in names
-            for prompt, chosen in passages(found[name])
-        ]
+        pairs = [(name, *pair) for name in names for pair in passages(found[name])]
+        pool = [{"prompt": p, "chosen": c, "rejected": None, "topic": name} for name, p, c in pairs]
         random.Random(args.seed).shuffle(pool)
         rows = reject(model, tokenizer, pool, wanted[split])
         counts[split] = len(rows)
@@ -262,15 +241,11 @@ def build(folder: Path, args: Namespace, docs: list[str], found: dict[str, list[
         if len(rows) < wanted[split]:
             logger.warning("%s: %d pairs of the %d wanted", split, len(rows), wanted[split])
         write_data(folder, split, rows)
-    return {
-        "bits_per_character": bits,
-        "parameters": model.num_parameters(),
-        "topics": {split: len(names) for split, names in assigned.items()},
-        "pairs": counts,
-    }
+    assigned_topics = {split: len(names) for split, names in assigned.items()}
+    return {"parameters": model.num_parameters(), "topics": assigned_topics, "pairs": counts}
 
 
-def sizes(folder: Path) -> dict[str, int]:
+def file_sizes(folder: Path) -> dict[str, int]:
     """Path inside the folder → bytes, for every file but metadata.json."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "metadata.json"]
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
@@ -283,7 +258,7 @@ def is_current(target: Path, made_from: dict[str, Any]) -> bool:
     except (ValueError, TypeError):
         logger.warning("%s/metadata.json is damaged; making the folder again", target)
         return False
-    return metadata | made_from | {"files": sizes(target)} == metadata
+    return metadata | made_from | {"files": file_sizes(target)} == metadata
 
 
 def parse(argv: list[str] | None) -> Namespace:
@@ -303,9 +278,7 @@ def parse(argv: list[str] | None) -> Namespace:
         if getattr(args, name) < least:
             parser.error(f"--{name} must be at least {least}; got {getattr(args, name)}.")
     if args.output_dir.exists() and not (args.output_dir / "metadata.json").is_file():
-        parser.error(
-            f"--output_dir {args.output_dir} exists and was not made by this script: choose another folder."
-        )
+        parser.error(f"--output_dir {args.output_dir} exists and was not made here: choose another folder.")
     return args
 
 
@@ -331,7 +304,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         outcome = build(temporary, args, docs, found)
         metadata = made_from | outcome
-        metadata |= {"files": sizes(temporary), "python": platform.python_version()}
+        metadata |= {"files": file_sizes(temporary), "python": platform.python_version()}
         (temporary / "metadata.json").write_text(json.dumps(metadata, indent=2, sort_keys=True) + "\n")
         if target.exists():
             target.replace(old)  # which goes only when the new one is there

@@ -50,8 +50,11 @@ def test_every_arm_of_a_classification_runs(tmp_path: Path) -> None:
     assert scores["hard"] != scores["random-mask"] and scores["soft"] != scores["random-mask-soft"]
 
 
-def test_early_stopping_takes_the_epoch_that_its_split_prefers(monkeypatch: pytest.MonkeyPatch) -> None:
-    held = iter([(0.5, 1.0), (0.7, 1.2), (0.6, 0.8)])  # accuracy and loss, epoch by epoch
+@pytest.mark.parametrize(("arm", "epoch"), [("adamw-early", 1), ("adamw-early-loss", 2)])
+def test_early_stopping_takes_the_epoch_that_its_split_prefers(
+    arm: str, epoch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = [{"accuracy": a, "loss": b} for a, b in ((0.5, 1.0), (0.7, 1.2), (0.6, 0.8))]  # epoch by epoch
     tested: list[float] = []
     prepare = labels_classes.prepare
 
@@ -67,20 +70,16 @@ def test_early_stopping_takes_the_epoch_that_its_split_prefers(monkeypatch: pyte
         assert true == pytest.approx((logits.argmax(1).numpy() == noisy).mean())
 
         def told(name: str) -> dict[str, float]:
-            found = score(name)
             if name == "test":
-                tested.append(found["accuracy"])
-            return found if name != "held" else dict(zip(("accuracy", "loss"), next(held), strict=True))
+                tested.append(score(name)["accuracy"])
+            return score(name) if name != "held" else held[len(tested) - 1]
 
         setup.score = told
         return setup
 
     monkeypatch.setattr(labels_classes, "prepare", made_up)
-    row = CLASSES.run(cell(CLASSES, "digits", "adamw-early", 0.4, 1e-3, 0, 3))
-    assert row["test_accuracy"] == tested[1] != tested[2]
-    held, tested = iter([(0.5, 1.0), (0.7, 1.2), (0.6, 0.8)]), []
-    row = CLASSES.run(cell(CLASSES, "digits", "adamw-early-loss", 0.4, 1e-3, 0, 3))
-    assert row["test_accuracy"] == tested[2] != tested[1]
+    row = CLASSES.run(cell(CLASSES, "digits", arm, 0.4, 1e-3, 0, 3))
+    assert row["test_accuracy"] == tested[epoch] and tested[1] != tested[2]
 
 
 def test_controls_of_judging_are_what_they_are_called() -> None:
@@ -180,7 +179,7 @@ def recipe(tmp_path: Path) -> Path:
     for split, data in {"train": train_pairs(), "test": preferences(6, 200)}.items():
         data.to_parquet(tmp_path / "data" / f"{split}.parquet")
     return rewritten(
-        RECIPES / "tiny/dpo/adamw.yaml",
+        RECIPES / "tiny/dpo.yaml",
         tmp_path / "recipe.yaml",
         model_name_or_path=str(tmp_path / "model"),
         attn_implementation="eager",
@@ -289,14 +288,12 @@ def test_validation_pairs_are_set_apart_with_their_labels_as_they_are(recipe: Pa
 def test_pairs_are_told_or_dropped_before_training(recipe: Path, tmp_path: Path) -> None:
     found = {}
     for arm in ("weight", "drop", "right-only"):
-        one = cell(PAIRS, recipe, arm, 0.3, 3e-3, 0, 1)
-        setup = labels_pairs.prepare(one, str(tmp_path / arm))
+        setup = labels_pairs.prepare(cell(PAIRS, recipe, arm, 0.3, 3e-3, 0, 1), str(tmp_path / arm))
         setup.trainer.train()
         table = setup.trainer._label_noise.table
-        judged = table.judged
-        assert judged.sum() == len(setup.trainer.train_dataset) == len(table) - 1  # one is too long
-        found[arm] = table.weight[judged]
-        mislabeled = setup.mislabeled[judged.numpy()]
+        assert table.judged.sum() == len(setup.trainer.train_dataset) == len(table) - 1  # one is too long
+        found[arm] = table.weight[table.judged]
+    mislabeled = setup.mislabeled[table.judged.numpy()]
     assert torch.equal(found["drop"], found["weight"].round())
     assert torch.equal(found["right-only"], torch.from_numpy(~mislabeled).float())
     assert found["weight"].unique().numel() > 10
@@ -313,11 +310,8 @@ def test_pairs_are_judged_at_every_share_of_flips(monkeypatch: pytest.MonkeyPatc
     for noise in (10, 20, 30):
         assert row[f"auroc_least_{noise}"] > 0.97 and row[f"error_{noise}"] < 0.15
         assert row[f"low_{noise}"] < noise / 100 < row[f"high_{noise}"]
-    assert f"| dpo, 20 % | {row['rate_20']:.3f} [" in labels_tables.judged(
-        pd.DataFrame(
-            [{"data": "dpo", "arm": "gradients", **row}, {"data": "dpo", "arm": "last-state", **other}]
-        )
-    )
+    rows = [{"data": "dpo", "arm": "gradients", **row}, {"data": "dpo", "arm": "last-state", **other}]
+    assert f"| dpo, 20 % | {row['rate_20']:.3f} [" in labels_tables.judged(pd.DataFrame(rows))
 
 
 @pytest.mark.parametrize(
@@ -329,11 +323,7 @@ def test_pairs_are_judged_at_every_share_of_flips(monkeypatch: pytest.MonkeyPatc
     ],
 )
 def test_a_recipe_that_cannot_be_run_is_refused(
-    changed: dict[str, Any],
-    message: str,
-    recipe: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    changed: Any, message: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = rewritten(recipe, tmp_path / "other.yaml", **changed)
     argv = ["labels_pairs", "--data", str(path), "--noise", "0.3", "--learning_rate", "1e-3", "--seed", "0"]

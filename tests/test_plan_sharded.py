@@ -1,19 +1,21 @@
 """The plan of a sharded run: its arithmetic, and what it refuses."""
 
+import os
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from models import tiny_model
 
 SCRIPT = Path(__file__).parents[1] / "scripts/plan_sharded.py"
-Plan = runpy.run_path(str(SCRIPT), run_name="plan")["Plan"]
+PLAN = runpy.run_path(str(SCRIPT), run_name="plan")
+Plan, OFFLINE = PLAN["Plan"], {**os.environ, "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.mark.parametrize(
-    ("backwards", "held", "gigabytes"),
-    [(1, False, (35, 59)), (8, True, (201, 224)), (8, False, (283, 472))],
+    ("backwards", "held", "gigabytes"), [(1, False, (35, 59)), (8, True, (201, 224)), (8, False, (283, 472))]
 )
 def test_traffic_of_seven_billion_on_eight_gpus(
     backwards: int, held: bool, gigabytes: tuple[int, int]
@@ -37,9 +39,24 @@ def test_what_the_gate_adds() -> None:
 
 def test_the_command(tmp_path: Path) -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True)
+        command = [sys.executable, SCRIPT, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=OFFLINE)
 
     shown = run("--parameters", "6.74e9", "--gradient_bytes", "2", "--backwards", "1", "8")
     assert shown.returncode == 0 and "472" in shown.stdout and "6.74 billion" in shown.stdout
-    wrong = run("--parameters", "7e9", "--gpus", "8", "--replicas", "3")
-    assert wrong.returncode == 2 and "--replicas 3 does not divide --gpus 8." in wrong.stderr
+    tiny_model().config.save_pretrained(tmp_path / "model")  # without weights
+    counted = run("--model", "model", "--backwards", "1")
+    assert counted.returncode == 0 and "0.00 billion parameters" in counted.stdout
+    for arguments, sentence in (
+        (("--parameters", "7e9", "--replicas", "3"), "--replicas 3 does not divide --gpus 8."),
+        (("--model", "some/model"), "the configuration of --model some/model is in no folder"),
+    ):
+        refused = run(*arguments)
+        assert refused.returncode == 2 and sentence in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_a_model_is_counted(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.config.save_pretrained(tmp_path)
+    every, largest = PLAN["count"](str(tmp_path))
+    assert every == sum(p.numel() for p in model.parameters()) > largest > 0

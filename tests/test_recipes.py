@@ -11,7 +11,6 @@ from typing import Any
 from unittest import mock
 
 import pytest
-import yaml
 from datasets import Dataset, DatasetDict
 from models import preferences, save_tiny_model, text
 
@@ -24,7 +23,7 @@ import dpo  # noqa: E402
 import prepare_tiny  # noqa: E402
 import train  # noqa: E402
 
-PAIRS = sorted(path.parent for path in ROOT.glob("recipes/*/*/adamw.yaml"))
+RECIPES = sorted({*ROOT.glob("recipes/*/dpo*.yaml"), *ROOT.glob("recipes/tiny/c*.yaml")})
 ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -49,9 +48,9 @@ def recipe(script: Any, *argv: str | Path) -> None:
         common.run(script.main)
 
 
-def dpo_argv(tiny: Path, out: Path, arm: str = "poprisk", task: str = "dpo") -> list[str | Path]:
+def dpo_argv(tiny: Path, out: Path, task: str = "dpo") -> list[str | Path]:
     return [
-        *("--config", ROOT / f"recipes/tiny/{task}/{arm}.yaml"),
+        *("--config", ROOT / f"recipes/tiny/{task}.yaml"),
         *("--model_name_or_path", tiny / "model", "--dataset_name", tiny / "preferences"),
         *("--output_dir", out, "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "4"),
         *("--max_steps", "3", "--logging_steps", "1", "--eval_steps", "3", "--save_strategy", "no"),
@@ -62,24 +61,18 @@ def results_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "results.json").read_text())["results"]
 
 
-@pytest.mark.parametrize("folder", PAIRS, ids=lambda p: "/".join(p.parts[-2:]))
-def test_the_arms_differ_in_the_optimizer_only(folder: Path) -> None:
-    assert len(PAIRS) == 6
-    adamw, poprisk = (yaml.safe_load((folder / f"{arm}.yaml").read_text()) for arm in ("adamw", "poprisk"))
-    assert adamw.pop("optim") == "adamw_torch" and poprisk.pop("optim") == "poprisk_adamw"
-    assert adamw.pop("output_dir") != poprisk.pop("output_dir")  # or the arms would overwrite each other
-    assert adamw == {key: value for key, value in poprisk.items() if not key.startswith("poprisk_")}
-
-
-@pytest.mark.parametrize(
-    "path", sorted(ROOT.glob("recipes/*/*/*.yaml")), ids=lambda p: "/".join(p.parts[-3:])
-)
-def test_every_recipe_parses_and_may_start(path: Path) -> None:
-    script = dpo if "dpo" in path.parts[-2] else train
-    cpu = ["--use_cpu", "true"] if "qwen" in str(path) else []
-    _, args, _ = common.parse(script.ARGUMENTS, ["--config", str(path), *cpu])
-    assert args.optim == ("poprisk_adamw" if path.stem == "poprisk" else "adamw_torch")
+@pytest.mark.parametrize("optim", ["poprisk_adamw", "adamw_torch"])
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: "/".join(p.parts[-2:]))
+def test_every_recipe_parses_and_may_start(path: Path, optim: str) -> None:
+    """As it is, and as plain AdamW, which is the same but for the optimizer."""
+    script = dpo if "dpo" in path.stem else train
+    argv = ["--config", str(path), *(["--use_cpu", "true"] if "qwen" in str(path) else [])]
+    if optim == "adamw_torch":
+        argv += ["--optim", optim, "--poprisk_gate", "hard", "--poprisk_label_noise", "off"]
+    _, args, _ = common.parse(script.ARGUMENTS, argv)
+    assert args.optim == optim
     assert args.units_per_step >= 16
+    assert args.output_dir == f"outputs/{path.parent.name}-{path.stem}"  # a folder of its own
 
 
 @pytest.mark.parametrize("name", ["cpu", "cpu2", "gpu", "ddp", "fsdp2", "hsdp"])
@@ -93,8 +86,8 @@ def test_launch_configs_are_what_accelerate_reads(name: str) -> None:
 
 @pytest.mark.parametrize("task", ["dpo", "dpo-lora"])
 def test_dpo_from_yaml_to_results(task: str, tiny: Path, tmp_path: Path) -> None:
-    for arm in ("adamw", "poprisk"):
-        recipe(dpo, *dpo_argv(tiny, tmp_path / arm, arm, task))
+    for arm, optim in (("adamw", "adamw_torch"), ("poprisk", "poprisk_adamw")):
+        recipe(dpo, *dpo_argv(tiny, tmp_path / arm, task), "--optim", optim)
     adamw, poprisk = results_of(tmp_path / "adamw"), results_of(tmp_path / "poprisk")
     for results in (adamw, poprisk):
         assert results["steps"] == 3 and results["seconds_per_step"] > 0
@@ -166,7 +159,7 @@ def test_the_table_shows_the_results(
 def test_train_from_yaml_to_results(task: str, tiny: Path, tmp_path: Path) -> None:
     recipe(
         train,
-        *("--config", ROOT / f"recipes/tiny/{task}/poprisk.yaml"),
+        *("--config", ROOT / f"recipes/tiny/{task}.yaml"),
         *("--model_name_or_path", tiny / "model", "--dataset_name", tiny / "labelled"),
         *("--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"),
         *("--output_dir", tmp_path, "--max_steps", "2", "--logging_steps", "1"),
@@ -235,7 +228,7 @@ def test_a_mistake_is_one_sentence_before_anything_is_loaded(
 ) -> None:
     config = tmp_path / "config.yaml"
     on_line = line.startswith("--")
-    text = (ROOT / "recipes/tiny/dpo/poprisk.yaml").read_text() if on_line else f"use_cpu: true\n{line}\n"
+    text = (ROOT / "recipes/tiny/dpo.yaml").read_text() if on_line else f"use_cpu: true\n{line}\n"
     config.write_text(re.sub("^output_dir:.*", "", text, flags=re.M) + f"\noutput_dir: {tmp_path / 'out'}\n")
     with pytest.raises(SystemExit) as stopped:
         recipe(dpo, "--config", config, *(line.split() if on_line else ()))

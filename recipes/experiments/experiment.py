@@ -76,11 +76,7 @@ class Experiment:
 
 
 def load(name: str) -> Experiment:
-    """The experiment of a file in this folder, by its name, or of a Python file elsewhere, by its path.
-
-    Raises:
-        RecipeError: there is none.
-    """
+    """The experiment of a file in this folder, by its name, or of a Python file elsewhere, by its path."""
     path = Path(name)
     if path.suffix == ".py" and path.is_file():
         sys.path.insert(0, str(path.resolve().parent))
@@ -99,11 +95,7 @@ def results_of(name: str) -> Path:
 
 
 def read(experiment: Experiment, path: Path) -> pd.DataFrame:
-    """The finished cells, a row each; empty where there is no file.
-
-    Raises:
-        RecipeError: the file is of something else.
-    """
+    """The finished cells, a row each; empty where there is no file."""
     if not path.exists():
         return pd.DataFrame(columns=list(experiment.axes))
     try:

@@ -27,7 +27,7 @@ from hf_poprisk.leave_one_out.noise import fit_noise
 
 NOISE = (0.0, 0.1, 0.2, 0.3, 0.4)
 DRAWS = 5  # of the pairs that are mislabeled
-CROSS_TRAINED = (0.2, 0.3)  # the noise of these arms, one draw each
+CROSS_TRAINED, CROSS = (0.2, 0.3), {"features": "cross-trained"}  # at this noise, one draw each
 
 
 def features(cell: Cell) -> list[np.ndarray]:
@@ -99,46 +99,43 @@ def run(cell: Cell) -> dict[str, float | None]:
 
     ``folds`` is the AUROC of a five-fold regression on the same features.
     """
-    if "features" not in cell:  # self-influence
+    if "features" not in cell:
         from labels_influence import after_an_epoch  # here, because nothing else needs kronfluence
 
         return after_an_epoch(cell, DRAWS)
-    if cell["features"] == "cross-trained":
-        results = {}
-        for noise in CROSS_TRAINED:
+    results, trained = {}, cell["features"] == "cross-trained"
+    parts = [] if trained else features(cell)
+    for noise in CROSS_TRAINED if trained else NOISE:
+        if trained:
             found, mislabeled = cross_trained(cell, noise)
-            fit = fit_noise(found)
-            scores = {"rate": fit.rate, "low": fit.low, "high": fit.high}
-            scores |= {"likelihood": fit.log_likelihood, "auroc": float(roc_auc_score(mislabeled, -found))}
-            results |= {f"{name}_{100 * noise:g}": value for name, value in scores.items()}
-        return results
-    parts = features(cell)
-    n, results = len(parts[0]), {}
-    for noise in NOISE:
-        draws: list[dict[str, float]] = []
-        for draw in range(DRAWS if noise else 1):
-            rng = np.random.default_rng([cell["seed"], 6, draw])
-            mislabeled = rng.permutation(n) < round(noise * n)
-            labelled = [x * np.where(mislabeled, -1, 1)[:, None].astype(x.dtype) for x in parts]
-            found, folds = judge_pairs(labelled), np.nan
-            if noise and cell["features"] != "gradients":
-                folds = roc_auc_score(mislabeled, -cross_validated(labelled[0], draw))
-            draws.append(
-                {
-                    "rate": found.fit.rate,
-                    "low": found.fit.low,
-                    "high": found.fit.high,
-                    "likelihood": found.fit.log_likelihood,
-                    "below_half": float((found.p_correct < 0.5).mean()),
-                    "auroc": float(roc_auc_score(mislabeled, -found.log_odds)) if noise else np.nan,
-                    "folds": float(folds),
-                }
-            )
-        mean = {name: float(np.mean([draw[name] for draw in draws])) for name in draws[0]}
-        mean["error"] = max(abs(draw["rate"] - noise) for draw in draws)
-        mean["auroc_least"] = min(draw["auroc"] for draw in draws)
-        results |= {f"{name}_{100 * noise:g}": value for name, value in mean.items()}
+            scores = of_fit(fit_noise(found)) | {"auroc": float(roc_auc_score(mislabeled, -found))}
+        else:
+            draws = [one_draw(cell, parts, noise, draw) for draw in range(DRAWS if noise else 1)]
+            scores = {name: float(np.mean([draw[name] for draw in draws])) for name in draws[0]}
+            scores["error"] = max(abs(draw["rate"] - noise) for draw in draws)
+            scores["auroc_least"] = min(draw["auroc"] for draw in draws)
+        results |= {f"{name}_{100 * noise:g}": value for name, value in scores.items()}
     return results
+
+
+def one_draw(cell: Cell, parts: list[np.ndarray], noise: float, draw: int) -> dict[str, float]:
+    """One draw of the mislabeled pairs, judged by the features of the clean ones."""
+    n = len(parts[0])
+    mislabeled = np.random.default_rng([cell["seed"], 6, draw]).permutation(n) < round(noise * n)
+    labelled = [x * np.where(mislabeled, -1, 1)[:, None].astype(x.dtype) for x in parts]
+    found, folds = judge_pairs(labelled), np.nan
+    if noise and cell["features"] != "gradients":
+        folds = float(roc_auc_score(mislabeled, -cross_validated(labelled[0], draw)))
+    return {
+        **of_fit(found.fit),
+        "below_half": float((found.p_correct < 0.5).mean()),
+        "auroc": float(roc_auc_score(mislabeled, -found.log_odds)) if noise else np.nan,
+        "folds": folds,
+    }
+
+
+def of_fit(fit: Any) -> dict[str, float]:
+    return {"rate": fit.rate, "low": fit.low, "high": fit.high, "likelihood": fit.log_likelihood}
 
 
 EXPERIMENT = Experiment(
@@ -150,10 +147,7 @@ EXPERIMENT = Experiment(
         "last-state": {"features": "last"},
         "mean-state": {"features": "mean"},
         "self-influence": {},
-        **{
-            f"cross-trained-{rate:g}": {"features": "cross-trained", "learning_rate": rate}
-            for rate in (1e-4, 3e-4, 1e-3)
-        },
+        **{f"cross-trained-{rate:g}": CROSS | {"learning_rate": rate} for rate in (1e-4, 3e-4, 1e-3)},
     },
     facets={"data": ["dpo", "dpo-words", "sentiment", "writing"]},
     seeds=(0,),

@@ -20,27 +20,24 @@ from labels_run import HELD_OUT, Setup, hold_out, run_cell, trainer_class, train
 
 @dataclass(frozen=True)
 class Pairs:
-    recipe: str = "tiny/dpo/poprisk.yaml"
+    recipe: str = "tiny/dpo.yaml"
     easier: bool = False  # with the chosen completion out of order in place of the rejected one
     options: dict[str, Any] = field(default_factory=dict)  # in place of the recipe's
     count: int | None = None  # training pairs
 
 
-LORA = "tiny/dpo-lora/poprisk.yaml"
+LORA = "tiny/dpo-lora.yaml"
 REAL = "smollm2-135m/dpo-lora.yaml"  # needs python scripts/prepare_real.py
+SENTIMENT = {"dataset_name": "outputs/real/sentiment", "num_train_epochs": 1}
 DATA = {
     "dpo": Pairs(),
     "dpo-lora": Pairs(LORA),
     "dpo-words": Pairs(easier=True),
     "dpo-words-lora": Pairs(LORA, easier=True),
-    "sentiment": Pairs(
-        REAL, options={"dataset_name": "outputs/real/sentiment", "num_train_epochs": 1}, count=600
-    ),
+    "sentiment": Pairs(REAL, options=SENTIMENT, count=600),
     "writing": Pairs(REAL, options={"num_train_epochs": 1}, count=600),
-    # for weight-later, which judges after the first of them
-    "sentiment-2": Pairs(
-        REAL, options={"dataset_name": "outputs/real/sentiment", "num_train_epochs": 2}, count=600
-    ),
+    # for weight-later, which judges after the first of two epochs
+    "sentiment-2": Pairs(REAL, options=SENTIMENT | {"num_train_epochs": 2}, count=600),
     "writing-2": Pairs(REAL, options={"num_train_epochs": 2}, count=600),
 }
 
@@ -49,7 +46,6 @@ TITLES = {
     "dpo-words": "DPO, text against the same words out of order",
     "dpo-words-lora": "the same with LoRA",
 }
-
 
 EPOCHS = 4
 EXCHANGED = 6  # words of a completion that change places
@@ -110,12 +106,7 @@ def arguments(cell: Cell, folder: str) -> tuple[Any, ...]:
 
 
 def prepare(cell: Cell, folder: str) -> Setup:
-    """The trainer of a cell.
-
-    Raises:
-        RecipeError: the model or the data are missing, or have an empty completion.
-        SystemExit: ``recipes/dpo.py`` would refuse the file.
-    """
+    """The trainer of a cell."""
     import dpo
 
     from hf_poprisk import PopRiskDPOTrainer
@@ -147,9 +138,11 @@ def prepare(cell: Cell, folder: str) -> Setup:
     trainer = dpo.make_trainer(trainer_kind, args, model_args, train.select(kept), sets)
     reference = dpo.reference_of(trainer, model_args)
     every_epoch = list(sets) if cell.get("early") else ["test"]
-    return Setup(
-        trainer, lambda name: dpo.score(trainer, reference, name), mislabeled[kept], list(sets), every_epoch
-    )
+
+    def score(name: str) -> dict[str, float]:
+        return dpo.score(trainer, reference, name)
+
+    return Setup(trainer, score, mislabeled[kept], list(sets), every_epoch)
 
 
 EXPERIMENT = Experiment(

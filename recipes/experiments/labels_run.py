@@ -12,7 +12,7 @@ from experiment import Cell
 from labels_arms import Arm, LogOdds
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
-from training import RandomMaskAdamW, RandomMaskEigenAdamW
+from training import masked
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from hf_poprisk import PopRiskEarlyStoppingCallback
@@ -57,6 +57,8 @@ def training_arguments(cell: Cell, folder: str) -> dict[str, Any]:
 def trainer_class(base: Any, cell: Cell, mislabeled: np.ndarray) -> Any:
     """The trainer with the arm's own weights and optimizer; ``mislabeled``: [n] bool, of its examples."""
 
+    base = masked(base) if cell.get("random_mask") else base
+
     class ArmTrainer(base):
         _arm: Arm | None = None
 
@@ -85,13 +87,6 @@ def trainer_class(base: Any, cell: Cell, mislabeled: np.ndarray) -> Any:
                 raise RecipeError(f"{cell['arm']} is run without weight decay: set weight_decay to 0.")
             self.optimizer = cell["optimizer"](self.model, self.args.learning_rate)
             return self.optimizer
-
-        @staticmethod
-        def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
-            stock, kwargs = base.get_optimizer_cls_and_kwargs(args, model)
-            if not cell.get("random_mask"):
-                return stock, kwargs
-            return RandomMaskEigenAdamW if args.poprisk_basis == "eigen" else RandomMaskAdamW, kwargs
 
     return ArmTrainer
 

@@ -15,15 +15,8 @@ RATE = ["learning_rate"]
 TITLES = labels_classes.TITLES | labels_pairs.TITLES
 ARMS = {  # by what they do
     "Judging": ("adamw", "weight", "weight-shuffled", "drop", "drop-told", "right-only"),
-    "The eigenbasis, and other optimizers": (
-        "adamw",
-        "basis",
-        "lion",
-        "muon",
-        "soap",
-        "muon+weight",
-        "soap+weight",
-        "basis+weight",
+    "The eigenbasis, and other optimizers": tuple(
+        "adamw basis lion muon soap muon+weight soap+weight basis+weight".split()
     ),
     "The gates in the eigenbasis": ("adamw", "basis", "basis+hard", "basis+soft", "basis+random-mask"),
     "Losses for pairs": ("adamw", "robust", "conservative", "ipo", "em", "hoelder"),
@@ -36,46 +29,41 @@ IN_README = (  # data and share of mislabeled examples
 )
 
 
+def at_best(rows: pd.DataFrame, arm: str) -> pd.DataFrame:
+    """The runs of an arm at its best learning rate."""
+    return best(rows, RATE, REPORT, arm)
+
+
 def aims(rows: pd.DataFrame) -> str:
     """``weight`` at its best rate, beside AdamW at its own and at equal rates."""
     lines = []
     for (data, noise), found in rows.groupby(["data", "noise"]):
-        of = {arm: found[found["arm"] == arm] for arm in ("adamw", "weight")}
-        adamw, weight = (best(part, RATE, REPORT) for part in of.values())
-        common = set(adamw["seed"]) & set(weight["seed"])
-        if not common:
+        adamw, weight = (at_best(found, arm).set_index("seed", drop=False) for arm in ("adamw", "weight"))
+        common = adamw.index.intersection(weight.index)
+        if not len(common):
             continue
-        adamw, weight = (part[part["seed"].isin(common)] for part in (adamw, weight))
-        before = dict(zip(adamw["seed"], adamw["test_accuracy"], strict=True))
-        ahead = sum(a > before[s] for s, a in zip(weight["seed"], weight["test_accuracy"], strict=True))
-        peak = best_epoch(of["adamw"]).assign(test_accuracy=lambda part: part["test_accuracy_best"])
-        at = [dict(list(part.groupby("learning_rate"))) for part in of.values()]
+        adamw, weight = adamw.loc[common], weight.loc[common]
+        ahead = (weight["test_accuracy"] > adamw["test_accuracy"]).sum()
+        at = [dict(list(found[found["arm"] == arm].groupby("learning_rate"))) for arm in ("adamw", "weight")]
         pairs = [paired(at[1][rate], at[0][rate], "test_accuracy") for rate in at[1] if rate in at[0]]
         equal = [pair[0] for pair in pairs if pair]
         shares, areas = weight["noise_rate"].dropna(), weight["auroc_suspicion"].dropna()
-        lines.append(
-            [
-                f"{data}, {100 * noise:g} %",
-                mean(adamw, "test_accuracy"),
-                mean(weight, "test_accuracy"),
-                difference(weight, adamw, "test_accuracy"),
-                f"{ahead} of {len(common)}",
-                difference(weight, peak, "test_accuracy"),
-                f"{min(equal):+.3f} to {max(equal):+.3f}" if equal else "–",
-                f"{min(shares):.2f} to {max(shares):.2f}" if len(shares) else "–",
-                f"{min(areas):.3f}" if len(areas) else "–",
-            ]
-        )
+        line = [f"{data}, {100 * noise:g} %", *(mean(part, "test_accuracy") for part in (adamw, weight))]
+        line += [difference(weight, adamw, "test_accuracy"), f"{ahead} of {len(common)}"]
+        line += [difference(weight, best_epoch(found[found["arm"] == "adamw"]), "test_accuracy")]
+        line += [f"{min(equal):+.3f} to {max(equal):+.3f}" if equal else "–"]
+        line += [f"{min(shares):.2f} to {max(shares):.2f}" if len(shares) else "–"]
+        lines.append([*line, f"{min(areas):.3f}" if len(areas) else "–"])
     heads = "data, mislabeled | adamw | weight | difference [95 %] | seeds ahead "
     heads += "| to AdamW's best epoch [95 %] | at equal rate | ε̂ | AUROC, least"
     return markdown(heads.split(" | "), lines)
 
 
 def best_epoch(adamw: pd.DataFrame) -> pd.DataFrame:
-    """The runs at the rate with the best test accuracy of any epoch, which nobody can choose."""
-    known = adamw[adamw["test_accuracy_best"].notna()]
+    """At the rate with the best accuracy on test of any epoch, which nobody can choose, these accuracies."""
+    known = adamw[adamw["test_accuracy_best"].notna()].assign(test_accuracy=adamw["test_accuracy_best"])
     points = [part for _, part in known.groupby("learning_rate")]
-    return max(points, key=lambda part: (len(part), fmean(part["test_accuracy_best"])), default=known)
+    return max(points, key=lambda part: (len(part), fmean(part["test_accuracy"])), default=known)
 
 
 def judged(rows: pd.DataFrame) -> str:
@@ -129,13 +117,10 @@ def leaps(rows: pd.DataFrame) -> str:
         leap = found[(found["arm"] == "leap") & found["test_accuracy"].notna()]
         if not len(leap):
             continue
-        others = [
-            best(found[found["arm"] == arm], RATE, REPORT)
-            for arm in ("adamw", "weight", "basis+weight", "right-only")
-        ]
+        others = [at_best(found, arm) for arm in ("adamw", "weight", "basis+weight", "right-only")]
         values = [mean_of(part, len(leap)) for part in (*others, leap)]
-        gain, kl = difference(leap, others[0], "test_accuracy"), "test_kl_per_token"
-        far = f"{mean(others[0], kl)} / {mean(leap, kl)}"
+        far = " / ".join(mean(part, "test_kl_per_token") for part in (others[0], leap))
+        gain = difference(leap, others[0], "test_accuracy")
         out.append([f"{data}, {100 * noise:g} %", *values, gain, far, str(len(leap))])
     heads = "data, flipped | AdamW | with weights | and in the eigenbasis | told which | leap "
     heads += "| leap − AdamW [95 %] | KL per token, AdamW / leap | seeds"
@@ -159,7 +144,7 @@ def summary(rows: pd.DataFrame) -> str:
     names, out = ("adamw", "weight", "leap", "right-only"), []
     for data, noise in IN_README:
         found = rows[(rows["data"] == data) & (rows["noise"] == noise)]
-        chosen = [best(found[found["arm"] == arm], RATE, REPORT) for arm in names]
+        chosen = [at_best(found, arm) for arm in names]
         seeds = max(map(len, chosen))
         values = [mean_of(part, seeds) for part in chosen]
         rate, area = (mean(chosen[1], *what) for what in (("noise_rate", 2), ("auroc_suspicion", 3)))

@@ -50,12 +50,8 @@ def results_of(kind: str) -> Path:
 
 def table(kind: str) -> str:
     """Markdown: a row a line; of one or two rows a result a line."""
-    rows = pd.read_csv(results_of(kind), engine="python")  # which reads numbers exactly
-    formats = FORMATS[kind].split()
-    lines = [
-        [format(value, form) for value, form in zip(row, formats, strict=True)]
-        for row in rows.itertuples(index=False)
-    ]
+    rows, formats = pd.read_csv(results_of(kind), engine="python"), FORMATS[kind].split()  # exact numbers
+    lines = [list(map(format, row, formats)) for row in rows.itertuples(index=False)]
     if len(lines) > 2:
         return markdown(list(rows), lines)
     return markdown([""] * (1 + len(lines)), zip(rows, *lines, strict=True))
@@ -128,17 +124,15 @@ def descent() -> Results:
         nn.init.zeros_(body[2].weight.requires_grad_())
         rate, directions = stable_rate(body[:2](x[:n])), {"label noise": noise}
         _, found = train(f"descent-{width}", body, data, test, directions, rate, 1500)
-        rows.append(
-            {
-                "width": width,
-                "training loss": found.losses[-1].item(),
-                "test loss": found.test_losses[-1].item(),
-                "channel of W": found.splits[-1].channel,
-                "noise in the reservoir": found.reservoir["label noise"][-1].item(),
-                "seen of it from there": found.visible["label noise"][-1].item(),
-                "noise seen at test": seen_at_test(found, noise, signal)[-1],
-            }
-        )
+        row = {
+            "width": width,
+            "training loss": found.losses[-1].item(),
+            "test loss": found.test_losses[-1].item(),
+            "channel of W": found.splits[-1].channel,
+            "noise in the reservoir": found.reservoir["label noise"][-1].item(),
+            "seen of it from there": found.visible["label noise"][-1].item(),
+        }
+        rows.append(row | {"noise seen at test": seen_at_test(found, noise, signal)[-1]})
     return rows
 
 
@@ -210,21 +204,20 @@ def grokking() -> Results:
     # one layer of squares can add two one-hot numbers modulo p exactly
     network = nn.Sequential(nn.Linear(2 * p, 64, bias=False), Square(), nn.Linear(64, p, bias=False))
     recording, found = train("grokking", network, data, test, {"signal": signal}, 0.01, 1000, **settings)
-    cuts = [split(kernel) for kernel in recording.series["kernel"]]
-    guesses = [
-        _kernel_regression(*pair, signal) for pair in zip(cuts, recording.series["cross_kernel"], strict=True)
-    ]
-    columns = {
-        "step": found.steps.tolist(),
-        "training accuracy": [_hits(u, y[:n]) for u in recording.series["outputs"]],
-        "test accuracy": [_hits(u, y[n:]) for u in recording.series["test_outputs"]],
-        "kernel regression": [_hits(guess, y[n:]) for guess in guesses],
-        "channel of the kernel": [cut.channel for cut in cuts],
-        "signal in it": [1 - cut.reservoir_share(signal) for cut in cuts],
-        "signal in the reservoir of W": found.reservoir["signal"].tolist(),
-    }
+    series, rows = recording.series, []
+    for i, cut in enumerate(map(split, series["kernel"])):
+        guess = _kernel_regression(cut, series["cross_kernel"][i], signal)
+        row = {
+            "step": found.steps[i].item(),
+            "training accuracy": _hits(series["outputs"][i], y[:n]),
+            "test accuracy": _hits(series["test_outputs"][i], y[n:]),
+            "kernel regression": _hits(guess, y[n:]),
+            "channel of the kernel": cut.channel,
+            "signal in it": 1 - cut.reservoir_share(signal),
+        }
+        rows.append(row | {"signal in the reservoir of W": found.reservoir["signal"][i].item()})
     print(f"error of the prediction at the end: {found.transfer_error[-1]:.0%}")
-    return pd.DataFrame(columns).to_dict("records")
+    return rows
 
 
 def _kernel_regression(kernel: Split, cross_kernel: Tensor, targets: Tensor) -> Tensor:
@@ -251,15 +244,13 @@ def _margins(arm: str, gate: str) -> dict[str, Any]:
     end, moved = u[-1], u[-1] - u[0]
     modes, groups = cut.vectors * (cut.vectors.T @ moved), {"clean": ~flipped, "flipped": flipped}
     tenth = modes[:, : len(moved) // 10].sum(1)  # of each pair, in the leading modes
+    leading = {k: float(tenth[part].sum() / moved[part].sum()) for k, part in groups.items()}
     return {
         "arm": arm,
         "held-out accuracy": float((recording.series["test_outputs"][-1] > 0).double().mean()),
         **{f"{k} fitted": float((end[part] > 0).double().mean()) for k, part in groups.items()},
         **{f"{k} margin": float(end[part].mean()) for k, part in groups.items()},
-        **{
-            f"{k} margin in the leading tenth": float(tenth[part].sum() / moved[part].sum())
-            for k, part in groups.items()
-        },
+        **{f"{k} margin in the leading tenth": share for k, share in leading.items()},
         "all margins in the mode with the smallest eigenvalue": float(modes[:, -1].mean() / moved.mean()),
         "channel of W": cut.channel,
         "largest eigenvalue of W over the smallest": float(cut.eigenvalues[0] / cut.eigenvalues[-1]),

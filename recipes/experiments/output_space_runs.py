@@ -83,9 +83,11 @@ def stable_rate(x: Tensor) -> float:
 
 def train_pairs(gate: str) -> tuple[Recording, Tensor]:
     """12 steps of all of 96 training pairs; the recording, and which of them are flipped, [n] bool."""
-    from hf_poprisk import PopRiskDPOConfig, PopRiskDPOTrainer  # here, because TRL is slow to import
+    from trl import ScriptArguments
 
-    data = common.load_splits("outputs/tiny/preferences", None, False)
+    from hf_poprisk import PopRiskDPOConfig, PopRiskDPOTrainer
+
+    data = common.load_splits(ScriptArguments(dataset_name="outputs/tiny/preferences"))
     pairs = common.flip_preferences(data["train"].select(range(96)), 0.3, 0)
     flipped = torch.tensor(pairs["is_flipped"])
     settings = {"learning_rate": 3e-4, "weight_decay": 0.0, "max_steps": 12, "max_length": 160}

@@ -19,6 +19,7 @@ import output_space
 import pandas as pd
 from experiment import HERE, NAMES, Experiment, Report, load, read, results_of
 from labels_pairs import EPOCHS
+from labels_tables import at_best
 from matplotlib.figure import Figure
 from tables import best, difference, digits, error, in_words, markdown, paired, table, with_error
 
@@ -58,7 +59,8 @@ def label_rows() -> pd.DataFrame:
 def section(name: str) -> str:
     """The tables of one experiment, and what they took."""
     experiment, rows = rows_of(name)
-    took = f"{len(rows)} runs, {rows['seconds'].sum() / 60:.0f} minutes of one core."
+    minutes = len(experiment.cells()) * rows["seconds"].mean() / 60
+    took = f"{len(experiment.cells())} runs, about {minutes:.0f} minutes of one core."
     tables = (table(experiment, rows, report) for report in experiment.reports)
     return "\n\n".join([f"`python recipes/experiments/run.py {name}`: {took}", *tables])
 
@@ -68,17 +70,15 @@ def summary() -> str:
     out, labels = [], label_rows()
     for name in CLAIMS:
         experiment, rows = rows_of(name)
-        report = experiment.reports[0]
-        values, places = ["–"] * len(SHOWN), digits(rows, report.result)
+        report, values = experiment.reports[0], ["–"] * len(SHOWN)
         if not experiment.facets:
-            chosen = [best(rows[rows["arm"] == arm], experiment.grid, report) for arm in SHOWN]
-            values = [with_error(part, report.result, places) for part in chosen]
+            chosen = [best(rows, experiment.grid, report, arm) for arm in SHOWN]
+            values = [with_error(part, report.result, digits(rows, report.result)) for part in chosen]
         what = report.result.removeprefix("test_")
         out.append([f"{experiment.title} ({what})", *values, experiment.verdict])
     for data, verdict in OF_THE_GATE.items():
         rows = labels[(labels["data"] == data) & (labels["noise"] == 0.3)]
-        chosen = [best(rows[rows["arm"] == arm], labels_tables.RATE, labels_tables.REPORT) for arm in SHOWN]
-        values = [with_error(part, "test_accuracy") for part in chosen]
+        values = [with_error(at_best(rows, arm), "test_accuracy") for arm in SHOWN]
         out.append([f"{labels_tables.TITLES[data]}, 30 % mislabeled (accuracy)", *values, verdict])
     return markdown(["", *SHOWN, "the claim is"], out)
 
@@ -113,11 +113,8 @@ def beside_masks(
 ) -> tuple[list[str], list[int | None]]:
     """One line of the overview, and what its intervals say."""
     places = digits(rows, report.result)
-
-    def at_best(arm: str) -> pd.DataFrame:
-        return best(rows[rows["arm"] == arm], experiment.grid, report)
-
-    pairs = [(at_best(gate), at_best(base)) for gate, mask in MASKS.items() for base in ("adamw", mask)]
+    of = {arm: best(rows, experiment.grid, report, arm) for arm in ("adamw", *MASKS, *MASKS.values())}
+    pairs = [(of[gate], of[base]) for gate, mask in MASKS.items() for base in ("adamw", mask)]
     entries = [difference(*pair, report.result, places, report.ratio) for pair in pairs]
     seeds = sorted({len(set(mine["seed"]) & set(base["seed"])) for mine, base in pairs} - {0})
     few = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else str(*seeds)
@@ -163,7 +160,7 @@ def draw_passes(rows: pd.DataFrame, path: Path) -> None:
     axis = figure.subplots()
     part = rows[(rows["data"] == "dpo") & (rows["noise"] == 0.3) & rows["test_accuracy"].notna()]
     for i, (arm, before) in enumerate(PASSES.items()):
-        chosen = best(part[part["arm"] == arm], labels_tables.RATE, labels_tables.REPORT)
+        chosen = at_best(part, arm)
         if not len(chosen):
             continue
         epochs = 0 if arm == "leap" else EPOCHS
@@ -173,9 +170,8 @@ def draw_passes(rows: pd.DataFrame, path: Path) -> None:
         x, y, bars = zip(*points, strict=True)
         label = f"{arm} ({len(chosen)})"
         axis.errorbar(x, y, bars, label=label, marker="oX"[arm == "leap"], ms=4, color=f"C{i}", lw=1)
-    axis.set(
-        xlabel="passes over the data, those of judging and of the basis too", ylabel="accuracy on clean pairs"
-    )
+    axis.set(xlabel="passes over the data, those of judging and of the basis too")
+    axis.set(ylabel="accuracy on clean pairs")
     axis.set_title("dpo, 30 % flipped (seeds in brackets)", fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -197,11 +193,7 @@ PARTS: dict[str, Callable[[], str]] = {
 
 
 def written(page: str) -> str:
-    """A page with its generated parts as they should be.
-
-    Raises:
-        RecipeError: a part that there is not.
-    """
+    """A page with its generated parts as they should be."""
 
     def part(match: re.Match[str]) -> str:
         begin, name, end = match.groups()

@@ -39,9 +39,6 @@ def work(name: str, cell: Cell) -> dict[str, Any]:
 
     Returns:
         Its row of the results, numbers to six digits; what failed as ``error``, so that the others go on.
-
-    Raises:
-        RecipeError: what every other cell would fail of as well.
     """
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
@@ -51,7 +48,7 @@ def work(name: str, cell: Cell) -> dict[str, Any]:
     experiment, begin = load(name), time.perf_counter()
     try:
         found = experiment.run(experiment.options(cell))
-    except RecipeError:
+    except RecipeError:  # every other cell would fail of it as well
         raise
     except (Exception, SystemExit) as error:
         return {"error": f"{cell}: {type(error).__name__}: {error}"}
@@ -75,9 +72,6 @@ def run_cells(name: str, cells: list[Cell], path: Path, jobs: int) -> int:
 
     Returns:
         How many failed.
-
-    Raises:
-        RecipeError: the file is of something else, or a cell raised one.
     """
     experiment, failed = load(name), 0
     rows = read(experiment, path)

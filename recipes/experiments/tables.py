@@ -10,14 +10,16 @@ from experiment import Experiment, Report
 from scipy import stats
 
 
-def best(rows: pd.DataFrame, grid: Iterable[str], report: Report) -> pd.DataFrame:
+def best(rows: pd.DataFrame, grid: Iterable[str], report: Report, arm: str | None = None) -> pd.DataFrame:
     """The rows of the settings that validation prefers, among those with the most seeds; empty for no rows.
 
     Where the result is reached on more seeds is better; then the mean of those decides.
 
     Args:
         grid: the axes on which a point is chosen.
+        arm: only its rows.
     """
+    rows = rows if arm is None else rows[rows["arm"] == arm]
     if not len(rows) or not list(grid):
         return rows
     points = [part for _, part in rows.groupby(list(grid))]
@@ -46,10 +48,10 @@ def with_error(rows: pd.DataFrame, name: str, places: int = 3) -> str:
     """Mean ± standard error; if some never got there, how many did, and the mean of those; – for no rows."""
     if not len(rows):
         return "–"
-    values = rows[name].dropna()
+    values, middle = rows[name].dropna(), mean(rows, name, places)
     if len(values) < len(rows):
-        return f"{len(values)} of {len(rows)}" + (f", at {fmean(values):.{places}f}" if len(values) else "")
-    return f"{fmean(values):.{places}f}" + (f" ± {error(values):.{places}f}" if len(values) > 1 else "")
+        return f"{len(values)} of {len(rows)}" + f", at {middle}" * (len(values) > 0)
+    return middle + (f" ± {error(values):.{places}f}" if len(values) > 1 else "")
 
 
 def error(values: Sequence[float]) -> float:
@@ -68,12 +70,10 @@ def paired(rows: pd.DataFrame, base: pd.DataFrame, name: str, ratio: bool = Fals
     """
     if not (len(rows) and len(base)) or rows[name].isna().any() or base[name].isna().any():
         return []
-    of = math.log if ratio else float
-    before = {seed: of(value) for seed, value in zip(base["seed"], base[name], strict=True)}
-    pairs = zip(rows["seed"], rows[name], strict=True)
-    deltas = [of(value) - before[seed] for seed, value in pairs if seed in before]
+    mine, before = (part.set_index("seed")[name].map(math.log if ratio else float) for part in (rows, base))
+    deltas = (mine - before).dropna()
     if len(deltas) < 2:
-        return deltas
+        return list(deltas)
     middle, half = fmean(deltas), stats.t.ppf(0.975, len(deltas) - 1) * error(deltas)
     return [middle, middle - half, middle + half]
 
@@ -112,27 +112,22 @@ def table(experiment: Experiment, rows: pd.DataFrame, report: Report) -> str:
 
 def arm_table(experiment: Experiment, rows: pd.DataFrame, report: Report) -> str:
     """Every arm at its best settings, and where the experiment asks for it at equal ones."""
-    name, grid, equal, places = report.result, experiment.grid, experiment.equal, digits(rows, report.result)
-    first, *others = experiment.arms
-    of = {arm: rows[rows["arm"] == arm] for arm in (first, *others)}
-    same = {arm: part[(part[list(equal)] == list(equal.values())).all(axis=1)] for arm, part in of.items()}
-    base = best(of[first], grid, report)
+    grid, equal, first, lines = experiment.grid, experiment.equal, next(iter(experiment.arms)), []
+    name, places = report.result, digits(rows, report.result)
+    same = rows[(rows[list(equal)] == list(equal.values())).all(axis=1)]
+    base, base_there = best(rows, grid, report, first), same[same["arm"] == first]
     header = ["arm", " / ".join(grid), f"{name} ± s.e.", f"against {first} [95 %]"]
     header += experiment.columns.values()
     if equal:
         header += [f"at {', '.join(f'{k} {v:g}' for k, v in equal.items())}", f"against {first} there"]
-    lines = []
-    for arm, part in of.items():
-        if not len(part):
-            continue
-        chosen = best(part, grid, report)
-        against = difference(chosen, base, name, places, report.ratio)
-        there = difference(same[arm], same[first], name, places, report.ratio)
-        line = [arm, point(chosen, part, grid), with_error(chosen, name, places)]
-        line += ["" if arm == first else against]
+    for arm in [arm for arm in experiment.arms if arm in set(rows["arm"])]:
+        chosen, there = best(rows, grid, report, arm), same[same["arm"] == arm]
+        line = [arm, point(chosen, rows[rows["arm"] == arm], grid), with_error(chosen, name, places)]
+        line += ["" if arm == first else difference(chosen, base, name, places, report.ratio)]
         line += [mean(chosen, more, digits(rows, more)) for more in experiment.columns]
         if equal:
-            line += [with_error(same[arm], name, places), "" if arm == first else there]
+            against = "" if arm == first else difference(there, base_there, name, places, report.ratio)
+            line += [with_error(there, name, places), against]
         lines.append(line)
     return markdown(header, lines)
 
@@ -141,17 +136,12 @@ def facet_table(experiment: Experiment, rows: pd.DataFrame, report: Report, arms
     """The first arm's mean, and the others' differences to it; the settings that are best for a facet."""
     name, grid, places, lines = report.result, experiment.grid, digits(rows, report.result), []
     for facet, part in rows.groupby(list(experiment.facets)):
-        of = {arm: part[part["arm"] == arm] for arm in arms}
-        chosen = {arm: best(mine, grid, report) for arm, mine in of.items()}
-        base = chosen[arms[0]]
-        line = [in_words(facet)]
+        base, line = best(part, grid, report, arms[0]), [in_words(facet)]
         for arm in arms:
-            if arm == arms[0]:
-                value = with_error(base, name, places)
-            else:
-                value = difference(chosen[arm], base, name, places, report.ratio)
-            where = f" ({point(chosen[arm], of[arm], grid)})" if grid and len(chosen[arm]) else ""
-            line.append(value + where)
+            chosen = best(part, grid, report, arm)
+            against = difference(chosen, base, name, places, report.ratio)
+            where = f" ({point(chosen, part[part['arm'] == arm], grid)})" if grid and len(chosen) else ""
+            line.append((with_error(base, name, places) if arm == arms[0] else against) + where)
         lines.append(line)
     header = [" / ".join(experiment.facets), f"{arms[0]} ± s.e.", *(f"{arm} [95 %]" for arm in arms[1:])]
     return markdown(header, lines)

@@ -42,10 +42,16 @@ class RandomMaskEigenAdamW(RandomMaskAdamW, EigenPopRiskAdamW):
     """The same in the eigenbasis."""
 
 
-class RandomMaskTrainer(PopRiskTrainer):
-    @staticmethod
-    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
-        return RandomMaskAdamW, PopRiskTrainer.get_optimizer_cls_and_kwargs(args, model)[1]
+def masked(base: type[PopRiskTrainer]) -> type[PopRiskTrainer]:
+    """A trainer with the control in the place of its optimizer."""
+
+    class Masked(base):
+        @staticmethod
+        def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
+            kind = RandomMaskEigenAdamW if args.poprisk_basis == "eigen" else RandomMaskAdamW
+            return kind, base.get_optimizer_cls_and_kwargs(args, model)[1]
+
+    return Masked
 
 
 class Classifier(nn.Module):
@@ -97,10 +103,7 @@ class Watch(TrainerCallback):
 
 
 def fit(
-    model: nn.Module,
-    data: Rows,
-    options: dict[str, Any],
-    measure: Callable[[int], dict[str, float] | None],
+    model: nn.Module, data: Rows, options: dict[str, Any], measure: Callable[[int], dict[str, float] | None]
 ) -> dict[str, list[float]]:
     """Train with ``PopRiskTrainer``.
 
@@ -113,10 +116,6 @@ def fit(
 
     Returns:
         The recorded curves, ``step`` among them.
-
-    Raises:
-        RecipeError: fewer examples than a step takes, a last step that would not be measured, or a mask in
-            place of no gate.
     """
     steps, every, batch = (options[name] for name in ("steps", "every", "examples_per_step"))
     if len(data) < batch:
@@ -127,7 +126,7 @@ def fit(
     if options.get("random_mask") and not exact:
         raise RecipeError("random_mask takes the place of a gate: it needs one that is exact.")
     names = {field for field in PopRiskTrainingArguments.__dataclass_fields__ if field in options}
-    trainer_class = RandomMaskTrainer if options.get("random_mask") else PopRiskTrainer
+    trainer_class = masked(PopRiskTrainer) if options.get("random_mask") else PopRiskTrainer
     watch = Watch(measure, every)
     set_seed(options["seed"])
     with tempfile.TemporaryDirectory() as folder:

@@ -1,10 +1,9 @@
-"""The rivals of judging by gradients, the arm of expectation-maximization, and real data out of packages."""
+"""The rivals of judging by gradients, and real data out of packages."""
 
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import labels_arms
 import labels_judged
 import numpy as np
 import pandas as pd
@@ -74,17 +73,6 @@ def test_five_folds_find_swapped_pairs_where_features_tell() -> None:
     mislabeled = rng.permutation(300) < 60
     x *= (np.sign(x @ direction) * np.where(mislabeled, -1, 1))[:, None]
     assert roc_auc_score(mislabeled, -labels_judged.cross_validated(x, 0)) > 0.9
-
-
-def test_em_descends_the_likelihood_of_a_label_that_may_be_swapped() -> None:
-    judge = labels_arms.EM(SimpleNamespace(), torch.zeros(3), 3)
-    z = torch.tensor([-2.0, 0.1, 3.0], requires_grad=True)
-    factor = judge.weights(torch.arange(3), z.detach())
-    (-torch.log(0.9 * torch.sigmoid(z) + 0.1 * torch.sigmoid(-z))).sum().backward()
-    plain = torch.autograd.grad(-F.logsigmoid(z).sum(), z)[0]
-    torch.testing.assert_close(factor * plain, z.grad)
-    p = 0.9 * torch.sigmoid(z) / (0.9 * torch.sigmoid(z) + 0.1 * torch.sigmoid(-z))
-    assert judge.rate == pytest.approx(0.9 * 0.1 + 0.1 * float((1 - p).mean().detach()), rel=1e-5)
 
 
 def test_reviews_become_pairs(tmp_path: Path) -> None:

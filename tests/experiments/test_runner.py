@@ -1,6 +1,7 @@
 """The experiments' runner, tables and pages: a made-up experiment, and the results as they are."""
 
 import dataclasses
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -73,27 +74,30 @@ def test_a_cell_that_fails_leaves_the_others(made_up: Path, capsys: pytest.Captu
     assert pd.read_csv(made_up.with_suffix(".csv"))["arm"].tolist() == ["adamw"]
 
 
-def test_mistakes_are_refused_in_one_sentence(
-    made_up: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("nothing", "nothing is no experiment: give one of double_descent"),
+        ("{}/empty.py", "defines no EXPERIMENT"),
+        ("{}/made_up.py --arm soft", "--arm soft is none of adamw, hard."),
+        ("{}/made_up.py --arm soft --out a.csv", "--arm soft is none of"),
+        ("{}/made_up.py --rate 0.2", "--rate 0.2 is none of 0.1; with --out FILE it may be another."),
+        ("{}/made_up.py --jobs 0", "--jobs must be at least 1"),
+        ("{}/made_up.py --out {}/other.csv", "it has no column arm, rate, seed"),
+    ],
+)
+def test_a_mistake_is_refused_in_one_sentence(
+    argv: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
-    (tmp_path / "empty_module.py").touch()
-    for argv, message in (
-        (["nothing"], "nothing is no experiment: give one of double_descent"),
-        ([str(tmp_path / "empty_module.py")], "defines no EXPERIMENT"),
-        ([str(made_up), "--arm", "soft"], "--arm soft is none of adamw, hard."),
-        ([str(made_up), "--arm", "soft", "--out", "a.csv"], "--arm soft is none of"),
-        ([str(made_up), "--rate", "0.2"], "--rate 0.2 is none of 0.1; with --out FILE it may be another."),
-        ([str(made_up), "--jobs", "0"], "--jobs must be at least 1"),
-        ([str(made_up), "--out", str(tmp_path / "other.csv")], "it has no column arm, rate, seed"),
-    ):
-        monkeypatch.setattr(run, "work", lambda *args: pytest.fail("it began"))
-        with pytest.raises(common.RecipeError) as refused:
-            run.main(argv)
-        assert message in str(refused.value) and "\n" not in str(refused.value), argv
-    monkeypatch.setattr(sys, "argv", ["run.py", "nothing"])
-    with pytest.raises(SystemExit, match=r"run.py: error: nothing is no experiment"):
+    for name, text in (("made_up", MADE_UP), ("empty", "")):
+        (tmp_path / f"{name}.py").write_text(text)
+        sys.modules.pop(name, None)
+    monkeypatch.setattr(run, "work", lambda *args: pytest.fail("it began"))
+    monkeypatch.setattr(sys, "argv", ["run.py", *argv.replace("{}", str(tmp_path)).split()])
+    with pytest.raises(SystemExit, match=f"run.py: error: .*{re.escape(message)}") as refused:
         common.run(lambda: run.main(sys.argv[1:]))
+    assert "\n" not in str(refused.value)
 
 
 def test_one_process_writes_to_a_file(made_up: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,6 +150,15 @@ def test_the_pages_agree_with_the_results() -> None:
         )
 
 
+def test_the_answer_has_the_numbers_of_the_tables() -> None:
+    answer = (page.HERE / "README.md").read_text().partition("The source's claims")[0]
+    tables = "".join(match[0] for path in page.PAGES for match in page.MARKED.finditer(path.read_text()))
+    told = set(re.findall(r"0\.\d{3}", answer))
+    assert len(told) == 11 and told <= set(re.findall(r"0\.\d{3}", tables))
+    assert "| intervals | 21, 11 better, 2 worse | 21, 0 better, 3 worse |" in tables
+    assert "| 21, 2 better, 2 worse |  |" in tables
+
+
 def test_every_link_of_a_page_leads_somewhere() -> None:
     root = page.ROOT
     pages = [root / "README.md", *(root / "recipes").rglob("*.md"), page.GUIDE]
@@ -185,12 +198,8 @@ def frame(*rows: tuple[str, float, int, float | None, float | None], **more: Any
 
 
 def test_the_table_chooses_by_validation_and_pairs_the_seeds() -> None:
-    rows = [
-        (arm, rate, seed, 1 - rate, rate + (arm == "hard") * 0.1 * (1 + seed))
-        for rate in (0.1, 0.2)
-        for arm in ("adamw", "hard")
-        for seed in (0, 1)
-    ]
+    places = [(arm, rate, seed) for rate in (0.1, 0.2) for arm in ("adamw", "hard") for seed in (0, 1)]
+    rows = [(a, rate, seed, 1 - rate, rate + (a == "hard") * 0.1 * (1 + seed)) for a, rate, seed in places]
     rows.append(("hard", 0.3, 0, 0.0, 0.0))  # one seed of two
     experiment = experiment_of()
     found = experiment.declared(frame(*rows, ("hard", 0.7, 0, 0.0, 0.0)))  # not of this grid
@@ -204,12 +213,10 @@ def test_the_table_chooses_by_validation_and_pairs_the_seeds() -> None:
 
 def test_facets_are_chosen_for_one_by_one() -> None:
     experiment = experiment_of(facets={"width": [1, 2]}, equal={})
+    axes = ((1, 2), (0.1, 0.2), ("adamw", "hard"), (0, 1))
     rows = [
         frame((arm, rate, seed, abs(rate - width / 10), rate + seed * 0.01), width=width)
-        for width in (1, 2)
-        for rate in (0.1, 0.2)
-        for arm in ("adamw", "hard")
-        for seed in (0, 1)
+        for width, rate, arm, seed in itertools.product(*axes)
     ]
     printed = tables.table(experiment, pd.concat(rows), experiment.reports[0])
     assert "| 1 | 0.105 ± 0.005 (0.1*) | +0.000 [+0.000, +0.000] (0.1*) |" in printed
@@ -217,16 +224,9 @@ def test_facets_are_chosen_for_one_by_one() -> None:
 
 
 def test_who_never_got_there_is_not_averaged() -> None:
-    values = {
-        0.1: {"adamw": (100, 200), "hard": (200, 400)},
-        0.2: {"adamw": (50, None), "hard": (None, None)},
-    }
-    rows = [
-        (arm, rate, seed, value, value)
-        for rate, of in values.items()
-        for arm, pair in of.items()
-        for seed, value in enumerate(pair)
-    ]
+    values = {(0.1, "adamw"): (100, 200), (0.1, "hard"): (200, 400)}
+    values |= {(0.2, "adamw"): (50, None), (0.2, "hard"): (None, None)}
+    rows = [(arm, r, s, x, x) for (r, arm), pair in values.items() for s, x in enumerate(pair)]
     report = Report("validation_error", "test_error", "lower", ratio=True)
     printed = tables.table(experiment_of(equal={"learning_rate": 0.2}), frame(*rows), report)
     assert "| adamw | 0.1* | 150 ± 50 |  | 1 of 2, at 50 |  |" in printed
@@ -234,25 +234,16 @@ def test_who_never_got_there_is_not_averaged() -> None:
 
 
 def test_a_gate_is_held_against_adamw_and_its_own_mask() -> None:
-    errors = {"adamw": 0.5, "random-mask": 0.2, "hard": 0.3}
-    rows = [
-        (arm, 0.1, seed, 0.0, value + 0.01 * seed * (arm == "hard"))
-        for arm, value in errors.items()
-        for seed in (0, 1, 2)
-    ]
+    tests = {"adamw": [0.5] * 3, "random-mask": [0.2] * 3, "hard": [0.3, 0.31, 0.32]}
+    rows = [(arm, 0.1, seed, 0.0, x) for arm, errors in tests.items() for seed, x in enumerate(errors)]
     experiment = experiment_of()
     entries, verdicts = page.beside_masks(frame(*rows), experiment, experiment.reports[0])
     assert entries == ["-0.190 [-0.215, -0.165]", "+0.110 [+0.085, +0.135]", "–", "–", "3"]
     assert verdicts == [1, -1, None, None]
     report = Report("steps", "steps", "lower", ratio=True)
     base = pd.DataFrame({"seed": [0, 1, 2], "steps": 8})
-    for steps, expected in (
-        ((2, 2, 3), 1),
-        ((16, 16, 15), -1),
-        ((4, 16, 8), 0),
-        ((2, None, 2), None),
-        ((2, 2), None),
-    ):
+    known = {(2, 2, 3): 1, (16, 16, 15): -1, (4, 16, 8): 0, (2, None, 2): None, (2, 2): None}
+    for steps, expected in known.items():
         mine = pd.DataFrame({"seed": range(len(steps)), "steps": steps})
         assert page.verdict(mine, base, report) == expected, steps
 
