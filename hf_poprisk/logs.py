@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 class _Interval:
     """Sums since the last log."""
 
-    sums: Tensor | None = None  # [4]: openness, live coordinates, ΣG², Σ Q
+    sums: Tensor | None = None  # [4]: openness, live coordinates, ΣG², ΣQ
     null: float = 0.0
     examples: int = 0
     steps: int = 0
@@ -108,7 +108,6 @@ class GateStatistics:
             if p not in names:
                 continue
             (openness, live, energy, sq_sum), (null, steps, examples) = sums, counts
-            b = examples / steps
             parameters[names[p]] = {
                 "numel": p.numel(),
                 "steps": int(steps),
@@ -117,7 +116,7 @@ class GateStatistics:
                 "sums": sums,
                 "fraction_open": openness / live if live else 0.0,
                 "fraction_open_null": null / steps,
-                "margin": _margin(b, energy, sq_sum) if b else None,
+                "margin": _margin(examples / steps, energy, sq_sum) if examples else None,
             }
         sums = self._interval.sums
         interval = {**vars(self._interval), "sums": None if sums is None else sums.tolist()}
@@ -139,15 +138,8 @@ def noise_scale(b: float, energy: float, sq_sum: float) -> float:
     """The simple noise scale ``tr(Σ)/|g|²`` of McCandlish et al. 2018 (arXiv:1812.06162, section 2.2).
 
     With Σ the covariance of the examples' gradients and g its mean, both estimated without bias from the
-    examples of a step: ``tr(Σ) = b(bΣQ − ΣG²)/(b − 1)`` and ``|g|² = b(ΣG² − ΣQ)/(b − 1)``.
-
-    Args:
-        b: examples per step, above 1.
-        energy: ΣG², over coordinates, and over steps if there are several.
-        sq_sum: ΣQ, below ``energy``.
-
-    Returns:
-        In examples: at batches well below it a larger one saves steps, well above it few.
+    examples of a step: ``tr(Σ) = b(bΣQ − ΣG²)/(b − 1)`` and ``|g|² = b(ΣG² − ΣQ)/(b − 1)``. Above b = 1 and
+    where ΣG² > ΣQ; in examples: at batches well below it a larger one saves steps, well above it few.
     """
     return (b * sq_sum - energy) / (energy - sq_sum)
 

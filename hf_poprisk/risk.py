@@ -32,8 +32,8 @@ from hf_poprisk.record import write_json
 logger = logging.getLogger(__name__)
 
 POPULATION, EMPIRICAL, SPREAD = "poprisk/gain_population", "poprisk/gain_empirical", "poprisk/gain_spread"
-GAINS_NAME = "poprisk_gains.json"  # in a checkpoint
 TOTAL, RATIO = "poprisk/gain_total", "poprisk/gain_ratio"
+GAINS_NAME = "poprisk_gains.json"  # in a checkpoint
 
 
 @torch.no_grad()
@@ -45,8 +45,7 @@ def gains(
     Call it between the backward and the step, with gradients that are reduced over ranks and not clipped.
 
     Args:
-        optimizer: any of the Adam family that keeps ``exp_avg`` and ``exp_avg_sq``. A ``PopRiskAdamW`` with
-            a gate needs ``keep_written=True``.
+        optimizer: of the Adam family. A ``PopRiskAdamW`` with a gate needs ``keep_written=True``.
         scale: what the gradients are multiplied by (a loss scaler's scale).
         max_norm: to which the coming step will clip them, c G with c ≤ 1; None or 0 for not at all.
 
@@ -56,38 +55,37 @@ def gains(
         coming one; None before the first.
 
     Raises:
-        ValueError: an optimizer without these moments, or a gate whose q is not kept.
+        ValueError: an optimizer without Adam's moments, or a gate whose q is not kept.
         NotImplementedError: sharded parameters.
     """
     if getattr(optimizer, "gate", "none") != "none" and not getattr(optimizer, "keep_written", True):
         raise ValueError("the gains of a gated step need its q: set optimizer.keep_written = True.")
     if any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"]):
         raise NotImplementedError("the gains of sharded parameters are not computed: train with DDP.")
+    held = [(p, group) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     total, clip = None, torch.tensor(1.0)
     if max_norm:
-        every = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        clip = (max_norm * scale / (torch.nn.utils.get_total_norm(every) + 1e-6)).clamp(max=1.0)
-    for group in optimizer.param_groups:
-        beta1, beta2 = group.get("betas", (0.0, 0.0))
-        for p in group["params"]:
-            state = optimizer.state.get(p)
-            if p.grad is None or not state:
-                continue
-            if "exp_avg" not in state or "exp_avg_sq" not in state:
-                raise no_moments(optimizer)
-            step = torch.as_tensor(state["step"]).double()  # on the device if fused: not read here
-            # in the basis of the moments
-            sides = state.get(LEFT), state.get(RIGHT)
-            grad, square = rotated(sides, p.grad.float() / scale), state["exp_avg_sq"].float()
-            written = grad * state["written"] if "written" in state else grad
-            last = square.sqrt().div_((1 - beta2**step).sqrt()).add_(group["eps"])
-            signal = (written * state["exp_avg"] / last).sum() / (1 - beta1**step)
-            # with v̂ of the last step a number that had no gradient so far would count by 1 / eps
-            grad = grad * clip.to(grad.device)
-            square = torch.addcmul(square * beta2, grad, grad, value=1 - beta2)
-            coming = square.sqrt_().div_((1 - beta2 ** (step + 1)).sqrt()).add_(group["eps"])
-            both = float(group["lr"]) * torch.stack([signal, (written * grad / coming).sum()]).float()
-            total = both if total is None else total + both.to(total.device)
+        norm = torch.nn.utils.get_total_norm([p.grad for p, _ in held])
+        clip = (max_norm * scale / (norm + 1e-6)).clamp(max=1.0)
+    for p, group in held:
+        if not (state := optimizer.state.get(p)):
+            continue
+        if "exp_avg" not in state or "exp_avg_sq" not in state:
+            raise no_moments(optimizer)
+        beta1, beta2 = group["betas"]
+        step = torch.as_tensor(state["step"]).double()  # on the device if fused: not read here
+        # in the basis of the moments
+        sides = state.get(LEFT), state.get(RIGHT)
+        grad, square = rotated(sides, p.grad.float() / scale), state["exp_avg_sq"].float()
+        written = grad * state["written"] if "written" in state else grad
+        last = square.sqrt().div_((1 - beta2**step).sqrt()).add_(group["eps"])
+        signal = (written * state["exp_avg"] / last).sum() / (1 - beta1**step)
+        # with v̂ of the last step a number that had no gradient so far would count by 1 / eps
+        grad = grad * clip.to(grad.device)
+        square = torch.addcmul(square * beta2, grad, grad, value=1 - beta2)
+        coming = square.sqrt_().div_((1 - beta2 ** (step + 1)).sqrt()).add_(group["eps"])
+        both = float(group["lr"]) * torch.stack([signal, (written * grad / coming).sum()]).float()
+        total = both if total is None else total + both.to(total.device)
     return total
 
 
@@ -115,11 +113,9 @@ class RiskMeter:
             seen = json.loads(Path(folder, GAINS_NAME).read_text())
             self._seen += [torch.tensor(both, device=device) for both in seen]
 
-    def observe(
-        self, optimizer: torch.optim.Optimizer, scale: float = 1.0, max_norm: float | None = None
-    ) -> None:
-        found = gains(optimizer, scale, max_norm)
-        if found is not None:
+    def observe(self, *args: Any) -> None:
+        """``gains``, kept for the next log."""
+        if (found := gains(*args)) is not None:
             self._seen.append(found)
 
     def pop(self, history: list[dict[str, float]]) -> dict[str, float]:
@@ -132,9 +128,7 @@ class RiskMeter:
         standard error of the first (not for a single batch), ``gain_ratio`` the first over the second,
         ``gain_total`` the sum of the first since the start. Batches that are not finite are left out.
         """
-        if not self._seen:
-            return {}
-        seen = torch.stack(self._seen).double().cpu()
+        seen = torch.stack(self._seen).double().cpu() if self._seen else torch.zeros(0, 2)
         self._seen.clear()
         seen = seen[seen.isfinite().all(1)]
         if not len(seen):
@@ -191,10 +185,8 @@ class PopRiskEarlyStoppingCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs is None or not self._follow(logs, state.global_step):
             return
-        if state.global_step <= args.get_warmup_steps(state.max_steps):
-            return
         error = math.sqrt(self._variance)
-        if self._sum < -self.threshold * error:
+        if state.global_step > args.get_warmup_steps(state.max_steps) and self._sum < -self.threshold * error:
             self.stopped_at = state.global_step
             control.should_training_stop = True
             logger.warning(
