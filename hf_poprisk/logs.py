@@ -57,14 +57,10 @@ class GateStatistics:
         self._sums = self._sums.to(sums.device)
         if (new := len(self._rows) - len(self._sums)) > 0:
             self._sums, self._counts = (pad(x, (0, 0, 0, new)) for x in (self._sums, self._counts))
-        same = torch.tensor(counts, dtype=torch.float64)
-        if rows == list(range(len(self._rows))):  # nearly always
-            self._sums += sums
-            self._counts += same
-        else:
-            index = torch.tensor(rows)
-            self._sums.index_add_(0, index.to(sums.device), sums.double())
-            self._counts.index_add_(0, index, same.expand(len(rows), 3))
+        # nearly always all of them, in order
+        where = slice(None) if rows == list(range(len(self._rows))) else torch.tensor(rows)
+        self._sums[where] += sums
+        self._counts[where] += torch.tensor(counts, dtype=torch.float64)
 
     def skip(self) -> None:
         """Record a step that was left out because its gradient was not finite."""
