@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 class _Interval:
     """Sums since the last log."""
 
-    sums: Tensor | None = None  # [4]: openness, live coordinates, ΣG², Σ Q
+    sums: Tensor | None = None  # [4]: openness, live coordinates, ΣG², ΣQ
     null: float = 0.0
     examples: int = 0
     steps: int = 0
@@ -57,14 +57,10 @@ class GateStatistics:
         self._sums = self._sums.to(sums.device)
         if (new := len(self._rows) - len(self._sums)) > 0:
             self._sums, self._counts = (pad(x, (0, 0, 0, new)) for x in (self._sums, self._counts))
-        same = torch.tensor(counts, dtype=torch.float64)
-        if rows == list(range(len(self._rows))):  # nearly always
-            self._sums += sums
-            self._counts += same
-        else:
-            index = torch.tensor(rows)
-            self._sums.index_add_(0, index.to(sums.device), sums.double())
-            self._counts.index_add_(0, index, same.expand(len(rows), 3))
+        # nearly always all of them, in order
+        where = slice(None) if rows == list(range(len(self._rows))) else torch.tensor(rows)
+        self._sums[where] += sums
+        self._counts[where] += torch.tensor(counts, dtype=torch.float64)
 
     def skip(self) -> None:
         """Record a step that was left out because its gradient was not finite."""
@@ -108,7 +104,6 @@ class GateStatistics:
             if p not in names:
                 continue
             (openness, live, energy, sq_sum), (null, steps, examples) = sums, counts
-            b = examples / steps
             parameters[names[p]] = {
                 "numel": p.numel(),
                 "steps": int(steps),
@@ -117,7 +112,7 @@ class GateStatistics:
                 "sums": sums,
                 "fraction_open": openness / live if live else 0.0,
                 "fraction_open_null": null / steps,
-                "margin": _margin(b, energy, sq_sum) if b else None,
+                "margin": _margin(examples / steps, energy, sq_sum) if examples else None,
             }
         sums = self._interval.sums
         interval = {**vars(self._interval), "sums": None if sums is None else sums.tolist()}
@@ -139,15 +134,8 @@ def noise_scale(b: float, energy: float, sq_sum: float) -> float:
     """The simple noise scale ``tr(Σ)/|g|²`` of McCandlish et al. 2018 (arXiv:1812.06162, section 2.2).
 
     With Σ the covariance of the examples' gradients and g its mean, both estimated without bias from the
-    examples of a step: ``tr(Σ) = b(bΣQ − ΣG²)/(b − 1)`` and ``|g|² = b(ΣG² − ΣQ)/(b − 1)``.
-
-    Args:
-        b: examples per step, above 1.
-        energy: ΣG², over coordinates, and over steps if there are several.
-        sq_sum: ΣQ, below ``energy``.
-
-    Returns:
-        In examples: at batches well below it a larger one saves steps, well above it few.
+    examples of a step: ``tr(Σ) = b(bΣQ − ΣG²)/(b − 1)`` and ``|g|² = b(ΣG² − ΣQ)/(b − 1)``. Above b = 1 and
+    where ΣG² > ΣQ; in examples: at batches well below it a larger one saves steps, well above it few.
     """
     return (b * sq_sum - energy) / (energy - sq_sum)
 

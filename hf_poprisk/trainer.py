@@ -151,6 +151,7 @@ class PopRiskMixin(
             raise no_moments(self.optimizer)
         if self._risk is not None and optimizer is not None:
             optimizer.keep_written = True
+            optimizer.watch = lambda *window: self._risk.see_own(optimizer, *window, self._loss_scale)
         if optimizer is not None:
             named = dict((self.model if model is None else model).named_parameters())
             _check_agreement(optimizer, named, self.args)
@@ -214,10 +215,13 @@ class PopRiskMixin(
         """
         loss = self._gated_step(model, inputs, num_items_in_batch)
         if self._risk is not None and self.accelerator.sync_gradients:
-            scaler = self.accelerator.scaler
-            scale = 1.0 if scaler is None else scaler.get_scale()
-            self._risk.observe(_unwrap(self.optimizer), scale, self.args.max_grad_norm)
+            self._risk.observe(_unwrap(self.optimizer), self._loss_scale, self.args.max_grad_norm)
         return loss
+
+    @property
+    def _loss_scale(self) -> float:
+        scaler = self.accelerator.scaler
+        return 1.0 if scaler is None else scaler.get_scale()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:

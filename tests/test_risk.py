@@ -25,6 +25,12 @@ def adamw(size: int = 20, **options: Any) -> tuple[nn.Parameter, torch.optim.Ada
     return theta, torch.optim.AdamW([theta], lr=0.1, weight_decay=0.0)
 
 
+def distance(values: list[float], truth: Tensor) -> float:
+    """Of their mean from the truth, in standard errors."""
+    seen = torch.tensor(values)
+    return ((seen.mean() - truth) / (seen.std() / math.sqrt(len(seen)))).item()
+
+
 def test_the_population_gain_is_unbiased_and_the_tempting_ones_are_not() -> None:
     """The mean of a Gaussian, learned for five steps: the population gradient is θ − TRUTH."""
     generator, lr = torch.Generator().manual_seed(0), 0.1
@@ -46,13 +52,8 @@ def test_the_population_gain_is_unbiased_and_the_tempting_ones_are_not() -> None
         own.append(found[1])
         opened.append((lr * p * margin * 8 / 7 * (margin > 0)).sum().item())
 
-    def distance(values: list[float], truth: Tensor) -> float:
-        """In standard errors."""
-        seen = torch.tensor(values)
-        return ((seen.mean() - truth) / (seen.std() / math.sqrt(len(seen)))).item()
-
-    assert abs(distance(next_batch, (lr * p * m * population).sum())) < 4
     unbiased_square = (lr * p * population.square()).sum()
+    assert abs(distance(next_batch, (lr * p * m * population).sum())) < 4
     assert distance(own, unbiased_square) > 20  # its own batch confirms a step's noise as well
     assert distance(opened, unbiased_square) > 20  # so does keeping what looks confirmed
 
@@ -122,7 +123,7 @@ def test_nothing_is_touched(dtype: torch.dtype) -> None:
 
 
 def test_an_optimizer_that_keeps_too_little_is_refused() -> None:
-    theta = nn.Parameter(torch.zeros(6))
+    theta, _ = adamw(6)
     theta.grad = torch.randn(6)
     sgd = torch.optim.SGD([theta], lr=0.1, momentum=0.9)
     sgd.step()
@@ -189,24 +190,25 @@ def test_a_resumed_run_logs_the_same_gains(every: int, tmp_path: Path) -> None:
 # Early stopping
 
 
-def risk_arguments(**options: Any) -> PopRiskTrainingArguments:
-    settings = {"logging_steps": 10, "poprisk_risk": True, "max_steps": 10_000, **options}
-    return PopRiskTrainingArguments("unused", use_cpu=True, report_to="none", **settings)
-
-
-def entry(gain: float, spread: float) -> dict[str, float]:
-    return {"poprisk/gain_population": gain, "poprisk/gain_spread": spread}
-
-
 def follow(
-    gained: list[float], spread: float, threshold: float = 3.0, seen: int = 0, **options: Any
+    gained: list[float],
+    spread: float,
+    threshold: float = 3.0,
+    seen: int = 0,
+    every: int | None = None,
+    **options: Any,
 ) -> int | None:
-    """Feed the callback logs of ten steps each, ``seen`` of them from before it resumed; where it stops."""
+    """Feed the callback logs of ten steps each, ``seen`` of them from before it resumed; where it stops.
+
+    every: what the trainer makes of ``logging_steps``.
+    """
     callback, control = PopRiskEarlyStoppingCallback(threshold), TrainerControl()
-    args = risk_arguments(**options)
+    settings = {"logging_steps": 10, "poprisk_risk": True, "max_steps": 10_000, **options}
+    args = PopRiskTrainingArguments("unused", use_cpu=True, report_to="none", **settings)
     state = TrainerState(max_steps=10_000, num_train_epochs=int(args.num_train_epochs))
-    state.logging_steps = args.logging_steps
-    logs = [{**entry(gain, spread), "step": 10 * n} for n, gain in enumerate(gained, 1)]
+    state.logging_steps = every or args.logging_steps
+    names = ("poprisk/gain_population", "poprisk/gain_spread", "step")
+    logs = [dict(zip(names, (gain, spread, 10 * n), strict=True)) for n, gain in enumerate(gained, 1)]
     state.log_history = logs[:seen]
     callback.on_train_begin(args, state, control)
     for log in logs[seen:]:
@@ -228,6 +230,7 @@ def test_it_stops_when_the_gain_is_negative_beyond_its_error() -> None:
     assert follow([1.0] * 5 + [-0.5, 0.6] * 20, 0.5) is None  # the sum rises
     assert follow([-1.0] * 30, 0.1) == 10
     assert follow([-1.0] * 30, 0.1, warmup_steps=200) == 210
+    assert follow([-1.0] * 30, 0.1, logging_steps=0.05, every=5) == 10  # a share of the run
 
 
 def test_noise_about_zero_seldom_stops_it() -> None:
@@ -241,6 +244,7 @@ def test_noise_about_zero_seldom_stops_it() -> None:
     [
         ({"poprisk_risk": False}, "set poprisk_risk=true"),
         ({"logging_steps": 1}, "logging_steps=2 or more"),
+        ({"logging_steps": 0.05, "every": 1}, "logging_steps=2 or more"),
         ({"logging_strategy": "no"}, "logging_strategy=steps"),
         ({"logging_strategy": "epoch", "num_train_epochs": 10_000}, "logging_strategy=steps"),
         ({"threshold": 0.0}, "number of standard errors > 0"),
@@ -249,13 +253,6 @@ def test_noise_about_zero_seldom_stops_it() -> None:
 def test_what_it_cannot_read_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         follow([1.0], 0.1, **options)
-
-
-def test_logging_steps_may_be_a_share_of_the_run() -> None:
-    callback, args = PopRiskEarlyStoppingCallback(), risk_arguments(logging_steps=0.05)
-    with pytest.raises(ValueError, match="logging_steps=2 or more"):
-        callback.on_train_begin(args, TrainerState(logging_steps=1), TrainerControl())
-    callback.on_train_begin(args, TrainerState(logging_steps=5), TrainerControl())
 
 
 def test_a_run_stops_and_says_why(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -21,7 +21,9 @@ class Analysis:
         gradients: g of each record, [R, N].
         measured, predicted: the change of Φ from each record to the next, and −gᵀWg, [R − 1].
         displacement, transfer: the test outputs' way from the first record to each, real and −𝒢 g, [R, M].
+        transfer_error: ‖predicted − real‖/‖real‖ of it, of each record after the first, [R − 1].
         evolutions, splits: from the first record to each, and channel and reservoir of their W; R of them.
+        error_by_mode: (vᵢᵀ g)² of each record along the eigenvectors of the last W, [R, N].
         reservoir: direction → its share in the reservoir, [R]; ``initial error`` is g at the first record.
         visible: direction → ‖𝒢v‖ of its part in the reservoir over that of the whole, [R]: 0 where the
             reservoir is ker W, more where the spectrum is cut through.
@@ -35,12 +37,12 @@ class Analysis:
     """
 
     def __init__(self, recording: Recording) -> None:
-        def stacked(name: str) -> Tensor:
-            return torch.stack(recording.series[name]).double()
-
         self.steps = torch.tensor(recording.steps)
-        self.losses, self.test_losses = stacked("losses"), stacked("test_losses")
-        self.gradients, outputs = stacked("gradients").flatten(1), stacked("test_outputs").flatten(1)
+        self.losses, self.test_losses, kernels, gradients, outputs = (
+            torch.stack(recording.series[name]).double()
+            for name in ("losses", "test_losses", "kernel", "gradients", "test_outputs")
+        )
+        self.gradients, outputs = gradients.flatten(1), outputs.flatten(1)
         self.displacement, self.measured = outputs - outputs[0], self.losses.diff()
         parts, g = list(intervals(recording)), self.gradients
         start = nothing(g.shape[1], outputs.shape[1])
@@ -48,20 +50,22 @@ class Analysis:
         self._check(recording)
         self.predicted = torch.stack([-(u @ part.gramian @ u) for u, part in zip(g, parts, strict=False)])
         self.transfer = torch.stack([-(whole.transfer @ g[0]) for whole in self.evolutions])
+        gap, real = self.transfer - self.displacement, self.displacement[1:]
+        self.transfer_error = gap[1:].norm(dim=1) / real.norm(dim=1).clamp(min=1e-300)
         self.stable = self.evolutions[-1].stable or recording.preconditioner != NONE
         self.splits = [split(e.gramian, recording.series["kernel"][0].dtype) for e in self.evolutions]
+        self.error_by_mode = (g @ self.splits[-1].vectors).square()
         directions = {"initial error": g[0], **recording.directions}
         directions = {name: v.reshape(-1).double() for name, v in directions.items() if v.any()}
         self.reservoir = {
-            name: torch.tensor([cut.reservoir_share(v) for cut in self.splits])
+            name: torch.tensor([cut.reservoir_share(v) for cut in self.splits], dtype=torch.float64)
             for name, v in directions.items()
         }
         self.visible = {name: self._visible(v) for name, v in directions.items()}
-        kernels = [kernel.double() for kernel in recording.series["kernel"]]
-        self.kernel_change = torch.stack([(k - kernels[0]).norm() / kernels[0].norm() for k in kernels])
+        self.kernel_change = (kernels - kernels[0]).norm(dim=(1, 2)) / kernels[0].norm()
         self.leading = min(20, max(1, g.shape[1] // 2))
-        spaces = [torch.linalg.eigh(k).eigenvectors[:, -self.leading :] for k in kernels]
-        self.alignment = torch.stack([(spaces[0].T @ v).square().sum() / self.leading for v in spaces])
+        spaces = torch.linalg.eigh(kernels).eigenvectors[:, :, -self.leading :]
+        self.alignment = (spaces[0].T @ spaces).square().sum((1, 2)) / self.leading
 
     def _check(self, recording: Recording) -> None:
         for i, whole in enumerate(self.evolutions):
@@ -85,14 +89,3 @@ class Analysis:
             part, all_of_it = (whole.transfer @ torch.stack([hidden @ (hidden.T @ v), v], 1)).norm(dim=0)
             found.append(part / all_of_it if all_of_it else torch.zeros_like(part))
         return torch.stack(found)
-
-    @property
-    def transfer_error(self) -> Tensor:
-        """‖predicted − real‖/‖real‖ of the test displacement at each record after the first, [R − 1]."""
-        real = self.displacement[1:]
-        return (self.transfer[1:] - real).norm(dim=1) / real.norm(dim=1).clamp(min=1e-300)
-
-    @property
-    def error_by_mode(self) -> Tensor:
-        """(vᵢᵀ g)² of each record along the eigenvectors of the last W, [R, N]."""
-        return (self.gradients @ self.splits[-1].vectors).square()

@@ -68,14 +68,9 @@ def nothing(n: int, m: int) -> Evolution:
 def evolve(
     kernel: Tensor, cross_kernel: Tensor, curvature: Tensor, learning_rates: Sequence[float], rule: str
 ) -> Evolution:
-    """The evolution over steps of constant K, K_QS and B.
+    """The evolution over steps of constant K [N, N], K_QS [M, N] and B [N, N], by ``rule``.
 
-    Args:
-        kernel: K [N, N], positive semidefinite; eigenvalues below rounding are taken as zero.
-        cross_kernel: K_QS [M, N].
-        curvature: B [N, N], symmetric.
-        learning_rates: of the steps, η_j.
-        rule: ``gradient descent`` or ``flow``.
+    K is positive semidefinite: its eigenvalues below rounding are taken as zero.
     """
     dtype = kernel.dtype
     kernel, cross_kernel, curvature = kernel.double(), cross_kernel.double(), curvature.double()
@@ -144,15 +139,6 @@ def intervals(recording: Recording) -> Iterator[Evolution]:
         yield evolve(kernel, cross, curvature, recording.learning_rates[first:last], recording.rule)
 
 
-def cumulative(recording: Recording) -> list[Evolution]:
-    """The evolution from the first record to each of the R records."""
-    n, m = recording.series["cross_kernel"][0].shape[::-1]
-    found = [nothing(n, m)]
-    for interval in intervals(recording):
-        found.append(found[-1].then(interval))
-    return found
-
-
 @dataclass(frozen=True)
 class Split:
     """The signal channel and the reservoir of a Gramian.
@@ -176,25 +162,21 @@ class Split:
 
 
 def split(gramian: Tensor, precision: torch.dtype = torch.float64) -> Split:
-    """Cut the spectrum of W where it falls into two groups.
+    """Cut the spectrum of W [N, N], of a kernel computed in ``precision``, where it falls into two groups.
 
     The tolerance is Otsu's threshold of the logarithms: the cut with the largest variance between its two
     sides. Eigenvalues below rounding, N·eps of the largest, count as that. A spectrum within half a
     decade is of one piece, all channel; of W = 0 all is reservoir.
-
-    Args:
-        gramian: W [N, N].
-        precision: what its kernel was computed in.
     """
     values, vectors = torch.linalg.eigh(gramian.double())
     values, vectors, n = values.flip(0), vectors.flip(1), len(gramian)
     if not values[0] > 0:
         return Split(values, vectors, float(values[0].abs()), 0)
     floor = float(n * torch.finfo(precision).eps * values[0])
-    logs = values.clamp(min=floor).log()
-    if n == 1 or values[0] < _FLAT * values[-1].clamp(min=floor):
-        return Split(values, vectors, float(values[-1].clamp(min=floor) / 2), n)
-    upper = torch.arange(1, n, dtype=torch.float64)  # how many are above the cut
+    raised = values.clamp(min=floor)
+    if n == 1 or values[0] < _FLAT * raised[-1]:
+        return Split(values, vectors, float(raised[-1] / 2), n)
+    logs, upper = raised.log(), torch.arange(1, n, dtype=torch.float64)  # how many are above the cut
     sums = logs.cumsum(0)
     gaps = sums[:-1] / upper - (sums[-1] - sums[:-1]) / (n - upper)
     channel = int((upper * (n - upper) * gaps**2).argmax()) + 1

@@ -8,8 +8,7 @@ output space.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 
 import torch
@@ -17,33 +16,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from hf_poprisk.output_space.tasks import Batch, Outputs
+from hf_poprisk.per_example.undisturbed import mode
 
 
-def empirical_ntk(
-    model: nn.Module,
-    probe: Sequence[Batch],
-    outputs: Outputs,
-    chunk: int = 64,
-    scales: Mapping[str, Tensor] | None = None,
-) -> Tensor:
-    """The kernel of the probe's outputs.
-
-    Args:
-        model: evaluated in ``eval`` mode and left as it was; its gradients and hooks are not touched.
-        probe: collated batches; one example each is fastest, as a backward runs through its whole batch.
-        outputs: ``outputs(forward, batch) -> [b, k]``, as of a ``Task``.
-        chunk: outputs whose gradients are held at a time, twice: memory is 2 · chunk · parameters. Pairs of
-            chunks are recomputed, so the time falls with it.
-        scales: P's diagonal per parameter name, of the parameter's shape, ≥ 0; None is the identity.
-
-    Returns:
-        [N, N] float64, N outputs in the order of the probe, an example's k outputs side by side. Products of
-        gradients are taken in the parameters' precision, at least float32.
-
-    Raises:
-        ValueError: nothing to train, an empty probe, or chunk < 1.
-    """
-    return kernels(model, probe, [], outputs, chunk, scales)[0]
+def empirical_ntk(model: nn.Module, probe: Sequence[Batch], outputs: Outputs, chunk: int = 64) -> Tensor:
+    """The kernel of the probe alone, [N, N]; see ``kernels``."""
+    return kernels(model, probe, [], outputs, chunk)[0]
 
 
 def kernels(
@@ -54,13 +32,26 @@ def kernels(
     chunk: int = 64,
     scales: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The kernel of the probe [N, N] and K_QS = J_Q P J_Sᵀ [M, N] of test outputs against it.
+    """The kernel of the probe's outputs, and K_QS = J_Q P J_Sᵀ of test outputs against it.
 
-    Arguments and errors are those of ``empirical_ntk``. The gradients of the two share their passes.
+    Args:
+        model: evaluated in ``eval`` mode and left as it was; its gradients and hooks are not touched.
+        probe, test: collated batches; one example each is fastest, as a backward runs through a whole batch.
+        outputs: ``outputs(forward, batch) -> [b, k]``, as of a ``Task``.
+        chunk: outputs whose gradients are held at a time, twice: memory is 2 · chunk · parameters. Pairs of
+            chunks are recomputed, so the time falls with it.
+        scales: P's diagonal per parameter name, of the parameter's shape, ≥ 0; None is the identity.
+
+    Returns:
+        [N, N] and [M, N] float64, outputs in the order of the batches, an example's k outputs side by side.
+        Products of gradients are taken in the parameters' precision, at least float32.
+
+    Raises:
+        ValueError: nothing to train, an empty probe, or chunk < 1.
     """
     if chunk < 1:
         raise ValueError(f"chunk must be a number of outputs ≥ 1; got {chunk}.")
-    with evaluating(model):
+    with mode(model, False):
         jacobian = _Jacobian(model, outputs, [*probe, *test], scales)
         n, every = sum(index < len(probe) for index, _ in jacobian.rows), len(jacobian.rows)
         if n == 0:
@@ -100,22 +91,22 @@ class _Jacobian:
         if not self._params:
             raise ValueError("the model has no trainable parameter: set requires_grad on what is trained.")
         self._model, self._outputs, self._batches = model, outputs, batches
-        params = self._params.values()
-        wide = any(p.dtype == torch.float64 for p in params)
-        self._kind = next(iter(params)).new_empty(0, dtype=torch.float64 if wide else torch.float32)
+        wide = any(p.dtype == torch.float64 for p in self._params.values())
+        self._dtype = torch.float64 if wide else torch.float32
         self._roots = None if scales is None else self._flat([scales[name] for name in self._params]).sqrt_()
         with torch.no_grad():
             sizes = [outputs(model, batch).numel() for batch in batches]
         self.rows = [(index, j) for index, size in enumerate(sizes) for j in range(size)]
 
     def _flat(self, values: Sequence[Tensor]) -> Tensor:
-        return torch.cat([value.reshape(-1).to(self._kind) for value in values])
+        return torch.cat([value.reshape(-1).to(self._dtype) for value in values])
 
     @torch.enable_grad()
     def __call__(self, picked: slice) -> Tensor:
         """[rows, parameters]; an output that does not depend on a parameter has zeros there."""
         params, rows = list(self._params.values()), self.rows[picked]
-        found = self._kind.new_empty(len(rows), sum(p.numel() for p in params))
+        size = sum(p.numel() for p in params)
+        found = torch.empty(len(rows), size, dtype=self._dtype, device=params[0].device)
         unfilled = iter(found)
         for index, group in groupby(rows, key=lambda row: row[0]):
             values = self._outputs(
@@ -126,15 +117,3 @@ class _Jacobian:
                 grads = torch.autograd.grad(values[j], params, retain_graph=True, materialize_grads=True)
                 next(unfilled).copy_(self._flat(grads))
         return found if self._roots is None else found.mul_(self._roots)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """``eval`` mode inside; after it every module is as it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -19,25 +19,28 @@ def kind(optimizer: torch.optim.Optimizer) -> str:
         ValueError: an optimizer whose step is not a diagonal times the gradient, as far as we know, or whose
             gate is decided inside the step.
     """
+    wrong, ours = None, isinstance(optimizer, PopRiskAdamW)
     known = isinstance(optimizer, torch.optim.SGD | torch.optim.Adam)  # AdamW is an Adam in torch
     if not known or any(g.get("amsgrad") or g.get("maximize") for g in optimizer.param_groups):
-        raise ValueError(
-            f"OutputSpaceCallback cannot read the preconditioner of this {type(optimizer).__name__}: set "
-            "optim to sgd, adamw_torch or poprisk_adamw, without amsgrad and maximize."
+        wrong = (
+            f"the preconditioner of this {type(optimizer).__name__}: set optim to sgd, adamw_torch or "
+            "poprisk_adamw, without amsgrad and maximize."
         )
+    elif ours and optimizer.gate != "none" and optimizer.estimator == "ema":
+        wrong = (
+            "a gate of poprisk_estimator='ema', which is decided inside the step: set poprisk_estimator to "
+            "example or group, or poprisk_gate to none."
+        )
+    elif ours and optimizer.basis != "coordinate":
+        wrong = (
+            f"a step of poprisk_basis={optimizer.basis!r}, which is diagonal in another basis: set "
+            "poprisk_basis to coordinate."
+        )
+    if wrong:
+        raise ValueError(f"OutputSpaceCallback cannot read {wrong}")
     if isinstance(optimizer, torch.optim.SGD):
         return NONE
-    if isinstance(optimizer, PopRiskAdamW) and optimizer.gate != "none" and optimizer.estimator == "ema":
-        raise ValueError(
-            "OutputSpaceCallback cannot read a gate of poprisk_estimator='ema', which is decided inside the "
-            "step: set poprisk_estimator to example or group, or poprisk_gate to none."
-        )
-    if isinstance(optimizer, PopRiskAdamW) and optimizer.basis != "coordinate":
-        raise ValueError(
-            f"OutputSpaceCallback cannot read a step of poprisk_basis={optimizer.basis!r}, which is diagonal "
-            "in another basis: set poprisk_basis to coordinate."
-        )
-    return GATED if isinstance(optimizer, PopRiskAdamW) and optimizer.needs_examples else ADAM
+    return GATED if ours and optimizer.needs_examples else ADAM
 
 
 @torch.no_grad()

@@ -14,10 +14,11 @@ from torch.nn.utils import parameters_to_vector
 from transformers import TrainerCallback
 
 from hf_poprisk.optimizer import PopRiskAdamW
-from hf_poprisk.output_space.kernel import evaluating, kernels
+from hf_poprisk.output_space.kernel import kernels
 from hf_poprisk.output_space.preconditioner import NONE, kind, scales
 from hf_poprisk.output_space.recording import FLOW, GRADIENT_DESCENT, Recording
 from hf_poprisk.output_space.tasks import Batch, DPOMargin, Task, loss_terms
+from hf_poprisk.per_example.undisturbed import mode
 
 logger = logging.getLogger(__name__)
 
@@ -33,21 +34,18 @@ class OutputSpaceCallback(TrainerCallback):
     several processes each computes and the first writes.
 
     Args:
-        task: outputs and losses, as ``ClassLogits()``, ``SquaredError()``, ``SequenceLogProb()``,
-            ``DPOMargin(beta)``.
+        task: outputs and losses, as ``ClassLogits()``, ``DPOMargin(beta)``, or a ``Task`` of your own.
         probe: training examples as collated batches, all of them where you can; one example each is fastest.
         test: held-out examples, likewise.
         steps: record every so many optimizer steps, or at these.
-        chunk: outputs whose gradients are held at a time; see ``empirical_ntk``.
+        chunk: outputs whose gradients are held at a time; see ``kernels``.
         directions: name → [n, k] or [n], directions in output space to be followed, ``label noise`` for
             instance: the output gradient of the labels given, minus that of the right labels.
 
-    Raises (on construction):
-        ValueError: steps that cannot be, or no probe or test.
-    Raises (in ``train``):
-        ValueError: a resumed run, a recording of more than 2·10⁹ numbers, an optimizer, a DPO loss, a
-            precision or sharded parameters that it cannot read, directions of another shape than the outputs,
-            or an example whose loss is not finite.
+    Raises (on construction, and in ``train``):
+        ValueError: steps that cannot be, no probe or test; a resumed run, a recording of more than 2·10⁹
+            numbers, an optimizer, a DPO loss, a precision or sharded parameters that it cannot read,
+            directions of another shape than the outputs, or an example whose loss is not finite.
     """
 
     def __init__(
@@ -96,14 +94,15 @@ class OutputSpaceCallback(TrainerCallback):
                 f"{records} records of {n} × {n + m} numbers are more than {_LIMIT:.2g}: set steps= to fewer "
                 "records, or give a smaller probe."
             )
-        directions = {}
         for name, value in self._directions.items():
             if value.numel() != n:
                 raise ValueError(
                     f"the direction {name!r} has shape {tuple(value.shape)}; the probe's outputs "
                     f"{tuple(u.shape)}."
                 )
-            directions[name] = value.detach().cpu().to(u.dtype).reshape(u.shape)
+        directions = {
+            name: v.detach().to("cpu", u.dtype).reshape(u.shape) for name, v in self._directions.items()
+        }
         descends = preconditioner == NONE and _may_descend(
             args, optimizer, len(u), kwargs["train_dataloader"]
         )
@@ -140,7 +139,7 @@ class OutputSpaceCallback(TrainerCallback):
         """Of each example: outputs [b, k], loss [b], its gradient [b, k] and curvature [b, k, k] in them."""
         parts = []
         for batch in batches:
-            with evaluating(model), torch.no_grad():
+            with mode(model, False), torch.no_grad():
                 u = self.task.outputs(model, batch)
             parts.append((u, *loss_terms(self.task, u, batch)))
         return tuple(map(torch.cat, zip(*parts, strict=True)))
@@ -170,16 +169,9 @@ class OutputSpaceCallback(TrainerCallback):
         u, losses, g, b = self._terms(model, probe)
         u_test, test_losses, *_ = self._terms(model, test)
         kernel, cross = kernels(model, probe, test, self.task.outputs, self.chunk, self._scales)
-        values = {
-            "kernel": kernel,
-            "cross_kernel": cross,
-            "outputs": u,
-            "test_outputs": u_test,
-            "gradients": g / len(u),
-            "curvatures": b / len(u),
-            "losses": losses.mean(),
-            "test_losses": test_losses.mean(),
-        }
+        values = {"kernel": kernel, "cross_kernel": cross, "outputs": u, "test_outputs": u_test}
+        values |= {"gradients": g / len(u), "curvatures": b / len(u)}
+        values |= {"losses": losses.mean(), "test_losses": test_losses.mean()}
         finite = all(bool(value.isfinite().all()) for value in values.values())
         if finite:
             dtype = torch.promote_types(u.dtype, torch.float32)
@@ -197,7 +189,7 @@ class OutputSpaceCallback(TrainerCallback):
         series = self._recording.series
         params = [p for p in model.parameters() if p.requires_grad]
         expected = torch.zeros_like(parameters_to_vector(params))
-        with evaluating(model):
+        with mode(model, False):
             for batch in self._batches[0]:
                 loss = self.task.losses(self.task.outputs(model, batch), batch).sum()
                 expected += parameters_to_vector(torch.autograd.grad(loss, params, materialize_grads=True))

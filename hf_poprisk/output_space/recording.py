@@ -49,9 +49,9 @@ class Recording:
     """A run in output space; shapes and meanings are in the module's text.
 
     Attributes:
-        series: the tensors with one entry per record, as lists of R.
         rule: how steps moved the outputs: ``gradient descent`` if every step was full-batch gradient descent
             on the probe, else ``flow``: its limit of small steps, for mini-batches, momentum and Adam.
+        series: the tensors with one entry per record, as lists of R.
     """
 
     rule: str

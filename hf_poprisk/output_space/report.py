@@ -6,12 +6,15 @@ import argparse
 import base64
 import html
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from hf_poprisk.output_space.analysis import Analysis
+from hf_poprisk.output_space.preconditioner import NONE
 from hf_poprisk.output_space.recording import (
     FILE_NAME,
     GRADIENT_DESCENT,
@@ -25,7 +28,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_REAL, _PREDICTED, _GRAY = "#2f5d9b", "#d9773c", "#777777"
+Section = tuple[list[str], "Figure"]  # sentences and a figure
+
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>
 body {{ max-width: 62rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif }}
 img {{ width: 100% }} h2 {{ margin-top: 2.5rem }} p {{ max-width: 48rem }}
@@ -52,7 +56,7 @@ def add_command(commands: Any) -> None:
     parser.set_defaults(execute=report)
 
 
-def report(args: argparse.Namespace) -> Path:
+def report(args: argparse.Namespace) -> None:
     """Write the page and print its sentences.
 
     Raises:
@@ -74,31 +78,32 @@ def report(args: argparse.Namespace) -> Path:
         lines, figure = section(analysis)
         printed += ["", title, *lines]
         content += [f"<h2>{html.escape(title)}</h2>", *(f"<p>{html.escape(line)}</p>" for line in lines)]
-        content += [f'<img alt="{html.escape(title)}" src="data:image/png;base64,{_png(figure)}">']
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", dpi=110)
+        encoded = base64.b64encode(picture.getvalue()).decode()
+        content += [f'<img alt="{html.escape(title)}" src="data:image/png;base64,{encoded}">']
     title = html.escape(f"{args.run.resolve().name} in output space")
     with folder_beside(target) as folder:
         text = _PAGE.format(title=title, content="\n".join(content))
         (folder / target.name).write_text(text, encoding="utf-8")
         (folder / target.name).replace(target)
     print(*printed, f"\nreport: {target}", sep="\n")
-    return target
 
 
-def about_run(recording: Recording, analysis: Analysis) -> list[str]:
+def about_run(recording: Recording, run: Analysis) -> list[str]:
     """What was recorded and how it is followed, in sentences."""
-    n, k = recording.series["outputs"][0].shape
-    plain = recording.preconditioner == "none"
+    (n, k), m = recording.series["outputs"][0].shape, len(recording.series["test_outputs"][0])
+    adaptive = recording.preconditioner != NONE
     lines = [
-        f"{len(recording.steps)} records from step {recording.steps[0]} to {recording.steps[-1]}; {n} probe "
-        f"and {len(recording.series['test_outputs'][0])} test examples with {k} output{'s' if k > 1 else ''} "
-        f"each; optimizer {recording.optimizer}; kernel "
-        + ("K = J Jᵀ." if plain else f"K_P = J P Jᵀ, P of {recording.preconditioner}."),
+        f"{len(run.steps)} records from step {run.steps[0]} to {run.steps[-1]}; {n} probe and {m} test "
+        f"examples with {k} output{'s' if k > 1 else ''} each; optimizer {recording.optimizer}; kernel "
+        + (f"K_P = J P Jᵀ, P of {recording.preconditioner}." if adaptive else "K = J Jᵀ."),
         "Every step was full-batch gradient descent on the probe, and is followed as it was."
         if recording.rule == GRADIENT_DESCENT
         else "Steps are followed by their limit of small steps on the probe: mini-batches, the delay of "
         "momentum, clipping, weight decay and what the training set holds beyond the probe are not.",
     ]
-    if not analysis.stable:
+    if not run.stable:
         lines.append(
             "Some steps were larger than 2/μ for the fastest mode of the probe, where gradient descent on a "
             "frozen kernel overshoots: no prediction below holds."
@@ -106,43 +111,31 @@ def about_run(recording: Recording, analysis: Analysis) -> list[str]:
     return lines
 
 
-def _dissipation(run: Analysis) -> tuple[list[str], Figure]:
+def _dissipation(run: Analysis) -> Section:
     fall, explained = -run.measured.cumsum(0), -run.predicted.cumsum(0)
-    lines = [
+    figure, (left, right) = _panels()
+    _plot(left, "Loss Φ", run.steps, {"probe": run.losses, "test": run.test_losses})
+    _plot(right, "Fall of Φ since the start", run.steps[1:], {"measured": fall, "Σ gᵀWg": explained})
+    return [
         f"The probe's loss went from {run.losses[0]:.4g} to {run.losses[-1]:.4g}, the test loss from "
         f"{run.test_losses[0]:.4g} to {run.test_losses[-1]:.4g}.",
         f"The sum of gᵀWg over the intervals is {explained[-1]:.4g}, the measured fall {fall[-1]:.4g}.",
-    ]
-    figure, (left, right) = _panels()
-    left.plot(run.steps, run.losses, color=_REAL, label="probe")
-    left.plot(run.steps, run.test_losses, color=_PREDICTED, label="test")
-    _finish(left, xlabel="optimizer step", ylabel="loss Φ", title="Loss")
-    right.plot(run.steps[1:], fall, color=_REAL, label="measured")
-    right.plot(run.steps[1:], explained, "--", color=_PREDICTED, label="Σ gᵀWg")
-    _finish(right, xlabel="optimizer step", ylabel="fall of Φ since the start", title="Dissipation")
-    return lines, figure
+    ], figure
 
 
-def _channel(run: Analysis) -> tuple[list[str], Figure]:
-    from matplotlib import colormaps
-
-    cut = run.splits[-1]
+def _channel(run: Analysis) -> Section:
+    cut, (figure, (left, right)) = run.splits[-1], _panels()
     lines = [
         f"At the end the signal channel has {cut.channel} of {len(cut.vectors)} directions: the eigenvalues "
         f"of W above {cut.tolerance:.3g}, where the spectrum is cut (Otsu's threshold of the logarithms)."
     ]
-    figure, (left, right) = _panels()
-    picked = sorted({round(x) for x in torch.linspace(1, len(run.steps) - 1, 5).tolist()})
-    for i in picked:
+    for i in sorted({round(x) for x in torch.linspace(1, len(run.steps) - 1, 5).tolist()}):
         values = run.splits[i].eigenvalues
         values = values[values > 0]
-        color = colormaps["viridis"](0.9 * i / picked[-1])
-        left.plot(range(1, len(values) + 1), values, ".-", color=color, label=f"step {run.steps[i]}")
-    left.axhline(cut.tolerance, color=_GRAY, linestyle="--", linewidth=1, label="last cut")
-    top = float(values[0])
-    limits = max(1e-12 * top, float(values.min()) / 3), 4 * top
-    axes = {"yscale": "log", "xlabel": "eigenvalue number", "ylabel": "eigenvalue of W", "ylim": limits}
-    _finish(left, **axes, title="Spectrum of W")
+        left.plot(values, ".-", label=f"step {run.steps[i]}")
+    left.axhline(cut.tolerance, color="gray", linestyle="--", linewidth=1)
+    limits = max(1e-12 * float(values[0]), float(values[-1]) / 3), 4 * float(values[0])
+    _plot(left, "Spectrum of W", [], {}, "eigenvalue number", yscale="log", ylim=limits)
     for name, share in run.reservoir.items():
         low = int(share[1:].argmin()) + 1
         lines.append(
@@ -150,63 +143,52 @@ def _channel(run: Analysis) -> tuple[list[str], Figure]:
             f"{100 * share[low]:.1f} % at step {run.steps[low]}); this part moves the test outputs "
             f"{run.visible[name][-1]:.2g} times as far as the whole."
         )
-        right.plot(run.steps, share, label=name)
-    size = [1 - part.channel / len(part.vectors) for part in run.splits]
-    right.plot(run.steps, size, ":", color=_GRAY, label="share of all directions")
-    axes = {"xlabel": "optimizer step", "ylabel": "share in the reservoir", "ylim": (-0.03, 1.03)}
-    _finish(right, **axes, title="What lies in the reservoir")
+    size = torch.tensor([1 - part.channel / len(part.vectors) for part in run.splits])
+    shares = {**run.reservoir, "share of all directions": size}
+    _plot(right, "Share in the reservoir", run.steps, shares, ylim=(-0.03, 1.03))
     return lines, figure
 
 
-def _transfer(run: Analysis) -> tuple[list[str], Figure]:
-    error, real, predicted = run.transfer_error, run.displacement[-1], run.transfer[-1]
-    lines = [
+def _transfer(run: Analysis) -> Section:
+    error, (figure, (left, right)) = run.transfer_error, _panels()
+    left.axline((0, 0), slope=1, color="gray", linewidth=1)
+    left.plot(run.displacement[-1], run.transfer[-1], ".", label="a test output")
+    _plot(left, "Displacement at the end", [], {}, "real", ylabel="predicted")
+    _plot(right, "Over training", run.steps[1:], {"‖predicted − real‖/‖real‖": error}, yscale="log")
+    return [
         "Predicted by −𝒢 g of the first record, the displacement of the test outputs at the end is off by "
         f"{100 * error[-1]:.3g} % of its length; the largest error on the way is {100 * error.max():.3g} %."
-    ]
+    ], figure
+
+
+def _rotation(run: Analysis) -> Section:
     figure, (left, right) = _panels()
-    left.axline((0, 0), slope=1, color=_GRAY, linewidth=1)
-    left.plot(real, predicted, ".", color=_REAL, label="a test output")
-    _finish(left, xlabel="real displacement", ylabel="predicted displacement", title="At the end")
-    right.axhline(0.05, color=_GRAY, linestyle=":", label="5 %")
-    right.plot(run.steps[1:], error, color=_REAL, label="‖predicted − real‖/‖real‖")
-    _finish(right, xlabel="optimizer step", ylabel="relative error", yscale="log", title="Over training")
-    return lines, figure
-
-
-def _rotation(run: Analysis) -> tuple[list[str], Figure]:
-    lines = [
+    kept = {f"of {run.leading} eigenvectors, kept": run.alignment}
+    _plot(left, "Leading eigenspace against the start", run.steps, kept, ylim=(-0.03, 1.03))
+    _plot(right, "Change of the kernel", run.steps, {"‖K − K₀‖ / ‖K₀‖": run.kernel_change})
+    return [
         f"The kernel changed by {run.kernel_change[-1]:.3g} times its own norm. Its {run.leading} leading "
         f"eigenvectors keep {100 * run.alignment[-1]:.0f} % of the space that they spanned at the start."
-    ]
-    figure, (left, right) = _panels()
-    left.plot(run.steps, run.alignment, color=_REAL, label=f"of {run.leading} eigenvectors, kept")
-    _finish(left, xlabel="optimizer step", ylim=(-0.03, 1.03), title="Leading eigenspace against the start")
-    right.plot(run.steps, run.kernel_change, color=_REAL, label="‖K − K₀‖ / ‖K₀‖")
-    _finish(right, xlabel="optimizer step", title="Change of the kernel")
-    return lines, figure
+    ], figure
 
 
-def _modes(run: Analysis) -> tuple[list[str], Figure]:
-    lines = [
-        "Each row is an eigenvector of the last W, the largest eigenvalue on top; the color is the squared "
-        "output gradient along it."
-    ]
-    error = run.error_by_mode
+def _modes(run: Analysis) -> Section:
+    error, (figure, axis) = run.error_by_mode, _panels(1)
     scaled = (error / error[0].max().clamp(min=1e-300)).clamp(min=1e-10).log10()
-    figure, axis = _panels(1)
-    image = axis.pcolormesh(
-        run.steps.numpy(), range(1, error.shape[1] + 1), scaled.T.numpy(), cmap="magma", shading="nearest"
-    )
+    modes = range(1, error.shape[1] + 1)
+    image = axis.pcolormesh(run.steps.numpy(), modes, scaled.T.numpy(), cmap="magma", shading="nearest")
     axis.axhline(run.splits[-1].channel + 0.5, color="white", linestyle="--", linewidth=1)
     axis.invert_yaxis()
     axis.set(xlabel="optimizer step", ylabel="mode, by eigenvalue of W")
     axis.set_title("Squared error by mode, log₁₀; the channel is above the dashed line")
     figure.colorbar(image, ax=axis)
-    return lines, figure
+    return [
+        "Each row is an eigenvector of the last W, the largest eigenvalue on top; the color is the squared "
+        "output gradient along it."
+    ], figure
 
 
-SECTIONS = {  # title → sentences and figure
+SECTIONS = {
     "Where the loss went": _dissipation,
     "Signal channel and reservoir": _channel,
     "What reached the test examples": _transfer,
@@ -222,13 +204,11 @@ def _panels(count: int = 2) -> tuple[Figure, Any]:
     return figure, figure.subplots(1, count)
 
 
-def _finish(axis: Axes, **settings: Any) -> None:
-    axis.set(**settings)
+def _plot(
+    axis: Axes, title: str, x: Any, curves: Mapping[str, Tensor], xlabel: str = "optimizer step", **axes: Any
+) -> None:
+    for style, (label, y) in zip("- -- : -.".split() * len(curves), curves.items(), strict=False):
+        axis.plot(x, y, style, label=label)
+    axis.set(title=title, xlabel=xlabel, **axes)
     axis.grid(alpha=0.25)
     axis.legend(frameon=False, fontsize=9)
-
-
-def _png(figure: Figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return base64.b64encode(buffer.getvalue()).decode()

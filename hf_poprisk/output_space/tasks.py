@@ -1,17 +1,14 @@
 """What a network's outputs are, and what loss stands on them.
 
-A task is any object with two methods::
-
-    outputs(forward, batch) -> [b, k]        one row of outputs u per example of the batch
-    losses(outputs, batch) -> [b]            each example's loss Φ_i, a function of its row alone
-
-``forward`` is called like the model. The training loss is the mean of Φ_i over the examples; a task describes
-a run if that is what its trainer minimises. Notation of arXiv:2605.01172: outputs u, loss Φ, g = ∇Φ(u).
+A task is any object with the two methods of ``Task``. The training loss is the mean of Φ_i over the examples;
+a task describes a run if that is what its trainer minimises. Notation of arXiv:2605.01172: outputs u, loss Φ,
+g = ∇Φ(u).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -20,16 +17,16 @@ from torch.func import grad, vjp
 from torch.nn import functional as F
 
 Batch = Mapping[str, Tensor]
-Forward = Callable[..., Any]
+Forward = Callable[..., Any]  # called like the model
 Outputs = Callable[[Forward, Batch], Tensor]
 
 
 class Task(Protocol):
-    """See the module."""
+    def outputs(self, forward: Forward, batch: Batch) -> Tensor:
+        """One row of outputs u per example of the batch, [b, k]."""
 
-    def outputs(self, forward: Forward, batch: Batch) -> Tensor: ...
-
-    def losses(self, outputs: Tensor, batch: Batch) -> Tensor: ...
+    def losses(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Each example's loss Φ_i [b], a function of its row of the outputs alone."""
 
 
 class ClassLogits:
@@ -61,30 +58,24 @@ class SequenceLogProb:
     """
 
     def outputs(self, forward: Forward, batch: Batch) -> Tensor:
-        logits = forward(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])["logits"]
-        return _log_prob(logits, batch["input_ids"], batch["labels"][:, 1:] != -100)[:, None]
+        return _log_prob(forward, batch, batch["labels"] != -100)[:, None]
 
     def losses(self, outputs: Tensor, batch: Batch) -> Tensor:
         return -outputs[:, 0] / (batch["labels"][:, 1:] != -100).sum(1)
 
 
+@dataclass
 class DPOMargin:
     """DPO: the reward margin of each pair [b, 1], and the sigmoid loss.
 
     The batch is TRL's: rows ``[chosen…, rejected…]`` with ``completion_mask``, and the reference's
     log-probabilities ``ref_chosen_logps`` and ``ref_rejected_logps`` [b] (``precompute_ref_log_probs=True``).
-
-    Args:
-        beta: as in the DPO config.
     """
 
-    def __init__(self, beta: float = 0.1) -> None:
-        self.beta = beta
+    beta: float = 0.1  # as in the DPO config
 
     def outputs(self, forward: Forward, batch: Batch) -> Tensor:
-        logits = forward(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])["logits"]
-        kept = batch["completion_mask"][:, 1:].bool()
-        chosen, rejected = _log_prob(logits, batch["input_ids"], kept).chunk(2)
+        chosen, rejected = _log_prob(forward, batch, batch["completion_mask"].bool()).chunk(2)
         reference = batch["ref_chosen_logps"] - batch["ref_rejected_logps"]
         return self.beta * (chosen - rejected - reference)[:, None]
 
@@ -92,11 +83,11 @@ class DPOMargin:
         return F.softplus(-outputs[:, 0])
 
 
-def _log_prob(logits: Tensor, ids: Tensor, kept: Tensor) -> Tensor:
-    """[b]: the summed log-probability of ids[:, 1:] where ``kept`` [b, T − 1] is true."""
-    targets = ids[:, 1:, None]
-    logps = (logits[:, :-1].gather(-1, targets) - logits[:, :-1].logsumexp(-1, keepdim=True)).squeeze(-1)
-    return torch.where(kept, logps, 0).sum(1)
+def _log_prob(forward: Forward, batch: Batch, kept: Tensor) -> Tensor:
+    """[rows]: the summed log-probability of the tokens that are ``kept`` [rows, T], the first one aside."""
+    logits = forward(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])["logits"][:, :-1]
+    logps = logits.gather(-1, batch["input_ids"][:, 1:, None]) - logits.logsumexp(-1, keepdim=True)
+    return torch.where(kept[:, 1:], logps.squeeze(-1), 0).sum(1)
 
 
 def loss_terms(task: Task, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,6 +1,5 @@
 """Small recorded runs: a regression with closed forms, trained by a stock trainer or ours."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_poprisk import PopRiskTrainer, PopRiskTrainingArguments
 from hf_poprisk.output_space import OutputSpaceCallback, Recording, SquaredError, load_recording
+from hf_poprisk.output_space.analysis import Analysis
 
 N, M = 12, 5  # probe and test examples
 
@@ -24,9 +24,9 @@ class HalfSquared(SquaredError):
 class Regression(nn.Module):
     """A network with the half squared loss, in float64."""
 
-    def __init__(self, body: nn.Module) -> None:
+    def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
-        self.body = body.double()
+        self.body = nn.Sequential(*layers).double()
 
     def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
         predictions = self.body(x)
@@ -35,7 +35,7 @@ class Regression(nn.Module):
 
 
 def network(width: int = 4) -> Regression:
-    return Regression(nn.Sequential(nn.Linear(3, width), nn.Tanh(), nn.Linear(width, 1)))
+    return Regression(nn.Linear(3, width), nn.Tanh(), nn.Linear(width, 1))
 
 
 def examples(count: int, inputs: int = 3, outputs: int = 1) -> list[dict[str, Tensor]]:
@@ -44,27 +44,17 @@ def examples(count: int, inputs: int = 3, outputs: int = 1) -> list[dict[str, Te
     ]
 
 
-def one_each(rows: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    return [{k: v[None] for k, v in row.items()} for row in rows]
-
-
 def arguments(folder: Path, **settings: Any) -> dict[str, Any]:
-    common = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": N,
-        "lr_scheduler_type": "constant",
-        "report_to": "none",
-        "save_strategy": "no",
-        "use_cpu": True,
-        "max_grad_norm": 0.0,
-    }
-    return {**common, **settings}
+    common = {"output_dir": str(folder), "per_device_train_batch_size": N, "lr_scheduler_type": "constant"}
+    common |= {"report_to": "none", "save_strategy": "no", "use_cpu": True, "max_grad_norm": 0.0}
+    return common | settings
 
 
 def recorder(
     probe: list[Any], test: list[Any], steps: Any = 1, task: Any = None, **more: Any
 ) -> OutputSpaceCallback:
-    return OutputSpaceCallback(task or HalfSquared(), one_each(probe), one_each(test), steps, **more)
+    batches = ([{k: v[None] for k, v in row.items()} for row in rows] for rows in (probe, test))
+    return OutputSpaceCallback(task or HalfSquared(), *batches, steps, **more)
 
 
 def train(
@@ -89,6 +79,15 @@ def flat(recording: Recording, name: str, record: int = 0) -> Tensor:
     return recording.series[name][record].reshape(-1).double()
 
 
-def displacement(recording: Recording, name: str = "test_outputs") -> Tensor:
+def displacement(recording: Recording, first: int = 0, last: int = -1, name: str = "test_outputs") -> Tensor:
     """[N] or [M]: how far the outputs went."""
-    return flat(recording, name, -1) - flat(recording, name)
+    return flat(recording, name, last) - flat(recording, name, first)
+
+
+def predicted(recording: Recording) -> Tensor:
+    """[M]: how far the test outputs were to go."""
+    return Analysis(recording).transfer[-1]
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())

@@ -24,11 +24,10 @@ def reference_jacobian(model: nn.Module, batches: list[Batch], outputs: Outputs)
     return torch.stack(rows)
 
 
-def pairs(count: int, start: int = 0) -> list[Batch]:
+def pairs(count: int) -> list[Batch]:
     """Preference pairs as TRL collates them, one to a batch."""
-    rows = token_examples(2 * (start + count))
-    found = []
-    for i in range(start, start + count):
+    rows, found = token_examples(2 * count), []
+    for i in range(count):
         batch = {k: torch.cat([rows[2 * i][k], rows[2 * i + 1][k]]) for k in ("input_ids", "attention_mask")}
         completion = batch["attention_mask"].clone()
         completion[:, :2] = 0
@@ -39,6 +38,10 @@ def pairs(count: int, start: int = 0) -> list[Batch]:
 
 def classified(count: int) -> list[Batch]:
     return [{**row, "labels": torch.tensor([i % 3])} for i, row in enumerate(token_examples(count))]
+
+
+def x_of(forward: object, batch: Batch) -> Tensor:
+    return forward(batch["x"])
 
 
 CASES = {
@@ -58,8 +61,7 @@ def test_kernel_is_the_textbook_one(case: str) -> None:
     j, j_test = (reference_jacobian(model, part, task.outputs) for part in (probe, test))
     close = {"rtol": 1e-10, "atol": 1e-10 * float((j @ j.T).abs().max())}
     torch.testing.assert_close(empirical_ntk(model, probe, task.outputs, chunk=2), j @ j.T, **close)
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    scales = {name: torch.rand_like(p) for name, p in trained}
+    scales = {name: torch.rand_like(p) for name, p in model.named_parameters() if p.requires_grad}
     p = torch.cat([s.reshape(-1) for s in scales.values()])
     for chunk in (3, 100):
         kernel, cross = kernels(model, probe, test, task.outputs, chunk, scales)
@@ -70,16 +72,11 @@ def test_kernel_is_the_textbook_one(case: str) -> None:
 def test_chunks_of_every_size_give_one_kernel() -> None:
     """Batches of several examples, outputs of one example in different chunks, more test than probe."""
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
-
-    def outputs(forward: object, batch: Batch) -> Tensor:
-        return forward(batch["x"])
-
     probe, test = ([{"x": torch.randn(b, 3).double()} for b in sizes] for sizes in ((1, 2, 1), (3, 2, 1)))
-    j, j_test = (reference_jacobian(model, part, outputs) for part in (probe, test))
+    j, j_test = (reference_jacobian(model, part, x_of) for part in (probe, test))
     for chunk in range(1, 14):
-        kernel, cross = kernels(model, probe, test, outputs, chunk)
-        torch.testing.assert_close(kernel, j @ j.T, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(cross, j_test @ j.T, rtol=1e-12, atol=1e-12)
+        for found, against in zip(kernels(model, probe, test, x_of, chunk), (j, j_test), strict=True):
+            torch.testing.assert_close(found, against @ j.T, rtol=1e-12, atol=1e-12)
 
 
 def test_no_more_than_two_chunks_of_gradients_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,17 +89,16 @@ def test_no_more_than_two_chunks_of_gradients_are_held(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(_Jacobian, "__call__", counted)
     batches = [{"x": torch.randn(1, 50)}] * 10
-    kernels(nn.Linear(50, 4), batches, batches[:2], lambda f, b: f(b["x"]), chunk=8)
+    kernels(nn.Linear(50, 4), batches, batches[:2], x_of, chunk=8)
     assert len(made) == 1 + (4 + 3 + 2 + 1) + 5 and max(most) == 2  # 5 chunks in pairs, 5 times the test's
 
 
 def test_the_model_is_left_as_it_was() -> None:
-    model = tiny_model().train()
+    model, hooked = tiny_model().train(), list[Tensor]()
     model.model.layers[0].eval()
     before = [module.training for module in model.modules()]
-    hooked: list[str] = []
-    for name, p in model.named_parameters():
-        p.register_hook(lambda grad, name=name: hooked.append(name))
+    for p in model.parameters():
+        p.register_hook(hooked.append)
     empirical_ntk(model, token_examples(2), SequenceLogProb().outputs)
     assert [module.training for module in model.modules()] == before
     assert not hooked and all(p.grad is None for p in model.parameters())
@@ -120,10 +116,9 @@ def test_curvature_and_gradient_of_the_losses() -> None:
 
 
 def test_what_cannot_be_is_refused() -> None:
-    model, outputs = nn.Linear(2, 1), lambda f, b: f(b["x"])
-    probe = [{"x": torch.ones(1, 2)}]
+    model, probe = nn.Linear(2, 1), [{"x": torch.ones(1, 2)}]
     for given, chunk, message in ((probe, 0, "chunk must be"), ([], 1, "at least one example")):
         with pytest.raises(ValueError, match=message):
-            empirical_ntk(model, given, outputs, chunk)
+            empirical_ntk(model, given, x_of, chunk)
     with pytest.raises(ValueError, match="no trainable parameter"):
-        empirical_ntk(model.requires_grad_(False), probe, outputs)
+        empirical_ntk(model.requires_grad_(False), probe, x_of)

@@ -12,7 +12,7 @@ from runs import M, N, Regression, examples, network, recorder, train
 from torch import nn
 
 from hf_poprisk.__main__ import main
-from hf_poprisk.output_space import RecordingError, cumulative, load_recording
+from hf_poprisk.output_space import RecordingError, load_recording
 from hf_poprisk.output_space.analysis import Analysis
 from hf_poprisk.output_space.recording import FILE_NAME, FLOW
 from hf_poprisk.output_space.report import SECTIONS, about_run
@@ -53,7 +53,7 @@ def test_the_analysis_says_what_happened(run: Path) -> None:
     assert analysis.transfer_error.max() < 0.01 and analysis.stable
     assert analysis.leading == 6 and analysis.kernel_change[0] == 0
     assert float(analysis.alignment[0]) == pytest.approx(1) and 0 < analysis.alignment.min() < 1
-    whole, cut = cumulative(recording)[-1].transfer, analysis.splits[-1]
+    whole, cut = analysis.evolutions[-1].transfer, analysis.splits[-1]
     g = recording.series["gradients"][0].reshape(-1)
     inside = cut.vectors[:, : cut.channel] @ cut.vectors[:, : cut.channel].T @ g
     seen = (whole @ (g - inside)).norm() / (whole @ g).norm()
