@@ -116,6 +116,7 @@ def make_config(
         "source": SOURCE,  # where the method comes from
         "optim": str(getattr(args.optim, "value", args.optim)),  # a stock one in a run without the gate
         **args.gate_options(),  # gate, estimator, warmup_steps, ema_alpha, basis
+        "gated": args.gated,
         "exclude": list(args.poprisk_exclude or ()),
         "label_noise": args.poprisk_label_noise,
         "judge_after_epochs": args.poprisk_judge_after_epochs,
@@ -162,15 +163,10 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], other_data: bool 
     Args:
         other_data: the data may have another length.
     """
-    gated = now["optim"] == OPTIM
+    gated = now["optim"] == OPTIM or now["gated"]
     pairs = {"poprisk_basis": (before.get("basis", "coordinate"), now["basis"])}  # of any optimizer's moments
-    if gated and before["optim"] == OPTIM:
-        old = {
-            "label_noise": "off",
-            "judge_after_epochs": 0,
-            "leap": 0.0,
-            **before,
-        }  # older than these settings
+    if gated and (before["optim"] == OPTIM or before.get("gated")):
+        old = {"label_noise": "off", "judge_after_epochs": 0, "leap": 0.0, **before}  # some are older
         pairs |= {f"poprisk_{name}": (old[name], now[name]) for name in _SETTINGS}
         pairs |= {f"{name} (of version 0.1)": (old.get(name, value), value) for name, value in _GONE.items()}
         if "ema" not in (before["estimator"], now["estimator"]):

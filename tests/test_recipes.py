@@ -217,7 +217,7 @@ def test_flips_are_exact_seeded_and_marked() -> None:
         ("--per_device_train_batch_size 1 --gradient_accumulation_steps 1", "leaves nothing to hold out"),
         ("--per_device_train_batch_size 4 --padding_free true", "padding_free=True joins"),
         ("--learning_rate fast", "invalid float value: 'fast'"),
-        ("--optim_args gate=soft,", "optim_args has ''"),
+        ("--optim_args gate=soft", "optim_args has no effect with optim=poprisk_adamw"),
         ("--packing true", "--packing"),
         ("poprisk_warmup_steps: 1.5", "poprisk_warmup_steps must be an integer"),
         ("poprisk_gate: firm", "poprisk_gate must be one of"),

@@ -185,7 +185,10 @@ def test_a_run_without_the_gate_says_so_on_the_main_process(
     monkeypatch.setattr(other, "is_world_process_zero", lambda: False)
     for run in (trainer, other, plain_trainer(tmp_path, max_steps=1)):
         run.train()
-    sentence = "optim=sgd: plain sgd, no population-risk gate; set optim=poprisk_adamw for it."
+    sentence = (
+        "optim=sgd: plain sgd, no population-risk gate; set optim=poprisk_adamw for it, or "
+        "poprisk_gate=hard for one around sgd."
+    )
     assert [r.message for r in caplog.records if "no population-risk gate" in r.message] == [sentence]
 
 
@@ -236,6 +239,7 @@ def test_the_mixin_hides_nothing_of_the_stock_trainers() -> None:
     """Its own names are free in every class it stands before; TRL prints `_name` in model cards, say."""
     overridden = set(
         "create_optimizer train training_step compute_loss log push_to_hub get_optimizer_cls_and_kwargs "
+        "set_initial_training_values "
         "create_model_card init_hf_repo save_model _save _save_checkpoint _save_rng_state _run_epoch "
         "_load_optimizer_and_scheduler _load_best_model _push_from_checkpoint _finish_current_push end "
         "_clip_grad_norm get_train_dataloader get_batch_samples _prepare_inputs _prepare_for_training".split()
