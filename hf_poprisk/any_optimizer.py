@@ -37,6 +37,8 @@ class PopRiskGate(GatedOptimizer):
         ValueError: an optimizer that cannot be gated, by name; a bad value; nothing left to train or gate.
     """
 
+    _stepped = False
+
     def __init__(
         self,
         inner: Optimizer,
@@ -93,11 +95,12 @@ class PopRiskGate(GatedOptimizer):
         self._end_window()
 
     def _has_stepped(self) -> bool:
-        return any(self.state.values())
+        return self._stepped or any(self.state.values())  # SGD keeps none
 
     def _update(self) -> None:
         before = {p: local(p).clone() for p in self._openness or {}}
         self.inner.step()
+        self._stepped = True
         for p, old in before.items():
             take_back(local(p), old, self._openness[p])  # type: ignore[index]
 

@@ -55,9 +55,6 @@ class PopRiskArgumentsMixin:
         default=None,
         metadata={"help": "Regular expressions: parameters whose name matches one stay ungated."},
     )
-    poprisk_warmup_steps: int = field(
-        default=0, metadata={"help": "Ungated optimizer steps at the start of training."}
-    )
     poprisk_ema_alpha: float | None = field(
         default=None,
         metadata={
@@ -175,7 +172,6 @@ class PopRiskArgumentsMixin:
         return {
             "gate": self.poprisk_gate or ("hard" if self.optim == OPTIM else "none"),
             "estimator": self.poprisk_estimator,
-            "warmup_steps": self.poprisk_warmup_steps,
             "ema_alpha": self.poprisk_ema_alpha,
             "basis": self.poprisk_basis,
         }

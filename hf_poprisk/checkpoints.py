@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_poprisk.any_optimizer import PopRiskGate
 from hf_poprisk.logs import GateStatistics
 from hf_poprisk.record import (
     CONFIG_NAME,
@@ -251,11 +252,12 @@ class CheckpointMixin:
         self._write_label_noise(folder)
 
     def _record(self) -> dict[str, Any]:
-        steps = self.state.global_step
+        steps, optimizer = self.state.global_step, self._poprisk_optimizer()
         return make_config(
             self.args,
             steps=steps,
             weights_step=self._weights_step or steps,
             data=self._training_data,
             trainable=self._trainable,
+            around=type(optimizer.inner).__name__ if isinstance(optimizer, PopRiskGate) else None,
         )

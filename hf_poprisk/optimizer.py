@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 _UNDERFLOW = 1e-30  # below this ΣG² says nothing: the squares of such gradients underflow in float32
 _UNSUPPORTED = ("amsgrad", "maximize", "differentiable")  # of what AdamW's groups may ask for
-_KEPT = "gate estimator warmup_steps ema_alpha basis keep_written _ungated _names".split()  # in copies
+_KEPT = "gate estimator ema_alpha basis keep_written _ungated _names".split()  # in copies
 
 
 class GatedOptimizer(ExampleBlocks):
@@ -35,7 +35,6 @@ class GatedOptimizer(ExampleBlocks):
 
     statistics: GateStatistics
     # of PopRiskAdamW alone
-    warmup_steps = 0
     ema_alpha: float | None = None
     basis = "coordinate"
     keep_written = False
@@ -193,7 +192,6 @@ class PopRiskAdamW(GatedOptimizer, torch.optim.AdamW):
         estimator: ``example``: every block is one example, exact. ``group``: every block is a micro-batch,
             coarser. ``ema``: the authors' streaming form, which needs no blocks: ``hf_poprisk.streaming``.
         ungated: parameters that the gate leaves alone (see ``options.matching``).
-        warmup_steps: ungated steps at the start.
         ema_alpha: threshold of ``ema``; default ``(1−β₁)/(1+β₁)``. The published 1 closes almost everything.
         basis: ``coordinate``, or ``eigen``: the moments and the gate are in an eigenbasis of each layer's
             gradients, which ``set_bases`` must be given: ``hf_poprisk.eigen``.
@@ -232,15 +230,11 @@ class PopRiskAdamW(GatedOptimizer, torch.optim.AdamW):
         gate: str = "hard",
         estimator: str = "example",
         ungated: Iterable[Tensor] = (),
-        warmup_steps: int = 0,
         ema_alpha: float | None = None,
         basis: str = "coordinate",
     ) -> None:
-        check_options(
-            gate=gate, estimator=estimator, warmup_steps=warmup_steps, ema_alpha=ema_alpha, basis=basis
-        )
-        self.gate, self.estimator, self.basis = gate, estimator, basis
-        self.warmup_steps, self.ema_alpha = warmup_steps, ema_alpha
+        check_options(gate=gate, estimator=estimator, ema_alpha=ema_alpha, basis=basis)
+        self.gate, self.estimator, self.ema_alpha, self.basis = gate, estimator, ema_alpha, basis
         self.statistics, self._ungated = GateStatistics(), set(ungated)
         self._names: dict[Tensor, str] = {}
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad)
@@ -273,7 +267,7 @@ class PopRiskAdamW(GatedOptimizer, torch.optim.AdamW):
 
     def _openness_of(self, group: dict[str, Any], row: Row) -> Tensor | None:
         """q of this step, the one after ``step``; None where it is not gated."""
-        return (self._openness or {}).get(row[0]) if row[4].item() >= self.warmup_steps else None
+        return (self._openness or {}).get(row[0])
 
     def __getstate__(self) -> dict[str, Any]:
         """As in torch, with the gate's options: copies and pickles are gated as well."""

@@ -72,16 +72,16 @@ def _out_of_range(args: Any) -> str | None:
 _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ("per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps num_generations "
      "max_completion_length", lambda v: v >= 1, "1 or more"),
-    ("adam_epsilon", lambda v: v > 0, "above 0"),
+    ("adam_epsilon temperature", lambda v: v > 0, "above 0"),
     ("adam_beta1 adam_beta2", lambda v: 0 <= v < 1, "from 0 to below 1"),
-    ("learning_rate weight_decay max_grad_norm num_train_epochs beta label_smoothing_factor temperature",
+    ("learning_rate weight_decay max_grad_norm num_train_epochs beta label_smoothing_factor",
      lambda v: v >= 0, "0 or more"),
 )  # fmt: skip
 
 # For every run.
 NUMBERS = (
     Rule(_not_finite, "{found} is not a finite number: give one."),
-    Rule(_out_of_range, "{found}: set it so."),
+    Rule(_out_of_range, "{found}."),
 )
 LAUNCH = (
     Rule(

@@ -146,9 +146,8 @@ def _build(kind: str, script: Any, config: Any, model: Any, mixture: Any) -> Any
     if model.use_peft:
         need("peft", "use_peft")
     more = {"reward_funcs": _rewards(script)} if hasattr(script, "reward_funcs") else {}
-    splits = [script.dataset_train_split]
-    if config.eval_strategy != "no":
-        splits.append(script.dataset_test_split)
+    evaluates = config.eval_strategy != "no"
+    splits = [script.dataset_train_split, *[script.dataset_test_split] * evaluates]
     data = [_load(script, mixture, split) for split in splits]
     for split, rows in zip(splits, data, strict=True):
         _check_columns(kind, config, split, rows)
@@ -163,7 +162,7 @@ def _build(kind: str, script: Any, config: Any, model: Any, mixture: Any) -> Any
         model.model_name_or_path,
         args=config,
         train_dataset=data[0],
-        eval_dataset=data[1] if len(data) > 1 else None,
+        eval_dataset=data[1] if evaluates else None,
         quantization_config=trl.get_quantization_config(model),
         peft_config=trl.get_peft_config(model),
         **more,
@@ -174,25 +173,20 @@ def _rewards(script: Any) -> list[Any]:
     """Of the options: a model, functions of TRL's, and functions of modules that are here or installed."""
     from trl import rewards
 
-    known = {
-        "accuracy_reward": rewards.accuracy_reward,
-        "reasoning_accuracy_reward": rewards.reasoning_accuracy_reward,
-        "think_format_reward": rewards.think_format_reward,
-        "get_soft_overlong_punishment": rewards.get_soft_overlong_punishment(1280, 256),
-    }
+    names = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")
+    known = {name: getattr(rewards, name) for name in names}
+    known["get_soft_overlong_punishment"] = rewards.get_soft_overlong_punishment(1280, 256)
     found = [script.reward_model_name_or_path] * (script.reward_model_name_or_path is not None)
     for name in script.reward_funcs or ():
-        module_name, _, function = name.rpartition(".")
-        if name in known:
-            found.append(known[name])
-            continue
-        sys.path.insert(0, os.getcwd())
-        try:
-            reward = getattr(importlib.import_module(module_name), function, None) if module_name else None
-        except ModuleNotFoundError as error:
-            if not f"{module_name}.".startswith(f"{error.name}."):  # one that the module itself wants
-                raise
-            reward = None
+        module, _, function = name.rpartition(".")
+        reward = known.get(name)
+        if module:
+            sys.path.insert(0, os.getcwd())
+            try:
+                reward = getattr(importlib.import_module(module), function, None)
+            except ModuleNotFoundError as error:
+                if not f"{module}.".startswith(f"{error.name}."):  # one that the module itself wants
+                    raise
         if not callable(reward):
             raise UserError(
                 f"reward_funcs={name} is none of {', '.join(known)}, and no function of a module that can be "

@@ -165,6 +165,8 @@ class PopRiskMixin(
             raise no_moments(self.optimizer)
         if self._risk is not None and optimizer is not None:
             optimizer.keep_written = True
+        if isinstance(optimizer, PopRiskGate) and optimizer.gate != "none":
+            self._check_launch("PopRiskGate", "poprisk_gate=none")
         if optimizer is not None:
             _check_agreement(optimizer, named, self.args)
             optimizer.name_parameters(named.items())
@@ -187,10 +189,8 @@ class PopRiskMixin(
         gated, by, without = self.args.gated, self.args.gated_by, self.args.plain_options
         if self._label_noise is not None or self.args.poprisk_basis == "eigen":
             self._check_launch(by, without)
-        elif gated and self.args.optim == OPTIM:
-            self._check_sharding(by, without)
         elif gated:
-            self._check_launch(by, without)
+            self._check_sharding(by, without)
         if gated:
             self._check_copies()
         if self._risk is not None:
@@ -300,10 +300,11 @@ def _check_agreement(optimizer: GatedOptimizer, named: dict[str, torch.Tensor], 
 
 def _summary(optimizer: GatedOptimizer, args: Any) -> str:
     """One line that says what is gated and what is not."""
-    around = f" around {type(optimizer.inner).__name__}" if isinstance(optimizer, PopRiskGate) else ""
+    inner = type(optimizer.inner).__name__ if isinstance(optimizer, PopRiskGate) else None
     if optimizer.gate == "none":
-        kind = f"plain AdamW{around}" if optimizer.basis == "coordinate" else "AdamW with basis=eigen"
-        return f"population-risk gate: off (gate=none), {kind.replace('AdamW around ', '')}."
+        kind = f"plain {inner or 'AdamW'}" if optimizer.basis == "coordinate" else "AdamW with basis=eigen"
+        return f"population-risk gate: off (gate=none), {kind}."
+    around = f" around {inner}" if inner else ""
     gated = optimizer.gated_parameters
     trainable = sum(p.requires_grad for group in optimizer.param_groups for p in group["params"])
     per_step, few, units = "", "", args.units_per_step

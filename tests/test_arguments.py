@@ -56,12 +56,11 @@ FIELDS: dict[str, Any] = {
     "poprisk_gate": "soft",
     "poprisk_estimator": "ema",
     "poprisk_exclude": ["embed", r"layers\.0\."],
-    "poprisk_warmup_steps": 3,
     "poprisk_ema_alpha": 0.5,
 }
 FIELDS_ON_THE_COMMAND_LINE = (
     "--poprisk_gate soft --poprisk_estimator ema --poprisk_exclude embed layers\\.0\\. "
-    "--poprisk_warmup_steps 3 --poprisk_ema_alpha 0.5"
+    "--poprisk_ema_alpha 0.5"
 ).split()
 
 
@@ -145,10 +144,10 @@ def test_flags_are_read_from_yaml_and_the_command_line_wins(parse: Any) -> None:
     assert args.optim == "poprisk_adamw" and changed_fields(args) == FIELDS
     # `hard` is what the default means: saying it must still beat the recipe.
     flags = "--optim poprisk_adamw --poprisk_gate hard --poprisk_exclude norm".split()
-    recipe = {"poprisk_gate": "soft", "poprisk_exclude": ["embed"], "poprisk_warmup_steps": 5}
+    recipe = {"poprisk_gate": "soft", "poprisk_exclude": ["embed"], "poprisk_leap": 0.5}
     args = parse(*flags, config={"optim": "adamw_torch", **recipe})
     assert args.optim == "poprisk_adamw"
-    said = {"poprisk_gate": "hard", "poprisk_exclude": ["norm"], "poprisk_warmup_steps": 5}
+    said = {"poprisk_gate": "hard", "poprisk_exclude": ["norm"], "poprisk_leap": 0.5}
     assert changed_fields(args) == said
     args = parse("--optim", "adamw_torch", config={"optim": "poprisk_adamw", "poprisk_label_noise": False})
     assert args.optim is OptimizerNames.ADAMW_TORCH  # and YAML reads off as false
@@ -216,14 +215,14 @@ def test_set_optimizer_takes_our_name_by_default(make: Any) -> None:
     [
         ("poprisk_adam", {}, "poprisk_adam is not a valid OptimizerNames"),
         ("poprisk_adamw", {"args": "gate=soft"}, "optim_args has no effect with optim=poprisk_adamw: set"),
-        ("adamw_torch", {}, "poprisk_warmup_steps=3 has no effect with optim=adamw_torch"),
+        ("adamw_torch", {}, "poprisk_leap=0.5 has no effect with optim=adamw_torch"),
     ],
 )
 def test_set_optimizer_refuses_what_the_constructor_refuses(
     make: Any, name: str, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        make(poprisk_gate="soft", poprisk_warmup_steps=3).set_optimizer(name, **options)
+        make(poprisk_gate="soft", poprisk_leap=0.5).set_optimizer(name, **options)
 
 
 def test_a_gate_that_is_given_goes_around_any_optimizer(make: Any) -> None:
@@ -235,7 +234,7 @@ def test_a_gate_that_is_given_goes_around_any_optimizer(make: Any) -> None:
     make(optim="sgd", poprisk_gate="hard", poprisk_exclude=["a"], poprisk_estimator="group")
     for name, value in {
         "estimator": "ema",
-        "warmup_steps": 3,
+        "leap": 0.5,
         "basis": "eigen",
         "label_noise": "audit",
     }.items():
@@ -304,7 +303,6 @@ BAD: dict[str, list[Any]] = {
     "gate": ["open"],
     "estimator": ["token"],
     "leap": [-1.0, 1e-6, float("inf"), float("nan"), True, "far"],
-    "warmup_steps": [-1, 1.0, True, "1"],
     "ema_alpha": [0.0, -0.5, float("nan"), True, "0.5"],
     "basis": ["Eigen", None],
     "exclude": [["embed", 3], ["first("]],

@@ -219,7 +219,6 @@ def test_flips_are_exact_seeded_and_marked() -> None:
         ("--learning_rate fast", "invalid float value: 'fast'"),
         ("--optim_args gate=soft", "optim_args has no effect with optim=poprisk_adamw"),
         ("--packing true", "--packing"),
-        ("poprisk_warmup_steps: 1.5", "poprisk_warmup_steps must be an integer"),
         ("poprisk_gate: firm", "poprisk_gate must be one of"),
         ("poprisk_gaet: soft", "poprisk_gaet"),
         ("num_train_epochs: three", "invalid float value: 'three'"),

@@ -212,22 +212,6 @@ def test_gate_none_trains_as_adamw_does(tmp_path: Path) -> None:
     assert all(torch.equal(p, w) for p, w in zip(*weights, strict=True))
 
 
-@pytest.mark.parametrize("estimator", ["ema", "group"])
-def test_the_other_estimators_take_larger_micro_batches(estimator: str, tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path, **layout(2, 4), max_steps=2, poprisk_estimator=estimator)
-    trainer.train()
-    entry = trainer.state.log_history[0]
-    assert 0 < entry["poprisk/fraction_open"] <= 1 and "poprisk/examples" not in entry
-    assert ("poprisk/groups" in entry) == (estimator == "group")
-
-
-def test_checkpointing_and_bf16_autocast_run_gated(llama_dir: Path, tmp_path: Path) -> None:
-    options = {**layout(1, 4), "max_steps": 2, "bf16": True, "gradient_checkpointing": True}
-    trainer = trl_trainer_of("DPO", str(llama_dir), tmp_path, **options)
-    trainer.train()
-    assert 0.05 < trainer.state.log_history[0]["poprisk/fraction_open"] < 0.95
-
-
 def test_a_default_config_is_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The stock trainers make a config of their own when none is given; it would have no gate."""
     monkeypatch.chdir(tmp_path)
