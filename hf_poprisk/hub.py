@@ -145,8 +145,9 @@ class HubMixin:
             lines += [f"Trained with hf_poprisk and the gate off ({record['optim']})."]
         else:
             lines += [
-                f"Trained with hf_poprisk: what {record['around'] or 'AdamW'} would write is written only as far as the "
-                f"batch's signal beats its leave-one-out noise, G² > Q ([{SOURCE}](https://arxiv.org/abs/{SOURCE[6:]})).",
+                f"Trained with hf_poprisk: {record['around'] or 'AdamW'}'s update is written only as far as "
+                "the batch's signal beats its leave-one-out noise, G² > Q "
+                f"([{SOURCE}](https://arxiv.org/abs/{SOURCE[6:]})).",
                 "",
                 "| gate | estimator | per step | optimizer steps | open | open on pure noise |",
                 "|---|---|---|---|---|---|",
