@@ -99,19 +99,19 @@ def newest_checkpoint(output_dir: str | Path, weights_only: bool = False) -> Pat
     return None
 
 
-def checkpoint_to_resume(args: Any, wanted: str | Path | bool | None = ...) -> str | None:  # type: ignore[assignment]
+def checkpoint_to_resume(args: Any, wanted: str | bool | None = None) -> str | None:
     """The folder to resume from; None to start anew.
 
     Args:
         args: training arguments; with ``save_only_model``, weights alone will do.
-        wanted: a folder; True, ``true`` or ``last`` for the newest whole one in ``output_dir``; None, False,
+        wanted: a folder; True, ``true`` or ``last`` for the newest whole one in ``output_dir``; False,
             ``false`` or ``none``. Left out: ``args.resume_from_checkpoint``.
 
     Raises:
         ResumeError: there is none, or it is not whole.
     """
-    wanted = args.resume_from_checkpoint if wanted is ... else wanted
-    if str(wanted).lower() in ("", "false", "none"):
+    wanted = args.resume_from_checkpoint if wanted is None else wanted
+    if str(wanted).lower() in ("false", "none"):
         return None
     alone, hint = args.save_only_model, "save_only_model=true goes on from weights alone"
     last = str(wanted).lower() in ("last", "true")
@@ -137,7 +137,7 @@ class CheckpointMixin:
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if self._trainable is None:  # a second call goes on with the optimizer of the first
             self._trainable = describe_trainable(self._trainable_names())
-        found = checkpoint_to_resume(self.args, resume_from_checkpoint)
+        found = checkpoint_to_resume(self.args, resume_from_checkpoint or False)
         if found is not None:
             self._check_same_run(Path(found))
             if not _holds(Path(found), "optimizer.pt") and self.is_world_process_zero():
