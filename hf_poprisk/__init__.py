@@ -4,6 +4,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from hf_poprisk.any_optimizer import PopRiskGate
 from hf_poprisk.arguments import PopRiskArgumentsMixin, PopRiskTrainingArguments
 from hf_poprisk.optimizer import PopRiskAdamW
 from hf_poprisk.record import load_record
@@ -46,6 +47,7 @@ __all__ = [
     "PopRiskEarlyStoppingCallback",
     "PopRiskGRPOConfig",
     "PopRiskGRPOTrainer",
+    "PopRiskGate",
     "PopRiskKTOConfig",
     "PopRiskKTOTrainer",
     "PopRiskMixin",

@@ -26,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except UserError as error:
         parser.exit(2, f"hf-poprisk {args.command}: error: {error}\n")
     except OSError as error:
+        if args.execute is train_command.train:  # during training
+            raise
         parser.exit(2, f"hf-poprisk {args.command}: error: {one_line(error)}.\n")
     except KeyboardInterrupt:
         parser.exit(130, "\ninterrupted: nothing was left half-written.\n")

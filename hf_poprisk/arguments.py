@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-import warnings
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from transformers import TrainingArguments
@@ -27,15 +27,22 @@ class PopRiskArgumentsMixin:
     _example_rules: ClassVar[tuple[Rule, ...]] = refusals.EXAMPLES
     _label_rules: ClassVar[tuple[Rule, ...]] = refusals.LABELS
     _weight_rules: ClassVar[tuple[Rule, ...]] = refusals.WEIGHTS
+    _basis_rules: ClassVar[tuple[Rule, ...]] = ()
 
     # Redeclared as a string: the stock field is an Enum, which a command line could not extend.
     optim: str = field(
         default=OPTIM,
-        metadata={"help": f"The optimizer to use: {OPTIM}, or any that transformers knows (no gate then)."},
+        metadata={
+            "help": f"The optimizer to use: {OPTIM}, or any that transformers knows (with a gate if "
+            "poprisk_gate is given)."
+        },
     )
-    poprisk_gate: Literal["hard", "soft", "none"] = field(
-        default="hard",
-        metadata={"help": "hard: write a parameter only if G² > Q. soft: shrink the write. none: AdamW."},
+    poprisk_gate: Literal["hard", "soft", "none"] | None = field(
+        default=None,
+        metadata={
+            "help": "hard: write a parameter only if G² > Q. soft: shrink the write. none: no gate. Default: "
+            f"hard with {OPTIM}, none with another optim."
+        },
     )
     poprisk_estimator: Literal["example", "group", "ema"] = field(
         default="example",
@@ -47,9 +54,6 @@ class PopRiskArgumentsMixin:
     poprisk_exclude: list[str] | None = field(
         default=None,
         metadata={"help": "Regular expressions: parameters whose name matches one stay ungated."},
-    )
-    poprisk_warmup_steps: int = field(
-        default=0, metadata={"help": "Ungated optimizer steps at the start of training."}
     )
     poprisk_ema_alpha: float | None = field(
         default=None,
@@ -112,9 +116,6 @@ class PopRiskArgumentsMixin:
             "stays private until it is gated and filled."
         },
     )
-    poprisk_hub_gated: Literal["auto", "manual"] | None = field(
-        default=None, metadata={"help": "The old name of poprisk_hub_access, which replaces it."}
-    )
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -124,60 +125,17 @@ class PopRiskArgumentsMixin:
         cls.__doc__ = "\n".join([doc, "", "Args:", *lines, ""])
 
     def __post_init__(self) -> None:
-        self._read_old_name()
+        refuse(refusals.NUMBERS, self)  # of which the stock class forms others
         name = str(getattr(self.optim, "value", self.optim))
         known = [OPTIM, *(member.value for member in OptimizerNames)]
         if name not in known:
             raise ValueError(f"{name} is not a valid OptimizerNames, please select one of {known}")
-        if name == OPTIM:
-            self._read_optim_args()
         # The stock class turns `optim` into its Enum, which does not hold our name.
         self.optim = "adamw_torch" if name == OPTIM else name
         super().__post_init__()  # type: ignore[misc]
         if name == OPTIM:
             self.optim = OPTIM
         self._check_options()
-
-    def _read_old_name(self) -> None:
-        """Let ``poprisk_hub_gated`` set ``poprisk_hub_access``; dropped then, as optim_args is."""
-        old, self.poprisk_hub_gated = self.poprisk_hub_gated, None
-        if old is None:
-            return
-        if self.poprisk_hub_access not in (None, old):
-            raise ValueError(
-                f"poprisk_hub_gated={old} is the old name of poprisk_hub_access, which is "
-                f"{self.poprisk_hub_access}: remove poprisk_hub_gated."
-            )
-        warnings.warn(
-            f"poprisk_hub_gated is called poprisk_hub_access now: set poprisk_hub_access={old}.",
-            FutureWarning,
-            stacklevel=4,  # the call of the config class
-        )
-        self.poprisk_hub_access = old
-
-    def _read_optim_args(self, override: bool = False) -> None:
-        """Let ``--optim_args "gate=soft,warmup_steps=3"`` set the fields of the same names.
-
-        The fields carry the values from here on, so the text is dropped: a copy of the arguments that
-        changes a field would otherwise find it contradicted.
-        """
-        text, self.optim_args = self.optim_args, None  # type: ignore[has-type]
-        keys, seen = (*self.gate_options(), "exclude"), set()
-        for item in text.split(",") if text else ():
-            key, _, value = (part.strip() for part in item.partition("="))
-            if key not in keys or not value or key in seen:
-                raise ValueError(
-                    f"optim_args has {item.strip()!r}; with optim={OPTIM} it is a comma-separated list of "
-                    f"key=value, each key once, with the keys {', '.join(keys)}."
-                )
-            seen.add(key)
-            name, parsed = _PREFIX + key, _parse(key, value)
-            current, default = getattr(self, name), self.__dataclass_fields__[name].default
-            if not override and current not in (default, parsed):
-                raise ValueError(
-                    f"optim_args sets {key}={value} and {name} is {current!r}: set one of them only."
-                )
-            setattr(self, name, parsed)
 
     def _check_options(self) -> None:
         exclude = self.poprisk_exclude or None
@@ -190,10 +148,16 @@ class PopRiskArgumentsMixin:
         }
         check_options(_PREFIX, **self.gate_options(), **others)
         if self.optim == OPTIM:
+            if self.optim_args:  # type: ignore[has-type]
+                raise ValueError(
+                    f"optim_args has no effect with optim={OPTIM}: set the fields, such as poprisk_gate=soft."
+                )
             return
-        any_optimizer = {"hub_access", "risk", "weight_column"}
-        if self.poprisk_weight_column is not None:
+        any_optimizer = {"gate", "hub_access", "risk", "weight_column"}
+        if self.poprisk_weight_column is not None or self.gated:
             any_optimizer.add("allow_change")
+        if self.gated:
+            any_optimizer |= {"exclude"} if self.poprisk_estimator == "ema" else {"exclude", "estimator"}
         for spec in fields(self):
             option = spec.name.removeprefix(_PREFIX)
             if option in (spec.name, *any_optimizer) or getattr(self, spec.name) == spec.default:
@@ -206,12 +170,21 @@ class PopRiskArgumentsMixin:
     def gate_options(self) -> dict[str, Any]:
         """The keyword arguments of ``PopRiskAdamW`` that the fields set, the exclusions aside."""
         return {
-            "gate": self.poprisk_gate,
+            "gate": self.poprisk_gate or ("hard" if self.optim == OPTIM else "none"),
             "estimator": self.poprisk_estimator,
-            "warmup_steps": self.poprisk_warmup_steps,
             "ema_alpha": self.poprisk_ema_alpha,
             "basis": self.poprisk_basis,
         }
+
+    @property
+    def gated(self) -> bool:
+        """Whether a gate is on, around whichever optimizer."""
+        return self.gate_options()["gate"] != "none"
+
+    @property
+    def gated_by(self) -> str:
+        """What asks for the gate, for messages."""
+        return f"optim={OPTIM}" if self.optim == OPTIM else f"poprisk_gate={self.poprisk_gate}"
 
     def set_optimizer(self, name: str | OptimizerNames = OPTIM, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, and it takes our name too."""
@@ -219,7 +192,6 @@ class PopRiskArgumentsMixin:
         super().set_optimizer("adamw_torch" if ours else name, *args, **kwargs)  # type: ignore[misc]
         if ours:
             self.optim = OPTIM
-            self._read_optim_args(override=True)
         self._check_options()
         return self
 
@@ -243,7 +215,7 @@ class PopRiskArgumentsMixin:
         Raises:
             ValueError: one sentence that names the setting and the way out.
         """
-        refuse(refusals.LAUNCH, self)
+        refuse((*refusals.LAUNCH, *refusals.NUMBERS), self)
         self._check_output_dir()
         whole = refusals.WHOLE_PARAMETERS
         if self.poprisk_risk:
@@ -251,43 +223,41 @@ class PopRiskArgumentsMixin:
         if self.poprisk_weight_column is not None:
             refuse(self._weight_rules, self)
             refuse(whole, self, of="poprisk_weight_column", without="no poprisk_weight_column")
-        if self.optim != OPTIM:
+        ours, of, without = self.optim == OPTIM, self.gated_by, self.plain_options
+        if not ours and not self.gated:
             return
         refuse(refusals.OPTIMIZER, self)
-        refuse(refusals.JUDGING, self)
-        if (self.poprisk_label_noise, self.poprisk_basis) != ("off", "coordinate"):
-            refuse(whole, self, of=f"optim={OPTIM}", without=self.plain_options)
-        elif self.poprisk_gate != "none":
-            refuse(refusals.SHARDED, self, of=f"optim={OPTIM}", without=self.plain_options)
+        refuse(refusals.JUDGING if ours else refusals.AROUND, self)
+        if not ours or (self.poprisk_label_noise, self.poprisk_basis) != ("off", "coordinate"):
+            refuse(whole, self, of=of, without=without)
+        elif self.gated:
+            refuse(refusals.SHARDED, self, of=of, without=without)
         if self.poprisk_label_noise != "off":
             refuse(self._label_rules, self)
-        if self.poprisk_gate != "none":
-            refuse(refusals.GATE, self)
+        if self.poprisk_basis == "eigen":
+            refuse(self._basis_rules, self)
+        if self.gated:
+            refuse(refusals.GATE if ours else (), self)
             if self.poprisk_estimator != "ema":
                 refuse(self._example_rules, self)
 
     def _check_output_dir(self) -> None:
+        """Makes no folder: a later check may refuse the run."""
         args: Any = self
         if not args.should_save:
             return
+        folder = Path(args.output_dir).absolute()
         try:
-            os.makedirs(args.output_dir, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=args.output_dir, prefix="_"):
-                pass
+            if folder.is_dir():
+                with tempfile.NamedTemporaryFile(dir=folder, prefix="_"):
+                    pass
+            else:
+                above = next(p for p in (folder, *folder.parents) if p.exists())
+                os.rmdir(tempfile.mkdtemp(prefix=".", dir=above))
         except OSError as error:
             raise ValueError(
                 f"output_dir={args.output_dir} cannot be written to ({error.strerror}): choose another one."
             ) from error
-
-
-def _parse(key: str, value: str) -> Any:
-    """An ``optim_args`` string in the type of its field; the field's own check names a bad one."""
-    if key == "exclude":
-        return [value]  # one expression; alternatives are written a|b
-    try:
-        return {"warmup_steps": int, "ema_alpha": float}.get(key, str)(value)
-    except ValueError:
-        return value
 
 
 @dataclass

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_poprisk.any_optimizer import PopRiskGate
 from hf_poprisk.logs import GateStatistics
 from hf_poprisk.record import (
     CONFIG_NAME,
@@ -98,6 +99,34 @@ def newest_checkpoint(output_dir: str | Path, weights_only: bool = False) -> Pat
     return None
 
 
+def checkpoint_to_resume(args: Any, wanted: str | bool | None = None) -> str | None:
+    """The folder to resume from; None to start anew.
+
+    Args:
+        args: training arguments; with ``save_only_model``, weights alone will do.
+        wanted: a folder; True, ``true`` or ``last`` for the newest whole one in ``output_dir``; False,
+            ``false`` or ``none``. Left out: ``args.resume_from_checkpoint``.
+
+    Raises:
+        ResumeError: there is none, or it is not whole.
+    """
+    wanted = args.resume_from_checkpoint if wanted is None else wanted
+    if str(wanted).lower() in ("false", "none"):
+        return None
+    alone, hint = args.save_only_model, "save_only_model=true goes on from weights alone"
+    last = str(wanted).lower() in ("last", "true")
+    found = newest_checkpoint(args.output_dir, alone) if last else Path(str(wanted))
+    if found is None:
+        raise ResumeError(
+            f"resume_from_checkpoint={wanted}, but {args.output_dir} holds no complete checkpoint ({hint})."
+        )
+    if not found.is_dir():
+        raise ResumeError(f"resume_from_checkpoint={wanted} is not a folder.")
+    if reason := damage(found, alone):
+        raise ResumeError(f"{found} cannot be resumed from: {reason}; take an older checkpoint ({hint}).")
+    return str(found)
+
+
 class CheckpointMixin:
     """Saves the record with the model and resumes from whole checkpoints only."""
 
@@ -108,30 +137,14 @@ class CheckpointMixin:
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if self._trainable is None:  # a second call goes on with the optimizer of the first
             self._trainable = describe_trainable(self._trainable_names())
-        if resume_from_checkpoint:
-            checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
-            self._check_same_run(checkpoint)
-            resume_from_checkpoint = str(checkpoint)
-        return super().train(resume_from_checkpoint or None, *args, **kwargs)  # type: ignore[misc]
-
-    def _checkpoint_to_resume(self, wanted: str | bool) -> Path:
-        """With ``save_only_model``, weights alone will do."""
-        alone, hint = self.args.save_only_model, "save_only_model=true goes on from weights alone"
-        found = newest_checkpoint(self.args.output_dir, alone) if wanted is True else Path(str(wanted))
-        if found is None:
-            raise ResumeError(
-                f"resume_from_checkpoint=True, but {self.args.output_dir} holds no complete checkpoint "
-                f"({hint})."
-            )
-        if not found.is_dir():
-            raise ResumeError(f"resume_from_checkpoint={wanted} is not a folder.")
-        if reason := damage(found, alone):
-            raise ResumeError(f"{found} cannot be resumed from: {reason}; take an older checkpoint ({hint}).")
-        if not _holds(found, "optimizer.pt") and self.is_world_process_zero():
-            logger.warning(
-                f"{found} holds weights only: the optimizer and the learning-rate schedule start afresh."
-            )
-        return found
+        found = checkpoint_to_resume(self.args, resume_from_checkpoint or False)
+        if found is not None:
+            self._check_same_run(Path(found))
+            if not _holds(Path(found), "optimizer.pt") and self.is_world_process_zero():
+                logger.warning(
+                    f"{found} holds weights only: the optimizer and the learning-rate schedule start afresh."
+                )
+        return super().train(found, *args, **kwargs)  # type: ignore[misc]
 
     def _check_same_run(self, checkpoint: Path) -> None:
         """Refuse other parameters, which the optimizer's state does not fit, other data, other settings."""
@@ -239,11 +252,12 @@ class CheckpointMixin:
         self._write_label_noise(folder)
 
     def _record(self) -> dict[str, Any]:
-        steps = self.state.global_step
+        steps, optimizer = self.state.global_step, self._poprisk_optimizer()
         return make_config(
             self.args,
             steps=steps,
             weights_step=self._weights_step or steps,
             data=self._training_data,
             trainable=self._trainable,
+            around=type(optimizer.inner).__name__ if isinstance(optimizer, PopRiskGate) else None,
         )

@@ -97,11 +97,11 @@ def gated_adamw(group: dict[str, Any], row: Row, q: Tensor) -> None:
             unwritten = w * kept  # what is touched twice is in the cache the second time
             # the kernel of torch.optim.AdamW(fused=True) alone; step counts this one already
             torch._fused_adamw_([w], [g], [m], [v], [], [step], lr=lr, **settings)
-            _take_back(w, unwritten, piece_q)
+            take_back(w, unwritten, piece_q)
     else:
         unwritten = param * kept
         plain_adamw(group, [row])
-        _take_back(param, unwritten, q)
+        take_back(param, unwritten, q)
 
 
 def adamw_in_basis(group: dict[str, Any], row: Row, q: Tensor | None, sides: Sides) -> None:
@@ -132,6 +132,7 @@ def _settings(group: dict[str, Any]) -> dict[str, Any]:
     return {"beta1": beta1, "beta2": beta2, "weight_decay": group["weight_decay"], "eps": group["eps"], **off}
 
 
-def _take_back(param: Tensor, unwritten: Tensor, q: Tensor) -> None:
+def take_back(param: Tensor, unwritten: Tensor, q: Tensor) -> None:
+    """``unwritten + q·(param − unwritten)``, in place."""
     # q = 0 gives unwritten and q = 1 param, bit for bit
     torch.lerp(unwritten, param, q.to(param.dtype), out=param)

@@ -12,7 +12,6 @@ from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from transformers.training_args import HubStrategy
 
-from hf_poprisk.arguments import OPTIM
 from hf_poprisk.record import SOURCE
 
 logger = logging.getLogger(__name__)
@@ -142,12 +141,13 @@ class HubMixin:
     def _card_section(self, record: dict[str, Any]) -> str:
         altered, examples = record["data"]["altered_labels"], record["data"]["examples"]
         lines = ["## Population-risk gate", ""]
-        if record["optim"] != OPTIM or record["gate"] == "none":
+        if record["gate"] == "none":
             lines += [f"Trained with hf_poprisk and the gate off ({record['optim']})."]
         else:
             lines += [
-                "Trained with hf_poprisk: AdamW's update is written only as far as the batch's signal beats "
-                f"its leave-one-out noise, G² > Q ([{SOURCE}](https://arxiv.org/abs/{SOURCE[6:]})).",
+                f"Trained with hf_poprisk: {record['around'] or 'AdamW'}'s update is written only as far as "
+                "the batch's signal beats its leave-one-out noise, G² > Q "
+                f"([{SOURCE}](https://arxiv.org/abs/{SOURCE[6:]})).",
                 "",
                 "| gate | estimator | per step | optimizer steps | open | open on pure noise |",
                 "|---|---|---|---|---|---|",

@@ -1,8 +1,9 @@
-"""PopRiskAdamW: AdamW whose write the gate multiplies."""
+"""PopRiskAdamW: AdamW whose write the gate multiplies; and what it shares with any gated optimizer."""
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -22,104 +23,26 @@ logger = logging.getLogger(__name__)
 
 _UNDERFLOW = 1e-30  # below this ΣG² says nothing: the squares of such gradients underflow in float32
 _UNSUPPORTED = ("amsgrad", "maximize", "differentiable")  # of what AdamW's groups may ask for
-_KEPT = "gate estimator warmup_steps ema_alpha basis keep_written _ungated _names".split()  # in copies
+_KEPT = "gate estimator ema_alpha basis keep_written _ungated _names".split()  # in copies
 
 
-class PopRiskAdamW(ExampleBlocks, torch.optim.AdamW):
-    """AdamW that writes a parameter only where the batch's signal beats its leave-one-out noise.
+class GatedOptimizer(ExampleBlocks):
+    """From the examples of a step to its q, and a step left out if a gradient is not finite.
 
-    The moments m, v see the ordinary gradient on every step; the gate multiplies the write only,
-    ``w ← w − lr·q·m̂/(√v̂ + ε)``, with q from ``hf_poprisk.gate``. State and parameter groups are those
-    of ``torch.optim.AdamW`` (``estimator="ema"`` adds one buffer), so checkpoints go both ways, and
-    ``gate="none"`` *is* ``torch.optim.AdamW``. Source: arXiv:2605.01172.
-
-    In a loop of your own, one block per example, then the gate, then clipping, then the step::
-
-        for example in batch:
-            with optimizer.example():
-                (loss(example) / len(batch)).backward()
-        optimizer.close_window()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    On several ranks the gradients must be averaged over all of them, as by DDP, before the window closes.
-    If FSDP2 shards the model, tell the optimizer once: ``follow``.
-
-    Args:
-        params: as for ``torch.optim.AdamW``; ``model.named_parameters()`` puts names into messages.
-        lr, betas, eps, weight_decay: as for ``torch.optim.AdamW``; ``amsgrad`` is refused by the first step.
-        gate: ``hard`` (q is 0 or 1), ``soft`` (shrinkage in [0, 1]) or ``none`` (AdamW, for comparison: the
-            other options stay as they are).
-        estimator: ``example``: every block is one example, exact. ``group``: every block is a micro-batch,
-            coarser. ``ema``: the authors' streaming form, which needs no blocks: ``hf_poprisk.streaming``.
-        ungated: parameters that the gate leaves alone (see ``options.matching``).
-        warmup_steps: ungated steps at the start.
-        ema_alpha: threshold of ``ema``; default ``(1−β₁)/(1+β₁)``. The published 1 closes almost everything.
-        basis: ``coordinate``, or ``eigen``: the moments and the gate are in an eigenbasis of each layer's
-            gradients, which ``set_bases`` must be given: ``hf_poprisk.eigen``.
-
-    Attributes:
-        keep_written: if set to True, a gated step leaves its q in ``state[p]["written"]``, for ``risk.py``.
-        watch: called with Q of each parameter and b when a window closes, before q takes the place of Q.
-
-    Raises:
-        ValueError: a bad value, an option that would have no effect, or no parameter left to train or gate.
-        NotImplementedError: sharded parameters (DTensor) with ``estimator="ema"`` or ``basis="eigen"``.
+    A subclass sets ``gate``, ``estimator``, ``statistics``, ``_ungated`` and ``_names``, and takes the step
+    in ``_update``, where ``_openness`` holds q of the gated parameters.
     """
 
+    statistics: GateStatistics
+    # of PopRiskAdamW alone
+    ema_alpha: float | None = None
+    basis = "coordinate"
     keep_written = False
     watch: Callable[[Mapping[Tensor, Tensor], int], None] | None = None
     _said_single = False
     # of the window: copies start without
     _skip_step = False
     _none_finite: bool | None = None  # no step was ever taken, nor will be; None until it is asked
-
-    def __new__(cls, *args: Any, **options: Any) -> PopRiskAdamW:
-        """``basis="eigen"`` and ``estimator="ema"``, which needs no examples, are classes of their own."""
-        needed, why = PopRiskAdamW, "basis='eigen'"
-        if options.get("basis") == "eigen":
-            from hf_poprisk.eigen import EigenPopRiskAdamW as needed
-        elif options.get("estimator") == "ema" and options.get("gate") != "none":
-            from hf_poprisk.streaming import StreamingPopRiskAdamW as needed
-
-            why = "estimator='ema'"
-        cls = needed if cls is PopRiskAdamW else cls
-        if not issubclass(cls, needed):
-            raise TypeError(f"{cls.__name__} with {why} must subclass {needed.__name__}.")
-        return super().__new__(cls)
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        amsgrad: bool = False,
-        *,
-        gate: str = "hard",
-        estimator: str = "example",
-        ungated: Iterable[Tensor] = (),
-        warmup_steps: int = 0,
-        ema_alpha: float | None = None,
-        basis: str = "coordinate",
-    ) -> None:
-        check_options(
-            gate=gate, estimator=estimator, warmup_steps=warmup_steps, ema_alpha=ema_alpha, basis=basis
-        )
-        self.gate, self.estimator, self.basis = gate, estimator, basis
-        self.warmup_steps, self.ema_alpha = warmup_steps, ema_alpha
-        self.statistics, self._ungated = GateStatistics(), set(ungated)
-        self._names: dict[Tensor, str] = {}
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad)
-        known = set(self._all_parameters())
-        if not self._ungated <= known:
-            raise ValueError("`ungated` names parameters that this optimizer does not hold.")
-        if not any(p.requires_grad for p in known):
-            raise ValueError(NOTHING_TO_TRAIN)
-        if gate != "none" and not known - self._ungated:
-            raise ValueError("every parameter is ungated: use gate='none' if that is what you want.")
 
     @torch.no_grad()
     def close_window(self) -> None:
@@ -215,8 +138,111 @@ class PopRiskAdamW(ExampleBlocks, torch.optim.AdamW):
 
     def _is_never_finite(self) -> bool:
         """Whether no step was taken yet and no gradient is finite, so that no step ever will be."""
-        settled = self.gate == "none" or any(state.get("step") for state in self.state.values())
-        return not settled and none_finite(self._all_parameters())
+        return self.gate != "none" and not self._has_stepped() and none_finite(self._all_parameters())
+
+    def _has_stepped(self) -> bool:
+        return any(state.get("step") for state in self.state.values())
+
+    def _update(self) -> None:
+        raise NotImplementedError
+
+    def _check_ungated(self) -> None:
+        """Raise ``ValueError`` if nothing is left to train or to gate."""
+        known = set(self._all_parameters())
+        if not self._ungated <= known:
+            raise ValueError("`ungated` names parameters that this optimizer does not hold.")
+        if not any(p.requires_grad for p in known):
+            raise ValueError(NOTHING_TO_TRAIN)
+        if self.gate != "none" and not known - self._ungated:
+            raise ValueError("every parameter is ungated: use gate='none' if that is what you want.")
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch; the window's examples are forgotten with their gradients."""
+        super().zero_grad(set_to_none)
+        self._end_window()
+
+    def _end_window(self) -> None:
+        super()._end_window()
+        self._skip_step, self._none_finite = False, None
+
+
+class PopRiskAdamW(GatedOptimizer, torch.optim.AdamW):
+    """AdamW that writes a parameter only where the batch's signal beats its leave-one-out noise.
+
+    The moments m, v see the ordinary gradient on every step; the gate multiplies the write only,
+    ``w ← w − lr·q·m̂/(√v̂ + ε)``, with q from ``hf_poprisk.gate``. State and parameter groups are those
+    of ``torch.optim.AdamW`` (``estimator="ema"`` adds one buffer), so checkpoints go both ways, and
+    ``gate="none"`` *is* ``torch.optim.AdamW``. Source: arXiv:2605.01172.
+
+    In a loop of your own, one block per example, then the gate, then clipping, then the step::
+
+        for example in batch:
+            with optimizer.example():
+                (loss(example) / len(batch)).backward()
+        optimizer.close_window()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    On several ranks the gradients must be averaged over all of them, as by DDP, before the window closes.
+    If FSDP2 shards the model, tell the optimizer once: ``follow``.
+
+    Args:
+        params: as for ``torch.optim.AdamW``; ``model.named_parameters()`` puts names into messages.
+        lr, betas, eps, weight_decay: as for ``torch.optim.AdamW``; ``amsgrad`` is refused by the first step.
+        gate: ``hard`` (q is 0 or 1), ``soft`` (shrinkage in [0, 1]) or ``none`` (AdamW, for comparison: the
+            other options stay as they are).
+        estimator: ``example``: every block is one example, exact. ``group``: every block is a micro-batch,
+            coarser. ``ema``: the authors' streaming form, which needs no blocks: ``hf_poprisk.streaming``.
+        ungated: parameters that the gate leaves alone (see ``options.matching``).
+        ema_alpha: threshold of ``ema``; default ``(1−β₁)/(1+β₁)``. The published 1 closes almost everything.
+        basis: ``coordinate``, or ``eigen``: the moments and the gate are in an eigenbasis of each layer's
+            gradients, which ``set_bases`` must be given: ``hf_poprisk.eigen``.
+
+    Attributes:
+        keep_written: if set to True, a gated step leaves its q in ``state[p]["written"]``, for ``risk.py``.
+        watch: called with Q of each parameter and b when a window closes, before q takes the place of Q.
+
+    Raises:
+        ValueError: a bad value, an option that would have no effect, or no parameter left to train or gate.
+        NotImplementedError: sharded parameters (DTensor) with ``estimator="ema"`` or ``basis="eigen"``.
+    """
+
+    def __new__(cls, *args: Any, **options: Any) -> PopRiskAdamW:
+        """``basis="eigen"`` and ``estimator="ema"``, which needs no examples, are classes of their own."""
+        needed, why = PopRiskAdamW, "basis='eigen'"
+        if options.get("basis") == "eigen":
+            from hf_poprisk.eigen import EigenPopRiskAdamW as needed
+        elif options.get("estimator") == "ema" and options.get("gate") != "none":
+            from hf_poprisk.streaming import StreamingPopRiskAdamW as needed
+
+            why = "estimator='ema'"
+        cls = needed if cls is PopRiskAdamW else cls
+        if not issubclass(cls, needed):
+            raise TypeError(f"{cls.__name__} with {why} must subclass {needed.__name__}.")
+        return super().__new__(cls)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        gate: str = "hard",
+        estimator: str = "example",
+        ungated: Iterable[Tensor] = (),
+        ema_alpha: float | None = None,
+        basis: str = "coordinate",
+    ) -> None:
+        check_options(gate=gate, estimator=estimator, ema_alpha=ema_alpha, basis=basis)
+        self.gate, self.estimator, self.ema_alpha, self.basis = gate, estimator, ema_alpha, basis
+        self.statistics, self._ungated = GateStatistics(), set(ungated)
+        self._names: dict[Tensor, str] = {}
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad)
+        self._check_ungated()
 
     def _rows(self, group: dict[str, Any]) -> list[Row]:
         """Of the parameters of a group that have a gradient."""
@@ -245,12 +271,7 @@ class PopRiskAdamW(ExampleBlocks, torch.optim.AdamW):
 
     def _openness_of(self, group: dict[str, Any], row: Row) -> Tensor | None:
         """q of this step, the one after ``step``; None where it is not gated."""
-        return (self._openness or {}).get(row[0]) if row[4].item() >= self.warmup_steps else None
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in torch; the window's examples are forgotten with their gradients."""
-        super().zero_grad(set_to_none)
-        self._end_window()
+        return (self._openness or {}).get(row[0])
 
     def __getstate__(self) -> dict[str, Any]:
         """As in torch, with the gate's options: copies and pickles are gated as well."""
@@ -271,6 +292,9 @@ class PopRiskAdamW(ExampleBlocks, torch.optim.AdamW):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
+        for name in ("lr", "eps", "weight_decay"):  # torch takes inf
+            if not math.isfinite(float(value := self.param_groups[-1][name])):
+                raise ValueError(f"{name} must be finite; got {value}.")
         if any(isinstance(p, DTensor) for p in self.param_groups[-1]["params"]):
             if self.gate != "none" and self.estimator == "ema":
                 raise NotImplementedError(
@@ -283,7 +307,3 @@ class PopRiskAdamW(ExampleBlocks, torch.optim.AdamW):
                     "DDP, or set basis='coordinate'."
                 )
         self._window = self._sharded = None
-
-    def _end_window(self) -> None:
-        super()._end_window()
-        self._skip_step, self._none_finite = False, None

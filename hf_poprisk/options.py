@@ -33,7 +33,6 @@ def _is_pattern(text: Any) -> bool:
 ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "gate": (lambda v: v in GATES, f"one of {', '.join(GATES)}"),
     "estimator": (lambda v: v in ESTIMATORS, f"one of {', '.join(ESTIMATORS)}"),
-    "warmup_steps": (lambda v: type(v) is int and v >= 0, "an integer ≥ 0"),
     "ema_alpha": (
         lambda v: v is None or isinstance(v, int | float) and v is not True and 0 < v < math.inf,
         "a number > 0",

@@ -28,9 +28,9 @@ STATISTICS_NAME = "poprisk_statistics.json"
 SCHEMA_VERSION = 1
 SOURCE = "arXiv:2605.01172"
 _PACKAGES = ("hf_poprisk", "torch", "transformers", "accelerate", "trl", "peft", "datasets")
-_SETTINGS = "gate estimator warmup_steps ema_alpha exclude label_noise judge_after_epochs leap".split()
-# Settings of version 0.1 that are gone, with the value that means what the code does now.
-_GONE = {"reduction": "element", "gate_weight_decay": False}
+_SETTINGS = "gate estimator ema_alpha exclude label_noise judge_after_epochs leap".split()
+# Settings that are gone, with the value that means what the code does now.
+_GONE = {"reduction": "element", "gate_weight_decay": False, "warmup_steps": 0}
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,12 @@ def _read(path: Path, where: Any) -> dict[str, Any]:
 
 
 def make_config(
-    args: Any, steps: int, weights_step: int, data: dict[str, Any], trainable: dict[str, Any] | None
+    args: Any,
+    steps: int,
+    weights_step: int,
+    data: dict[str, Any],
+    trainable: dict[str, Any] | None,
+    around: str | None = None,
 ) -> dict[str, Any]:
     """``poprisk_config.json``.
 
@@ -106,6 +111,7 @@ def make_config(
         weights_step: that the weights are of; another one after ``load_best_model_at_end``.
         data: what ``describe_data`` says.
         trainable: what ``describe_trainable`` said when the run began.
+        around: the class of the optimizer that ``PopRiskGate`` is put around.
     """
     versions = {}
     for package in _PACKAGES:
@@ -115,7 +121,9 @@ def make_config(
         "schema_version": SCHEMA_VERSION,
         "source": SOURCE,  # where the method comes from
         "optim": str(getattr(args.optim, "value", args.optim)),  # a stock one in a run without the gate
-        **args.gate_options(),  # gate, estimator, warmup_steps, ema_alpha, basis
+        **args.gate_options(),  # gate, estimator, ema_alpha, basis
+        "gated": args.gated,
+        "around": around,
         "exclude": list(args.poprisk_exclude or ()),
         "label_noise": args.poprisk_label_noise,
         "judge_after_epochs": args.poprisk_judge_after_epochs,
@@ -162,17 +170,12 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], other_data: bool 
     Args:
         other_data: the data may have another length.
     """
-    gated = now["optim"] == OPTIM
+    gated = now["optim"] == OPTIM or now["gated"]
     pairs = {"poprisk_basis": (before.get("basis", "coordinate"), now["basis"])}  # of any optimizer's moments
-    if gated and before["optim"] == OPTIM:
-        old = {
-            "label_noise": "off",
-            "judge_after_epochs": 0,
-            "leap": 0.0,
-            **before,
-        }  # older than these settings
+    if gated and (before["optim"] == OPTIM or before.get("gated")):
+        old = {"label_noise": "off", "judge_after_epochs": 0, "leap": 0.0, **before}  # some are older
         pairs |= {f"poprisk_{name}": (old[name], now[name]) for name in _SETTINGS}
-        pairs |= {f"{name} (of version 0.1)": (old.get(name, value), value) for name, value in _GONE.items()}
+        pairs |= {f"{name} (which is gone)": (old.get(name, value), value) for name, value in _GONE.items()}
         if "ema" not in (before["estimator"], now["estimator"]):
             pairs[f"{now['unit']}s per step"] = before["units_per_step"], now["units_per_step"]
     had, has = before["data"]["examples"], now["data"]["examples"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -45,7 +46,43 @@ AFTER_EPOCHS = (
     "as many with poprisk_label_noise=audit), or judge earlier."
 )
 
+
+def always(args: Any) -> bool:
+    """Of a rule that a trainer has for an option which it never takes."""
+    return True
+
+
+def _not_finite(args: Any) -> str | None:
+    # ours have sentences of their own
+    numbers = ((n, v) for n, v in vars(args).items() if isinstance(v, float) and not n.startswith("poprisk_"))
+    return next((f"{name}={value}" for name, value in numbers if not math.isfinite(value)), None)
+
+
+def _out_of_range(args: Any) -> str | None:
+    for names, fits, allowed in _RANGES:
+        for name in names.split():
+            value = getattr(args, name, None)
+            if isinstance(value, int | float) and not fits(value):
+                return f"{name} must be {allowed}; got {value}"
+    if getattr(args, "beta", 1) == 0 and not hasattr(args, "num_generations"):
+        return "beta must be above 0, where the loss would be constant; got 0"
+    return None
+
+
+_RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    ("per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps num_generations "
+     "max_completion_length", lambda v: v >= 1, "1 or more"),
+    ("adam_epsilon temperature", lambda v: v > 0, "above 0"),
+    ("adam_beta1 adam_beta2", lambda v: 0 <= v < 1, "from 0 to below 1"),
+    ("learning_rate weight_decay max_grad_norm num_train_epochs beta label_smoothing_factor",
+     lambda v: v >= 0, "0 or more"),
+)  # fmt: skip
+
 # For every run.
+NUMBERS = (
+    Rule(_not_finite, "{found} is not a finite number: give one."),
+    Rule(_out_of_range, "{found}."),
+)
 LAUNCH = (
     Rule(
         lambda a: (n := os.environ.get("WORLD_SIZE", "1")) != str(a.world_size) and n,
@@ -104,6 +141,8 @@ SHARDED = (
     ),
 )
 
+_OTHER_WEIGHTS = ("lomo", "adalomo", "schedule_free")
+
 # Stock settings that would do nothing, with our optimizer, and with the gate on.
 OPTIMIZER = (
     Rule(
@@ -116,6 +155,25 @@ GATE = (
         lambda a: a.optim_target_modules is not None,
         "optim_target_modules has no effect with optim=poprisk_adamw: remove it; poprisk_exclude leaves "
         "parameters ungated.",
+    ),
+)
+
+# A gate around a stock optimizer.
+AROUND = (
+    Rule(
+        lambda a: (
+            (name := a.optim.value).startswith(_OTHER_WEIGHTS)
+            and name
+            or name.endswith("_layerwise")
+            and name
+        ),
+        "optim={found} takes its steps during the backward, or evaluates averages of its weights, and the "
+        "gate can do neither: use another optim, or set poprisk_gate=none.",
+    ),
+    Rule(
+        lambda a: a.poprisk_risk,
+        "poprisk_risk=true reads the write of poprisk_adamw or of an ungated Adam: set optim=poprisk_adamw, "
+        "or poprisk_gate=none, or poprisk_risk=false.",
     ),
 )
 

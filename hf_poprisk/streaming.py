@@ -86,7 +86,7 @@ class StreamingPopRiskAdamW(PopRiskAdamW):
         q = streaming_openness(signal, noise, self._alpha(beta1), self.gate)
         live = torch.count_nonzero(noise)
         self._sums[param] = torch.stack([x.float() for x in (q.sum(), live, live * 0, live * 0)])
-        return q.fill_(1.0) if t <= self.warmup_steps else q  # the noise estimate runs in warm-up too
+        return q
 
     def _track_noise(self, param: Tensor, surprise: Tensor) -> Tensor:
         """``s ← ρ s + (1−ρ)(G − m_prev)²``; returns it bias-corrected."""

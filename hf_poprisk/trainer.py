@@ -14,6 +14,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 
+from hf_poprisk.any_optimizer import PopRiskGate
 from hf_poprisk.arguments import OPTIM, PopRiskArgumentsMixin, PopRiskTrainingArguments
 from hf_poprisk.checkpoints import CheckpointMixin
 from hf_poprisk.eigen import MeasureBases
@@ -21,7 +22,7 @@ from hf_poprisk.hub import HubMixin
 from hf_poprisk.leave_one_out.index import take_sample, with_index
 from hf_poprisk.leave_one_out.mixin import LabelNoiseMixin
 from hf_poprisk.microbatch import MicrobatchMixin
-from hf_poprisk.optimizer import PopRiskAdamW
+from hf_poprisk.optimizer import GatedOptimizer, PopRiskAdamW
 from hf_poprisk.options import matching
 from hf_poprisk.per_example.fsdp2 import is_sharded
 from hf_poprisk.record import describe_data
@@ -49,8 +50,9 @@ class PopRiskMixin(
 ):
     """Stands before a ``Trainer`` class in the bases and gates its optimizer.
 
-    ``optim="poprisk_adamw"`` in the arguments turns it on; with any other optimizer the trainer is the
-    stock one. Logs ``poprisk/fraction_open``, ``poprisk/fraction_open_null``, ``poprisk/examples`` (or
+    ``optim="poprisk_adamw"`` in the arguments turns it on. With any other optimizer the trainer is the stock
+    one, unless ``poprisk_gate`` is given: then the gate is put around it. Logs ``poprisk/fraction_open``,
+    ``poprisk/fraction_open_null``, ``poprisk/examples`` (or
     ``groups``) and ``poprisk/margin``.
 
     Raises (on construction with a training set, and in ``train``):
@@ -84,6 +86,7 @@ class PopRiskMixin(
                     "poprisk_basis=eigen is measured on examples from all over the training set, which a "
                     "stream does not have: train on a data set that is none, or set poprisk_basis=coordinate."
                 )
+            self._check_data(data)
             self._check_label_weight(data, call.arguments.get("model"), config)
             if config.poprisk_weight_column is not None:
                 unweighted, weights = take_weights(data, config.poprisk_weight_column)
@@ -107,6 +110,9 @@ class PopRiskMixin(
             self._start_weights(ids, weights)
         if config.poprisk_basis == "eigen":  # after the callback that judges, and may leap
             self.add_callback(MeasureBases(self))
+
+    def _check_data(self, data: Any) -> None:
+        """For trainers that know what a column must hold; before anything is loaded."""
 
     def _check_label_weight(self, data: Any, model: Any, config: Any) -> None:
         """Refuse the weights that the audit writes where no loss reads them."""
@@ -141,28 +147,37 @@ class PopRiskMixin(
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         super().create_optimizer(model)  # type: ignore[misc]
+        named = dict((self.model if model is None else model).named_parameters())
+        if self.args.optim != OPTIM and self.args.gated and self._poprisk_optimizer() is None:
+            self.optimizer = PopRiskGate(
+                self.optimizer,
+                gate=self.args.poprisk_gate,
+                estimator=self.args.poprisk_estimator,
+                ungated=matching(named.items(), self.args.poprisk_exclude or ()),
+            )
         optimizer = self._poprisk_optimizer()
         if optimizer is None and self.args.optim == OPTIM:
             raise ValueError(
                 f"optim={OPTIM}, but the optimizer handed to the trainer is {type(self.optimizer).__name__}: "
-                "pass a PopRiskAdamW, or set optim=adamw_torch for a run without the gate."
+                "pass a PopRiskAdamW or a PopRiskGate, or set optim=adamw_torch for a run without the gate."
             )
         if self._risk is not None and not isinstance(_unwrap(self.optimizer), torch.optim.Adam):
             raise no_moments(self.optimizer)
         if self._risk is not None and optimizer is not None:
             optimizer.keep_written = True
             optimizer.watch = lambda *window: self._risk.see_own(optimizer, *window, self._loss_scale)
+        if isinstance(optimizer, PopRiskGate) and optimizer.gate != "none":
+            self._check_launch("PopRiskGate", "poprisk_gate=none")
         if optimizer is not None:
-            named = dict((self.model if model is None else model).named_parameters())
             _check_agreement(optimizer, named, self.args)
             optimizer.name_parameters(named.items())
             if self.is_world_process_zero():
                 # A warning, because the default verbosity hides anything less and a run must say it.
                 logger.warning(_summary(optimizer, self.args))
             if self.accelerator.is_fsdp2 and not is_sharded(self.model):
-                self._let_go(optimizer)
+                self._let_go(optimizer)  # type: ignore[arg-type]
             else:
-                self._prepare_layers(optimizer)
+                self._prepare_layers(optimizer)  # type: ignore[arg-type]  # any gated one
         return self.optimizer
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -172,20 +187,39 @@ class PopRiskMixin(
                 "poprisk_label_noise was set without a training set: give train_dataset when the trainer is "
                 "built."
             )
-        gated = self.args.optim == OPTIM and self.args.poprisk_gate != "none"
+        gated, by, without = self.args.gated, self.args.gated_by, self.args.plain_options
         if self._label_noise is not None or self.args.poprisk_basis == "eigen":
-            self._check_launch(f"optim={OPTIM}", self.args.plain_options)
+            self._check_launch(by, without)
         elif gated:
-            self._check_sharding(f"optim={OPTIM}", self.args.plain_options)
+            self._check_sharding(by, without)
         if gated:
             self._check_copies()
         if self._risk is not None:
             self._check_launch("poprisk_risk=true", "poprisk_risk=false")
         self._check_weights()
-        if self.args.optim != OPTIM and self.is_world_process_zero():
-            name = getattr(self.args.optim, "value", self.args.optim)
-            logger.warning(f"optim={name}: plain {name}, no population-risk gate; set optim={OPTIM} for it.")
-        return super().train(*args, **kwargs)  # type: ignore[misc]
+        if self.args.optim != OPTIM and not gated and self.is_world_process_zero():
+            name = self.args.optim.value
+            logger.warning(
+                f"optim={name}: plain {name}, no population-risk gate; set optim={OPTIM} for it, or "
+                f"poprisk_gate=hard for one around {name}."
+            )
+        result = super().train(*args, **kwargs)  # type: ignore[misc]
+        if self.state.global_step == 0 and not has_length(self.train_dataset):
+            raise ValueError(
+                "no step was made: the stream ended before one was full, so check what it gives."
+            )
+        return result
+
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
+        """As in transformers, which takes no step where there is no batch, and says nothing."""
+        if has_length(dataloader) and not len(dataloader):
+            names = ("per_device_train_batch_size", "generation_batch_size", "dataloader_drop_last")
+            asked = ", ".join(f"{n}={getattr(args, n)}" for n in names if hasattr(args, n))
+            raise ValueError(
+                f"no step would be made: {len(self.train_dataset)} examples do not fill a batch ({asked}), "
+                "so lower these, or train on more."
+            )
+        return super().set_initial_training_values(args, dataloader)  # type: ignore[misc]
 
     def end(self) -> None:
         super().end()  # type: ignore[misc]
@@ -234,9 +268,9 @@ class PopRiskMixin(
                 logs |= self._label_noise.logs()
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
-    def _poprisk_optimizer(self) -> PopRiskAdamW | None:
+    def _poprisk_optimizer(self) -> GatedOptimizer | None:
         optimizer = _unwrap(self.optimizer)
-        return optimizer if isinstance(optimizer, PopRiskAdamW) else None
+        return optimizer if isinstance(optimizer, GatedOptimizer) else None
 
 
 def _unwrap(optimizer: Any) -> Any:
@@ -246,31 +280,35 @@ def _unwrap(optimizer: Any) -> Any:
     return optimizer
 
 
-def _check_agreement(optimizer: PopRiskAdamW, named: dict[str, torch.Tensor], args: Any) -> None:
-    """Refuse a hand-made PopRiskAdamW that is not what the arguments say: the checks rely on them."""
-    if args.optim != OPTIM:
-        name = getattr(args.optim, "value", args.optim)
-        raise ValueError(f"a PopRiskAdamW was handed to the trainer, but optim={name}: set optim={OPTIM}.")
+def _check_agreement(optimizer: GatedOptimizer, named: dict[str, torch.Tensor], args: Any) -> None:
+    """Refuse a hand-made optimizer that is not what the arguments say: the checks rely on them."""
+    kind = type(optimizer).__name__
+    if args.optim != OPTIM and isinstance(optimizer, PopRiskAdamW):
+        raise ValueError(
+            f"a PopRiskAdamW was handed to the trainer, but optim={args.optim.value}: set optim={OPTIM}."
+        )
     for name, value in args.gate_options().items():
         if getattr(optimizer, name) != value:
             raise ValueError(
-                f"the PopRiskAdamW handed to the trainer has {name}={getattr(optimizer, name)!r}, but "
+                f"the {kind} handed to the trainer has {name}={getattr(optimizer, name)!r}, but "
                 f"poprisk_{name}={value!r}: give both the same value."
             )
     excluded = set(matching(named.items(), args.poprisk_exclude or ()))
     wanted = {p for p in named.values() if p.requires_grad} - excluded
     if optimizer.gate != "none" and set(optimizer.gated_parameters) != wanted:
         raise ValueError(
-            "the PopRiskAdamW handed to the trainer gates other parameters than poprisk_exclude leaves: "
-            "give both the same ones."
+            f"the {kind} handed to the trainer gates other parameters than poprisk_exclude leaves: give both "
+            "the same ones."
         )
 
 
-def _summary(optimizer: PopRiskAdamW, args: Any) -> str:
+def _summary(optimizer: GatedOptimizer, args: Any) -> str:
     """One line that says what is gated and what is not."""
+    inner = type(optimizer.inner).__name__ if isinstance(optimizer, PopRiskGate) else None
     if optimizer.gate == "none":
-        kind = "plain AdamW" if optimizer.basis == "coordinate" else f"AdamW with basis={optimizer.basis}"
+        kind = f"plain {inner or 'AdamW'}" if optimizer.basis == "coordinate" else "AdamW with basis=eigen"
         return f"population-risk gate: off (gate=none), {kind}."
+    around = f" around {inner}" if inner else ""
     gated = optimizer.gated_parameters
     trainable = sum(p.requires_grad for group in optimizer.param_groups for p in group["params"])
     per_step, few, units = "", "", args.units_per_step
@@ -286,7 +324,7 @@ def _summary(optimizer: PopRiskAdamW, args: Any) -> str:
                 "gradient_accumulation_steps."
             )
     return (
-        f"population-risk gate: {optimizer.gate}, estimator={optimizer.estimator}{per_step}; gated "
+        f"population-risk gate: {optimizer.gate}{around}, estimator={optimizer.estimator}{per_step}; gated "
         f"{sum(p.numel() for p in gated):,} parameters in {len(gated)} tensors, {trainable - len(gated)} "
         f"trainable tensors ungated.{few}"
     )

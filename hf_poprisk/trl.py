@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor, nn
+from transformers.trainer_utils import has_length
 from trl import (
     DPOConfig,
     DPOTrainer,
@@ -22,7 +25,7 @@ from hf_poprisk.arguments import PopRiskArgumentsMixin
 from hf_poprisk.leave_one_out.features import pair_log_odds, reward_log_odds
 from hf_poprisk.per_example import Capture
 from hf_poprisk.per_example.fused_head import head_by_example
-from hf_poprisk.refusals import EXAMPLES, LABEL_MODE, LABELS, WEIGHS, WEIGHTS, Rule, hiding
+from hf_poprisk.refusals import EXAMPLES, LABEL_MODE, LABELS, WEIGHS, WEIGHTS, Rule, always, hiding
 from hf_poprisk.trainer import PopRiskMixin, takes_what
 
 TAG = "poprisk"
@@ -87,7 +90,7 @@ class PopRiskSFTConfig(PopRiskArgumentsMixin, SFTConfig):
     _weight_rules = (*WEIGHTS, *hiding(WEIGHS, "packing", "padding_free"))
     _label_rules = (
         Rule(
-            lambda a: True,
+            always,
             f"{LABEL_MODE} judges labels, and a sequence has none: set poprisk_label_noise=off, or train "
             "with DPO, a reward model or a classifier.",
         ),
@@ -109,7 +112,7 @@ class PopRiskKTOConfig(PopRiskArgumentsMixin, KTOConfig):
 
     _label_rules = (
         Rule(
-            lambda a: True,
+            always,
             f"{LABEL_MODE} judges pairs and classes, and a completion that is good or bad by itself is "
             "neither: set poprisk_label_noise=off, or train on pairs with DPO.",
         ),
@@ -172,3 +175,23 @@ class PopRiskKTOTrainer(FusedHeadMixin, KTOTrainer):
     _config_class = PopRiskKTOConfig
     _tag_names = [*KTOTrainer._tag_names, TAG]
     __init__ = takes_what(KTOTrainer.__init__)
+
+    def _check_data(self, data: Any) -> None:
+        """Of a stream, every micro-batch."""
+        if has_length(data) and "label" in (getattr(data, "column_names", None) or ()):
+            _check_labels(data["label"])
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        if not has_length(self.train_dataset):
+            _check_labels(inputs["label"].tolist())
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
+def _check_labels(labels: Iterable[Any]) -> None:
+    """TRL takes whatever is not zero for good: -1, 5, nan."""
+    for row, label in enumerate(labels):
+        if type(label) not in (bool, int) or label not in (0, 1):
+            raise ValueError(
+                f"the column label holds {label!r} (row {row}): KTO wants true or 1 for good completions and "
+                "false or 0 for bad ones."
+            )

@@ -12,7 +12,7 @@ from trl.experimental.tpo import TPOConfig, TPOTrainer
 
 from hf_poprisk.arguments import PopRiskArgumentsMixin
 from hf_poprisk.leave_one_out.features import pair_log_odds
-from hf_poprisk.refusals import LABEL_MODE, Rule
+from hf_poprisk.refusals import LABEL_MODE, Rule, always
 from hf_poprisk.trainer import PopRiskMixin, takes_what
 from hf_poprisk.trl import TAG
 
@@ -33,7 +33,7 @@ class PopRiskTPOConfig(PopRiskArgumentsMixin, TPOConfig):
 
     _label_rules = (
         Rule(
-            lambda a: True,
+            always,
             f"{LABEL_MODE} judges pairs and classes, and a triple with a reference text is neither: set "
             "poprisk_label_noise=off, or train on its pairs with DPO or CPO.",
         ),

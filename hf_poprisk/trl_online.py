@@ -23,16 +23,11 @@ from trl.trainer import grpo_trainer, rloo_trainer
 from hf_poprisk.arguments import PopRiskArgumentsMixin
 from hf_poprisk.optimizer import PopRiskAdamW
 from hf_poprisk.per_example.layout import Layout, Rows
-from hf_poprisk.refusals import EXAMPLES, LABEL_MODE, Rule, refuse
+from hf_poprisk.refusals import EXAMPLES, LABEL_MODE, Rule, always
 from hf_poprisk.trainer import takes_what
 from hf_poprisk.trl import TAG, FusedHeadMixin
 
 _SHUFFLE = "shuffle_sequence_dict"  # TRL's, in the modules of the trainers
-_BASIS = Rule(
-    lambda a: a.poprisk_basis == "eigen",
-    "poprisk_basis=eigen is measured on training examples, and completions are sampled during training: set "
-    "poprisk_basis=coordinate.",
-)
 
 
 class _PromptArguments(PopRiskArgumentsMixin):
@@ -59,15 +54,22 @@ class _PromptArguments(PopRiskArgumentsMixin):
     )
     _weight_rules = (
         Rule(
-            lambda a: True,
+            always,
             "poprisk_weight_column={a.poprisk_weight_column} weights examples of a training set, and "
             "completions are sampled: weight their rewards, and remove poprisk_weight_column.",
         ),
     )
     _label_rules = (
         Rule(
-            lambda a: True,
+            always,
             f"{LABEL_MODE} judges labels, and a sampled completion has none: set poprisk_label_noise=off.",
+        ),
+    )
+    _basis_rules = (
+        Rule(
+            always,
+            "poprisk_basis=eigen is measured on training examples, and completions are sampled during "
+            "training: set poprisk_basis=coordinate.",
         ),
     )
 
@@ -76,11 +78,6 @@ class _PromptArguments(PopRiskArgumentsMixin):
         """Prompts per optimizer step over all ranks; micro-batches with ``poprisk_estimator=group``."""
         units = super().units_per_step
         return units if self.poprisk_estimator == "group" else units // self.num_generations
-
-    def check_training(self) -> None:
-        """As ``PopRiskArgumentsMixin.check_training``."""
-        super().check_training()
-        refuse((_BASIS,), self)
 
 
 @dataclass

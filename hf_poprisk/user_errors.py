@@ -6,7 +6,7 @@ import importlib.util
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -28,6 +28,29 @@ def one_line(error: BaseException) -> str:
     """The first line of a message, without a full stop."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return shorten(lines[0], 200).rstrip(".")
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether a line of this package raised it on purpose, with a whole sentence."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    ours = frame is not None and frame.tb_frame.f_globals.get("__name__", "").startswith("hf_poprisk.")
+    return ours and str(error).endswith(".")
+
+
+@contextmanager
+def no_empty_folder(folder: str | Path) -> Iterator[None]:
+    """If the block fails, folders that it made on the way there go again, unless they hold something."""
+    path = Path(folder).absolute()
+    new = [p for p in (path, *path.parents) if not p.exists()]
+    try:
+        yield
+    except BaseException:
+        for p in new:
+            with suppress(OSError):
+                p.rmdir()
+        raise
 
 
 def shorten(text: str, length: int) -> str:

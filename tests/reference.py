@@ -78,6 +78,22 @@ def grad_and_square_sums(gradients: Sequence[Mapping[str, Tensor]], name: str) -
     return stacked.sum(0), stacked.square().sum(0)
 
 
+def assert_sums(
+    window: Mapping[str, tuple[Tensor, Tensor]], parts: Sequence[Mapping[str, Tensor]], gates: bool = True
+) -> None:
+    """G and Q of a window are those of the parts, and so are the hard gates."""
+    different, written = 0, 0
+    for name, (g, q) in window.items():
+        grad, squares = grad_and_square_sums(parts, name)
+        for got, expected in ((g, grad), (q, squares)):
+            assert (got - expected).abs().max() <= 1e-5 * expected.abs().max(), name
+        # where one example alone reaches a coordinate, G² = Q but for the rounding of the loop
+        tie = (grad**2 - squares).abs() <= 1e-6 * squares
+        different += int(((g**2 > q) != (grad**2 > squares))[~tie].sum())
+        written += int((g**2 > q).sum())
+    assert not gates or different == 0 and written > 100
+
+
 def openness(stacked: Tensor, gate: str = "hard") -> Tensor:
     """The rule with mu and sigma², before any algebra (arXiv:2605.01172; equation in ``gate``).
 

@@ -17,7 +17,7 @@ from models import QUIET, layout, preferences, rows, save_tiny_model, tiny_model
 from peft import LoraConfig
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from hf_poprisk import PopRiskTrainer, PopRiskTrainingArguments, load_record
+from hf_poprisk import load_record
 from hf_poprisk.checkpoints import CheckpointError, ResumeError, damage, newest_checkpoint
 
 # Five steps over windows of 4, 4, 2: the middle of an epoch, and a short last window.
@@ -100,7 +100,6 @@ def steps_of(trainer: Any) -> set[int]:
         (2, {"poprisk_gate": "soft", "logging_steps": 4}),  # a log over steps before and after it
         (3, {"poprisk_estimator": "ema"}),
         (2, layout(2, 4)),
-        (3, {"poprisk_warmup_steps": 4}),
     ],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(at: int, options: dict[str, Any], tmp_path: Path) -> None:
@@ -128,15 +127,6 @@ def test_a_resumed_preference_run_is_the_uninterrupted_one(lora: bool, tmp_path:
     assert_same(whole, resume(resumed, tmp_path / "checkpoint-2"))
     statistics = load_record(tmp_path / "checkpoint-5").statistics
     assert any("lora_A" in name for name in statistics["parameters"]) == lora
-
-
-def test_the_comparison_would_see_a_lost_state(tmp_path: Path) -> None:
-    whole, other = causal(tmp_path), causal(tmp_path)
-    whole.train()
-    shutil.copy(tmp_path / "checkpoint-1/optimizer.pt", tmp_path / "checkpoint-2/optimizer.pt")
-    resume(other, tmp_path / "checkpoint-2")
-    with pytest.raises(AssertionError):
-        assert_same(whole, other)
 
 
 def loaded(trainer: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
@@ -217,12 +207,14 @@ def edit_record(checkpoint: Path, **changes: Any) -> None:
     path.write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
 
 
-@pytest.mark.parametrize(("gone", "value"), [("reduction", "tensor"), ("gate_weight_decay", True)])
+@pytest.mark.parametrize(
+    ("gone", "value"), [("reduction", "tensor"), ("gate_weight_decay", True), ("warmup_steps", 3)]
+)
 def test_a_record_of_version_0_1(gone: str, value: Any, run: Path) -> None:
     """It had settings that are gone, whose defaults are what every run does now, and lacked some entries."""
     old = {"reduction": "element", "gate_weight_decay": False, "trainable": ..., "label_noise": ...}
     edit_record(run / "checkpoint-3", **{**old, gone: value})
-    with pytest.raises(ResumeError, match=f"would change {gone} .of version 0.1. from") as caught:
+    with pytest.raises(ResumeError, match=f"would change {gone} .which is gone. from") as caught:
         resume(causal(run))
     one_sentence(caught.value)
     edit_record(run / "checkpoint-3", **old)
@@ -255,38 +247,6 @@ def test_other_trainable_parameters_are_refused(
     one_sentence(caught.value)
     same = freeze(causal(tmp_path, max_steps=4, optim=optim), before)
     assert steps_of(resume(same)) == {4}
-
-
-def test_parameters_that_the_optimizer_holds_may_be_frozen_on_the_way(tmp_path: Path) -> None:
-    """What counts is what the optimizer was made of; a callback, say, may freeze and unfreeze."""
-    first = causal(tmp_path, max_steps=2)
-    save = first._save_checkpoint
-    first._save_checkpoint = lambda *args: save(freeze(first, "embed").model, *args[1:])
-    first.train()
-    resume(causal(tmp_path, max_steps=4))
-
-
-def test_an_optimizer_of_some_parameters_is_resumed_as_it_was(tmp_path: Path) -> None:
-    """Made by the trainer itself, in a way of its own, or handed to it."""
-
-    class Partly(PopRiskTrainer):
-        def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-            self.optimizer = torch.optim.AdamW(self.model.lm_head.parameters())
-            return self.optimizer
-
-    def build(steps: int, handed: bool) -> PopRiskTrainer:
-        options = {**OPTIONS, "max_steps": steps, "optim": "adamw_torch"}
-        args, model = PopRiskTrainingArguments(str(tmp_path), **options), tiny_model()
-        if not handed:
-            return Partly(model, args=args, train_dataset=rows(10))
-        of_the_body = torch.optim.AdamW(model.model.parameters())
-        return PopRiskTrainer(model, args=args, train_dataset=rows(10), optimizers=(of_the_body, None))
-
-    for handed in (False, True):
-        build(2, handed).train()
-        resume(build(4, handed), tmp_path / "checkpoint-2")
-        with pytest.raises(ResumeError, match="trainable tensors, and this model has"):
-            resume(build(4, not handed), tmp_path / "checkpoint-2")
 
 
 # Half a checkpoint
@@ -435,17 +395,10 @@ def test_nothing_of_an_earlier_run_is_sealed_into_a_new_one(run: Path) -> None:
     plain.save_model()
     assert not (run / "checkpoint-2/left.txt").exists()
     record = load_record(run / "checkpoint-2")
-    assert record.config["optim"] == "adamw_torch" and record.statistics is None
+    config = record.config
+    assert (config["optim"], config["gate"]) == ("adamw_torch", "none") and record.statistics is None
     causal(run).save_model()  # has not trained: the record stays that of the run that has
     assert load_record(run).config["steps"] == 2
-
-
-def test_a_model_that_was_changed_after_training_is_saved(tmp_path: Path) -> None:
-    trainer = causal(tmp_path, max_steps=2)
-    trainer.train()
-    trainer.model = tiny_model()
-    trainer.save_model(str(tmp_path / "other"))
-    assert len(load_record(tmp_path / "other").statistics["parameters"]) == 21
 
 
 def test_the_record_names_the_step_that_the_weights_are_of(tmp_path: Path) -> None:
@@ -481,11 +434,6 @@ def test_a_record_that_cannot_be_read(content: bytes, said: str, name: str, run:
     refused._load_from_checkpoint = None  # nothing is loaded before the check
     with pytest.raises(ValueError, match=f"{said}|{name} is cut off; take an older checkpoint"):
         resume(refused, checkpoint)
-
-
-def test_a_folder_without_a_record(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="has no poprisk_config.json: it was not saved by"):
-        load_record(tmp_path)
 
 
 # Checkpoints of weights alone

@@ -194,7 +194,6 @@ def test_another_optimizer_handed_to_the_trainer_is_refused(tmp_path: Path) -> N
         ({"poprisk_gate": "soft"}, {}, "has gate='hard', but poprisk_gate='soft'"),
         ({"poprisk_estimator": "ema"}, {}, "has estimator='example', but poprisk_estimator='ema'"),
         ({}, {"estimator": "group"}, "has estimator='group', but poprisk_estimator='example'"),
-        ({"poprisk_warmup_steps": 3}, {}, "has warmup_steps=0, but poprisk_warmup_steps=3"),
         ({"poprisk_exclude": ["first"]}, {}, "gates other parameters than poprisk_exclude"),
     ],
 )

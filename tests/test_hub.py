@@ -16,7 +16,7 @@ from fake_hub import Commit, FakeHub
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from models import QUIET, layout, tiny_model, token_examples, trainer_of, trl_trainer_of
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.utils.hub import PushInProgress
 
@@ -180,20 +180,6 @@ def test_every_commit_has_the_record_beside_its_weights_and_the_last_the_card(
     assert len(hub.repos[name].commits) == 1 + len(commits)  # nothing to change
 
 
-def test_a_card_names_no_folder_of_this_machine(hub: FakeHub, llama_dir: Path, tmp_path: Path) -> None:
-    base = AutoModelForCausalLM.from_pretrained(llama_dir)
-    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    options = {**OPTIONS, "hub_model_id": "alice/plain", "save_strategy": "no"}
-    trainer_of(tmp_path / "plain", model=model, **options).push_to_hub()
-    assert str(llama_dir) not in hub.repos["alice/plain"].commits[-1].files["README.md"].decode()
-
-
-def test_a_repository_without_a_record(hub: FakeHub) -> None:
-    HfApi().create_repo("alice/empty")
-    with pytest.raises(FileNotFoundError, match=f"alice/empty has no {CONFIG_NAME}"):
-        load_record("alice/empty")
-
-
 WRITTEN = """\
 ---
 license: mit
@@ -335,11 +321,6 @@ def test_a_final_push_that_fails_can_be_made_again(
     assert (repo.private, repo.gated) == (False, gated)
     assert steps_of(repo.commits[-1]) == {".": 2}
     assert not gated or not repo.exposed
-
-
-def test_a_push_before_training(hub: FakeHub, build: Any, tmp_path: Path) -> None:
-    build(tmp_path).push_to_hub()
-    assert "model.safetensors" in hub.repos[f"alice/{tmp_path.name}"].commits[-1].files
 
 
 def test_half_a_record_is_no_file_that_a_push_would_take(

@@ -57,6 +57,13 @@ def test_the_batched_loop_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert any((p != w).any() for w, p in zip(weights(tiny_model()), weights(model), strict=True))
 
 
+def test_the_loop_around_other_optimizers_runs() -> None:
+    model, examples = tiny_model(), token_examples(16)
+    gate, plain = run("around", model=model, batches=[examples[:8], examples[8:]])["gates"]
+    assert gate.statistics.pop("examples")["poprisk/examples"] == 8 and not plain.statistics.pop("examples")
+    assert any((p != w).any() for w, p in zip(weights(tiny_model()), weights(model), strict=True))
+
+
 def test_every_file_readme_names_is_there() -> None:
     root = README.parent
     text = "".join(page.read_text() for page in (README, *GUIDES))

@@ -129,6 +129,9 @@ BREAKS: dict[str, list[dict[str, Any]]] = {
     "gives the weights that": [{"poprisk_label_noise": "audit"}],
     "a completion that is good or bad by itself": [{}],
     "a triple with a reference text": [{}],
+    # of a gate around a stock optimizer
+    "takes its steps during the backward": [{"optim": n} for n in ("lomo", "schedule_free_adamw")],
+    "reads the write of poprisk_adamw": [{"poprisk_risk": True}],
     # of sampled completions
     "does not hold whole ones": [{"per_device_train_batch_size": 3}, {"num_generations": 4}],
     "puts the same prompts into a step": [
@@ -173,12 +176,23 @@ WEIGHT_CASES = [
 ]
 
 
-@pytest.mark.parametrize(("config_class", "rule", "fields"), [*GATE_CASES, *LABEL_CASES, *WEIGHT_CASES])
+AROUND_CASES = [
+    (config_class, rule, {"optim": "sgd", "poprisk_gate": "hard", **fields})
+    for config_class in ALL
+    for rule, fields in broken(
+        *refusals.AROUND, *refusals.WHOLE_PARAMETERS, *refusals.OPTIMIZER, *config_class._example_rules
+    )
+]
+
+
+@pytest.mark.parametrize(
+    ("config_class", "rule", "fields"), [*GATE_CASES, *LABEL_CASES, *WEIGHT_CASES, *AROUND_CASES]
+)
 def test_every_rule_refuses_before_a_model_is_loaded(
     config_class: type[Any], rule: refusals.Rule, fields: dict[str, Any], make: Make, tmp_path: Path
 ) -> None:
     args = make(config_class, **fields)
-    words = {"of": "optim=poprisk_adamw", "without": args.plain_options}
+    words = {"of": args.gated_by, "without": args.plain_options}
     if args.poprisk_weight_column is not None:
         words = {"of": "poprisk_weight_column", "without": "no poprisk_weight_column"}
     sentence = rule.sentence.format(a=args, found=rule.found(args), **words)
@@ -314,6 +328,8 @@ def test_data_of_which_nothing_is_left_is_named(kind: str, tmp_path: Path, llama
 @pytest.mark.parametrize("place", ["file", "file/below", "/proc/below", "/proc"])
 def test_an_output_folder_that_cannot_be_written_to(place: str, make: Make, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
+    make(output_dir=str(tmp_path / "new/below")).check_training()
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]  # asking makes none
     trainer = PopRiskTrainer(Fragile(), make(), train_dataset=examples(16))
     trainer.args.output_dir = str(tmp_path / place)
     sentence = rf"^output_dir={tmp_path / place} cannot be written to \(.*\): choose another one\.$"

@@ -185,7 +185,10 @@ def test_a_run_without_the_gate_says_so_on_the_main_process(
     monkeypatch.setattr(other, "is_world_process_zero", lambda: False)
     for run in (trainer, other, plain_trainer(tmp_path, max_steps=1)):
         run.train()
-    sentence = "optim=sgd: plain sgd, no population-risk gate; set optim=poprisk_adamw for it."
+    sentence = (
+        "optim=sgd: plain sgd, no population-risk gate; set optim=poprisk_adamw for it, or "
+        "poprisk_gate=hard for one around sgd."
+    )
     assert [r.message for r in caplog.records if "no population-risk gate" in r.message] == [sentence]
 
 
@@ -209,22 +212,6 @@ def test_gate_none_trains_as_adamw_does(tmp_path: Path) -> None:
     assert all(torch.equal(p, w) for p, w in zip(*weights, strict=True))
 
 
-@pytest.mark.parametrize("estimator", ["ema", "group"])
-def test_the_other_estimators_take_larger_micro_batches(estimator: str, tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path, **layout(2, 4), max_steps=2, poprisk_estimator=estimator)
-    trainer.train()
-    entry = trainer.state.log_history[0]
-    assert 0 < entry["poprisk/fraction_open"] <= 1 and "poprisk/examples" not in entry
-    assert ("poprisk/groups" in entry) == (estimator == "group")
-
-
-def test_checkpointing_and_bf16_autocast_run_gated(llama_dir: Path, tmp_path: Path) -> None:
-    options = {**layout(1, 4), "max_steps": 2, "bf16": True, "gradient_checkpointing": True}
-    trainer = trl_trainer_of("DPO", str(llama_dir), tmp_path, **options)
-    trainer.train()
-    assert 0.05 < trainer.state.log_history[0]["poprisk/fraction_open"] < 0.95
-
-
 def test_a_default_config_is_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The stock trainers make a config of their own when none is given; it would have no gate."""
     monkeypatch.chdir(tmp_path)
@@ -236,6 +223,7 @@ def test_the_mixin_hides_nothing_of_the_stock_trainers() -> None:
     """Its own names are free in every class it stands before; TRL prints `_name` in model cards, say."""
     overridden = set(
         "create_optimizer train training_step compute_loss log push_to_hub get_optimizer_cls_and_kwargs "
+        "set_initial_training_values "
         "create_model_card init_hf_repo save_model _save _save_checkpoint _save_rng_state _run_epoch "
         "_load_optimizer_and_scheduler _load_best_model _push_from_checkpoint _finish_current_push end "
         "_clip_grad_norm get_train_dataloader get_batch_samples _prepare_inputs _prepare_for_training".split()

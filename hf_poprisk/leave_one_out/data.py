@@ -21,14 +21,19 @@ _TEXT_LENGTH = 160  # characters of one column of an example
 
 
 def load_data(
-    name: str, split: str | None = None, config: str | None = None, option: str = "--dataset"
+    name: str,
+    split: str | None = None,
+    config: str | None = None,
+    option: str = "--dataset",
+    config_option: str = "--config_name",
+    split_option: str = "--split",
 ) -> Dataset:
     """A split by the data set's Hub name, from a file, or from a folder of files or of ``save_to_disk``.
 
     Args:
         split: ``train`` if None; slices such as ``train[:512]`` work but for ``save_to_disk``.
         config: configuration of a data set on the Hub or of a folder with several.
-        option: by which the name was given, for messages.
+        option, config_option, split_option: by which these were given, for messages.
 
     Raises:
         UserError: it is not there or cannot be read, or has no such split.
@@ -40,7 +45,7 @@ def load_data(
     folder = Path(name).expanduser()
     loader = _loader(name, folder, option)
     if loader is not None and config is not None:
-        raise UserError(f"--config_name has no effect, because {name} is a single file.")
+        raise UserError(f"{config_option} has no effect, because {name} is a single file.")
     saved = any((folder / file).is_file() for file in ("dataset_dict.json", "state.json"))
     try:
         if saved:
@@ -54,7 +59,7 @@ def load_data(
         where = "" if folder.exists() else "is no folder here, and "
         raise UserError(f"{option} {name} {where}cannot be read ({one_line(error)}).") from error
     splits = isinstance(data, DatasetDict)
-    for other, value in (("--config_name", config), ("--split", None if splits else asked)):
+    for other, value in ((config_option, config), (split_option, None if splits else asked)):
         if saved and value is not None:
             raise UserError(f"{other} has no effect, because {name} was written by save_to_disk without it.")
     if splits and split not in data:

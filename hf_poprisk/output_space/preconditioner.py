@@ -76,6 +76,6 @@ def _adam(optimizer: torch.optim.Optimizer, group: dict[str, Any], p: Tensor) ->
         second += beta2 * state["exp_avg_sq"]
     root = (second / (1 - beta2 ** (step.item() + 1))).sqrt() + group["eps"]
     inverse = (second != 0) / root  # 1/ε would stand where no gradient ever was
-    if isinstance(optimizer, PopRiskAdamW) and step.item() >= optimizer.warmup_steps:
+    if isinstance(optimizer, PopRiskAdamW):
         inverse *= (optimizer._openness or {}).get(p, 1)
     return inverse
