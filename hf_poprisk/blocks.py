@@ -72,15 +72,18 @@ class ExampleBlocks(torch.optim.Optimizer):
         self._sharded = ShardedModel(model, self._all_parameters(), self.describe)
         self._window = None
 
-    def example(self) -> AbstractContextManager[None]:
+    def example(self, num_examples: int = 1) -> AbstractContextManager[None]:
         """Block around the backward of one example (of one micro-batch with ``estimator="group"``).
+
+        Args:
+            num_examples: more than one if they have no gradient.
 
         Raises:
             RuntimeError: see ``ExampleWindow.example``; or the window was closed and not stepped.
         """
         if not self.needs_examples:
             return nullcontext()
-        return self._free_window().example()
+        return self._free_window().example(num_examples)
 
     def no_example(self, allowed: Iterable[Tensor]) -> AbstractContextManager[set[Tensor]]:
         """Block around a backward whose gradients belong to no example; see ``ExampleWindow.no_example``."""

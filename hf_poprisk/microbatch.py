@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from hf_poprisk.per_example import BatchedGradients, Capture, Layout, Packed, Ro
 from hf_poprisk.per_example.examples import NotSeparable, copied, find_layout
 from hf_poprisk.per_example.fsdp2 import reducing
 from hf_poprisk.per_example.one_by_one import OneByOne
+from hf_poprisk.per_example.ranks import gathered
 from hf_poprisk.per_example.self_check import SelfCheck, Verdict, some_examples
 from hf_poprisk.per_example.undisturbed import mode
 
@@ -50,15 +51,18 @@ class MicrobatchMixin:
         if optimizer is None:
             with weighting:
                 return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
-        layout = self._layout(optimizer, inputs)
-        # every rank must come to the same answer
-        several = layout is not None and (self._announces_several or layout.num_examples > 1)
-        if several and not self._paths_checked:
-            self._check_paths(optimizer, model, inputs, num_items_in_batch, layout)
+        asks = self._takes_examples(optimizer) and not self._paths_checked
+        if asks and self._announces_several:
+            layout = self._check_paths(optimizer, model, inputs, num_items_in_batch)
+        else:
+            layout = self._layout(optimizer, inputs)
+            if asks and layout.num_examples > 1:  # packed rows that nothing announced
+                self._check_paths(optimizer, model, inputs, num_items_in_batch)
         step = partial(super().training_step, model, inputs, num_items_in_batch)  # type: ignore[misc]
         with weighting:
             if layout is None or layout.num_examples == 1 or not self._paths_checked:
-                with optimizer.example():
+                # several that were not checked have no gradient, or none that is finite
+                with optimizer.example(1 if layout is None else layout.num_examples):
                     loss = step()
             elif self._layers is not None:
                 with optimizer.batch(self._layers, layout) as capture, self._fused_operations(capture):
@@ -150,19 +154,34 @@ class MicrobatchMixin:
         return "model.compile()" if compiled else None
 
     def _check_paths(
-        self, optimizer: PopRiskAdamW, model: nn.Module, inputs: Any, num_items_in_batch: Any, layout: Layout
-    ) -> None:
+        self, optimizer: PopRiskAdamW, model: nn.Module, inputs: Any, num_items_in_batch: Any
+    ) -> Layout:
         """The self-check, once per run: choose a path on which the gradient is the stock one, or refuse.
 
-        If the gradient is not finite, nothing can be compared: the next micro-batch will be.
+        If no rank's micro-batch has a gradient, nothing can be compared: the next ones will be. Returns the
+        layout of this one.
 
         Raises:
-            ValueError: there is no such path.
+            ValueError: what a rank refuses, on all of them.
         """
-        if self._layers is None and self._not_together is None:  # packed rows that nothing announced
+        if self._layers is None and self._not_together is None:
             self._find_layers(optimizer)
         unwrapped = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        self._one_by_one = OneByOne(unwrapped)
+        self._one_by_one, low = OneByOne(unwrapped), self._has_low_precision(unwrapped)
+        refused, parts = None, list[tuple[Any, Layout]]()
+        try:
+            layout = self._layout(optimizer, inputs)
+            # in eval mode nothing is recomputed, and all may not fit; all ranks must take as many
+            few = any(getattr(m, "gradient_checkpointing", False) for m in unwrapped.modules())
+            parts = [(inputs, layout)]
+            if (n := layout.num_examples) == 1 or n > 2 and (few or self._sharded):
+                pairs = ([i, (i + 1) % n] for i in range(0, n, 2))
+                parts = [some_examples(inputs, layout, pair, unwrapped) for pair in pairs]
+        except ValueError as error:
+            refused = f"{error}: {self._way_out}." if isinstance(error, NotSeparable) else str(error)
+        said = gathered((refused, len(parts)))
+        if refused := next((sentence for sentence, _ in said if sentence), None):
+            raise ValueError(refused)
 
         def backward(batch: Any) -> float:
             with self.compute_loss_context_manager():
@@ -171,42 +190,44 @@ class MicrobatchMixin:
             loss.backward()
             return float(loss.detach())
 
-        checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in unwrapped.modules())
-        if layout.num_examples == 1:  # another rank has more, and none may check alone
-            inputs, layout = some_examples(inputs, layout, [0, 0], unwrapped)
-        elif layout.num_examples > 2 and (checkpointing or self._sharded):
-            # in eval mode nothing is recomputed, and all of them may not fit; all ranks must take as many
-            inputs, layout = some_examples(inputs, layout, [0, 1], unwrapped)
-        low = self._has_low_precision(unwrapped)
-        check = SelfCheck(unwrapped, inputs, layout, optimizer.new_window, backward, low)
         with self._trying_out(model):
-            verdict = check.run(self._layers, self._fused_operations, self._one_by_one, self._not_together)
-        self._take(verdict, optimizer)
+            for i in range(max(count for _, count in said) if self._sharded else len(parts)):
+                check = SelfCheck(unwrapped, *parts[i % len(parts)], optimizer.new_window, backward, low)
+                try:
+                    verdict = check.run(
+                        self._layers, self._fused_operations, self._one_by_one, self._not_together
+                    )
+                except NotSeparable as error:
+                    raise self._not_stock(str(error)) from error
+                if verdict.finite and not verdict.no_gradient:
+                    break
+        self._take(verdict, dict(unwrapped.named_parameters()))
+        return layout
 
-    def _take(self, verdict: Verdict, optimizer: PopRiskAdamW) -> None:
+    def _take(self, verdict: Verdict, named: Mapping[str, nn.Parameter]) -> None:
         """Take the path on which all ranks agree."""
-        several = self.accelerator.num_processes > 1
-        if verdict.unreached and verdict.not_one_by_one is None and several and not self._sharded:
-            name = optimizer.describe(next(iter(verdict.unreached)))
-            verdict.not_one_by_one = f"no example reaches {name}, whose gradient DDP would not reduce"
-        wrong = [not verdict.decided, verdict.not_together is not None, verdict.not_one_by_one is not None]
-        flags = torch.tensor(wrong, dtype=torch.float32, device=self.accelerator.device)
-        undecided, together, one_by_one = (bool(x) for x in self.accelerator.reduce(flags).tolist())
-        if undecided:
+        common = Verdict.of(gathered(verdict))
+        if common is None:
             return
-        self._paths_checked, self._shared = True, verdict.shared
-        if not together:
+        self._paths_checked, self._shared = True, {named[name] for name in common.shared}
+        if common.not_together is None:
             return
-        elsewhere = "something on another rank"
-        if one_by_one:
-            reasons = dict.fromkeys(filter(None, (verdict.not_together, verdict.not_one_by_one)))
-            raise ValueError(
-                "the gradient of the examples of a micro-batch would not be the stock trainer's ("
-                f"{'; '.join(reasons) or elsewhere}): {self._way_out}."
+        if common.unreached and not self._sharded and self.accelerator.num_processes > 1:
+            name = min(common.unreached)
+            common.not_one_by_one = common.not_one_by_one or (
+                f"no example reaches {name}, whose gradient DDP would not reduce"
             )
+        if common.not_one_by_one is not None:
+            raise self._not_stock(*dict.fromkeys((common.not_together, common.not_one_by_one)))
         self._layers = None
         if self._not_together is None:
-            self._say_one_by_one(verdict.not_together or elsewhere)
+            self._say_one_by_one(common.not_together)
+
+    def _not_stock(self, *reasons: str) -> ValueError:
+        return ValueError(
+            "the gradient of the examples of a micro-batch would not be the stock trainer's ("
+            f"{'; '.join(reasons)}): {self._way_out}."
+        )
 
     def _has_low_precision(self, model: nn.Module) -> bool:
         low = self.accelerator.mixed_precision != "no" or any(

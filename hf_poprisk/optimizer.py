@@ -89,8 +89,8 @@ class GatedOptimizer(ExampleBlocks):
             unseen &= torch.tensor([p not in window.shared for p in sq_sums], device=device)
         # the only wait for the device in a step
         finite, missed = torch.stack([torch.isfinite(stacked.sum(0)).all(), unseen.any()]).tolist()
-        if missed:
-            names = [window.describe(p) for p, u in zip(sq_sums, unseen, strict=True) if bool(u)]
+        if missed and (unheard := window.never_seen(p for p, u in zip(sq_sums, unseen, strict=True) if u)):
+            names = [window.describe(p) for p in unheard]
             raise RuntimeError(
                 f"no example's gradient was seen for {', '.join(names[:3])}, which has one: every backward "
                 "must run inside `with optimizer.example():`."

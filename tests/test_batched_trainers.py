@@ -154,33 +154,6 @@ def test_evaluation_and_stock_optimizers_see_nothing_of_it(tmp_path: Path) -> No
         assert torch.equal(p, w)
 
 
-class Kwargs(Classifier):
-    """Takes num_items_in_batch, as most models of transformers do; ``sums`` uses it."""
-
-    def __init__(self, sums: bool) -> None:
-        super().__init__(conv=True)
-        self.sums = sums
-
-    def forward(self, x: Tensor, labels: Tensor, **kwargs: Any) -> dict[str, Tensor]:
-        out = super().forward(x, labels)
-        if self.sums:
-            out["loss"] = nn.functional.cross_entropy(out["logits"], labels, reduction="sum")
-            out["loss"] = out["loss"] / kwargs["num_items_in_batch"]
-        return out
-
-
-@pytest.mark.parametrize("sums", [False, True])
-def test_one_by_one_the_loss_has_the_scale_of_the_stock_trainer(sums: bool, tmp_path: Path) -> None:
-    """Whether or not the model does anything with the number of items."""
-    losses = []
-    for optim in ("poprisk_adamw", "adamw_torch"):
-        options = {**layout(4, 4), "max_steps": 1, "max_grad_norm": 0.0, "optim": optim}
-        trainer = trainer_of(tmp_path, rows(16), Kwargs(sums), **options)
-        trainer.train()
-        losses.append([trainer.state.log_history[0][name] for name in ("loss", "grad_norm")])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-
-
 def joined(features: list[dict[str, Any]]) -> dict[str, Tensor]:
     """One long row, as a padding-free collator makes it."""
     return {"x": torch.cat([f["x"] for f in features])[None], "labels": torch.tensor([features[0]["labels"]])}
@@ -228,11 +201,11 @@ def test_what_couples_the_examples_is_refused(kind: str, tmp_path: Path) -> None
         trainer_of(tmp_path, rows(16), model, **layout(4)).train()
 
 
-class Forgetful(Kwargs):
+class Forgetful(Classifier):
     """With dropout, so that a forward that is thrown away must not cost random numbers."""
 
-    def forward(self, x: Tensor, labels: Tensor, **kwargs: Any) -> dict[str, Tensor]:
-        return super().forward(nn.functional.dropout(x, 0.5, self.training), labels, **kwargs)
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return super().forward(nn.functional.dropout(x, 0.5, self.training), labels)
 
 
 @pytest.mark.parametrize("hidden", [False, True])
@@ -241,9 +214,7 @@ def test_what_is_tried_out_at_the_start_draws_no_random_numbers(hidden: bool, tm
     options = {**layout(4, 4), "max_steps": 4, "save_strategy": "steps", "save_steps": 1}
     trainers = []
     for resume in (None, str(tmp_path / "checkpoint-2")):
-        model = Forgetful(sums=True)
-        if hidden:  # covered layers, and rows that they do not see: found out in the first forward
-            model.conv, model.hidden = None, True
+        model = Forgetful(hidden, conv=not hidden)  # found out before the first forward, or in it
         trainers.append(trainer_of(tmp_path, rows(16), model, **options))
         trainers[-1].train(resume_from_checkpoint=resume)
         assert trainers[-1]._layers is None

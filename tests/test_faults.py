@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -83,39 +84,46 @@ def test_an_adapter_that_was_loaded_frozen_is_refused_as_such(
                 trainer.train()
 
 
+FSDP1, FSDP2 = (SimpleNamespace(fsdp_version=version, cpu_offload=None) for version in (1, 2))
+
+
 @pytest.mark.parametrize(
-    ("attribute", "name", "sentence"),
+    ("switched_on", "options", "sentence"),
     [
-        ("is_fsdp_enabled", "FSDP", "FSDP1 is not supported by optim=poprisk_adamw: set fsdp_version=2"),
-        ("is_deepspeed_enabled", "DeepSpeed", "DeepSpeed is not .* optim=poprisk_adamw: shard with FSDP2"),
+        ({"is_fsdp_enabled": FSDP1}, {}, "FSDP1 is not supported by optim=poprisk_adamw: set fsdp_version=2"),
+        ({"is_deepspeed_enabled": FSDP1}, {}, "DeepSpeed is not .* optim=poprisk_adamw: shard with FSDP2"),
+        (
+            {"is_fsdp_enabled": FSDP2},
+            {"poprisk_estimator": "ema"},
+            "poprisk_estimator=ema does not run on sh",
+        ),
+        *(
+            ({name: FSDP1}, {"optim": "adamw_torch", "poprisk_risk": True}, f"{kind} is not supported by pop")
+            for name, kind in (("is_fsdp_enabled", "FSDP"), ("is_deepspeed_enabled", "DeepSpeed"))
+        ),
+        ({"is_fsdp_enabled": FSDP1}, {"poprisk_gate": "none"}, None),
+        ({}, {}, "tensor, context and sequence .* by optim=poprisk_adamw: shard with"),
+        # as accelerate does on a CPU, where it trains with DDP and says nothing
+        ({"fsdp": True}, {}, "fsdp was asked for, and accelerate set up NO instead, .* on GPUs"),
     ],
 )
 def test_sharding_switched_on_by_the_launcher_is_refused(
-    attribute: str, name: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    switched_on: dict[str, Any],
+    options: dict[str, Any],
+    sentence: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(Trainer, "train", lambda *_: "trained")
-    gated, gains = small(tmp_path), small(tmp_path, optim="adamw_torch", poprisk_risk=True)
-    plugin = SimpleNamespace(fsdp_version=1)
-    monkeypatch.setattr(gated.accelerator.state, "fsdp_plugin", plugin, raising=False)
-    of_gains = f"{name} is not supported by poprisk_risk=true: launch with DDP"
-    for trainer, expected in ((gated, sentence), (gains, of_gains)):
-        setattr(trainer, attribute, True)
-        with pytest.raises(ValueError, match=f"^{expected}"):
-            trainer.train()
-    gated.args.poprisk_gate = "none"
-    assert gated.train() == "trained"
-
-
-def test_parallelism_that_the_launcher_switched_on_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trainer = small(tmp_path)
-    split = SimpleNamespace(tp_enabled=False, cp_enabled=True, sp_enabled=False)
-    monkeypatch.setattr(type(trainer.accelerator), "parallelism_config", split)
-    with pytest.raises(
-        ValueError, match="^tensor, context and sequence .* by optim=poprisk_adamw: shard with"
-    ):
-        trainer.train()
+    trainer = small(tmp_path, **options)
+    for name, plugin in switched_on.items():
+        setattr(trainer.args if name == "fsdp" else trainer, name, True)
+        monkeypatch.setattr(trainer.accelerator.state, "fsdp_plugin", plugin, raising=False)
+    if not switched_on:
+        split = SimpleNamespace(tp_enabled=False, cp_enabled=True, sp_enabled=False)
+        monkeypatch.setattr(type(trainer.accelerator), "parallelism_config", split)
+    with nullcontext() if sentence is None else pytest.raises(ValueError, match=f"^{sentence}"):
+        assert trainer.train() == "trained"
 
 
 def test_examples_one_by_one_are_refused_on_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,22 +131,6 @@ def test_examples_one_by_one_are_refused_on_shards(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(type(trainer), "_sharded", True)
     with pytest.raises(ValueError, match="one by one, because of: a reason, which FSDP2 does not allow: set"):
         trainer._say_one_by_one("a reason")
-
-
-def test_the_streaming_form_does_not_run_on_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = small(tmp_path, poprisk_estimator="ema")
-    plugin = SimpleNamespace(fsdp_version=2, cpu_offload=None)
-    monkeypatch.setattr(trainer.accelerator.state, "fsdp_plugin", plugin, raising=False)
-    trainer.is_fsdp_enabled = True
-    with pytest.raises(ValueError, match="^poprisk_estimator=ema does not run on sharded parameters"):
-        trainer.train()
-
-
-def test_a_run_that_accelerate_did_not_shard_is_refused(tmp_path: Path) -> None:
-    trainer = small(tmp_path)
-    trainer.args.fsdp = True  # as accelerate does on a CPU, where it trains with DDP and says nothing
-    with pytest.raises(ValueError, match="^fsdp was asked for, and accelerate set up NO instead, .* on GPUs"):
-        trainer.train()
 
 
 TWO = {"per_device_train_batch_size": 2}

@@ -15,10 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from hf_poprisk.per_example.ranks import gathered
 
 LEADING = 256  # directions of a side
 SKETCH = 2 * LEADING  # columns of the sketch of a side that is more than twice as long
@@ -98,23 +101,22 @@ def measure_bases(run: Callable[[Callable[[str, Tensor, Tensor], None]], None]) 
         left.addmm_(d.flatten(0, 1).T, (a @ a.mT @ test_matrix.times(d)).flatten(0, 1))
         right.addmm_(a.flatten(0, 1).T, (d @ d.mT @ test_matrix.times(a)).flatten(0, 1))
 
-    run(see_sides)
+    device = _on_all_ranks(run, see_sides, sides)
     rotations = {
-        name: tuple(_leading(x, test_matrix.of(x), LEADING) for x in pair)
-        for name, pair in sorted(sides.items())
+        name: tuple(_leading(x, test_matrix.of(x), LEADING) for x in sides[name]) for name in sorted(sides)
     }
     sides.clear()
-    moments: dict[str, Tensor] = {}
+    moments = {
+        name: torch.zeros(*(x.shape[1] for x in pair), device=device) for name, pair in rotations.items()
+    }
     counts = dict.fromkeys(rotations, 0)
 
     def see_moments(name: str, a: Tensor, d: Tensor) -> None:
         h = LayerBasis(*rotations[name], None).rotate(a, d)
         counts[name] += len(h)
-        squares = h.square_().sum(0)
-        moments[name] = moments[name].add_(squares) if name in moments else squares
+        moments[name] += h.square_().sum(0)
 
     run(see_moments)
-    device = next(iter(moments.values())).device  # of the gradients, where processes can meet
     total = summed(torch.tensor(list(counts.values()), device=device))
     return {
         name: LayerBasis(*rotation, summed(moments[name]) / float(count))
@@ -141,11 +143,39 @@ def complete_bases(
             if total is not None:  # Σ_i X_iᵀ Y_i Y_iᵀ X_i
                 total.addmm_(x.flatten(0, 1).T, (y @ y.mT @ x).flatten(0, 1))
 
-    run(see)
+    _on_all_ranks(run, see, sides)
     return {
-        name: tuple(None if x is None else _leading(x, None, len(x)) for x in pair)  # type: ignore[misc]
-        for name, pair in sorted(sides.items())
+        name: tuple(None if x is None else _leading(x, None, len(x)) for x in sides[name])  # type: ignore[misc]
+        for name in sorted(sides)
     }
+
+
+def _on_all_ranks(run: Callable[[Any], None], see: Any, sides: dict[str, Any]) -> torch.device:
+    """Run a pass that fills ``sides``, and add zeros for the layers that other ranks alone reached.
+
+    An expert may be one. What is not the same on all ranks cannot be summed over them.
+
+    Returns:
+        Where the sums are.
+
+    Raises:
+        ValueError: what a rank's pass raised, on all of them.
+    """
+    refused = None
+    try:
+        run(see)
+    except ValueError as error:
+        refused = str(error)
+    mine = {name: [x if x is None else x.shape for x in pair] for name, pair in sides.items()}
+    kinds = {x.device.type for pair in sides.values() for x in pair if x is not None}
+    ranks = gathered((refused, mine, kinds))
+    if refused := next((sentence for sentence, *_ in ranks if sentence), None):
+        raise ValueError(refused)
+    device = torch.device(next((kind for *_, kinds in ranks for kind in kinds), "cpu"))
+    for _, shapes, _ in ranks:
+        for name, pair in shapes.items():
+            sides.setdefault(name, [x if x is None else torch.zeros(x, device=device) for x in pair])
+    return device
 
 
 class Features:

@@ -1,10 +1,11 @@
-"""Q over all ranks: one reduction of 4 bytes per parameter and step."""
+"""What ranks have in common: Q, in one reduction of 4 bytes per parameter and step, and what they say."""
 
 from __future__ import annotations
 
 import math
 from itertools import accumulate, groupby
 from operator import itemgetter
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,16 @@ from torch import Tensor
 
 # Elements per all-reduce: large enough to fill the link, small against the model.
 _BUCKET_NUMEL = 1 << 24
+_T = TypeVar("_T")
+
+
+def gathered(own: _T) -> list[_T]:
+    """A small object of every rank, in their order: before one of them refuses what others go on with."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return [own]
+    found = [own] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    return found
 
 
 def average_squares(sums: dict[Tensor, Tensor]) -> None:

@@ -3,12 +3,13 @@
 On the run's first micro-batch each path's sum over the examples is compared with the gradient of the whole
 micro-batch, and the squares of the path in one backward with those of the examples backpropagated alone. In
 train mode if nothing random is drawn there, else in eval mode: dropout draws other numbers for an example
-alone. Gradients, buffers, attributes and random numbers are afterwards as they were.
+alone. Gradients, buffers, attributes and random numbers are afterwards as they were. A micro-batch without a
+gradient, or with one of rounding alone, says nothing of any path, and the next one is asked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from hf_poprisk.per_example.capture import Capture
 from hf_poprisk.per_example.examples import NotSeparable, take
-from hf_poprisk.per_example.fsdp2 import local
+from hf_poprisk.per_example.fsdp2 import is_sharded, local
 from hf_poprisk.per_example.layers import BatchedGradients
 from hf_poprisk.per_example.layout import Layout, Packed, wide
 from hf_poprisk.per_example.one_by_one import OneByOne
@@ -37,10 +38,11 @@ class _Tolerance:
     square: float  # of a parameter's Q, in units of its sum
     floor: float  # share of the whole model's gradient that counts as nothing in a single parameter
     loss: float  # in units of its size
+    rounding: float  # of a weight, in units of its size
 
 
-_EXACT = _Tolerance(gradient=1e-3, square=1e-2, floor=1e-3, loss=1e-4)
-_LOW_PRECISION = _Tolerance(gradient=0.1, square=0.3, floor=0.01, loss=2e-2)
+_EXACT = _Tolerance(gradient=1e-3, square=1e-2, floor=1e-3, loss=1e-4, rounding=2**-22)
+_LOW_PRECISION = _Tolerance(gradient=0.1, square=0.3, floor=0.01, loss=2e-2, rounding=2**-7)
 # Of a term that belongs to no example: it is computed from the same weights in the same way.
 _SAME = 1e-2
 _Gradients = dict[Tensor, Tensor]
@@ -48,13 +50,27 @@ _Gradients = dict[Tensor, Tensor]
 
 @dataclass
 class Verdict:
-    """Why a path is not to be taken; None where it is right."""
+    """What a rank found out. A path is right where there is no reason against it; parameters go by name."""
 
     not_together: str | None = None  # of all examples in one backward
     not_one_by_one: str | None = None  # of one backward per example
-    shared: set[Tensor] = field(default_factory=set)  # parameters with a term in the loss of no example
-    unreached: set[Tensor] = field(default_factory=set)  # those of them that no example's backward reaches
-    decided: bool = True  # False if the gradient was not finite: there was nothing to compare with
+    shared: set[str] = field(default_factory=set)  # parameters with a term in the loss of no example
+    unreached: set[str] = field(default_factory=set)  # those of them that no example's backward reaches
+    finite: bool = True
+    no_gradient: bool = False  # but for rounding
+
+    @classmethod
+    def of(cls, ranks: Sequence[Verdict]) -> Verdict | None:
+        """Of all ranks; None if no step will be taken, or no micro-batch adds to its gradient."""
+        found = [verdict for verdict in ranks if not verdict.no_gradient]
+        if not found or not all(verdict.finite for verdict in ranks):
+            return None
+        together, one_by_one = (
+            next(filter(None, (getattr(verdict, path) for verdict in found)), None)
+            for path in ("not_together", "not_one_by_one")
+        )
+        shared, unreached = zip(*((v.shared, v.unreached) for v in found), strict=True)
+        return cls(together, one_by_one, set().union(*shared), set().union(*unreached))
 
 
 class SelfCheck:
@@ -85,6 +101,7 @@ class SelfCheck:
         self._names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
         self._stock: _Gradients = {}
         self._stock_loss = 0.0
+        self._shared: set[Tensor] = set()
         self._draws = self._keeps_state = False
 
     def run(
@@ -101,22 +118,27 @@ class SelfCheck:
             capturing: what else that path needs around its forward and backward.
             one_by_one: learns here where the examples are in the model's outputs.
             why_not_together: why ``layers`` is None.
+
+        Raises:
+            NotSeparable: what FSDP2 does not recover from, the other ranks being in the middle of a pass.
         """
         verdict = self._verdict = Verdict(not_together=why_not_together)
         self._one_by_one = one_by_one
         with mode(self._model, training=True):
             self._run_stock()
+            verdict.no_gradient = not self._distance(self._stock, {})
         with mode(self._model, training=not self._draws):
             if self._draws:
                 self._run_stock()
-            broken = float(sum(not bool(g.isfinite().all()) for g in self._stock.values()))
-            if self._over_shards([[broken]])[0][0]:
-                verdict.decided = False
+            broken = any(not bool(g.isfinite().all()) for g in self._stock.values())
+            if self._over_shards([[float(broken)]])[0][0]:
+                verdict.finite = False
                 return verdict
             together: _Gradients = {}
             if layers is not None:
                 verdict.not_together, together = self._try(partial(self._run_together, layers, capturing))
             verdict.not_one_by_one, alone = self._try(self._run_alone)
+            verdict.shared = {self._names[p] for p in self._shared}
             if verdict.not_one_by_one is None:
                 verdict.not_one_by_one = self._reason(self._check_parts)
             one_by_one.release()
@@ -126,6 +148,10 @@ class SelfCheck:
                 verdict.not_one_by_one = (
                     "the model keeps state in its forward, which examples alone would change"
                 )
+        doubt = verdict.not_one_by_one if layers is None else verdict.not_together
+        if self._over_shards([[float(doubt is not None)]])[0][0] and not verdict.no_gradient:
+            with mode(self._model, training=True):
+                verdict.no_gradient = self._is_rounding()
         return verdict
 
     # -- passes ------------------------------------------------------------------------------------------
@@ -156,7 +182,7 @@ class SelfCheck:
             return self._backward(self._inputs)
 
     def _run_alone(self, window: ExampleWindow) -> float:
-        one_by_one, layout, verdict = self._one_by_one, self._layout, self._verdict
+        one_by_one, layout = self._one_by_one, self._layout
         while True:
             with one_by_one.cached(layout, learn=True), same_random_numbers():
                 self._backward(self._inputs)
@@ -165,7 +191,7 @@ class SelfCheck:
                 break
         with one_by_one.cached(layout), window.no_example(self._params) as met:
             loss = self._backward(self._inputs)
-        verdict.shared = set(met)
+        self._shared = set(met)
         reached: set[Tensor] = set()
         with ExitStack() as stack:
             for p in met:
@@ -174,8 +200,32 @@ class SelfCheck:
             for example in range(layout.num_examples):
                 with window.example():
                     one_by_one.backward(example)
-        verdict.unreached = verdict.shared - reached
+        self._verdict.unreached = {self._names[p] for p in self._shared - reached}
         return loss
+
+    def _is_rounding(self) -> bool:
+        """Whether the gradient is another one with weights that differ by rounding.
+
+        Of that kind are the differences of what should be equal: pairs of twice the same text, a distance
+        from a reference that has the same weights.
+        """
+        self._run_stock()
+        gradients, weights = self._stock, [local(p) for p in self._params]
+        before = [weight.detach().clone() for weight in weights]
+        with torch.no_grad(), same_random_numbers():
+            for weight in weights:
+                weight.mul_(1 + self._tolerance.rounding * torch.empty_like(weight).uniform_(-1, 1))
+        try:
+            self._run_stock()
+        finally:
+            with torch.no_grad():
+                for weight, old in zip(weights, before, strict=True):
+                    weight.copy_(old)
+        return not self._distance(self._stock, gradients) < 0.5 * self._distance(gradients, {})
+
+    def _distance(self, some: _Gradients, others: _Gradients) -> float:
+        gaps = (some[p] - others[p] if p in others else some[p] for p in self._params if p in some)
+        return self._over_shards([[sum(float(gap.norm()) ** 2 for gap in gaps)]])[0][0] ** 0.5
 
     def _fresh(self, run: Callable[[], Any]) -> tuple[_Gradients, Any]:
         """A pass that finds everything as at the start, and leaves it so: its gradients, what it returns."""
@@ -199,37 +249,39 @@ class SelfCheck:
 
     def _try(self, run: Callable[[ExampleWindow], float]) -> tuple[str | None, _Gradients]:
         """Why a path is wrong, if it is, and the squares that it gives."""
-        window = self._window()
+        window, found = self._window(), []
+        reason = self._reason(lambda: found.append(self._fresh(partial(run, window))))
+        return reason or self._difference(*found[0], window.so_far()), window.so_far()
 
-        def compare() -> None:
-            (ours, loss), stock = self._fresh(partial(run, window)), self._stock_loss
-            if abs(loss - stock) > self._tolerance.loss * max(abs(stock), 1e-3):
-                raise NotSeparable(f"the loss would be {loss:.4g} and not {stock:.4g}")
-            self._compare(ours, window.so_far())
-
-        return self._reason(compare), window.so_far()
-
-    @staticmethod
-    def _reason(run: Callable[[], Any]) -> str | None:
+    def _reason(self, run: Callable[[], Any]) -> str | None:
         try:
             run()
         except torch.OutOfMemoryError:
             raise
-        except NotSeparable as error:
-            return str(error)
         except Exception as error:  # of a model on a path that it was not made for
             text = (str(error).strip() or type(error).__name__).splitlines()[0].partition("; set ")[0]
-            return text if isinstance(error, RuntimeError) else f"{type(error).__name__}: {text}"
+            known = isinstance(error, RuntimeError | NotSeparable)
+            reason = text if known else f"{type(error).__name__}: {text}"
+            if is_sharded(self._model):
+                raise NotSeparable(reason) from error
+            return reason
         return None
 
-    def _compare(self, ours: _Gradients, squares: _Gradients) -> None:
+    def _difference(self, ours: _Gradients, loss: float, squares: _Gradients) -> str | None:
         rows = []
         for p in self._params:
             g, h = (x[p] if p in x else torch.zeros_like(local(p)) for x in (self._stock, ours))
             both = float((g - h).norm()) ** 2, float(g.norm()) ** 2
             rows.append([*both, float(squares[p].sum()) if p in squares else 0.0])
-        rows = self._over_shards(rows)
-        total = max(sum(size for _, size, _ in rows), sum(noise for *_, noise in rows)) ** 0.5
+        stock = self._stock_loss
+        wrong = abs(loss - stock) > self._tolerance.loss * max(abs(stock), 1e-3)
+        *rows, (anywhere, *_) = self._over_shards([*rows, [float(wrong), 0.0, 0.0]])
+        if anywhere:
+            return f"the loss would be {loss:.4g} and not {stock:.4g}" if wrong else "another rank's loss"
+        size = sum(size for _, size, _ in rows)
+        if not size and not self._verdict.no_gradient:
+            return "dropout aside there is no gradient to compare with"
+        total = max(size, sum(noise for *_, noise in rows)) ** 0.5
         worst, name, off = 1.0, "", 0.0
         for p, row in zip(self._params, rows, strict=True):
             gap, size, noise = (x**0.5 for x in row)
@@ -237,8 +289,7 @@ class SelfCheck:
             excess = gap / (self._tolerance.gradient * allowed) if allowed else float(gap > 0)
             if not excess <= worst:
                 worst, name, off = excess, self._names[p], gap / size if size else 1.0
-        if name:
-            raise NotSeparable(f"the gradient of {name} would be {off:.0%} off")
+        return f"the gradient of {name} would be {off:.0%} off" if name else None
 
     def _check_parts(self) -> None:
         """One by one: are the rows the examples', and is what no example owns the same whatever they are?"""
@@ -246,7 +297,7 @@ class SelfCheck:
         some = partial(some_examples, self._inputs, self._layout, model=self._model)
         first, _ = some([0])
         self._fresh(lambda: one_by_one.check_rows(self._layout, lambda: self._backward(first)))
-        gated = [p for p in self._window().params if p in self._verdict.shared]
+        gated = [p for p in self._window().params if p in self._shared]
         if not gated:
             return
 

@@ -19,6 +19,7 @@ from hf_poprisk.per_example.basis import Sides
 from hf_poprisk.per_example.capture import Capture
 from hf_poprisk.per_example.layers import BatchedGradients
 from hf_poprisk.per_example.layout import Layout
+from hf_poprisk.per_example.ranks import gathered
 from hf_poprisk.per_example.squares import SquareSum
 
 VERIFIED_EVERY = 100  # windows: a loss may change in the course of a run
@@ -48,6 +49,7 @@ class ExampleWindow:
         self._others = list(others)
         self.names: Mapping[Tensor, str] = names or {}
         self._fired: set[Tensor] = set()  # parameters seen by the backward in progress
+        self._met: set[Tensor] = set()  # by those of this window
         self._stamp: tuple[object, ...] | None = None
         self._windows = 0  # that have ended
         self._verified = False  # of several examples in a backward: once in a while
@@ -55,8 +57,11 @@ class ExampleWindow:
         self.shared: set[Tensor] = set()  # parameters whose gradient may hold a term of no example
 
     @contextmanager
-    def example(self) -> Iterator[None]:
+    def example(self, num_examples: int = 1) -> Iterator[None]:
         """Capture the one backward inside this block as one example's contribution.
+
+        Args:
+            num_examples: more than one if they have no gradient.
 
         Raises:
             RuntimeError: the gradients changed since the last example (clipped, unscaled, or touched
@@ -70,7 +75,7 @@ class ExampleWindow:
 
         with self._backward(square, self._params):
             yield
-        self.num_examples += 1
+        self.num_examples += num_examples
 
     @contextmanager
     def no_example(self, allowed: Iterable[Tensor]) -> Iterator[set[Tensor]]:
@@ -160,6 +165,7 @@ class ExampleWindow:
                 "build its embedding with sparse=False."
             )
         self._fired.add(param)
+        self._met.add(param)
 
     @torch.no_grad()
     def reduce(self) -> tuple[int, dict[Tensor, Tensor]]:
@@ -199,6 +205,12 @@ class ExampleWindow:
         """Q before the window ends, in the units of ``.grad``, where its examples are of several ranks."""
         return self.squares.so_far()
 
+    def never_seen(self, params: Iterable[Tensor]) -> list[Tensor]:
+        """Those of some parameters that no example of this window reached, on any rank; all must ask."""
+        asked = list(params)
+        seen = zip(*gathered([self.leaf(p) in self._met for p in asked]), strict=True)
+        return [p for p, ranks in zip(asked, seen, strict=True) if not any(ranks)]
+
     def leaf(self, param: Tensor) -> Tensor:
         """What autograd sees of a parameter."""
         return param
@@ -207,6 +219,7 @@ class ExampleWindow:
         """Forget the window; the buffers stay for the next one."""
         self.squares.reset()
         self.shared = set()
+        self._met.clear()
         self._windows += self.num_examples > 0
         self._verified &= self._windows % VERIFIED_EVERY > 0
         self._stamp = None

@@ -1,19 +1,19 @@
 """Convolutions, norms over channels, class tokens, rows of positions and layer scales in one backward."""
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
-import reference
 import torch
 import transformers
+from test_layers import assert_follows_the_loop, batched
 from torch import Tensor, nn
 
-from hf_poprisk.per_example import BatchedGradients, Packed, Rows, products
+from hf_poprisk.per_example import Packed, Rows, products
 from hf_poprisk.per_example import capture as capturing
-from hf_poprisk.per_example.window import ExampleWindow
 
 N = 3
+follows_the_loop = partial(assert_follows_the_loop, n=N)
 CONVOLUTIONS = {
     "patches": lambda: (nn.Conv2d(4, 6, 2, stride=2), (8, 6)),
     "audio": lambda: (nn.Conv1d(4, 6, 3, stride=2, padding=1, bias=False), (11,)),
@@ -23,38 +23,6 @@ CONVOLUTIONS = {
     "circular": lambda: (nn.Conv1d(4, 6, 3, padding=1, padding_mode="circular"), (7,)),
     "video": lambda: (nn.Conv3d(4, 6, (1, 2, 3), padding="valid"), (3, 5, 4)),
 }
-
-
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def together(model: nn.Module, loss: Callable[[Tensor], Tensor], x: Tensor, layout: Any) -> dict[str, Any]:
-    params = trainable(model)
-    layers = BatchedGradients(model, params.values())
-    assert not layers.uncovered
-    window = ExampleWindow(params.values(), {p: name for name, p in params.items()})
-    with window.batch(layers, layout):
-        loss(x).backward()
-    sq_sums = window.reduce()[1]
-    return {name: (p.grad, sq_sums[p]) for name, p in params.items() if p.grad is not None}
-
-
-def assert_follows_the_loop(
-    model: nn.Module, loss: Callable[[Tensor], Tensor], x: Tensor, n: int = N
-) -> None:
-    """G, Q and the gate's decisions; row j of ``x`` is of example j mod n."""
-    gradients = reference.per_example_gradients(trainable(model), loss, [x[i::n] for i in range(n)])
-    got, seen = together(model, loss, x, Rows(n, len(x))), 0
-    largest = max(p.abs().max() for h in gradients for p in h.values())
-    for name in trainable(model):
-        g, q = reference.grad_and_square_sums(gradients, name)
-        if g.abs().max() < 1e-10 * largest:  # zero but for rounding: key biases
-            continue
-        torch.testing.assert_close(got[name], (g, q), rtol=1e-9, atol=1e-12 * largest.item())
-        assert torch.equal(got[name][0].square() > got[name][1], g.square() > q), name
-        seen += q.count_nonzero().item()
-    assert seen > 20
 
 
 @pytest.mark.parametrize("size_of_small", [0, 1 << 17])
@@ -68,10 +36,10 @@ def test_convolutions(kind: str, rows: int, size_of_small: int, monkeypatch: pyt
     before = type(layer)(4, 4, 1)  # whose gradient comes through the layer
     model = nn.Sequential(before, nn.GroupNorm(2, 4), nn.Tanh(), layer).double()
     x = torch.randn(rows, 4, *size, dtype=torch.float64)
-    assert_follows_the_loop(model, lambda x: model(x).sin().sum(), x)
+    follows_the_loop(model, lambda x: model(x).sin().sum(), x)
     model.zero_grad()
     layer.weight.requires_grad_(False)
-    assert_follows_the_loop(model, lambda x: model(x).sin().sum(), x)
+    follows_the_loop(model, lambda x: model(x).sin().sum(), x)
 
 
 VISION = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
@@ -95,7 +63,7 @@ def test_vision_models(kind: str) -> None:
         for p in model.parameters():  # at their start many are zero or one
             p.add_(0.1 * torch.randn_like(p))
     x = torch.randn(N, 3, 8, 8, dtype=torch.float64)
-    assert_follows_the_loop(model, lambda x: model(x).last_hidden_state.sin().sum(), x)
+    follows_the_loop(model, lambda x: model(x).last_hidden_state.sin().sum(), x)
 
 
 SEQ2SEQ = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_heads": 2, "num_layers": 1, "vocab_size": 20}
@@ -123,7 +91,7 @@ def test_relative_positions(kind: str, checkpointing: bool) -> None:
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
-    assert_follows_the_loop(model, loss, torch.randint(2, 20, (2 * N, 7)))
+    follows_the_loop(model, loss, torch.randint(2, 20, (2 * N, 7)))
 
 
 class Tokens(nn.Module):
@@ -162,4 +130,4 @@ def test_a_use_that_hides_the_examples_is_refused(
     model: nn.Module, shape: tuple[int, ...], layout: Any, sentence: str
 ) -> None:
     with pytest.raises(RuntimeError, match=sentence):
-        together(model, lambda x: model(x).sum(), torch.randn(shape), layout)
+        batched(model, lambda: model(torch.randn(shape)).sum(), layout)

@@ -106,7 +106,7 @@ def test_what_one_example_touched_stays_closed_in_low_precision(
     examples = [{k: v[i::N] for k, v in inputs.items()} for i in range(N)]
     alone = reference.per_example_gradients(trainable(model), lambda e: losses(e).sum() / N, examples)
     seen = 0
-    for name, (grad, square) in batched(model, lambda: losses(inputs).sum() / N, rows)[1].items():
+    for name, (grad, square) in batched(model, lambda: losses(inputs).sum() / N, Rows(N, rows))[1].items():
         single = torch.stack([h[name] != 0 for h in alone]).sum(0) == 1
         assert not ((grad.to(square.dtype).square() > square) & single).any(), name
         seen += int(single.sum())
@@ -158,6 +158,20 @@ def test_a_gradient_nobody_saw_is_refused() -> None:
             unseen.grad = torch.ones(3)
     with pytest.raises(RuntimeError, match="no example's gradient was seen for unseen"):
         optimizer.step()
+
+
+def test_squares_that_underflow_were_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float16 each example's gradient is zero, and the sum is not: no fault of any block."""
+    monkeypatch.setattr(capturing, "_SMALL", 0)
+    layer = nn.Linear(4, 4, bias=False).half()
+    optimizer = PopRiskAdamW(layer.named_parameters())
+    layers = BatchedGradients(layer, optimizer.gated_parameters)
+    x = torch.full((64, 1, 4), 1e-4, dtype=torch.float16)
+    with optimizer.batch(layers, Rows(64, 64)):
+        ((layer(x) + layer(x)).float() * 2e-4).sum().backward()
+    sq_sum = optimizer._window.reduce()[1][layer.weight]
+    assert layer.weight.grad.any() and not sq_sum.any()
+    optimizer.close_window()
 
 
 def test_buffers_are_reused_from_step_to_step() -> None:
