@@ -6,6 +6,7 @@ Imported once, before the ranks are forked from it. Not a test module.
 import os
 import re
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -105,22 +106,23 @@ def sharded(layout: Layout) -> nn.Module:
     return model
 
 
-def textbook(layout: Layout) -> dict[str, tuple[Tensor, Tensor]]:
-    """G and Q in one process, from single examples."""
-    model, inputs, world = build(layout), batch(B), dist.get_world_size()
+@cache
+def textbook(
+    adapter: str, tied: bool, dtype: torch.dtype, computed: torch.dtype | None
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """G and Q in one process, from single examples, of mean losses."""
+    layout = Layout(adapter, tied, dtype=dtype, computed=computed)
+    model, inputs = build(layout), batch(B)
     if layout.computed is not None:
         for p in model.parameters():  # as FSDP2, which leaves the buffers
             p.data = p.data.to(layout.computed)
     model.register_forward_hook(in_float32)
     gradients = reference.per_example_gradients(
         trainable(model),
-        lambda i: (
-            example_losses(model, {k: v[i : i + 1] for k, v in inputs.items()}, False).sum() * (world / B)
-        ),
+        lambda i: example_losses(model, {k: v[i : i + 1] for k, v in inputs.items()}, False).sum() / B,
         range(B),
     )
-    sums = {name: reference.grad_and_square_sums(gradients, name) for name in trainable(model)}
-    return {name: (g / world, q / world**2) for name, (g, q) in sums.items()}
+    return {name: reference.grad_and_square_sums(gradients, name) for name in trainable(model)}
 
 
 def in_float32(module: nn.Module, args: Any, output: Any) -> Any:
@@ -176,7 +178,9 @@ def window(model: nn.Module, optimizer: PopRiskAdamW, layout: Layout, whole: lis
 
 def run(layout: Layout) -> dict[str, Any]:
     """G, Q and q, whole, of two windows, the second of which takes a step."""
-    expected, model = textbook(layout), sharded(layout)
+    model, expected = sharded(layout), None
+    if dist.get_rank() == 0:
+        expected = textbook(layout.adapter, layout.tied, layout.dtype, layout.computed)
     named = dict(trainable(model))
     ungated = [p for name, p in named.items() if layout.ungated and "mlp" in name]
     optimizer = PopRiskAdamW(named.items(), lr=1e-3, weight_decay=0.0, ungated=ungated)
@@ -297,11 +301,17 @@ def plain_traffic(layout: Layout) -> dict[str, list[int]]:
     return traffic.sent
 
 
-def main(rank: int, world: int, port: int, folder: Path) -> None:
-    """In a process of its own."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def join(rank: int, world: int, port: int) -> None:
+    """Join the others."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world)
+
+
+def main(rank: int, world: int, port: int, folder: Path) -> None:
+    """In a process of its own."""
+    join(rank, world, port)
     found: dict[str, Any] = {}
     for name, layout in LAYOUTS[world].items():
         found[name] = run(layout)

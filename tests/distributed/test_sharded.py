@@ -1,7 +1,9 @@
 """FSDP2 over any layout: the G, Q and gate of single examples in one process, and what it costs."""
 
-import multiprocessing
+import multiprocessing.forkserver
+import os
 import socket
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,10 +16,13 @@ from hf_poprisk.gate import openness
 CASES = [(world, name) for world, layouts in LAYOUTS.items() for name in layouts]
 
 
-def launch(module: str, main: Callable[..., None], world: int, *args: Any) -> None:
-    """Run ``main(rank, world, port, *args)`` of a module in as many processes."""
+def launch(main: Callable[..., None], world: int, *args: Any, ends: int = 0) -> None:
+    """Run ``main(rank, world, port, *args)`` in as many processes."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([module])  # seconds for each process otherwise
+    context.set_forkserver_preload(["sharded_trainers"])  # seconds for each process otherwise
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # or it would find nothing, and say nothing
+        multiprocessing.forkserver.ensure_running()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -27,7 +32,7 @@ def launch(module: str, main: Callable[..., None], world: int, *args: Any) -> No
     for process in ranks:
         process.join(timeout=240)
         process.kill()  # one that waits for another, which failed
-    assert [process.exitcode for process in ranks] == [0] * world
+    assert [process.exitcode for process in ranks] == [ends] * world
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +40,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
     """World size → what rank 0 saw."""
     folder = tmp_path_factory.mktemp("sharded")
     for world in LAYOUTS:
-        launch("fully_sharded", main, world, folder)
+        launch(main, world, folder)
     return {world: torch.load(folder / f"{world}-0.pt", weights_only=False) for world in LAYOUTS}
 
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +18,38 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import conftest  # noqa: F401
 import pytest
 import reference
+import test_online_trainers as online
+import test_preference_trainers as preference
 import torch
 import torch.distributed as dist
 from datasets import Dataset
 from leave_one_out.helpers import Classifier, examples, planted
 from losses import KINDS as LOSSES
-from losses import FirstGradient, first_step, gap
-from models import layout, preferences, rows, sequences, some_bases, trainer_of, trl_trainer_of
+from losses import SEQ2SEQ_DATA, FirstGradient, first_step, gap
+from models import (
+    DATA,
+    layout,
+    preferences,
+    reward,
+    rows,
+    sequences,
+    some_bases,
+    trainer_of,
+    trl_trainer_of,
+)
 from peft import LoraConfig
 from test_checkpoints import assert_same
+from test_stock_gradient_trl import SEQ2SEQ, LastTokens, behind_the_mixins
 from test_trainer import Record
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from transformers import Seq2SeqTrainingArguments
 
 import hf_poprisk
 from hf_poprisk import PopRiskAdamW
 from hf_poprisk.eigen import MeasureBases
 
-B, STEPS = 16, 3
+B, STEPS = 16, 3  # of a run that is resumed, or that judges labels in between
 KINDS = ("Trainer", "DPO", "SFT", "Reward", "DPO-LoRA", "DPO-one-by-one", "classes-weight", "DPO-weight")
 KINDS += ("DPO-column", "SFT-column", "DPO-gate-in-basis")
 STOCK = (
@@ -42,13 +57,15 @@ STOCK = (
     *("experts: mixtral", "contrastive: bert", "adapter: adalora", "adapter: prompt"),
 )
 RESUMED = ("Trainer", "DPO", "DPO-LoRA", "DPO-eigen", "DPO-later")
-MICRO_BATCHES = {1: (1, 4, 16), 2: (1, 4)}
+BESIDE = ("KTO", "ORPO", "CPO", "TPO", "GRPO", "RLOO", "Seq2Seq")
+LAYOUTS = [(1, 16), (2, 4)]  # processes, examples per backward; compared with (1, 1)
+CASES = [(kind, *layout) for kind in KINDS for layout in LAYOUTS] + [("Trainer", 2, 1)]
 
 
 def build(kind: str, model_dir: str, world: int, micro_batch: int, **changes: Any) -> Any:
     """A trainer whose step t sees examples 16 t … 16 t + 15 in any layout."""
     folder = changes.pop("output_dir", "unused")
-    options = {**layout(micro_batch, B // world), "max_steps": STEPS, **changes}
+    options = {**layout(micro_batch, B // world), "max_steps": 2, **changes}
     if kind == "Trainer":
         return trainer_of(folder, rows(B * STEPS), **options)
     if kind == "classes-weight":
@@ -57,7 +74,11 @@ def build(kind: str, model_dir: str, world: int, micro_batch: int, **changes: An
     if kind == "DPO-weight":  # an odd number of pairs
         return trl_trainer_of("DPO", model_dir, folder, planted()[0], poprisk_label_noise="weight", **options)
     if kind == "DPO-later":  # two steps are an epoch, the third has weights
-        options |= {**layout(micro_batch, 2 * B // world), "poprisk_judge_after_epochs": 1}
+        options |= {
+            **layout(micro_batch, 2 * B // world),
+            "poprisk_judge_after_epochs": 1,
+            "max_steps": STEPS,
+        }
         return trl_trainer_of(
             "DPO", model_dir, folder, planted(4 * B)[0], poprisk_label_noise="weight", **options
         )
@@ -138,6 +159,44 @@ def uneven_packing(model_dir: str, folder: Path) -> tuple[float, list[float]]:
     return away, [e["poprisk/examples"] for e in logs if "poprisk/examples" in e]
 
 
+def beside_stock(kind: str, model_dir: str, folder: Path) -> dict[str, float]:
+    """A step on all ranks, beside the stock trainer's and a loop over the parts of the stock loss."""
+    data, model, options = DATA.get(kind, preferences)(8), model_dir, layout(2, 4)
+    ours = tuple(getattr(hf_poprisk, f"PopRisk{kind}{what}", None) for what in ("Trainer", "Config"))
+    stock = {**preference.STOCK, **online.STOCK, "Seq2Seq": (LastTokens, Seq2SeqTrainingArguments)}[kind]
+    if kind == "Seq2Seq":
+        ours, model = behind_the_mixins(*stock), SEQ2SEQ["bart"]()
+        data = [{**row, "labels": row["input_ids"].roll(1)} for row in SEQ2SEQ_DATA]
+    elif kind in online.STOCK:
+        options = {**online.RUN, "reward_funcs": reward}
+    elif kind == "KTO":  # with a KL term that is not zero
+        options |= {"ref_model": preference.options_of("KTO", {}, False)["ref_model"]}
+    options |= {"max_steps": 1, "max_grad_norm": 0.0, "learning_rate": 0.0, "bf16": False}
+    with pytest.MonkeyPatch.context() as patch:
+        windows = Record(patch).windows
+        trainer_of(folder, data, model, ours, **options).train()
+    (b, window), grab = windows[0], FirstGradient()
+    trainer = trainer_of(folder, data, model, stock, optim="adamw_torch", callbacks=[grab], **options)
+    trainer.train()
+    if kind in online.STOCK:
+        batches = trainer._buffered_inputs
+        owners = online.by_prompt(batches)
+    else:
+        batches = [trainer._prepare_inputs(x) for x in islice(trainer.get_train_dataloader(), 2)]
+        rows_of_one = {"KTO": 1, "Seq2Seq": 1, "TPO": 3}.get(kind, 2)
+        owners = [(torch.arange(2) + 2 * k).repeat(rows_of_one) for k in range(2)]
+    parts = reference.parts_of_the_loss(trainer, batches, owners, 1.0 if kind == "GRPO" else 0.5)
+    world, far, loop = dist.get_world_size(), 0.0, {}
+    for name, (_, q) in window.items():
+        loop[name], squares = reference.grad_and_square_sums(parts, name)
+        for x in (loop[name], squares):
+            dist.all_reduce(x)
+        far = max(far, float((q - squares / world**2).abs().max() / q.abs().max()))
+    gradient = {name: g for name, (g, _) in window.items()}
+    loop = {name: g / world for name, g in loop.items()}
+    return {"b": b, "stock": gap(gradient, grab.gradient), "loop": gap(gradient, loop), "squares": far}
+
+
 def resumed_is_uninterrupted(kind: str, model_dir: str, folder: Path, world: int) -> bool:
     """Three steps against two, a new trainer, and the third; every rank compares."""
     changes = {
@@ -146,6 +205,7 @@ def resumed_is_uninterrupted(kind: str, model_dir: str, folder: Path, world: int
         "save_steps": 1,
         "train_sampling_strategy": "random",
         "lr_scheduler_type": "linear",
+        "max_steps": STEPS,
     }
     one, other = (build(kind, model_dir, world, 4, **changes) for _ in range(2))
     one.train()
@@ -236,12 +296,17 @@ def main() -> None:
     # the first config starts the process group; without it there is no world to ask for
     world = hf_poprisk.PopRiskTrainingArguments("unused", use_cpu=True).world_size
     saved: dict[str, Any] = {"world": world}
-    saved["kinds"] = {(k, m): run(k, model_dir, world, m) for k in KINDS for m in MICRO_BATCHES[world]}
+    micro_batches = [(kind, n) for kind, ranks, n in CASES if ranks == world]
+    alone = [(kind, 1) for kind in KINDS] if world == 1 else []
+    saved["kinds"] = {(kind, n): run(kind, model_dir, world, n) for kind, n in alone + micro_batches}
     saved["later"] = run("DPO-later", model_dir, world, 4)
     saved["eigen"] = in_the_eigenbasis(model_dir, world)
     if world > 1:
         saved["unused"] = {view: unused_on_one_rank(view) for view in (False, True)}
         saved["nan"] = nan_on_one_rank()
+        saved["beside"] = {
+            kind: beside_stock(kind, model_dir, Path(out).parent / "beside") for kind in BESIDE
+        }
         saved["packing"] = uneven_packing(model_dir, Path(out).parent / "packing")
         column = partial(build, "DPO-column", model_dir, world, 4, max_steps=1)
         saved["column"], _ = away_without_gate(column)
