@@ -4,10 +4,9 @@ Imported once, before the ranks are forked from it. Not a test module.
 """
 
 import copy
-import os
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
-from fully_sharded import join, whole
+from fully_sharded import at_call, die, join, whole
 from models import layout, preferences, rows, sequences, trainer_of, trl_trainer_of
 from peft import LoraConfig
 from torch import Tensor
@@ -29,10 +28,11 @@ from hf_poprisk import load_record
 from hf_poprisk.per_example.window import ExampleWindow
 
 B = 12
-WRAPPED = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "state_dict_type": "SHARDED_STATE_DICT"}
+WRAPPED = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
 SAVING = {"save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "linear", "max_steps": 3}
 EACH = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
 LORA = LoraConfig(r=4, target_modules="all-linear", init_lora_weights="gaussian")
+PACKED = {"packing": True, "max_length": 60}
 # name → kind, examples in a backward, further options; TRL's default is activation checkpointing
 RUNS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "single": ("Trainer", 1, {}),
@@ -122,15 +122,6 @@ def seen(trainer: Any, resume: Any = None) -> dict[str, Any]:
     return found | {"together": trainer._layers is not None}
 
 
-def said(run: Callable[[], Any]) -> str | None:
-    """What a run is refused with."""
-    try:
-        run()
-    except ValueError as error:
-        return str(error)
-    return None
-
-
 def loaded_sharded(micro: int, model_dir: Path, folder: Path, **options: Any) -> Any:
     """A trainer of a model that transformers itself shards."""
     config = DistributedConfig(fsdp_size=dist.get_world_size(), fsdp_mixed_precision=False)
@@ -139,8 +130,9 @@ def loaded_sharded(micro: int, model_dir: Path, folder: Path, **options: Any) ->
     return trainer_of(folder, rows(3 * B), model, **options)
 
 
-def saving(model_dir: Path, folder: Path, **changes: Any) -> Any:
-    return build("several", model_dir, folder, True, **{**SAVING, "poprisk_exclude": ["norm"], **changes})
+def saving(model_dir: Path, folder: Path, state: str = "SHARDED_STATE_DICT", **changes: Any) -> Any:
+    config = {"poprisk_exclude": ["norm"], "fsdp_config": {"state_dict_type": state}}
+    return build("several", model_dir, folder, True, **SAVING, **config, **changes)
 
 
 def killed(rank: int, world: int, port: int, folder: Path, model_dir: Path) -> None:
@@ -148,15 +140,7 @@ def killed(rank: int, world: int, port: int, folder: Path, model_dir: Path) -> N
     join(rank, world, port)
     with accelerate_shards():
         trainer = saving(model_dir, folder / "killed")
-        original, calls = trainer.training_step, []
-
-        def step(*args: Any) -> Any:
-            calls.append(args)
-            if len(calls) == 6:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(*args)
-
-        trainer.training_step = step
+        at_call(6, trainer, "training_step", die)
         trainer.train()
 
 
@@ -165,62 +149,51 @@ def saved_and_resumed(model_dir: Path, folder: Path) -> dict[str, Any]:
     trainer = saving(model_dir, folder / "saved")
     found = {"whole": seen(trainer), "resumed": seen(saving(model_dir, folder / "killed"), True)}
     trainer.save_model(folder / "final")
-    whole = saving(model_dir, folder / "gathered", fsdp_config={"state_dict_type": "FULL_STATE_DICT"})
-    whole.train()
-    again = saving(model_dir, folder / "gathered", fsdp_config={"state_dict_type": "FULL_STATE_DICT"})
-    found["gathered"] = seen(again, str(folder / "gathered/checkpoint-2"))
+    gathered = partial(saving, model_dir, folder / "gathered", state="FULL_STATE_DICT")
+    gathered().train()
+    found["gathered"] = seen(gathered(), str(folder / "gathered/checkpoint-2"))
     dist.barrier()
     found["files"] = sorted(p.name for p in (folder / "saved/checkpoint-2").iterdir())
     found["record"] = dict(load_record(folder / "saved/checkpoint-2").config)
     other = saving(model_dir, folder / "saved", poprisk_gate="soft")
-    found["refused"] = said(lambda: other.train(resume_from_checkpoint=str(folder / "saved/checkpoint-2")))
+    with pytest.raises(ValueError, match="would change poprisk_gate from 'hard' to 'soft'"):
+        other.train(resume_from_checkpoint=str(folder / "saved/checkpoint-2"))
     return found
+
+
+def packed() -> Dataset:
+    """Sequences of which a row holds one, or several."""
+    lengths = [60] * 5 + [8, 7, 9, 8, 7, 9, 8] * 7
+    return Dataset.from_dict(
+        {"input_ids": [[(7 * i + k) % 200 + 3 for k in range(n)] for i, n in enumerate(lengths)]}
+    )
 
 
 def uneven(model_dir: Path, folder: Path) -> dict[str, list[int]]:
     """b of each step where ranks do not have as many examples, or labels, as one another."""
-    lengths = [60] * 5 + [8, 7, 9, 8, 7, 9, 8] * 7
-    packed = Dataset.from_dict(
-        {"input_ids": [[(7 * i + k) % 200 + 3 for k in range(n)] for i, n in enumerate(lengths)]}
-    )
-    # every third micro-batch, one rank's, has nothing to learn
-    silent = [
-        {**row, "labels": row["labels"].fill_(-100) if i // 2 % 3 == 1 else row["labels"]}
-        for i, row in enumerate(rows(12))
-    ]
-    runs = {
-        "packed": ("SFT", {"data": packed, "packing": True, "max_length": 60, **layout(1, 2)}),
-        "filled up": ("Trainer", {"data": rows(20), **layout(3, 6), "num_train_epochs": 1, "max_steps": -1}),
-        "left short": (
-            "Trainer",
-            {
-                "data": rows(16),
-                **layout(3, 3),
-                "num_train_epochs": 1,
-                "max_steps": -1,
-                "accelerator_config": {"even_batches": False},
-            },
-        ),
-        "silent": ("Trainer", {"data": silent, **layout(2, 4)}),
+    silent = rows(12)
+    for i in (2, 3, 8, 9):  # one rank's
+        silent[i]["labels"] = silent[i]["labels"].new_full((24,), -100)
+    epoch = {"num_train_epochs": 1, "max_steps": -1}
+    short = {**layout(3, 3), "accelerator_config": {"even_batches": False}}
+    runs: dict[str, tuple[str, Any, dict[str, Any]]] = {
+        "packed": ("SFT", packed(), {**layout(1, 2), **PACKED}),
+        "filled up": ("Trainer", rows(20), {**layout(3, 6), **epoch}),
+        "left short": ("Trainer", rows(16), {**short, **epoch}),
+        "silent": ("Trainer", silent, layout(2, 4)),
     }
-    return {
-        name: [b for b, _ in seen(build(kind, model_dir, folder, True, **options))["windows"]]
-        for name, (kind, options) in runs.items()
-    }
+    found = {}
+    for name, (kind, data, options) in runs.items():
+        windows = seen(build(kind, model_dir, folder, True, data=data, **options))["windows"]
+        found[name] = [b for b, _ in windows]
+    return found
 
 
 def fault(model_dir: Path, folder: Path) -> None:
     """One rank fails in the second backward of a step."""
     trainer = build("Trainer", model_dir, folder, True, **layout(1, 4))
-    original, calls = trainer.compute_loss, []
-
-    def compute_loss(*args: Any, **kwargs: Any) -> Any:
-        calls.append(args)
-        if dist.get_rank() == 1 and len(calls) == 2:
-            raise RuntimeError("a fault of one rank")
-        return original(*args, **kwargs)
-
-    trainer.compute_loss = compute_loss
+    if dist.get_rank() == 1:
+        at_call(2, trainer, "compute_loss", lambda: 1 / 0)
     trainer.train()
 
 
@@ -231,7 +204,10 @@ def main(rank: int, world: int, port: int, folder: Path, model_dir: Path) -> Non
     if world == 2:
         kinds = dict.fromkeys(kind for kind, *_ in RUNS.values())
         found["ddp"] = {kind: seen(build(kind, model_dir, folder, False)) for kind in kinds}
-        found["loaded"] = {n: seen(loaded_sharded(n, model_dir, folder)) for n in (1, 3)}
+        loaded = partial(loaded_sharded, model_dir=model_dir, folder=folder / "loaded", save_strategy="steps")
+        found["loaded"] = {n: seen(loaded(n, save_only_model=True, save_steps=2)) for n in (1, 3)}
+        with pytest.raises(ValueError, match="Pass `save_only_model=True` or `save_strategy='no'`"):
+            loaded(1)
         with accelerate_shards():
             found["fsdp"] = {name: seen(build(name, model_dir, folder, True)) for name in RUNS}
             found["saved"] = saved_and_resumed(model_dir, folder)
