@@ -306,10 +306,6 @@ class MicrobatchMixin:
 
     def _find_layers(self, optimizer: PopRiskAdamW) -> None:
         """The layers for one backward, or why there is none."""
-        if self._sharded and any(c.__module__.startswith("trl.") for c in type(self).__mro__):
-            raise ValueError(  # one by one, which the self-check compares with, fails in their heads
-                f"a trainer of TRL takes one example per backward on FSDP2: {self._way_out}."
-            )
         if what := self._compiled_by():
             return self._say_one_by_one(f"{what}, and not compiled")
         if getattr(self.args, "use_liger_kernel", False):

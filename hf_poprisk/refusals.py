@@ -113,31 +113,32 @@ WHOLE_PARAMETERS = (
     *PROCESSES,
 )
 
-# The same for the gate, which serves FSDP2.
+# The same for the gate, which serves FSDP2. Asked of the arguments, and of what the launcher made of them.
 SHARDED = (
     *PROCESSES,
     Rule(
+        lambda a: a.deepspeed,
+        "deepspeed is not supported by {of}: shard with FSDP2 (fsdp=true; for ZeRO-2 "
+        "reshard_after_forward=false), or set {without}.",
+    ),
+    Rule(
+        lambda a: (c := a.parallelism_config) is not None and (c.tp_enabled or c.cp_enabled or c.sp_enabled),
+        "tensor, context and sequence parallelism are not supported by {of}: shard with FSDP2 alone "
+        "(dp_shard_size, dp_replicate_size), or set {without}.",
+    ),
+    Rule(
         lambda a: a.fsdp and int((a.fsdp_config or {}).get("version", 2)) != 2,
-        "FSDP1 is not supported by {of}: set version: 2 in fsdp_config, or set {without}.",
+        "FSDP1 is not supported by {of}: set fsdp_version=2 (version: 2 in fsdp_config), or set {without}.",
     ),
     Rule(
         lambda a: a.fsdp and (a.fsdp_config or {}).get("cpu_offload"),
-        "cpu_offload is not supported by {of}: leave it out of fsdp_config and shard over more GPUs, or set "
+        "FSDP2 with cpu_offload is not supported by {of}: leave it out and shard over more GPUs, or set "
         "{without}.",
     ),
     Rule(
         lambda a: a.fsdp and a.poprisk_estimator == "ema",
         "poprisk_estimator=ema does not run on sharded parameters: set poprisk_estimator=example, leave fsdp "
         "out, or set {without}.",
-    ),
-    Rule(
-        lambda a: a.deepspeed,
-        "deepspeed is not supported by {of}: shard with FSDP2 (fsdp=true), or set {without}.",
-    ),
-    Rule(
-        lambda a: (c := a.parallelism_config) is not None and (c.tp_enabled or c.cp_enabled or c.sp_enabled),
-        "tensor, context and sequence parallelism are not supported by {of}: shard with FSDP2 alone "
-        "(dp_shard_size, dp_replicate_size), or set {without}.",
     ),
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -9,10 +10,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
 from hf_poprisk.optimizer import PopRiskAdamW
 from hf_poprisk.per_example.fsdp2 import is_sharded, reducing
+from hf_poprisk.refusals import SHARDED, WHOLE_PARAMETERS, refuse
 
 
 class ShardingMixin:
@@ -28,27 +31,11 @@ class ShardingMixin:
 
     def _check_launch(self, what: str, without: str) -> None:
         """Sharding that the launcher, or the model, brings along: for what cannot serve any."""
-        sharding = {
-            "FSDP": self.is_fsdp_enabled or is_sharded(self.model),
-            "DeepSpeed": self.is_deepspeed_enabled,
-        }
-        for name, on in sharding.items():
-            if on:
-                raise ValueError(f"{name} is not supported by {what}: launch with DDP, or set {without}.")
+        refuse(WHOLE_PARAMETERS, self._launched(), of=what, without=without)
 
     def _check_sharding(self, what: str, without: str) -> None:
         """The same for the gate, which serves FSDP2. Sums of gradients over the ranks are made float32."""
-        if self.is_deepspeed_enabled:
-            raise ValueError(
-                f"DeepSpeed is not supported by {what}: shard with FSDP2 (fsdp=true; for ZeRO-2 "
-                f"reshard_after_forward=false), or set {without}."
-            )
-        parallel = getattr(self.accelerator, "parallelism_config", None)
-        if parallel is not None and (parallel.tp_enabled or parallel.cp_enabled or parallel.sp_enabled):
-            raise ValueError(
-                f"tensor, context and sequence parallelism are not supported by {what}: shard with FSDP2 "
-                f"alone (dp_shard_size, dp_replicate_size), or set {without}."
-            )
+        refuse(SHARDED, self._launched(), of=what, without=without)
         asked = self.args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1")
         if asked and not self.is_fsdp_enabled:
             raise ValueError(
@@ -58,26 +45,23 @@ class ShardingMixin:
         if not self.is_fsdp_enabled:
             return
         plugin = self.accelerator.state.fsdp_plugin
-        if plugin.fsdp_version != 2:
-            raise ValueError(
-                f"FSDP1 is not supported by {what}: set fsdp_version=2 (version: 2 in fsdp_config), or set "
-                f"{without}."
-            )
-        if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
-            raise ValueError(
-                f"FSDP2 with cpu_offload is not supported by {what}: leave it out and shard over more GPUs, "
-                f"or set {without}."
-            )
-        if self.args.poprisk_estimator == "ema":
-            raise ValueError(
-                "poprisk_estimator=ema does not run on sharded parameters: set poprisk_estimator=example, "
-                f"launch with DDP, or set {without}."
-            )
         policy = plugin.mixed_precision_policy
         if policy is not None:  # accelerate's own sums bfloat16, whose rounding would decide gates
             plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32)
         elif any(p.requires_grad and p.dtype.itemsize < 4 for p in self.model.parameters()):
             plugin.mixed_precision_policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+
+    def _launched(self) -> Any:
+        """The arguments, as the launcher and the model have them."""
+        launched, accelerator = copy.copy(self.args), self.accelerator
+        launched.fsdp = self.is_fsdp_enabled or is_sharded(self.model)
+        launched.deepspeed = self.is_deepspeed_enabled
+        launched.parallelism_config = getattr(accelerator, "parallelism_config", None)
+        if self.is_fsdp_enabled:
+            plugin = accelerator.state.fsdp_plugin
+            offloads = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
+            launched.fsdp_config = {"version": plugin.fsdp_version, "cpu_offload": offloads}
+        return launched
 
     def _let_go(self, optimizer: PopRiskAdamW) -> None:
         """accelerate will replace the parameters, and wants nobody to hold the old ones."""
@@ -101,6 +85,19 @@ class ShardingMixin:
             self._prepare_layers(optimizer)
         if optimizer.needs_examples and optimizer._sharded is None and is_sharded(self.model):
             optimizer.follow(self.model)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in transformers, which writes no weights where the checkpoints are sharded: they are gathered.
+
+        A checkpoint, which has them in parts, is left as it is.
+        """
+        of_checkpoint = _internal_call and output_dir is not None
+        if self.is_fsdp_enabled and is_sharded(self.model) and not of_checkpoint:
+            kind = str(self.accelerator.state.fsdp_plugin.state_dict_type)
+            if "FULL_STATE_DICT" not in kind:
+                options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+                self._save(output_dir, get_model_state_dict(self.model, options=options))
+        super().save_model(output_dir, _internal_call)  # type: ignore[misc]
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)  # type: ignore[misc]

@@ -234,7 +234,14 @@ class PopRiskMixin(
         if world == 1 or self.args.dataloader_drop_last or not has_length(self.train_dataset):
             return
         size = len(self.train_dataset)
-        if size < together * self.args.gradient_accumulation_steps and size % together:
+        if not self.args.accelerator_config.even_batches:  # no copies, and perhaps ranks with nothing
+            if 0 < size % together <= together - micro_batch:
+                raise ValueError(
+                    f"{size} training examples do not divide over {world} processes × {micro_batch} examples, "
+                    "and the processes that have one more batch would wait for the others for ever: set "
+                    "even_batches=true in accelerator_config, or dataloader_drop_last=True."
+                )
+        elif size < together * self.args.gradient_accumulation_steps and size % together:
             raise ValueError(
                 f"{size} training examples do not divide over {world} processes × {micro_batch} examples, "
                 "and the copies that fill the gap would stand beside their originals in one step, where the "

@@ -147,6 +147,8 @@ TWO = {"per_device_train_batch_size": 2}
         (3, {"optim": "adamw_torch"}, True),
         *((count, {"poprisk_estimator": "group", **TWO}, count == 8) for count in (6, 8)),
         *((count, TWO, count == 8) for count in (6, 8)),
+        # without copies a process may be left without a last batch, or with a shorter one
+        *((n, {"accelerator_config": {"even_batches": False}, **TWO}, n > 10) for n in (9, 10, 11, 12)),
     ],
 )
 def test_examples_that_do_not_divide_over_the_processes(

@@ -94,11 +94,12 @@ def reducing(model: nn.Module, on: bool) -> Iterator[None]:
 
 @contextmanager
 def kept_gathered(model: nn.Module) -> Iterator[None]:
-    """Keep the parameters of the model's own group gathered inside this block, once a forward has done it.
+    """Keep some parameters gathered inside this block, once a forward has done it.
 
-    For calls of its forward past the hooks of FSDP2, which would free them before their backward.
+    For calls of the model's forward past the hooks of FSDP2, which would free them before their backward: its
+    own, and those of groups of several modules, of which TRL uses the head's weight without calling it.
     """
-    groups = [group for module, group in groups_of(model) if module is model]
+    groups = [group for module, group in groups_of(model) if module is model or len(group.modules) > 1]
     before = [(group.reshard_after_backward, group.post_forward_mesh_info) for group in groups]
     for group in groups:
         group.reshard_after_backward, group.post_forward_mesh_info = False, None

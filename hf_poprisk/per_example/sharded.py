@@ -12,7 +12,7 @@ shards, and the whole squares of a group only as long as FSDP2 keeps its whole g
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.nn import functional as F
 
+from hf_poprisk.per_example.capture import Capture
 from hf_poprisk.per_example.fsdp2 import groups_of, local, whole_parameters
-from hf_poprisk.per_example.layout import wide
+from hf_poprisk.per_example.layers import BatchedGradients
+from hf_poprisk.per_example.layout import Layout, wide
 from hf_poprisk.per_example.ranks import add_over_ranks, divide_squares
 from hf_poprisk.per_example.window import ExampleWindow
 
@@ -164,8 +166,21 @@ class ShardedWindow(ExampleWindow):
         self.params = sharded
         self._shards: dict[Tensor, Tensor] = {}  # sharded parameter → this rank's part of Q, on all ranks
 
+    def batch(self, layers: BatchedGradients, layout: Layout) -> AbstractContextManager[Capture]:
+        self._unfreeze()
+        return super().batch(layers, layout)
+
+    def _unfreeze(self) -> None:
+        """PEFT freezes adapters for a reference pass, which FSDP2 passes on to what it gathers in it.
+
+        Left so, the next backward would find nothing to hook.
+        """
+        for p, leaf in self._model.whole.items():
+            leaf.requires_grad_(p.requires_grad)
+
     @contextmanager
     def _backward(self, hook: Callable[[Tensor, Tensor], None], params: list[Tensor]) -> Iterator[None]:
+        self._unfreeze()
         with self._model.followed(self._send), super()._backward(hook, params):
             yield
 

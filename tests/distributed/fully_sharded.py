@@ -5,10 +5,16 @@ Imported once, before the ranks are forked from it. Not a test module.
 
 import os
 import re
+import signal
+from collections import ChainMap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import reference
 import torch
 import torch.distributed as dist
@@ -17,6 +23,7 @@ from per_example.test_layers import batch, checkpointed, example_losses, trainab
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from hf_poprisk import PopRiskAdamW
 from hf_poprisk.per_example import BatchedGradients, Rows
@@ -43,40 +50,23 @@ class Layout:
     ends: bool = False  # are groups of their own, as accelerate makes them
 
 
+WORDS: dict[str, dict[str, Any]] = {
+    **{"one": {}, "two": {"micro": 2}, "three": {"micro": 3}, "four": {"micro": 4}, "all": {"micro": 6}},
+    **{"held": {"sync": "last"}, "partly": {"sync": "replicas"}},
+    **{"tied": {"tied": True}, "lora": {"adapter": "lora"}, "checkpointing": {"checkpointing": True}},
+    **{"bf16": {"dtype": BF16}, "computed": {"computed": BF16}, "ungated": {"ungated": True}},
+    **{"kept": {"options": {"reshard_after_forward": False}}, "ends": {"ends": True}},
+    **{"replicas": {"replicas": 2}, "copies": {"replicas": 4}},
+}
+NAMES = {  # by the number of ranks; an adapter of rank two leaves one of three without a part
+    2: "one held kept; three; three held; all; tied; tied three held; lora held; checkpointing; "
+    "lora three checkpointing; computed held; bf16 held; ungated; ends held; ends three",
+    3: "one; two held; lora; tied four",
+    4: "replicas; replicas two held; replicas two partly; replicas lora; copies; three",
+}
 LAYOUTS = {
-    2: {
-        "single, each": Layout(),
-        "single, held": Layout(sync="last", options={"reshard_after_forward": False}),
-        "several, each": Layout(micro=3),
-        "several, held": Layout(micro=3, sync="last"),
-        "one backward": Layout(micro=6),
-        "tied, single": Layout(tied=True),
-        "tied, several": Layout(tied=True, micro=3, sync="last"),
-        "lora, single": Layout("lora", sync="last"),
-        "lora, several": Layout("lora", micro=3),
-        "checkpointing, single": Layout(checkpointing=True),
-        "checkpointing, several": Layout("lora", micro=3, checkpointing=True),
-        "bf16 computed, each": Layout(computed=BF16),
-        "bf16 computed, held": Layout(computed=BF16, sync="last"),
-        "bf16 parameters": Layout(dtype=BF16, sync="last"),
-        "ungated": Layout(ungated=True),
-        "ends, single": Layout(ends=True, sync="last"),
-        "ends, several": Layout(ends=True, micro=3),
-    },
-    3: {
-        "single, each": Layout(),
-        "several, held": Layout(micro=2, sync="last"),
-        "lora, single": Layout("lora"),  # rank 2 on three ranks: one of them has nothing
-        "tied, several": Layout(tied=True, micro=4),
-    },
-    4: {
-        "single, each": Layout(replicas=2),
-        "several, held": Layout(replicas=2, micro=2, sync="last"),
-        "several, replicas": Layout(replicas=2, micro=2, sync="replicas"),
-        "lora, single": Layout("lora", replicas=2),
-        "unsharded": Layout(replicas=4),
-        "no replicas": Layout(micro=3),
-    },
+    world: {name: Layout(**dict(ChainMap(*map(WORDS.get, name.split())))) for name in names.split("; ")}
+    for world, names in NAMES.items()
 }
 
 
@@ -105,22 +95,23 @@ def sharded(layout: Layout) -> nn.Module:
     return model
 
 
-def textbook(layout: Layout) -> dict[str, tuple[Tensor, Tensor]]:
-    """G and Q in one process, from single examples."""
-    model, inputs, world = build(layout), batch(B), dist.get_world_size()
+@cache
+def textbook(
+    adapter: str, tied: bool, dtype: torch.dtype, computed: torch.dtype | None
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """G and Q in one process, from single examples, of mean losses."""
+    layout = Layout(adapter, tied, dtype=dtype, computed=computed)
+    model, inputs = build(layout), batch(B)
     if layout.computed is not None:
         for p in model.parameters():  # as FSDP2, which leaves the buffers
             p.data = p.data.to(layout.computed)
     model.register_forward_hook(in_float32)
     gradients = reference.per_example_gradients(
         trainable(model),
-        lambda i: (
-            example_losses(model, {k: v[i : i + 1] for k, v in inputs.items()}, False).sum() * (world / B)
-        ),
+        lambda i: example_losses(model, {k: v[i : i + 1] for k, v in inputs.items()}, False).sum() / B,
         range(B),
     )
-    sums = {name: reference.grad_and_square_sums(gradients, name) for name in trainable(model)}
-    return {name: (g / world, q / world**2) for name, (g, q) in sums.items()}
+    return {name: reference.grad_and_square_sums(gradients, name) for name in trainable(model)}
 
 
 def in_float32(module: nn.Module, args: Any, output: Any) -> Any:
@@ -128,31 +119,19 @@ def in_float32(module: nn.Module, args: Any, output: Any) -> Any:
     return output
 
 
-class Traffic:
-    """Counts the bytes that are given to the collectives."""
+@contextmanager
+def traffic() -> Iterator[dict[str, list[int]]]:
+    """Collective → the bytes that it is given inside this block."""
+    sent: dict[str, list[int]] = {}
 
-    def __init__(self) -> None:
-        self.sent: dict[str, list[int]] = {}
-        self._before = {}
+    def counted(call: Any, name: str, at: int, *args: Any, **named: Any) -> Any:
+        sent.setdefault(name, []).append((args[at] if len(args) > at else named["input"]).nbytes)
+        return call(*args, **named)
 
-    def __enter__(self) -> "Traffic":
+    with pytest.MonkeyPatch.context() as patch:
         for name, at in (("reduce_scatter_single", 1), ("all_gather_single", 1), ("all_reduce", 0)):
-            original = self._before[name] = getattr(dist, name)
-            self.sent[name] = []
-
-            def counted(
-                *args: Any, _name: str = name, _at: int = at, _call: Any = original, **kwargs: Any
-            ) -> Any:
-                given = args[_at] if len(args) > _at else kwargs["input"]
-                self.sent[_name].append(given.numel() * given.element_size())
-                return _call(*args, **kwargs)
-
-            setattr(dist, name, counted)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for name, original in self._before.items():
-            setattr(dist, name, original)
+            patch.setattr(dist, name, partial(counted, getattr(dist, name), name, at))
+        yield sent
 
 
 def window(model: nn.Module, optimizer: PopRiskAdamW, layout: Layout, whole: list[int]) -> None:
@@ -176,62 +155,46 @@ def window(model: nn.Module, optimizer: PopRiskAdamW, layout: Layout, whole: lis
 
 def run(layout: Layout) -> dict[str, Any]:
     """G, Q and q, whole, of two windows, the second of which takes a step."""
-    expected, model = textbook(layout), sharded(layout)
+    model, expected = sharded(layout), None
+    if dist.get_rank() == 0:
+        expected = textbook(layout.adapter, layout.tied, layout.dtype, layout.computed)
     named = dict(trainable(model))
     ungated = [p for name, p in named.items() if layout.ungated and "mlp" in name]
     optimizer = PopRiskAdamW(named.items(), lr=1e-3, weight_decay=0.0, ungated=ungated)
     optimizer.follow(model)
-    optimizer._open_window()
-    stock = torch.optim.AdamW(
-        [nn.Parameter(p.full_tensor()) for p in named.values()], lr=1e-3, weight_decay=0.0, fused=True
-    )
     found: dict[str, Any] = {"expected": expected, "windows": [], "whole": []}
+    reduce, sums = optimizer._open_window().reduce, {}
+
+    def kept() -> Any:
+        b, sq_sums = reduce()
+        sums.update({"b": b, "squares": {p: q.clone() for p, q in sq_sums.items()}})
+        return b, sq_sums
+
+    optimizer._window.reduce = kept
     for step in range(2):
-        with Traffic() as traffic:
+        with traffic() as found["traffic"]:
             window(model, optimizer, layout, found["whole"])
-            reduce = optimizer._window.reduce
-            sums = {}
-
-            def kept(reduce: Any = reduce, sums: Any = sums) -> Any:
-                b, sq_sums = reduce()
-                sums |= {"b": b, "squares": {p: q.clone() for p, q in sq_sums.items()}}
-                return b, sq_sums
-
-            optimizer._window.reduce = kept
             optimizer.close_window()
-            del optimizer._window.reduce
-        found["traffic"] = traffic.sent
         squares, q = sums["squares"], optimizer._openness
         found["held"] = sum(x.nbytes for x in squares.values())
         found["held_numel"] = sum(local(p).numel() for p in squares)
         entry = {"b": sums["b"]}
         for name, p in named.items():
-            entry[name] = [p.grad.full_tensor()]
-            entry[name] += [whole(x[p], p) for x in (squares, q) if p in x]
+            entry[name] = [p.grad.full_tensor(), *(whole(x[p], p) for x in (squares, q) if p in x)]
         found["windows"].append(entry)
         if step == 0:
             optimizer.zero_grad()
     before = {name: p.full_tensor() for name, p in named.items()}
-    for theirs, p in zip(stock.param_groups[0]["params"], named.values(), strict=True):
-        theirs.grad = p.grad.full_tensor()
-    norm = torch.nn.utils.clip_grad_norm_(named.values(), 1e9).full_tensor()
-    found["norm"] = norm, torch.nn.utils.get_total_norm([p.grad for p in stock.param_groups[0]["params"]])
+    found["norm"] = torch.nn.utils.clip_grad_norm_(named.values(), 1e9).full_tensor()
     optimizer.step()
-    stock.step()
-    found["steps"] = {
-        name: (before[name], p.full_tensor(), theirs.detach())
-        for (name, p), theirs in zip(named.items(), stock.param_groups[0]["params"], strict=True)
-    }
+    found["steps"] = {name: (before[name], p.full_tensor()) for name, p in named.items()}
     found["statistics"] = optimizer.statistics.pop("examples")
     return found
 
 
 def whole(shard: Tensor, p: Tensor) -> Tensor:
-    from torch.distributed.tensor import DTensor
-
-    return DTensor.from_local(
-        shard, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
-    ).full_tensor()
+    sizes = {"shape": p.shape, "stride": p.stride()}
+    return DTensor.from_local(shard, p.device_mesh, p.placements, run_check=False, **sizes).full_tensor()
 
 
 def guide() -> dict[str, float]:
@@ -259,30 +222,25 @@ def nan_on_one_shard() -> dict[str, Any]:
             local(ungated[0].grad)[0] = float("nan")
         before = [local(p).clone() for p in named.values()]
         optimizer.step()
-        kept = all(torch.equal(x, local(p)) for x, p in zip(before, named.values(), strict=True))
         optimizer.zero_grad()
     everywhere: list[Any] = [None] * dist.get_world_size()
+    kept = all(torch.equal(x, local(p)) for x, p in zip(before, named.values(), strict=True))
     dist.all_gather_object(everywhere, kept)
     return {"kept": everywhere, "logs": optimizer.statistics.pop("examples")}
 
 
 def refusals() -> list[str]:
     """What is said of models that the gate cannot follow."""
-    said = []
-    for options in (
-        {"policy": MixedPrecisionPolicy(BF16)},
-        {"offload": CPUOffloadPolicy(pin_memory=False)},
-        {"part": True},
-    ):
+    ways: list[dict[str, Any]] = [{"mp_policy": MixedPrecisionPolicy(BF16)}]
+    ways += [{"offload_policy": CPUOffloadPolicy(pin_memory=False)}, {}]
+    found = []
+    for way in ways:
         model = build(Layout())
-        policy = options.get("policy") or MixedPrecisionPolicy()
-        offload = {"offload_policy": options["offload"]} if "offload" in options else {}
-        fully_shard(model.model if "part" in options else model, mp_policy=policy, **offload)
-        try:
+        fully_shard(model if way else model.model, **way)
+        with pytest.raises((ValueError, NotImplementedError)) as caught:
             PopRiskAdamW(model.named_parameters()).follow(model)
-        except (ValueError, NotImplementedError) as error:
-            said.append(str(error))
-    return said
+        found.append(str(caught.value))
+    return found
 
 
 def plain_traffic(layout: Layout) -> dict[str, list[int]]:
@@ -291,21 +249,44 @@ def plain_traffic(layout: Layout) -> dict[str, list[int]]:
     optimizer = PopRiskAdamW(trainable(model).values(), gate="none")
     window(model, optimizer, layout, [])
     optimizer.zero_grad()
-    with Traffic() as traffic:
+    with traffic() as sent:
         window(model, optimizer, layout, [])
         optimizer.close_window()
-    return traffic.sent
+    return sent
+
+
+def join(rank: int, world: int, port: int) -> None:
+    """Join the others."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+
+
+def at_call(number: int, owner: Any, method: str, act: Callable[[], Any]) -> None:
+    """Act before a method is called for the so-manieth time."""
+    original, calls = getattr(owner, method), []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        if len(calls) == number:
+            act()
+        return original(*args, **kwargs)
+
+    setattr(owner, method, counted)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def main(rank: int, world: int, port: int, folder: Path) -> None:
     """In a process of its own."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+    join(rank, world, port)
     found: dict[str, Any] = {}
     for name, layout in LAYOUTS[world].items():
         found[name] = run(layout)
-        if world == 2 and layout.micro == 3 and layout.adapter == "full" and not layout.tied:
+        if world == 2 and name in ("three", "three held"):
             found[name]["plain"] = plain_traffic(layout)
     if world == 2:
         found["guide"], found["nan"], found["refused"] = guide(), nan_on_one_shard(), refusals()

@@ -8,17 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from test_sharded import assert_same_run
 from torch import nn
+from worker import BESIDE, CASES, STEPS, B
 
 from hf_poprisk.gate import openness
 from hf_poprisk.per_example import ranks
 from hf_poprisk.per_example import window as windows
 
 ROOT = Path(__file__).parents[2]
-B, STEPS = 16, 3
-KINDS = ("Trainer", "DPO", "SFT", "Reward", "DPO-LoRA", "DPO-one-by-one", "DPO-column", "SFT-column")
-KINDS += ("DPO-gate-in-basis",)
-LAYOUTS = [(1, 4), (1, 16), (2, 1), (2, 4)]  # processes, examples per backward; compared with (1, 1)
+GATED = [case for case in CASES if "-weight" not in case[0]]
 
 
 @pytest.fixture(scope="module")
@@ -51,64 +50,38 @@ def first_difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).abs().max() / a.abs().max().clamp_min(1e-30)).item()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_sums_and_gate_do_not_depend_on_the_layout(
-    kind: str, layout: tuple[int, int], saved: dict[int, Any]
+@pytest.mark.parametrize(("kind", "world", "micro_batch"), GATED)
+def test_a_run_does_not_depend_on_the_layout(
+    kind: str, world: int, micro_batch: int, saved: dict[int, Any]
 ) -> None:
-    world, micro_batch = layout
-    one = saved[1]["kinds"][kind, 1]["windows"]
-    two = saved[world]["kinds"][kind, micro_batch]["windows"]
-    assert [b for b, _ in one] == [b for b, _ in two] == [B] * STEPS
-    compared = opened = 0
-    # the first window: later ones start from weights that differ by rounding
-    for name, (grad, sq_sum) in one[0][1].items():
-        other_grad, other_sq = two[0][1][name]
-        assert first_difference(grad, other_grad) < 1e-5, name
-        assert first_difference(sq_sum, other_sq) < 1e-5, name
-        q, other_q = openness(grad, sq_sum, B), openness(other_grad, other_sq, B)
-        far = (grad.square() - sq_sum).abs() > 1e-5 * sq_sum
-        assert torch.equal(q[far], other_q[far]), name
-        compared += int(far.sum())
-        opened += int(q.sum())
-    assert compared > 1000 and 0.05 < opened / compared < 0.95
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_weights_after_three_steps_agree(kind: str, layout: tuple[int, int], saved: dict[int, Any]) -> None:
-    world, micro_batch = layout
     one, two = saved[1]["kinds"][kind, 1], saved[world]["kinds"][kind, micro_batch]
-    moved = total = 0
-    for name, weight in one["weights"].items():
-        # a gate that flips at a tie moves a weight by one learning rate; nothing may move more
-        difference = (weight - two["weights"][name]).abs()
-        assert difference.max() < 3.5e-3, name
-        moved += int((difference > 1e-5).sum())
-        total += weight.numel()
-    assert moved <= 1e-3 * total
-    for a, b in zip(one["logs"][:STEPS], two["logs"][:STEPS], strict=True):
-        assert a["poprisk/examples"] == b["poprisk/examples"] == B
-        assert a["poprisk/fraction_open"] == pytest.approx(b["poprisk/fraction_open"], abs=1e-3)
-        assert a["poprisk/margin"] == pytest.approx(b["poprisk/margin"], abs=1e-3)
+    assert_same_run(two, one, B)
 
 
 @pytest.mark.parametrize("kind", ["DPO", "SFT"])
 def test_a_column_of_weights_is_used_on_two_processes(kind: str, saved: dict[int, Any]) -> None:
     """As on one, above, and as ``test_sample_weights.py`` compares with the textbook."""
-    for micro_batch in (1, 4):
-        (_, plain), *_ = saved[2]["kinds"][kind, micro_batch]["windows"]
-        (_, weighted), *_ = saved[2]["kinds"][f"{kind}-column", micro_batch]["windows"]
-        assert max(first_difference(grad, weighted[name][0]) for name, (grad, _) in plain.items()) > 0.1
+    (_, plain), *_ = saved[2]["kinds"][kind, 4]["windows"]
+    (_, weighted), *_ = saved[2]["kinds"][f"{kind}-column", 4]["windows"]
+    assert max(first_difference(grad, weighted[name][0]) for name, (grad, _) in plain.items()) > 0.1
     assert saved[2]["column"] < 5e-5  # without the gate
 
 
-def test_a_branch_that_one_rank_uses_follows_the_textbook(saved: dict[int, Any]) -> None:
-    assert saved[2]["unused"] == {False: 0.0, True: 0.0}
+@pytest.mark.parametrize("kind", BESIDE)
+def test_other_trainers_are_the_stock_ones_and_a_loop_over_single_examples(
+    kind: str, saved: dict[int, Any]
+) -> None:
+    """Over ranks: a step of eight examples, or prompts; losses that ranks compute together."""
+    found = saved[2]["beside"][kind]
+    assert found["b"] == 8 and found["stock"] < 1e-5
+    assert found["loop"] < 1e-5 and found["squares"] < 1e-5
 
 
-def test_a_nan_on_one_rank_is_a_step_left_out_on_all(saved: dict[int, Any]) -> None:
-    assert saved[2]["nan"] == {"kept": True, "went_on": True, "ranks_agree": True, "steps": [2]}
+def test_a_branch_or_a_nan_of_one_rank(saved: dict[int, Any]) -> None:
+    """The textbook's gate; a step that all leave out, and then they go on."""
+    for found in saved[2]["branches"]:
+        assert found["worst"] == 0.0 and found["ranks agree"] and found["steps"] == {4}
+        assert found["moved"] == [True, True, False, True]
 
 
 @pytest.mark.parametrize("kind", ["Trainer", "DPO", "DPO-LoRA", "DPO-eigen", "DPO-later"])
@@ -116,51 +89,47 @@ def test_two_processes_resume_to_the_uninterrupted_run(kind: str, saved: dict[in
     assert saved[2]["resume"][kind]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", ["classes-weight", "DPO-weight"])
+def assert_same_column(one: torch.Tensor, two: torch.Tensor, rtol: float = 0.05, atol: float = 0.0) -> None:
+    assert one.std() > 0.01
+    torch.testing.assert_close(two, one, rtol=rtol, atol=atol or 0.05 * float(one.std()))
+
+
+@pytest.mark.parametrize(("kind", "world", "micro_batch"), [c for c in CASES if "-weight" in c[0]])
 def test_labels_are_judged_and_weighted_alike(
-    kind: str, layout: tuple[int, int], saved: dict[int, Any]
+    kind: str, world: int, micro_batch: int, saved: dict[int, Any]
 ) -> None:
     """Of an odd number, which two processes share with one of them twice."""
-    world, micro_batch = layout
     one, two = saved[1]["kinds"][kind, 1], saved[world]["kinds"][kind, micro_batch]
     classes, count = kind == "classes-weight", len(one["table"]["ids"])
     assert count == (B * STEPS + 13 if classes else 61)
     assert two["table"]["ids"].tolist() == one["table"]["ids"].tolist()
     assert one["table"]["judged"].all() and two["table"]["judged"].all()
     for name in ("log_odds", "weight"):
-        column = one["table"][name]
-        rtol, atol = (0.1, 0.05) if classes else (0.05, 0.05 * float(column.std()))
-        assert column.std() > 0.01
-        torch.testing.assert_close(two["table"][name], column, rtol=rtol, atol=atol, msg=name)
+        assert_same_column(one["table"][name], two["table"][name], *([0.1, 0.05] if classes else []))
     if classes:
         assert one["table"]["weight"].min() < 0.1
         assert one["fit"].rate == pytest.approx(two["fit"].rate, abs=0.005)
-    for a, b in zip(one["logs"][:STEPS], two["logs"][:STEPS], strict=True):
+    for a, b in zip(one["logs"][:2], two["logs"][:2], strict=True):
         assert a["poprisk/weight_mean"] == pytest.approx(b["poprisk/weight_mean"], abs=0.02)
 
 
 def test_two_processes_judge_after_an_epoch_as_one(saved: dict[int, Any]) -> None:
     one, two = (saved[world]["later"] for world in (1, 2))
     for name in ("log_odds", "weight"):
-        column = one["table"][name]
-        assert column.std() > 0.01
-        torch.testing.assert_close(
-            two["table"][name], column, rtol=0.05, atol=0.05 * float(column.std()), msg=name
-        )
+        assert_same_column(one["table"][name], two["table"][name])
     for logs in (one["logs"], two["logs"]):
-        assert ["poprisk/weight_mean" in entry for entry in logs[:STEPS]] == [False, False, True]
+        assert ["poprisk/weight_mean" in entry for entry in logs[:3]] == [False, False, True]
 
 
 def test_two_processes_find_the_bases_of_one(saved: dict[int, Any]) -> None:
     one, two = saved[1]["eigen"], saved[2]["eigen"]
-    (basis,), (first, second) = one.pop("basis"), two.pop("basis")
+    (basis,), (first, second) = one["basis"], two["basis"]
     assert torch.equal(first, second)
     # the leading directions; those that no example has a part in are free
     assert (basis.T @ first).diagonal()[:4].abs().min() > 0.999
-    for name, weight in one.items():
+    for name, weight in one["weights"].items():
         # rounding counts where a gradient is not above Adam's ε; a step is 1e-3
-        assert (weight - two[name]).abs().max() < 1e-4, name
+        assert (weight - two["weights"][name]).abs().max() < 1e-4, name
 
 
 class ThreeRanks:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from functools import partial
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,63 +18,67 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import conftest  # noqa: F401
 import pytest
 import reference
+import test_online_trainers as online
+import test_preference_trainers as preference
 import torch
 import torch.distributed as dist
-from datasets import Dataset
 from leave_one_out.helpers import Classifier, examples, planted
 from losses import KINDS as LOSSES
-from losses import FirstGradient, first_step, gap
+from losses import SEQ2SEQ_DATA, FirstGradient, first_step, gap
 from models import layout, preferences, rows, sequences, some_bases, trainer_of, trl_trainer_of
-from peft import LoraConfig
+from sharded_trainers import LORA, PACKED, packed
 from test_checkpoints import assert_same
+from test_stock_gradient_trl import SEQ2SEQ, LastTokens, behind_the_mixins
 from test_trainer import Record
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from transformers import Seq2SeqTrainingArguments
 
 import hf_poprisk
 from hf_poprisk import PopRiskAdamW
 from hf_poprisk.eigen import MeasureBases
 
-B, STEPS = 16, 3
+B, STEPS = 16, 3  # of a run that is resumed, or that judges labels in between
 KINDS = ("Trainer", "DPO", "SFT", "Reward", "DPO-LoRA", "DPO-one-by-one", "classes-weight", "DPO-weight")
 KINDS += ("DPO-column", "SFT-column", "DPO-gate-in-basis")
 STOCK = (
     *("token mean: mt5", "ctc sum: hubert", "class weights: vit", "class weights: bert", "penalty: vit"),
     *("experts: mixtral", "contrastive: bert", "adapter: adalora", "adapter: prompt"),
 )
+JUDGED = {"poprisk_label_noise": "weight"}  # of an odd number
+OPTIONS: dict[str, dict[str, Any]] = {
+    "classes-weight": JUDGED,
+    "DPO-weight": JUDGED,
+    # two steps are an epoch, the third has weights
+    "DPO-later": {**JUDGED, "poprisk_judge_after_epochs": 1, "max_steps": STEPS},
+    "DPO-LoRA": {"peft_config": LORA},
+    "DPO-gate-in-basis": {"poprisk_basis": "eigen"},
+    "DPO-eigen": {"poprisk_gate": "none", "poprisk_basis": "eigen"},
+    "SFT-column": {"poprisk_weight_column": "w"},
+    # then DDP looks for unused parameters, and hands the outputs on through a node of its own
+    "DPO-column": {"poprisk_weight_column": "w", "gradient_checkpointing": False},
+}
 RESUMED = ("Trainer", "DPO", "DPO-LoRA", "DPO-eigen", "DPO-later")
-MICRO_BATCHES = {1: (1, 4, 16), 2: (1, 4)}
+BESIDE = ("KTO", "ORPO", "CPO", "TPO", "GRPO", "RLOO", "Seq2Seq")
+LAYOUTS = [(1, 16), (2, 4)]  # processes, examples per backward; compared with (1, 1)
+CASES = [(kind, *layout) for kind in KINDS for layout in LAYOUTS] + [("Trainer", 2, 1)]
 
 
 def build(kind: str, model_dir: str, world: int, micro_batch: int, **changes: Any) -> Any:
     """A trainer whose step t sees examples 16 t … 16 t + 15 in any layout."""
-    folder = changes.pop("output_dir", "unused")
-    options = {**layout(micro_batch, B // world), "max_steps": STEPS, **changes}
-    if kind == "Trainer":
-        return trainer_of(folder, rows(B * STEPS), **options)
-    if kind == "classes-weight":
-        data = examples(B * STEPS + 13, wrong=0.2)  # an odd number
-        return trainer_of(folder, data, Classifier(), poprisk_label_noise="weight", **options)
-    if kind == "DPO-weight":  # an odd number of pairs
-        return trl_trainer_of("DPO", model_dir, folder, planted()[0], poprisk_label_noise="weight", **options)
-    if kind == "DPO-later":  # two steps are an epoch, the third has weights
-        options |= {**layout(micro_batch, 2 * B // world), "poprisk_judge_after_epochs": 1}
-        return trl_trainer_of(
-            "DPO", model_dir, folder, planted(4 * B)[0], poprisk_label_noise="weight", **options
-        )
-    if kind == "DPO-LoRA":
-        options["peft_config"] = LoraConfig(r=4, target_modules="all-linear", init_lora_weights="gaussian")
-    if kind == "DPO-gate-in-basis":
-        options["poprisk_basis"] = "eigen"
-    if kind == "DPO-eigen":
-        options |= {"poprisk_gate": "none", "poprisk_basis": "eigen"}
-    data = sequences(B * STEPS) if kind.startswith("SFT") else preferences(B * STEPS)
-    if kind.endswith("column"):
+    folder, what = changes.pop("output_dir", "unused"), kind.split("-")[0]
+    per_rank = B // world * (2 if kind == "DPO-later" else 1)
+    options = {**layout(micro_batch, per_rank), "max_steps": 2, **OPTIONS.get(kind, {}), **changes}
+    if what == "classes":
+        return trainer_of(folder, examples(B * STEPS + 13, wrong=0.2), Classifier(), **options)
+    data = {"Trainer": rows, "SFT": sequences}.get(what, preferences)(B * STEPS)
+    if "poprisk_label_noise" in options:
+        data, _ = planted(4 * B) if kind == "DPO-later" else planted()
+    if "poprisk_weight_column" in options:
         data = data.add_column("w", [i % 7 / 3 for i in range(len(data))])
-        options["poprisk_weight_column"] = "w"
-        # without it DDP looks for unused parameters, and hands the outputs on through a node of its own
-        options["gradient_checkpointing"] = not kind.startswith("DPO")
-    return trl_trainer_of(kind.split("-")[0], model_dir, folder, data, **options)
+    if what == "Trainer":
+        return trainer_of(folder, data, **options)
+    return trl_trainer_of(what, model_dir, folder, data, **options)
 
 
 def run(kind: str, model_dir: str, world: int, micro_batch: int) -> dict[str, Any]:
@@ -89,24 +94,14 @@ def run(kind: str, model_dir: str, world: int, micro_batch: int) -> dict[str, An
         trainer.train()
     weights = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
     found = {"windows": windows, "weights": weights, "logs": trainer.state.log_history}
+    if kind == "DPO-eigen":  # a basis of each rank
+        basis = next(right for _, right in trainer._poprisk_optimizer().bases.values())
+        found["basis"] = trainer.accelerator.gather(basis[None])
     if trainer._label_noise is not None:
         table = trainer._label_noise.table
         found["table"] = {name: getattr(table, name) for name in ("ids", "judged", "log_odds", "weight")}
         found["fit"] = trainer._label_noise.fit
     return found
-
-
-def in_the_eigenbasis(model_dir: str, world: int) -> dict[str, torch.Tensor]:
-    """Weights after three steps, and a basis of each rank, [ranks, …]."""
-    trainer = build("DPO-eigen", model_dir, world, 4)
-    trainer.train()
-    optimizer = trainer._poprisk_optimizer()
-    basis = next(right for _, right in optimizer.bases.values())
-    ranks = [torch.empty_like(basis) for _ in range(world)]
-    dist.all_gather(ranks, basis) if world > 1 else ranks[0].copy_(basis)
-    return {n: p.detach().clone() for n, p in trainer.model.named_parameters()} | {
-        "basis": torch.stack(ranks)
-    }
 
 
 def away_from_stock(name: str, folder: Path) -> tuple[float, bool]:
@@ -129,13 +124,47 @@ def away_without_gate(make: Callable[..., Any]) -> tuple[float, Any]:
 
 def uneven_packing(model_dir: str, folder: Path) -> tuple[float, list[float]]:
     """One rank's first packed row holds one sequence and the other's several: away from stock, and b."""
-    lengths = [60] * 5 + [8, 7, 9, 8, 7, 9, 8] * 7
-    ids = [[(7 * i + k) % 200 + 3 for k in range(n)] for i, n in enumerate(lengths)]
-    data = Dataset.from_dict({"input_ids": ids})
-    options = {**layout(1, 2), "packing": True, "max_length": 60, "max_steps": 2, "learning_rate": 0.0}
-    away, trainer = away_without_gate(partial(trl_trainer_of, "SFT", model_dir, folder, data, **options))
-    logs = trainer.state.log_history
-    return away, [e["poprisk/examples"] for e in logs if "poprisk/examples" in e]
+    options = {**layout(1, 2), **PACKED, "max_steps": 2, "learning_rate": 0.0}
+    away, trainer = away_without_gate(partial(trl_trainer_of, "SFT", model_dir, folder, packed(), **options))
+    return away, [e["poprisk/examples"] for e in trainer.state.log_history if "poprisk/examples" in e]
+
+
+def beside_stock(kind: str, model_dir: str, folder: Path) -> dict[str, float]:
+    """A step on all ranks, beside the stock trainer's and a loop over the parts of the stock loss."""
+    data, model, options = preference.DATA.get(kind, preferences)(8), model_dir, layout(2, 4)
+    ours = tuple(getattr(hf_poprisk, f"PopRisk{kind}{what}", None) for what in ("Trainer", "Config"))
+    stock = {**preference.STOCK, **online.STOCK, "Seq2Seq": (LastTokens, Seq2SeqTrainingArguments)}[kind]
+    if kind == "Seq2Seq":
+        ours, model = behind_the_mixins(*stock), SEQ2SEQ["bart"]()
+        data = [{**row, "labels": row["input_ids"].roll(1)} for row in SEQ2SEQ_DATA]
+    elif kind in online.STOCK:
+        options = {**online.RUN, "reward_funcs": online.reward}
+    elif kind == "KTO":  # with a KL term that is not zero
+        options |= {"ref_model": preference.options_of("KTO", {}, False)["ref_model"]}
+    options |= {"max_steps": 1, "max_grad_norm": 0.0, "learning_rate": 0.0, "bf16": False}
+    with pytest.MonkeyPatch.context() as patch:
+        windows = Record(patch).windows
+        trainer_of(folder, data, model, ours, **options).train()
+    (b, window), grab = windows[0], FirstGradient()
+    trainer = trainer_of(folder, data, model, stock, optim="adamw_torch", callbacks=[grab], **options)
+    trainer.train()
+    if kind in online.STOCK:
+        batches = trainer._buffered_inputs
+        owners = online.by_prompt(batches)
+    else:
+        batches = [trainer._prepare_inputs(x) for x in islice(trainer.get_train_dataloader(), 2)]
+        rows_of_one = {"KTO": 1, "Seq2Seq": 1, "TPO": 3}.get(kind, 2)
+        owners = [(torch.arange(2) + 2 * k).repeat(rows_of_one) for k in range(2)]
+    parts = reference.parts_of_the_loss(trainer, batches, owners, 1.0 if kind == "GRPO" else 0.5)
+    world, far, loop = dist.get_world_size(), 0.0, {}
+    for name, (_, q) in window.items():
+        loop[name], squares = reference.grad_and_square_sums(parts, name)
+        for x in (loop[name], squares):
+            dist.all_reduce(x)
+        far = max(far, float((q - squares / world**2).abs().max() / q.abs().max()))
+    gradient = {name: g for name, (g, _) in window.items()}
+    loop = {name: g / world for name, g in loop.items()}
+    return {"b": b, "stock": gap(gradient, grab.gradient), "loop": gap(gradient, loop), "squares": far}
 
 
 def resumed_is_uninterrupted(kind: str, model_dir: str, folder: Path, world: int) -> bool:
@@ -146,6 +175,7 @@ def resumed_is_uninterrupted(kind: str, model_dir: str, folder: Path, world: int
         "save_steps": 1,
         "train_sampling_strategy": "random",
         "lr_scheduler_type": "linear",
+        "max_steps": STEPS,
     }
     one, other = (build(kind, model_dir, world, 4, **changes) for _ in range(2))
     one.train()
@@ -171,63 +201,42 @@ class Branches(nn.Module):
         return (out + self.right(x) if use_right else out).square().mean()
 
 
-def unused_on_one_rank(bucket_view: bool) -> float:
-    """Largest difference from the textbook when only rank 1 uses a branch, over two windows.
+def branches(bucket_view: bool) -> dict[str, Any]:
+    """Five steps, in four of which only rank 1 uses a branch; rank 0 has a NaN in the fourth of them.
 
-    In the second window rank 0 has used the branch before, so a stale Q would show.
+    In the second rank 0 has used the branch before, so a stale Q would show.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     model = Branches()
     ddp = DistributedDataParallel(model, find_unused_parameters=True, gradient_as_bucket_view=bucket_view)
     optimizer = PopRiskAdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
-    params, worst = dict(model.named_parameters()), 0.0
-    for step in range(3):
+    params, worst, seen = dict(model.named_parameters()), 0.0, []
+    for step in range(5):
         generator = torch.Generator().manual_seed(step)
         inputs = torch.randn(2 * world, 1, 4, dtype=torch.float64, generator=generator)
-        # example i runs on rank i // 2; in the first step everybody uses the branch
+        # example i runs on rank i // 2
         uses = [step == 0 or i // 2 == 1 for i in range(2 * world)]
         gradients = reference.per_example_gradients(
             params, lambda i, x=inputs, u=uses: model(x[i], u[i]) / (2 * world), range(2 * world)
         )
-        before = {name: p.detach().clone() for name, p in params.items()}
         for micro in range(2):
             i = 2 * rank + micro
             with optimizer.example(), ddp.no_sync() if micro == 0 else nullcontext():
-                (ddp(inputs[i], uses[i]) / 2).backward()
+                (ddp(inputs[i] * (float("nan") if (step, i) == (3, 0) else 1.0), uses[i]) / 2).backward()
         optimizer.close_window()
-        for name, p in params.items():
+        for name, p in params.items() if step != 3 else ():
             q = reference.openness(torch.stack([h[name] for h in gradients]))
             worst = max(worst, (optimizer._openness[p] - q).abs().max().item())
         optimizer.step()
         optimizer.zero_grad()
-        assert any((p != before[name]).any() for name, p in params.items())
-    return worst
-
-
-def nan_on_one_rank() -> dict[str, Any]:
-    """A NaN on rank 0 only: every rank must leave the same step out."""
-    rank = dist.get_rank()
-    model = Branches()
-    ddp = DistributedDataParallel(model)
-    optimizer = PopRiskAdamW(model.parameters(), lr=1e-2)
-    seen = []
-    for step in range(3):
-        for micro in range(2):
-            x = torch.randn(1, 4, dtype=torch.float64) * (
-                float("nan") if step == 1 and micro == 0 and rank == 0 else 1.0
-            )
-            with optimizer.example():
-                ddp(x, True).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        seen.append(torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
-    ranks = [torch.empty_like(seen[-1]) for _ in range(dist.get_world_size())]
+        seen.append(torch.cat([p.detach().flatten() for p in params.values()]))
+    ranks = [torch.empty_like(seen[-1]) for _ in range(world)]
     dist.all_gather(ranks, seen[-1])
     return {
-        "kept": torch.equal(seen[0], seen[1]),
-        "went_on": not torch.equal(seen[1], seen[2]) and bool(seen[2].isfinite().all()),
-        "ranks_agree": all(torch.equal(ranks[0], other) for other in ranks),
-        "steps": sorted({int(state["step"]) for state in optimizer.state.values()}),
+        "worst": worst,
+        "moved": [not torch.equal(*pair) for pair in pairwise(seen)],
+        "ranks agree": all(torch.equal(seen[-1], other) for other in ranks),
+        "steps": {int(state["step"]) for state in optimizer.state.values()},
     }
 
 
@@ -236,17 +245,19 @@ def main() -> None:
     # the first config starts the process group; without it there is no world to ask for
     world = hf_poprisk.PopRiskTrainingArguments("unused", use_cpu=True).world_size
     saved: dict[str, Any] = {"world": world}
-    saved["kinds"] = {(k, m): run(k, model_dir, world, m) for k in KINDS for m in MICRO_BATCHES[world]}
+    micro_batches = [(kind, n) for kind, ranks, n in CASES if ranks == world]
+    alone = [(kind, 1) for kind in KINDS] if world == 1 else []
+    saved["kinds"] = {(kind, n): run(kind, model_dir, world, n) for kind, n in alone + micro_batches}
     saved["later"] = run("DPO-later", model_dir, world, 4)
-    saved["eigen"] = in_the_eigenbasis(model_dir, world)
+    saved["eigen"] = run("DPO-eigen", model_dir, world, 4)
     if world > 1:
-        saved["unused"] = {view: unused_on_one_rank(view) for view in (False, True)}
-        saved["nan"] = nan_on_one_rank()
-        saved["packing"] = uneven_packing(model_dir, Path(out).parent / "packing")
+        saved["branches"] = [branches(view) for view in (False, True)]
+        folder = Path(out).parent
+        saved["beside"] = {kind: beside_stock(kind, model_dir, folder / "beside") for kind in BESIDE}
+        saved["packing"] = uneven_packing(model_dir, folder / "packing")
         column = partial(build, "DPO-column", model_dir, world, 4, max_steps=1)
         saved["column"], _ = away_without_gate(column)
-        saved["stock"] = {name: away_from_stock(name, Path(out).parent / "stock") for name in STOCK}
-        folder = Path(out).parent
+        saved["stock"] = {name: away_from_stock(name, folder / "stock") for name in STOCK}
         saved["resume"] = {k: resumed_is_uninterrupted(k, model_dir, folder, world) for k in RESUMED}
     if not dist.is_initialized() or dist.get_rank() == 0:
         torch.save(saved, out)
