@@ -45,7 +45,7 @@ from hf_poprisk.leave_one_out.judge_inputs import (
     of_head,
 )
 from hf_poprisk.leave_one_out.page import write_page
-from hf_poprisk.leave_one_out.report import plot, report
+from hf_poprisk.leave_one_out.report import report
 from hf_poprisk.leave_one_out.table import RULE, TABLE_NAME, load_run
 from hf_poprisk.user_errors import UserError, folder_beside, need
 
@@ -90,12 +90,6 @@ def add_command(commands: Any) -> None:
         metavar="N",
         help="pairs or texts at a time (default: 8)",
     )
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw a histogram")
-    parser.add_argument(
-        "--push_to_hub",
-        metavar="REPO",
-        help="push OUT, which holds texts of the data, as a data set; a new repository is private",
-    )
     parser.set_defaults(execute=judge)
 
 
@@ -133,10 +127,6 @@ def judge(args: argparse.Namespace) -> None:
         new_trainer = partial(_class_trainer, args, _columns(data, CLASS_COLUMNS), tokenizer, options)
     if known_flips(data, np.arange(len(data))) is not None:
         need("sklearn", f"a data set with the column {TRUTH}")
-    if args.push_to_hub:
-        from hf_poprisk.leave_one_out.publish import make_repository, push
-
-        repo = make_repository(args.push_to_hub)
     out = Path(os.path.abspath(args.output_dir))
     with folder_beside(out) as temporary, _no_cache():
         noise, said, chunks = _judged(new_trainer, temporary / "trainer", out)
@@ -147,25 +137,23 @@ def judge(args: argparse.Namespace) -> None:
         write_page(temporary / "judged" / PAGE_NAME, run, data, rows)
         chunks.remove()
         (temporary / "judged").replace(out)
-    flips, page = known_flips(data, rows), args.output_dir / PAGE_NAME
-    done = ["", *said, f"judged labels: {args.output_dir / TABLE_NAME}", f"page: {page}"]
-    if args.plot:
-        plot(run, args.plot, flips)
-        done += [f"figure: {args.plot}"]
-    print(*report(run, data, rows, flips), *done, sep="\n")
-    if args.push_to_hub:
-        print(f"pushed: {push(repo, run, [args.output_dir / TABLE_NAME, page], args.dataset, args.model)}")
+    done = [f"judged labels: {args.output_dir / TABLE_NAME}", f"page: {args.output_dir / PAGE_NAME}"]
+    print(*report(run, data, rows, known_flips(data, rows)), "", *said, *done, sep="\n")
 
 
 def _check_options(args: argparse.Namespace) -> None:
-    check_target(args.output_dir, "--output_dir", args.dataset, but=UNFINISHED)
-    if args.plot and args.plot.suffix.lower() != ".png":
-        raise UserError(f"--plot {args.plot} must end in .png.")
+    out = args.output_dir
+    if (out / TABLE_NAME).is_file():
+        raise UserError(
+            f"--output_dir {out} holds labels that were judged: hf-poprisk audit {out} shows them; to judge "
+            "anew, give another folder or remove this one."
+        )
+    check_target(out, "--output_dir", args.dataset, but=UNFINISHED)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("judge runs in one process: start it without a launcher.")
     if torch.cuda.device_count() > 1:
         raise UserError("judge runs on one GPU: set CUDA_VISIBLE_DEVICES to one of them.")
-    for package in ("datasets", *["peft"] * bool(args.adapter), *["matplotlib"] * bool(args.plot)):
+    for package in ("datasets", *["peft"] * bool(args.adapter)):
         need(package, "judge")
 
 

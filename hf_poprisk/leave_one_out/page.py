@@ -62,7 +62,7 @@ def summary(run: Run) -> list[str]:
             "numbers below rest on it: look at the rows, but do not filter by them."
         ]
     share = f"{below.sum():,} of {count:,} ({below.mean():.1%})"
-    lines += [f"Labels below .5: {share} are more likely mislabeled than right."]
+    lines += [f"Right with a probability below .5: {share} labels, more likely mislabeled than right."]
     if below.any():
         precision = f"{1 - p_correct[below].mean():.0%} of these are expected to be mislabeled"
         lines += [f"Precision at the suggested cut, .5: {precision}, and the others to be right."]
@@ -71,8 +71,9 @@ def summary(run: Run) -> list[str]:
     shown = f"the {MAX_ROWS:,} most suspicious of {count:,}" if count > MAX_ROWS else f"all {count:,}"
     return [
         *lines,
-        f"Rows shown: {shown}, with at most {MAX_TEXT:,} characters of each text. Leave-one-out log-odds are "
-        "what the other examples alone say of a label: below 0, that another one is more likely.",
+        f"Rows shown: {shown}, with at most {MAX_TEXT:,} characters of each text. They come in the "
+        "order of their leave-one-out log-odds (in judged.parquet), which is that of the probabilities and "
+        "tells equal ones apart.",
     ]
 
 
@@ -93,17 +94,16 @@ def histogram(p_correct: np.ndarray) -> str:
 
 
 def table(run: Run, data: Dataset, rows: np.ndarray) -> dict[str, Any]:
-    """The names of the texts, and of every row the index, the probability, the log-odds and the texts."""
+    """The names of the texts, and of every row the index, the probability and the texts."""
     places = run.suspicious[:MAX_ROWS]
     texts = [whole_text(example, data.features, MAX_TEXT) for example in data.select(rows[places])]
     columns = list(dict.fromkeys(name for text in texts for name in text))
     columns.sort(key=lambda name: name != "prompt")  # which not every row may have
     # an index is text, because it has 64 bits, which a number in JavaScript has not
     indices = map(str, run.index[places].tolist())
-    numbers = zip(indices, run.p_correct[places].tolist(), run.log_odds[places].tolist(), strict=True)
     found = [
-        [*row, *(_capped(text.get(name)) for name in columns)]
-        for row, text in zip(numbers, texts, strict=True)
+        [index, p, *(_capped(text.get(name)) for name in columns)]
+        for index, p, text in zip(indices, run.p_correct[places].tolist(), texts, strict=True)
     ]
     return {"columns": columns, "rows": found}
 

@@ -18,7 +18,6 @@ from hf_poprisk.user_errors import UserError, need, one_line
 
 TABLE_NAME = "judged.parquet"
 RULE = 4  # of scores and estimates; raise it with either: a run cannot go on with others
-_EARLIER_NAME = "label_noise.json"  # of versions that wrote two files
 _COLUMNS = ("index", "p_correct", "visits", "log_odds", "weight")
 _STATE = b"hf_poprisk"  # in the metadata of the file: one file is of one moment
 
@@ -116,8 +115,8 @@ class ExampleTable:
 
 
 def is_judged(folder: str | Path) -> bool:
-    """Whether a run of this version, or of an earlier one, left its scores there."""
-    return any(Path(folder, name).is_file() for name in (TABLE_NAME, _EARLIER_NAME))
+    """Whether a run left its scores there."""
+    return Path(folder, TABLE_NAME).is_file()
 
 
 def read_table(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -127,13 +126,7 @@ def read_table(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         UserError: the file is not there, damaged, of something else, or of an earlier version.
     """
     path = folder / TABLE_NAME
-    earlier = UserError(
-        f"{folder} was judged by an earlier version, whose scores are by another rule: judge the labels "
-        "again, or go on from it with poprisk_label_noise=off."
-    )
     if not path.is_file():
-        if (folder / _EARLIER_NAME).is_file():
-            raise earlier
         raise UserError(f"{folder} holds no {TABLE_NAME}: give the output folder of a judged run.")
     need("pyarrow", "reading the table")
     import pyarrow as pa
@@ -147,7 +140,10 @@ def read_table(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         raise UserError(f"{path} is not the table of a judged run.")
     state = json.loads(table.schema.metadata[_STATE])
     if state.get("rule", RULE) != RULE:
-        raise earlier
+        raise UserError(
+            f"{folder} was judged by an earlier version, whose scores are by another rule: judge the labels "
+            "again, or go on from it with poprisk_label_noise=off."
+        )
     if any(table.column_names.count(name) != 1 for name in _COLUMNS):
         raise UserError(f"{path} is not the table of a judged run.")
     columns = {name: table[name].to_numpy() for name in _COLUMNS}

@@ -9,6 +9,7 @@ from peft import LoraConfig
 from test_checkpoints import assert_same
 from transformers import TrainerCallback
 
+from hf_poprisk.leave_one_out.table import read_table
 from leave_one_out.helpers import classify, examples, planted, prefer, same, weights
 from leave_one_out.test_resume import same_table
 
@@ -77,10 +78,10 @@ def test_labels_are_judged_at_the_weights_after_an_epoch(kind: str, llama_dir: P
 
 @pytest.mark.parametrize("kind", ["classes, gated", "DPO, LoRA"])
 def test_a_run_is_resumed_before_and_after_the_judgement(kind: str, llama_dir: Path, tmp_path: Path) -> None:
-    """Bit for bit, and it judges once; checkpoint-8 is of the end of the epoch, by steps not yet judged."""
+    """Bit for bit, and it judges once; checkpoint-8 is of the last step of the epoch."""
     whole = build(kind, llama_dir, tmp_path, save_strategy="steps", save_steps=1)
     whole.train()
-    for step, judged_at in ((5, [8]), (8, [8]), (9, [])):
+    for step, judged_at in ((5, [8]), (8, []), (9, [])):
         resumed = build(kind, llama_dir, tmp_path / "other")
         seen = AtEpochEnds(resumed)
         resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
@@ -88,16 +89,7 @@ def test_a_run_is_resumed_before_and_after_the_judgement(kind: str, llama_dir: P
         assert_same(whole, resumed)
         assert resumed._label_noise.found() == whole._label_noise.found()
         assert same_table(whole._label_noise, resumed._label_noise)
-
-
-def test_a_checkpoint_of_the_end_of_the_epoch_holds_the_judgement(llama_dir: Path, tmp_path: Path) -> None:
-    whole = build("DPO", llama_dir, tmp_path, save_strategy="epoch")
-    whole.train()
-    resumed = build("DPO", llama_dir, tmp_path / "other")
-    resumed.judge_labels = None  # what was found is kept
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
-    assert_same(whole, resumed)
-    changed = build("DPO", llama_dir, tmp_path / "other", num_train_epochs=3, poprisk_judge_after_epochs=2)
+    changed = build(kind, llama_dir, tmp_path / "other", num_train_epochs=3, poprisk_judge_after_epochs=2)
     with pytest.raises(ValueError, match="would change poprisk_judge_after_epochs from 1 to 2"):
         changed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
 
@@ -108,10 +100,24 @@ def test_an_audit_may_be_at_the_end(way: str, llama_dir: Path, tmp_path: Path) -
     trainer = build("classes", llama_dir, tmp_path, "audit", save_strategy="steps", save_steps=8, **length)
     trainer.train()
     assert trainer._label_noise.step == 8
+    columns, state = read_table(tmp_path / "checkpoint-8")  # which was written in that step
+    assert columns["visits"].all() and state["fit"]["rate"] == trainer._label_noise.fit.rate
     if way == "resumed":
         again = build("classes", llama_dir, tmp_path / "other", "audit", **length)
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
         assert again.state.global_step == 8 and again._label_noise.fit == trainer._label_noise.fit
+
+
+def test_an_earlier_model_is_not_said_to_be_weighted(llama_dir: Path, tmp_path: Path) -> None:
+    """The best one of the run, which was loaded at the end, is of before the weights."""
+    options = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
+    trainer = build("classes", llama_dir, tmp_path, **options, greater_is_better=True)
+    trainer.eval_dataset = examples(seed=3)
+    trainer.train()
+    assert trainer.state.best_global_step == 8 and trainer._label_noise.weighted
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert ", weights since step 8, but this model is of step 8.\n" in card
 
 
 @pytest.mark.parametrize(("mode", "steps"), [("weight", 8), ("audit", 7)])

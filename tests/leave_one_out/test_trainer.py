@@ -26,6 +26,7 @@ from leave_one_out.helpers import (
     classify,
     examples,
     first_gradients,
+    learnable,
     planted,
     prefer,
     same,
@@ -194,6 +195,26 @@ def test_swapped_pairs_are_found(
     assert f"{judge.found()}.\n" in ModelCard.load(tmp_path / "README.md").text
 
 
+@pytest.mark.parametrize("together", [False, True])
+def test_pairs_of_one_prompt_that_share_a_completion(together: bool, llama_dir: Path, tmp_path: Path) -> None:
+    """A quarter is flipped: single pairs are found, all those of a prompt confirm each other."""
+    rng, rows = np.random.default_rng(0), learnable(400, wrong=0)
+    flips = np.repeat(rng.permutation(20) < 5, 20) if together else rng.permutation(400) < 100
+    pairs = []
+    for i, row in enumerate(rows):
+        bad, good = row["rejected"], rows[i - i % 20]["chosen"]
+        pairs.append({"prompt": f"prompt {i // 20}", "chosen": good, "rejected": bad})
+        if flips[i]:
+            pairs[i] |= {"chosen": bad, "rejected": good}
+    trainer = prefer("DPO", llama_dir, tmp_path, Dataset.from_list(pairs), poprisk_label_noise="audit")
+    found = trainer.judge_labels()
+    if together:
+        assert found.fit.high < 0.05 and (found.p_correct < 0.5).sum() == 0
+    else:
+        assert found.fit.rate == pytest.approx(0.25, abs=0.03)
+        assert ((found.p_correct < 0.5) == flips).mean() > 0.95
+
+
 def test_labels_that_are_not_predicted_are_not_followed(tmp_path: Path) -> None:
     """Of guessed labels every second one would look mislabeled."""
     data = examples(120)
@@ -220,23 +241,11 @@ def test_an_ignored_label_leaves_the_others_alone(gate: str, tmp_path: Path) -> 
 # -- audit --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("gate", ["none", "hard"])
-def test_an_audit_of_classes_changes_nothing(gate: str, tmp_path: Path) -> None:
-    """Bit for bit."""
-    seen = []
-    for mode in ("off", "audit"):
-        options = {"poprisk_label_noise": mode, "poprisk_gate": gate, "num_train_epochs": 1}
-        trainer = classify(tmp_path, examples(240, wrong=0.2), optim="poprisk_adamw", **options)
-        trainer.train()
-        seen.append(weights(trainer))
-    assert same(*seen) and trainer._label_noise.table.weight.min() < 0.1  # that it would have given
-    log = trainer.state.log_history[0]
-    assert "poprisk/noise_rate" in log and "poprisk/weight_mean" not in log
-
-
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
+        ("classes", {"poprisk_gate": "none"}),
+        ("classes", {"poprisk_gate": "hard"}),
         ("DPO", {"poprisk_gate": "hard"}),
         ("DPO", {"loss_type": ["ipo"]}),
         ("DPO", {"loss_type": ["sigmoid", "sft"]}),
@@ -246,21 +255,26 @@ def test_an_audit_of_classes_changes_nothing(gate: str, tmp_path: Path) -> None:
         ("DPO", {"peft_config": lora(lora_dropout=0.3), "disable_dropout": False}),
         ("Reward", {"center_rewards_coefficient": 0.1}),
     ],
-    ids=["gate", "ipo", "sft", "weighting", "sync", "js", "dropout", "centred"],
+    ids=["classes", "gated classes", "gate", "ipo", "sft", "weighting", "sync", "js", "dropout", "centred"],
 )
-def test_an_audit_of_pairs_changes_nothing(
+def test_an_audit_changes_nothing(
     kind: str, options: dict[str, Any], llama_dir: Path, tmp_path: Path
 ) -> None:
     """Bit for bit, in a random order, whatever the loss is."""
     seen = []
     for mode in ("off", "audit"):
         settings = {"poprisk_label_noise": mode, "max_steps": 4, "optim": "poprisk_adamw", **options}
-        trainer = prefer(kind, llama_dir, tmp_path, preferences(N), **settings)
+        if kind == "classes":
+            trainer = classify(tmp_path, examples(240, wrong=0.2), **settings)
+        else:
+            trainer = prefer(kind, llama_dir, tmp_path, preferences(N), **settings)
         trainer.train()
         seen.append((weights(trainer), trainer.state.log_history))
     assert same(seen[0][0], seen[1][0]) and trainer._label_noise.table.judged.all()
     plain, audit = ([e["loss"] for e in log if "loss" in e] for _, log in seen)
     assert plain == audit and "poprisk/noise_rate" in seen[1][1][0]
+    assert "poprisk/weight_mean" not in seen[1][1][0]
+    assert kind != "classes" or trainer._label_noise.table.weight.min() < 0.1  # that it would have given
 
 
 @pytest.mark.parametrize("kind", ["classes", "pairs"])
@@ -419,22 +433,19 @@ def assert_same(got: list[Tensor], expected: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("mode", ["audit", "weight"])
 def test_whoever_computes_the_loss_and_whatever_the_items_are(mode: str, tmp_path: Path) -> None:
+    """One by one, too, where the labels are read off the loss of the whole micro-batch."""
     tuples = [(row["x"], row["labels"]) for row in examples(60, wrong=0.25)]
-    expected = run(tmp_path, mode)
-    assert_same(run(tmp_path, mode, OwnLoss), expected)
-    assert_same(run(tmp_path, mode, PopRiskTrainer, tuples, named), expected)
-    assert_same(run(tmp_path, mode, OfTuples, tuples, stacked), expected)
-
-
-@pytest.mark.parametrize("mode", ["audit", "weight"])
-@pytest.mark.parametrize(
-    ("model", "trainer"), [(Classifier, PopRiskTrainer), (Convolved, PopRiskTrainer), (Convolved, OwnLoss)]
-)
-def test_one_by_one_the_scores_are_those_of_single_examples(
-    model: type[nn.Module], trainer: type[Any], mode: str, tmp_path: Path
-) -> None:
-    """The labels are read off the loss of the whole micro-batch, and not off those of its examples."""
-    assert_same(run(tmp_path, mode, trainer, model=model), run(tmp_path, mode, trainer, model=model, size=1))
+    expected = run(tmp_path, mode, size=1)
+    for options in (
+        {},
+        {"trainer": OwnLoss},
+        {"data": tuples, "collator": named},
+        {"trainer": OfTuples, "data": tuples, "collator": stacked},
+    ):
+        assert_same(run(tmp_path, mode, **options), expected)
+    expected = run(tmp_path, mode, model=Convolved, size=1)
+    for trainer in (PopRiskTrainer, OwnLoss):
+        assert_same(run(tmp_path, mode, trainer, model=Convolved), expected)
 
 
 # -- which example is which ---------------------------------------------------------------------------------
@@ -521,25 +532,11 @@ def test_a_loss_of_something_else_is_refused_before_a_step(loss: Any, says: str,
     assert same(before, weights(trainer)) and not hasattr(Trainer, "_label_noise")
 
 
-def test_a_loss_that_weights_do_not_reach_is_refused(tmp_path: Path) -> None:
-    class Penalised(Classifier):
-        def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-            found = super().forward(x, labels)
-            return found | {"loss": found["loss"] + self.net[0].weight.square().sum()}
-
-    says = (
-        r"poprisk_label_noise=weight cannot weight the examples of this loss \(the loss reaches net.0.weight"
-    )
-    with pytest.raises(ValueError, match=f"^{says} .*, or set poprisk_label_noise=off"):
-        classify(tmp_path, examples(), Penalised(), poprisk_label_noise="weight").train()
-    classify(tmp_path, examples(), Penalised(), poprisk_label_noise="audit", max_steps=1).train()
+def test_settings_are_refused_with_a_way_out(tmp_path: Path) -> None:
     model = Classifier()
     model.compile()
     with pytest.raises(ValueError, match=r"model.compile\(\) hides: .* or set poprisk_label_noise=off"):
         classify(tmp_path, examples(), model, poprisk_label_noise="weight").train()
-
-
-def test_settings_are_refused_with_a_way_out(tmp_path: Path) -> None:
     trainer = classify(tmp_path, None, poprisk_label_noise="weight")
     trainer.train_dataset = examples()  # which comes too late
     with pytest.raises(ValueError, match="was set without a training set"):
@@ -553,29 +550,12 @@ def test_settings_are_refused_with_a_way_out(tmp_path: Path) -> None:
         trainer.train()
 
 
-def identical() -> Dataset:
-    return Dataset.from_dict({name: [preferences(1)[name][0]] * N for name in preferences(1).column_names})
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (preferences(49), "^49 examples are too few to judge labels by: it takes 50 or more\\.$"),
-        (identical(), "^all examples have the same gradients, so none says anything about another's"),
-        (None, "not finite: the model gives NaN or inf\\.$"),
-    ],
-    ids=["few", "identical", "nan"],
-)
-def test_pairs_that_say_nothing_are_refused(
-    data: Dataset | None, message: str, llama_dir: Path, tmp_path: Path
-) -> None:
-    pairs = preferences(N) if data is None else data
-    trainer = prefer("DPO", llama_dir, tmp_path, pairs, poprisk_label_noise="audit")
-    if data is None:
-        with torch.no_grad():
-            next(trainer.model.parameters())[0] = torch.nan
-            trainer.model.lm_head.weight[3] = torch.nan
-    with pytest.raises(ValueError, match=message):
+def test_a_model_that_gives_nan_is_refused(llama_dir: Path, tmp_path: Path) -> None:
+    trainer = prefer("DPO", llama_dir, tmp_path, poprisk_label_noise="audit")
+    with torch.no_grad():
+        next(trainer.model.parameters())[0] = torch.nan
+        trainer.model.lm_head.weight[3] = torch.nan
+    with pytest.raises(ValueError, match="not finite: the model gives NaN or inf\\.$"):
         trainer.train()
     assert trainer.state.global_step == 0
 
