@@ -105,16 +105,11 @@ def _check_options(args: argparse.Namespace) -> None:
         check_target(args.to, "--to", args.dataset)
 
 
-def check_target(folder: Path, option: str, data: str, but: str | None = None) -> None:
-    """Refuse to write where something is, or into the data.
-
-    Args:
-        option: that names the folder.
-        but: how the names of what may be there begin.
-    """
+def check_target(folder: Path, option: str, data: str) -> None:
+    """Refuse to write where something is, or into the data; option: that names the folder."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{option} {folder} is a file: give a folder.")
-    if folder.is_dir() and any(but is None or not path.name.startswith(but) for path in folder.iterdir()):
+    if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{option} {folder} is not empty: give another folder.")
     if Path(data).resolve() in folder.resolve().parents:
         raise UserError(f"{option} {folder} lies inside the data, {data}: give another folder.")

@@ -15,12 +15,11 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from hf_poprisk.leave_one_out.chunks import Chunks
 from hf_poprisk.leave_one_out.features import ClassLogits, label_features, num_features, spread
 from hf_poprisk.leave_one_out.index import IndexCollator, IndexMixin, Sample
 from hf_poprisk.leave_one_out.judgement import Judgement, judge_classes, judge_pairs
 from hf_poprisk.leave_one_out.leap import Leap, leap, trained_layers
-from hf_poprisk.leave_one_out.table import TABLE_NAME, ExampleTable, is_judged
+from hf_poprisk.leave_one_out.table import TABLE_NAME, ExampleTable
 from hf_poprisk.leave_one_out.weights import LabelNoise
 from hf_poprisk.per_example.basis import LayerBasis
 from hf_poprisk.refusals import AFTER_EPOCHS, judges_too_late
@@ -36,7 +35,6 @@ class LabelNoiseMixin(IndexMixin):
     label_log_odds: Callable[[torch.nn.Module, Any], Tensor] | None = None
     _label_noise: LabelNoise | None = None
     _passes: Passes | None = None  # of the last judgement, until it is followed
-    _chunks: Chunks | None = None  # of one process, for a judgement that may be killed
 
     def _start_label_noise(self, ids: np.ndarray, sample: Sample) -> None:
         """After the trainer is built; ids as ``with_index`` gave them."""
@@ -68,7 +66,6 @@ class LabelNoiseMixin(IndexMixin):
             k,
             classifier=classifier,
             labels=(lambda: passes.labels) if classifier else None,
-            chunks=self._chunks,
         )
         every = (passes.index, *([labels] if classifier else []), *parts)
         ids, *columns = (self._of_all_ranks(x).numpy() for x in every)
@@ -167,7 +164,7 @@ class LabelNoiseMixin(IndexMixin):
         if self._label_noise is None or checkpoint is None:
             return
         self._label_noise.forget()
-        if is_judged(checkpoint):
+        if Path(checkpoint, TABLE_NAME).is_file():
             self._label_noise.load(checkpoint)
         elif not self.args.poprisk_allow_change:
             raise ValueError(

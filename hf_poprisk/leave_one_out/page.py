@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf_poprisk.leave_one_out.data import whole_text
+from hf_poprisk.leave_one_out.report import rate
 from hf_poprisk.leave_one_out.table import Run
 from hf_poprisk.user_errors import folder_beside
 
@@ -49,31 +50,15 @@ def write_page(path: Path, run: Run, data: Dataset, rows: np.ndarray) -> None:
 
 def summary(run: Run) -> list[str]:
     """What was found, in words."""
-    fit, p_correct = run.fit, run.p_correct[run.judged]
-    below, count = p_correct < 0.5, len(p_correct)
-    lines = [
-        f"Noise rate: about {fit.rate:.1%} of the labels are mislabeled. If that happened at random, the "
-        f"true rate lies between {fit.low:.1%} and {fit.high:.1%} with a probability of 95%."
-    ]
-    if run.doubt is not None:
-        lines = [
-            "Noise rate: open. The run does not tell how many labels are mislabeled, and its estimate of "
-            f"{fit.rate:.1%}, 95% interval {fit.low:.1%} to {fit.high:.1%}, means little: {run.doubt}. All "
-            "numbers below rest on it: look at the rows, but do not filter by them."
-        ]
-    share = f"{below.sum():,} of {count:,} ({below.mean():.1%})"
-    lines += [f"Right with a probability below .5: {share} labels, more likely mislabeled than right."]
-    if below.any():
-        precision = f"{1 - p_correct[below].mean():.0%} of these are expected to be mislabeled"
-        lines += [f"Precision at the suggested cut, .5: {precision}, and the others to be right."]
+    count, lines = int(run.judged.sum()), rate(run)
     if count < len(run.index):
         lines += [f"{len(run.index) - count:,} more were never judged, and are not shown."]
     shown = f"the {MAX_ROWS:,} most suspicious of {count:,}" if count > MAX_ROWS else f"all {count:,}"
     return [
         *lines,
-        f"Rows shown: {shown}, with at most {MAX_TEXT:,} characters of each text. They come in the "
-        "order of their leave-one-out log-odds (in judged.parquet), which is that of the probabilities and "
-        "tells equal ones apart.",
+        f"Rows shown: {shown}, with at most {MAX_TEXT:,} characters of each text. They come in the order of "
+        "their leave-one-out log-odds (in judged.parquet), which is that of the probabilities and tells equal"
+        " ones apart.",
     ]
 
 

@@ -52,10 +52,9 @@ def rate(run: Run) -> list[str]:
     known = f"{fit.rate:.1%}, 95% interval {fit.low:.1%} to {fit.high:.1%}"
     lines = [f"Noise rate: {known}."]
     if run.doubt is not None:
-        lines = [f"Noise rate: open ({known}). Do not filter by it: {run.doubt}."]
-    lines += [
-        f"Labels right with a probability below .5: {below.sum()} of {len(below)} ({below.mean():.1%})."
-    ]
+        lines = [f"Noise rate: open ({known}). Look at the rows, but do not filter by it: {run.doubt}."]
+    share = f"{below.sum():,} of {len(below):,} ({below.mean():.1%})"
+    lines += [f"Labels right with a probability below .5: {share}."]
     if below.any():
         lines += [f"Precision at that cut: {1 - p_correct[below].mean():.0%} expected to be mislabeled."]
     return lines

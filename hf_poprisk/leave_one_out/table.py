@@ -114,11 +114,6 @@ class ExampleTable:
             column[rows] = torch.from_numpy(saved[name].copy()).to(column)
 
 
-def is_judged(folder: str | Path) -> bool:
-    """Whether a run left its scores there."""
-    return Path(folder, TABLE_NAME).is_file()
-
-
 def read_table(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The columns, [n] each, and the state that ``ExampleTable.save`` left in a folder.
 
@@ -144,12 +139,9 @@ def read_table(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
             f"{folder} was judged by an earlier version, whose scores are by another rule: judge the labels "
             "again, or go on from it with poprisk_label_noise=off."
         )
-    if any(table.column_names.count(name) != 1 for name in _COLUMNS):
+    if not {*_COLUMNS} <= {*table.column_names}:
         raise UserError(f"{path} is not the table of a judged run.")
-    columns = {name: table[name].to_numpy() for name in _COLUMNS}
-    if len(np.unique(columns["index"])) != len(table):
-        raise UserError(f"{path} has an index more than once.")
-    return columns, state
+    return {name: table[name].to_numpy() for name in _COLUMNS}, state
 
 
 @dataclass(frozen=True)
@@ -199,8 +191,6 @@ def load_run(folder: str | Path) -> Run:
     judged = columns["visits"] > 0
     if not judged.any() or not state.get("fit"):
         raise UserError(f"{folder / TABLE_NAME} holds no example that was judged.")
-    if not np.isfinite(columns["log_odds"][judged]).all():
-        raise UserError(f"{folder / TABLE_NAME} holds log-odds that are not finite.")
     return Run(
         folder=folder,
         preferences=state["preferences"],

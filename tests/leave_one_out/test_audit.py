@@ -121,7 +121,10 @@ def test_as_a_module(tmp_path: Path) -> None:
     ("fit", "says"),
     [
         (FIT, "Noise rate: 25.0%, 95% interval 15.0% to 33.0%."),
-        (CHANCE, "Do not filter by it: the model's gradients predict labels hardly better than by chance: "),
+        (
+            CHANCE,
+            "but do not filter by it: the model's gradients predict labels hardly better than by chance: ",
+        ),
         (OPEN, "by it: the pairs leave the noise rate open (0.150 to 0.440): more pairs"),
     ],
 )

@@ -19,26 +19,25 @@ from leave_one_out.helpers import learnable
 from leave_one_out.judged import WRONG, N, command, log_odds, message, pairs, refused, save_run
 
 
-def test_folder_of_parquet_files_and_its_splits(run: Path, tmp_path: Path, capsys: Any) -> None:
-    folder = tmp_path / "files"
-    folder.mkdir()
-    pairs(flips=False).to_parquet(folder / "train.parquet")
-    pairs(flips=False).select(range(9)).to_parquet(folder / "test.parquet")
-    worst = int(np.argmin(log_odds()))
-    out = command(capsys, run, "--dataset", folder)
-    assert f"good {worst}" in out and "is_flipped" not in out
-    assert "the data have 9 rows" in refused(capsys, run, "--dataset", folder, "--split", "test")
-    assert "nowhere" in refused(capsys, run, "--dataset", folder, "--split", "nowhere")
-    assert "other" in refused(capsys, run, "--dataset", folder, "--config_name", "other")
-
-
-def test_saved_splits(run: Path, tmp_path: Path, capsys: Any) -> None:
-    splits = {"train": pairs().select(range(9)), "kept": pairs()}
-    DatasetDict(splits).save_to_disk(tmp_path / "dict")
-    assert "AUROC" in command(capsys, run, "--dataset", tmp_path / "dict", "--split", "kept")
-    assert "the data have 9 rows" in refused(capsys, run, "--dataset", tmp_path / "dict")
-    sentence = refused(capsys, run, "--dataset", tmp_path / "dict", "--split", "test")
-    assert "has no split test: it has train, kept." in sentence
+def test_splits_of_folders(run: Path, tmp_path: Path, capsys: Any) -> None:
+    """Of data files, and of ``save_to_disk``."""
+    files, saved = tmp_path / "files", tmp_path / "dict"
+    files.mkdir()
+    few, plain = pairs().select(range(9)), pairs(flips=False)
+    plain.to_parquet(files / "train.parquet")
+    few.to_parquet(files / "test.parquet")
+    DatasetDict({"train": few, "kept": pairs()}).save_to_disk(saved)
+    out = command(capsys, run, "--dataset", files)
+    assert f"good {int(np.argmin(log_odds()))}" in out and "is_flipped" not in out
+    assert "AUROC" in command(capsys, run, "--dataset", saved, "--split", "kept")
+    for options, says in (
+        ([files, "--split", "test"], "the data have 9 rows"),
+        ([files, "--split", "nowhere"], "nowhere"),
+        ([files, "--config_name", "other"], "other"),
+        ([saved], "the data have 9 rows"),
+        ([saved, "--split", "test"], "has no split test: it has train, kept."),
+    ):
+        assert says in refused(capsys, run, "--dataset", *options)
 
 
 def test_examples_are_found_by_their_index(tmp_path: Path, capsys: Any) -> None:

@@ -29,7 +29,7 @@ from transformers import (
 
 from hf_poprisk import PopRiskTrainer, PopRiskTrainingArguments
 from hf_poprisk.__main__ import main
-from hf_poprisk.leave_one_out import INDEX, features, judge_command, mixin
+from hf_poprisk.leave_one_out import INDEX, judge_command, mixin
 from hf_poprisk.leave_one_out.table import read_table
 from leave_one_out.helpers import QUIET, conversations, labelled, learnable, prefer
 from leave_one_out.judged import command as audit
@@ -458,94 +458,29 @@ def test_models_are_refused(
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
 
 
-# -- killed -------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
-    "where",
-    [(mixin, "label_features"), (pq, "write_table"), (judge_command, "write_page"), (mixin, "judge_pairs")],
-    ids=lambda where: where[1],
+    ("where", "name", "error", "code"),
+    [
+        (mixin, "label_features", ValueError("nothing to tell."), 2),
+        (mixin, "label_features", KeyboardInterrupt, 130),
+        (pq, "write_table", KeyboardInterrupt, 130),
+        (judge_command, "write_page", KeyboardInterrupt, 130),
+    ],
 )
-def test_a_run_that_ends_early_leaves_nothing_but_its_chunks(
-    where: tuple[Any, str], tiny: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+def test_a_run_that_ends_early_leaves_nothing(
+    where: Any, name: str, error: Any, code: int, tiny: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
 ) -> None:
-    """And one that is refused leaves none."""
-    is_refused = where[1] == "judge_pairs"
-
     def stop(*args: Any, **kwargs: Any) -> None:
-        if not is_refused:
-            raise KeyboardInterrupt
-        assert list((tmp_path / "out").iterdir())
-        raise ValueError("nothing to tell.")
+        raise error
 
     learnable().save_to_disk(str(tmp_path / "data"))
     before = sorted(tmp_path.rglob("*"))
-    monkeypatch.setattr(*where, stop)
-    argv = ["judge", str(tiny / "llama"), str(tmp_path / "data"), "--output_dir", str(tmp_path / "out")]
+    monkeypatch.setattr(where, name, stop)
+    argv = [str(tiny / "llama"), str(tmp_path / "data"), "--output_dir", str(tmp_path / "out")]
     with pytest.raises(SystemExit) as stopped:
-        main(argv)
-    printed = capsys.readouterr()
-    assert stopped.value.code == (2 if is_refused else 130) and printed.out == ""
-    assert not is_refused or printed.err.endswith("error: nothing to tell.\n")
-    left = {path.relative_to(tmp_path).parts[0] for path in {*tmp_path.rglob("*")} - {*before}}
-    assert left == ({"out"} if where[1].startswith("write") else set())
-    assert all(path.name.startswith("unfinished-") for path in (tmp_path / "out").glob("*"))
-    assert datasets.is_caching_enabled()
-
-
-@pytest.mark.parametrize("kind", ["pairs", "classes"])
-def test_a_killed_run_goes_on(
-    kind: str,
-    tiny: Path,
-    data: Path,
-    texts: Path,
-    tmp_path: Path,
-    capsys: Any,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The same numbers, bit for bit, for fewer passes."""
-    monkeypatch.setattr(features, "_CHUNK", 2)
-    backward, calls, fatal = features.LinearFactors.backward, 0, 0
-
-    def counted(*args: Any) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == fatal:
-            raise KeyboardInterrupt
-        backward(*args)
-
-    monkeypatch.setattr(features.LinearFactors, "backward", counted)
-    argv = [tiny / "llama", data] if kind == "pairs" else [tiny / "bert", texts]
-    out = tmp_path / "out"
-
-    def killed() -> Path:
-        nonlocal calls, fatal
-        calls, fatal = 0, 1 + 2 * 8 + 6  # a check, the bases, five micro-batches
-        with pytest.raises(SystemExit):
-            main(["judge", *map(str, argv), "--output_dir", str(out)])
-        calls, fatal = 0, 0
-        [folder] = out.iterdir()
-        assert sorted(path.name for path in folder.iterdir()) == ["00000", "00001", "bases"]
-        return folder
-
-    def scores(folder: Path, *options: Any) -> list[list[float]]:
-        run(capsys, *argv, "--output_dir", folder, *options)
-        assert sorted(file.name for file in folder.iterdir()) == ["judged.parquet", "report.html"]
-        return [table(folder)[name].tolist() for name in ("index", "log_odds", "p_correct")]
-
-    whole = scores(tmp_path / "whole")
-    assert calls == 1 + 3 * 8
-    chunk = killed() / "00002"
-    chunk.write_bytes((chunk.parent / "00001").read_bytes()[:-100])  # no chunk
-    assert scores(out) == whole and calls == 4
-    assert f"judge goes on from what {out} holds of it." in caplog.text
-    shutil.rmtree(out)
-    caplog.clear()
-    killed()
-    smaller = ["--per_device_train_batch_size", 4]
-    assert scores(out, *smaller) == scores(tmp_path / "smaller", *smaller)
-    assert f"{out} held chunks of another model, other data or options: judge starts anew." in caplog.text
+        main(["judge", *argv])
+    assert stopped.value.code == code and capsys.readouterr().out == ""
+    assert sorted(tmp_path.rglob("*")) == before and datasets.is_caching_enabled()
 
 
 def test_trl_is_imported_by_the_command_alone(tmp_path: Path) -> None:

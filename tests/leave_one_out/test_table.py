@@ -1,11 +1,9 @@
 """One row per example, in memory and as Parquet; what a judged run left, and files that are none."""
 
-import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -61,10 +59,6 @@ def test_folders_that_are_not_of_a_run(run: Path, tmp_path: Path, capsys: Any) -
     assert f"holds no {TABLE_NAME}" in refused(capsys, run)
 
 
-def change(table: pa.Table, name: str, values: Any) -> pa.Table:
-    return table.set_column(table.column_names.index(name), name, [values])
-
-
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
@@ -74,9 +68,6 @@ def change(table: pa.Table, name: str, values: Any) -> pa.Table:
             lambda t: t.drop_columns("weight").replace_schema_metadata({"hf_poprisk": '{"rule": 3}'}),
             "was judged by an earlier version, whose scores are by another rule: judge the labels again",
         ),
-        (lambda t: change(t, "index", pa.array([0] * N)), "has an index more than once"),
-        (lambda t: change(t, "visits", pa.array([0] * N)), "no example that was judged"),
-        (lambda t: change(t, "log_odds", pa.array([math.nan] * N)), "log-odds that are not finite"),
         (lambda t: t.slice(0, 0), "no example that was judged"),
         (lambda t: None, f"{TABLE_NAME} cannot be read"),
     ],
