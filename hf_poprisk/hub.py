@@ -155,7 +155,7 @@ class HubMixin:
                 f"| {record['steps']} | {self._open_of_run()} |",
             ]
         if self._label_noise is not None and self._label_noise.fit is not None:
-            lines += ["", f"{self._label_noise.found()}."]
+            lines += ["", f"{self._label_noise.found(record['weights_step'])}."]
         if examples is not None:
             share = "" if altered is None else f", {altered / max(examples, 1):.1%} with an altered label"
             lines += ["", f"Training data: {examples:,} examples{share}."]

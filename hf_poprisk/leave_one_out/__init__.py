@@ -10,7 +10,7 @@ table.py      ``judged.parquet``: a row per example, and what a resumed run need
 index.py      which example is which, in a batch and from run to run
 mixin.py      its place in the trainers
 judge_command.py  ``hf-poprisk judge``: labels judged without training; judge_inputs.py
-audit.py      ``hf-poprisk audit``; data.py, report.py, page.py
+audit.py      ``hf-poprisk audit``: the report and copies of the data; data.py, report.py, page.py
 """
 
 from hf_poprisk.leave_one_out.index import INDEX

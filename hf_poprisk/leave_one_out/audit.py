@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_poprisk.leave_one_out.data import TRUTH, find_rows, known_flips, load_data
+from hf_poprisk.leave_one_out.data import find_rows, known_flips, load_data
 from hf_poprisk.leave_one_out.index import INDEX
 from hf_poprisk.leave_one_out.page import write_page
-from hf_poprisk.leave_one_out.report import plot, report
+from hf_poprisk.leave_one_out.report import report
 from hf_poprisk.leave_one_out.table import Run, load_run
 from hf_poprisk.leave_one_out.weights import ALL_CLEAN, sample_weights
 from hf_poprisk.user_errors import UserError, folder_beside
@@ -26,7 +26,8 @@ from hf_poprisk.user_errors import UserError, folder_beside
 if TYPE_CHECKING:
     from datasets import Dataset
 
-WRITES = ("filtered", "weighted", "reflipped")
+WRITES = ("filtered", "weighted")
+WEIGHT = "label_weight"  # the column of the weighted copy
 
 
 def add_command(commands: Any) -> None:
@@ -38,18 +39,18 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--dataset", metavar="NAME_OR_PATH", help="the training data, for the texts")
     parser.add_argument("--split", help="of the data set (default: train)")
     parser.add_argument("--config_name", metavar="C", help="configuration of the data set")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw a histogram")
     parser.add_argument(
         "--page", type=Path, metavar="FILE.html", help="write a page to look through the suspicious rows"
     )
     parser.add_argument(
         "--write",
         choices=WRITES,
-        help="write a copy of the data: without the rows whose label is correct with a probability below .5; "
-        "with what a row counts by it as label_weight, for poprisk_weight_column; or with those pairs "
-        "reversed",
+        help="write a copy of the data: without the rows whose label is right with a probability below .5; "
+        "or with what a row counts by it as label_weight, for poprisk_weight_column",
     )
-    parser.add_argument("--to", type=Path, metavar="FOLDER", help="where --write writes, with save_to_disk")
+    parser.add_argument(
+        "--to", type=Path, metavar="FOLDER", help="where --write writes, a data set in Parquet"
+    )
     parser.add_argument(
         "--force",
         action="store_true",
@@ -77,15 +78,12 @@ def audit(args: argparse.Namespace) -> None:
         p_correct[rows] = run.p_correct
         _check_write(run, data, p_correct, args.write, args.force)
     lines = report(run, data, rows, flips)
-    if args.plot:
-        plot(run, args.plot, flips)
-        done += [f"figure: {args.plot}"]
     if args.page:
         write_page(args.page, run, data, rows)
         done += [f"page: {args.page}"]
     if args.write:
         count = _write(run, data, p_correct, args.write, args.to)
-        verb = {"filtered": "dropped", "weighted": "below .5", "reflipped": "reversed"}[args.write]
+        verb = "dropped" if args.write == "filtered" else "below .5"
         done += [f"{args.write} data: {args.to} ({count} of {len(data)} rows {verb})"]
     print(*lines, *done, sep="\n")
 
@@ -98,7 +96,6 @@ def _check_options(args: argparse.Namespace) -> None:
         (args.force and not args.write, "--force has no effect without --write."),
         (args.split is not None and not args.dataset, "--split has no effect without --dataset."),
         (args.config_name is not None and not args.dataset, "--config_name has no effect without --dataset."),
-        (args.plot and args.plot.suffix.lower() != ".png", f"--plot {args.plot} must end in .png."),
         (args.page and not args.dataset, "--page needs --dataset."),
         (args.page and args.page.suffix.lower() != ".html", f"--page {args.page} must end in .html."),
     ):
@@ -108,16 +105,11 @@ def _check_options(args: argparse.Namespace) -> None:
         check_target(args.to, "--to", args.dataset)
 
 
-def check_target(folder: Path, option: str, data: str, but: str | None = None) -> None:
-    """Refuse to write where something is, or into the data.
-
-    Args:
-        option: that names the folder.
-        but: how the names of what may be there begin.
-    """
+def check_target(folder: Path, option: str, data: str) -> None:
+    """Refuse to write where something is, or into the data; option: that names the folder."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{option} {folder} is a file: give a folder.")
-    if folder.is_dir() and any(but is None or not path.name.startswith(but) for path in folder.iterdir()):
+    if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{option} {folder} is not empty: give another folder.")
     if Path(data).resolve() in folder.resolve().parents:
         raise UserError(f"{option} {folder} lies inside the data, {data}: give another folder.")
@@ -127,8 +119,6 @@ def _check_write(run: Run, data: Dataset, p_correct: np.ndarray, kind: str, forc
     """Refuse what ``_write`` cannot do, or should not."""
     fit, forced, columns = run.fit, "--force writes it all the same", set(data.column_names)
     sampled = {column for row in run.sample.values() for column in row}
-    added = {"weighted": "label_weight", "reflipped": "reflipped"}.get(kind)
-    pairs = run.preferences and {"chosen", "rejected"} <= columns
     for wrong, sentence in (
         (
             run.doubt is not None and not force,
@@ -146,28 +136,24 @@ def _check_write(run: Run, data: Dataset, p_correct: np.ndarray, kind: str, forc
         ),
         # an empty data set cannot be loaded
         (kind == "filtered" and (p_correct < 0.5).all(), "would drop every row: use weighted"),
-        (kind == "reflipped" and not pairs, "is for preference pairs, with columns chosen and rejected"),
         (
-            kind == "reflipped" and "margin" in columns,
-            "cannot turn the column margin round: remove it from the data",
+            kind == "weighted" and WEIGHT in columns,
+            f"adds a column {WEIGHT}, which the data have already",
         ),
-        (added in columns, f"adds a column {added}, which the data have already"),
     ):
         if wrong:
             raise UserError(f"--write {kind} {sentence}.")
 
 
 def _write(run: Run, data: Dataset, p_correct: np.ndarray, kind: str, folder: Path) -> int:
-    """Write a copy with ``save_to_disk``; the folder appears whole or not at all.
+    """Write a copy that ``load_dataset(folder)`` reads; the folder appears whole or not at all.
 
     ``filtered`` is without the rows whose label is more likely mislabeled than clean; ``weighted`` has what
-    ``poprisk_label_noise=weight`` weights a row by, in a float32 column ``label_weight``; ``reflipped`` has
-    those pairs reversed, scores included, and says so in a bool column ``reflipped`` (a bool ``is_flipped``
-    goes on telling which pairs are the wrong way round, so it changes with them). All keep the rows'
+    ``poprisk_label_noise=weight`` weights a row by, in a float32 column ``label_weight``. Both keep the rows'
     ``example_index``.
 
     Returns:
-        How many rows were dropped or reversed; for ``weighted``, how many are below .5.
+        How many rows are below .5.
     """
     target, mislabeled = Path(os.path.abspath(folder)), p_correct < 0.5
     if INDEX not in data.column_names:
@@ -175,39 +161,9 @@ def _write(run: Run, data: Dataset, p_correct: np.ndarray, kind: str, folder: Pa
     with folder_beside(target) as temporary:
         if kind == "filtered":
             data = data.select(np.flatnonzero(~mislabeled))
-        elif kind == "weighted":
-            data = data.add_column("label_weight", sample_weights(p_correct, run.preferences))
         else:
-            data = _reflipped(data, mislabeled, temporary / "swapped.arrow")
-        data.save_to_disk(str(temporary / "data"))
+            data = data.add_column(WEIGHT, sample_weights(p_correct, run.preferences))
+        (temporary / "data").mkdir()
+        data.to_parquet(temporary / "data" / "train.parquet")
         (temporary / "data").replace(target)
     return int(mislabeled.sum())
-
-
-def _reflipped(data: Dataset, mislabeled: np.ndarray, cache: Path) -> Dataset:
-    from datasets import Features, Value
-
-    names = set(data.column_names)  # chosen, score_chosen, chosen_rating, …
-    pairs = [
-        (name, other) for name in names if (other := name.replace("chosen", "rejected")) in names - {name}
-    ]
-    known = TRUTH in data.column_names and getattr(data.features[TRUTH], "dtype", "") == "bool"
-
-    def swap(row: dict[str, Any], index: int) -> dict[str, Any]:
-        swapped: dict[str, Any] = {"reflipped": bool(mislabeled[index])}
-        if mislabeled[index]:
-            for one, other in pairs:
-                swapped |= {one: row[other], other: row[one]}
-            if known and row[TRUTH] is not None:
-                swapped[TRUTH] = not row[TRUTH]
-        return swapped
-
-    return data.map(
-        swap,
-        with_indices=True,
-        features=Features({**data.features, "reflipped": Value("bool")}),
-        # the cache would lie beside the data, in somebody's folder
-        cache_file_name=str(cache),
-        load_from_cache_file=False,
-        desc="Reversing pairs",
-    )

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,30 +33,18 @@ class IndexCollator:
         self.collator, self.option = collator, option
 
     def __call__(self, features: list[Any]) -> Any:
-        if all(isinstance(feature, _IndexedItem) for feature in features):
-            index = [feature.index for feature in features]
-            batch = self.collator([feature.item for feature in features])
-        elif all(isinstance(feature, Mapping) and INDEX in feature for feature in features):
-            index = [int(feature[INDEX]) for feature in features]
-            batch = self.collator([{k: v for k, v in f.items() if k != INDEX} for f in features])
-        else:
+        if not all(isinstance(feature, Mapping) and INDEX in feature for feature in features):
             raise ValueError(
                 f"{self.option} finds no {INDEX} in the training examples: a transform must keep it."
             )
+        batch = self.collator([{k: v for k, v in f.items() if k != INDEX} for f in features])
         if not isinstance(batch, MutableMapping):
-            return _IndexedBatch(batch, torch.tensor(index))
-        batch[INDEX] = torch.tensor(index)
+            raise ValueError(
+                f"{self.option} finds no place for {INDEX} in a batch that is a {type(batch).__name__}: let "
+                "the collator give a dict of tensors."
+            )
+        batch[INDEX] = torch.tensor([int(feature[INDEX]) for feature in features])
         return batch
-
-
-class _IndexedBatch(NamedTuple):
-    batch: Any  # no mapping
-    index: Tensor  # type: ignore[assignment]  # [N]; not tuple.index
-
-
-class _IndexedItem(NamedTuple):
-    item: Any  # no mapping: an image and its label, for instance
-    index: int  # type: ignore[assignment]
 
 
 class _Indexed(torch.utils.data.Dataset):
@@ -70,7 +58,12 @@ class _Indexed(torch.utils.data.Dataset):
 
     def __getitem__(self, position: int) -> Any:
         item = self._data[position]
-        return {**item, INDEX: position} if isinstance(item, Mapping) else _IndexedItem(item, position)
+        if not isinstance(item, Mapping):
+            raise ValueError(
+                f"poprisk_label_noise finds no place for {INDEX} in an example that is a "
+                f"{type(item).__name__}: give examples that are dicts."
+            )
+        return {**item, INDEX: position}
 
 
 def with_index(dataset: Any) -> tuple[Any, np.ndarray]:
@@ -137,11 +130,7 @@ class IndexMixin:
         """Take the index out of a training batch: the batch, and the index, [N], if one is asked for."""
         if self._index_for is None:
             return inputs, None
-        index = None
-        if isinstance(inputs, _IndexedBatch):
-            inputs, index = inputs
-        elif isinstance(inputs, MutableMapping):
-            index = inputs.pop(INDEX, None)
+        index = inputs.pop(INDEX, None) if isinstance(inputs, MutableMapping) else None
         if index is None:
             raise ValueError(
                 f"{self._index_for} finds no {INDEX} in the batch: leave get_train_dataloader as it is, "
@@ -150,8 +139,6 @@ class IndexMixin:
         return inputs, index
 
     def _prepare_inputs(self, inputs: Any) -> Any:
-        if isinstance(inputs, _IndexedBatch):
-            inputs = inputs.batch
         prepared = super()._prepare_inputs(inputs)  # type: ignore[misc]
         if self._index_for is not None and isinstance(prepared, MutableMapping):
             prepared.pop(INDEX, None)  # an evaluation on the training set

@@ -4,17 +4,13 @@ DATASET is a Hub name, a folder, or a .parquet, .jsonl, .json or .csv file. It h
 columns chosen and rejected, and prompt if it is apart from them; or classes, in the columns text and label,
 an integer. MODEL is a Hub name or a folder: for pairs a causal language model, with --reward a reward model;
 for classes a text classifier, or any other text model, which gets a new head. OUT will hold judged.parquet,
-which hf-poprisk audit reads, and report.html, a page to look through the suspicious rows. A command that was
-killed goes on from what OUT holds of it when it is given again. If the data have a bool column is_flipped
-that tells which labels are mislabeled, the scores are compared with it.
+which hf-poprisk audit reads, and report.html, a page to look through the suspicious rows. If the data have a
+bool column is_flipped that tells which labels are mislabeled, the scores are compared with it.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
-import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -27,7 +23,6 @@ import numpy as np
 import torch
 
 from hf_poprisk.leave_one_out.audit import check_target
-from hf_poprisk.leave_one_out.chunks import UNFINISHED, Chunks
 from hf_poprisk.leave_one_out.data import TRUTH, find_rows, known_flips, load_data
 from hf_poprisk.leave_one_out.judge_inputs import (
     CLASS_COLUMNS,
@@ -45,14 +40,13 @@ from hf_poprisk.leave_one_out.judge_inputs import (
     of_head,
 )
 from hf_poprisk.leave_one_out.page import write_page
-from hf_poprisk.leave_one_out.report import plot, report
-from hf_poprisk.leave_one_out.table import RULE, TABLE_NAME, load_run
+from hf_poprisk.leave_one_out.report import report
+from hf_poprisk.leave_one_out.table import TABLE_NAME, load_run
 from hf_poprisk.user_errors import UserError, folder_beside, need
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-logger = logging.getLogger(__name__)
 PAGE_NAME = "report.html"
 
 
@@ -89,12 +83,6 @@ def add_command(commands: Any) -> None:
         default=8,
         metavar="N",
         help="pairs or texts at a time (default: 8)",
-    )
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw a histogram")
-    parser.add_argument(
-        "--push_to_hub",
-        metavar="REPO",
-        help="push OUT, which holds texts of the data, as a data set; a new repository is private",
     )
     parser.set_defaults(execute=judge)
 
@@ -133,63 +121,44 @@ def judge(args: argparse.Namespace) -> None:
         new_trainer = partial(_class_trainer, args, _columns(data, CLASS_COLUMNS), tokenizer, options)
     if known_flips(data, np.arange(len(data))) is not None:
         need("sklearn", f"a data set with the column {TRUTH}")
-    if args.push_to_hub:
-        from hf_poprisk.leave_one_out.publish import make_repository, push
-
-        repo = make_repository(args.push_to_hub)
     out = Path(os.path.abspath(args.output_dir))
     with folder_beside(out) as temporary, _no_cache():
-        noise, said, chunks = _judged(new_trainer, temporary / "trainer", out)
+        noise, said = _judged(new_trainer, temporary / "trainer")
         (temporary / "judged").mkdir()
         noise.save(temporary / "judged")
         run = replace(load_run(temporary / "judged"), folder=args.output_dir)
         rows = find_rows(data, run)
         write_page(temporary / "judged" / PAGE_NAME, run, data, rows)
-        chunks.remove()
         (temporary / "judged").replace(out)
-    flips, page = known_flips(data, rows), args.output_dir / PAGE_NAME
-    done = ["", *said, f"judged labels: {args.output_dir / TABLE_NAME}", f"page: {page}"]
-    if args.plot:
-        plot(run, args.plot, flips)
-        done += [f"figure: {args.plot}"]
-    print(*report(run, data, rows, flips), *done, sep="\n")
-    if args.push_to_hub:
-        print(f"pushed: {push(repo, run, [args.output_dir / TABLE_NAME, page], args.dataset, args.model)}")
+    done = [f"judged labels: {args.output_dir / TABLE_NAME}", f"page: {args.output_dir / PAGE_NAME}"]
+    print(*report(run, data, rows, known_flips(data, rows)), "", *said, *done, sep="\n")
 
 
 def _check_options(args: argparse.Namespace) -> None:
-    check_target(args.output_dir, "--output_dir", args.dataset, but=UNFINISHED)
-    if args.plot and args.plot.suffix.lower() != ".png":
-        raise UserError(f"--plot {args.plot} must end in .png.")
+    out = args.output_dir
+    if (out / TABLE_NAME).is_file():
+        raise UserError(
+            f"--output_dir {out} holds labels that were judged: hf-poprisk audit {out} shows them; to judge "
+            "anew, give another folder or remove this one."
+        )
+    check_target(out, "--output_dir", args.dataset)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("judge runs in one process: start it without a launcher.")
     if torch.cuda.device_count() > 1:
         raise UserError("judge runs on one GPU: set CUDA_VISIBLE_DEVICES to one of them.")
-    for package in ("datasets", *["peft"] * bool(args.adapter), *["matplotlib"] * bool(args.plot)):
+    for package in ("datasets", *["peft"] * bool(args.adapter)):
         need(package, "judge")
 
 
-def _judged(
-    new_trainer: Callable[[Path], tuple[Any, list[str]]], folder: Path, out: Path
-) -> tuple[Any, list[str], Chunks]:
+def _judged(new_trainer: Callable[[Path], tuple[Any, list[str]]], folder: Path) -> tuple[Any, list[str]]:
     """What a trainer finds before its first step, its ``LabelNoise``, and what to say of the model.
 
     Args:
         new_trainer: output folder → the trainer, and that.
-        out: where chunks are kept until they are removed, which a refusal does.
     """
     try:
         trainer, said = new_trainer(folder)
-        trainer._chunks = chunks = Chunks(out, _fingerprint(trainer))
-        if chunks.found:
-            logger.warning(f"judge goes on from what {out} holds of it.")
-        elif chunks.others:
-            logger.warning(f"{out} held chunks of another model, other data or options: judge starts anew.")
-        try:
-            trainer.judge_labels()
-        except (ValueError, torch.OutOfMemoryError):
-            chunks.remove()
-            raise
+        trainer.judge_labels()
     except torch.OutOfMemoryError as error:
         raise UserError(
             "the device has too little memory: lower --per_device_train_batch_size or --max_length, or set "
@@ -197,23 +166,7 @@ def _judged(
         ) from error
     except ValueError as error:
         raise UserError(" ".join(str(error).split())) from error
-    return trainer._label_noise, said, chunks
-
-
-def _fingerprint(trainer: Any) -> str:
-    """Of the weights, the tokens and labels, and what else the features depend on."""
-    args, model = trainer.args, trainer.model
-    versions = (RULE, torch.__version__, str(args.device))
-    cut = [getattr(args, name, None) for name in ("max_length", "truncation_mode")]  # by the collator
-    sizes = [args.per_device_train_batch_size, *cut]
-    what = [*versions, *sizes, type(model).__name__, model.config.to_json_string()]
-    digest = hashlib.sha256(repr(what).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    for rows in trainer.train_dataset.with_format(None).iter(1000):
-        digest.update(json.dumps(rows).encode())
-    return digest.hexdigest()[:16]
+    return trainer._label_noise, said
 
 
 def _common(args: argparse.Namespace) -> dict[str, Any]:

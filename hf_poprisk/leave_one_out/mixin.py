@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,11 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from hf_poprisk.leave_one_out.chunks import Chunks
 from hf_poprisk.leave_one_out.features import ClassLogits, label_features, num_features, spread
 from hf_poprisk.leave_one_out.index import IndexCollator, IndexMixin, Sample
 from hf_poprisk.leave_one_out.judgement import Judgement, judge_classes, judge_pairs
 from hf_poprisk.leave_one_out.leap import Leap, leap, trained_layers
-from hf_poprisk.leave_one_out.table import TABLE_NAME, ExampleTable, is_judged
+from hf_poprisk.leave_one_out.table import TABLE_NAME, ExampleTable
 from hf_poprisk.leave_one_out.weights import LabelNoise
 from hf_poprisk.per_example.basis import LayerBasis
 from hf_poprisk.refusals import AFTER_EPOCHS, judges_too_late
@@ -35,7 +35,6 @@ class LabelNoiseMixin(IndexMixin):
     label_log_odds: Callable[[torch.nn.Module, Any], Tensor] | None = None
     _label_noise: LabelNoise | None = None
     _passes: Passes | None = None  # of the last judgement, until it is followed
-    _chunks: Chunks | None = None  # of one process, for a judgement that may be killed
 
     def _start_label_noise(self, ids: np.ndarray, sample: Sample) -> None:
         """After the trainer is built; ids as ``with_index`` gave them."""
@@ -67,7 +66,6 @@ class LabelNoiseMixin(IndexMixin):
             k,
             classifier=classifier,
             labels=(lambda: passes.labels) if classifier else None,
-            chunks=self._chunks,
         )
         every = (passes.index, *([labels] if classifier else []), *parts)
         ids, *columns = (self._of_all_ranks(x).numpy() for x in every)
@@ -88,7 +86,8 @@ class LabelNoiseMixin(IndexMixin):
         passes, self._passes = self._passes, None
         doubt = "" if judge.doubt is None else f". This means little: {judge.doubt}"
         below = int((found.p_correct < 0.5).sum())
-        self._say(f"{judge.found()}; {below} of {len(found.p_correct)} labels are below .5{doubt}.")
+        share = f"{below} of {len(found.p_correct)} labels are right with a probability below .5"
+        self._say(f"{judge.found()}; {share}{doubt}.")
         margin = self.args.poprisk_leap
         if not margin:
             if self.state.global_step >= self.state.max_steps:  # no step is left to log
@@ -165,7 +164,7 @@ class LabelNoiseMixin(IndexMixin):
         if self._label_noise is None or checkpoint is None:
             return
         self._label_noise.forget()
-        if is_judged(checkpoint):
+        if Path(checkpoint, TABLE_NAME).is_file():
             self._label_noise.load(checkpoint)
         elif not self.args.poprisk_allow_change:
             raise ValueError(
@@ -189,8 +188,8 @@ class _Judging(TrainerCallback):
                 raise ValueError(f"max_steps={args.max_steps} ends before {AFTER_EPOCHS.format(a=args)}")
         self._judge_if_due(args, state)
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._judge_if_due(args, state)
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._judge_if_due(args, state)  # before a checkpoint of this step is written
 
     def _judge_if_due(self, args: Any, state: Any) -> None:
         judge = self._trainer._label_noise
@@ -207,7 +206,8 @@ class _Judging(TrainerCallback):
             if state.is_world_process_zero and judge.fit is None:  # another callback ended it
                 logger.warning("no label was judged: training ended before poprisk_judge_after_epochs.")
             elif state.is_world_process_zero:
-                logger.warning(f"{judge.found()}; `hf-poprisk audit {args.output_dir}` shows the examples.")
+                found = judge.found(self._trainer._record()["weights_step"])
+                logger.warning(f"{found}; `hf-poprisk audit {args.output_dir}` shows the examples.")
 
 
 class Passes:
@@ -273,12 +273,28 @@ class Passes:
     def log_odds(self, model: torch.nn.Module, inputs: Any) -> Tensor:
         """z of a micro-batch, [N]; of classes, a combination of the logits."""
         trainer = self._trainer
-        with trainer.compute_loss_context_manager():  # autocast is for the forward alone
+        with _in_its_own_dtype(model):
             if trainer.label_log_odds is not None:
                 return trainer.label_log_odds(model, inputs)
             logits, labels = trainer._class_logits(model, inputs, self.num_examples)
         self.labels = labels.cpu()
         return logits.float() @ _combination(logits.shape[1]).to(logits.device)
+
+
+@contextmanager
+def _in_its_own_dtype(model: torch.nn.Module) -> Iterator[None]:
+    """Without the autocast that accelerate wraps around the forward of a model that is trained.
+
+    So the labels are judged alike before training, in it and with ``hf-poprisk judge``, whatever bf16 is.
+    """
+    wrapped, plain = vars(model).get("forward"), vars(model).get("_original_forward")
+    if plain is not None:
+        model.forward = plain
+    try:
+        yield
+    finally:
+        if plain is not None:
+            model.forward = wrapped
 
 
 def _length(example: Any) -> int:

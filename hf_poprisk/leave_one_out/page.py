@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf_poprisk.leave_one_out.data import whole_text
+from hf_poprisk.leave_one_out.report import rate
 from hf_poprisk.leave_one_out.table import Run
 from hf_poprisk.user_errors import folder_beside
 
@@ -49,30 +50,15 @@ def write_page(path: Path, run: Run, data: Dataset, rows: np.ndarray) -> None:
 
 def summary(run: Run) -> list[str]:
     """What was found, in words."""
-    fit, p_correct = run.fit, run.p_correct[run.judged]
-    below, count = p_correct < 0.5, len(p_correct)
-    lines = [
-        f"Noise rate: about {fit.rate:.1%} of the labels are mislabeled. If that happened at random, the "
-        f"true rate lies between {fit.low:.1%} and {fit.high:.1%} with a probability of 95%."
-    ]
-    if run.doubt is not None:
-        lines = [
-            "Noise rate: open. The run does not tell how many labels are mislabeled, and its estimate of "
-            f"{fit.rate:.1%}, 95% interval {fit.low:.1%} to {fit.high:.1%}, means little: {run.doubt}. All "
-            "numbers below rest on it: look at the rows, but do not filter by them."
-        ]
-    share = f"{below.sum():,} of {count:,} ({below.mean():.1%})"
-    lines += [f"Labels below .5: {share} are more likely mislabeled than right."]
-    if below.any():
-        precision = f"{1 - p_correct[below].mean():.0%} of these are expected to be mislabeled"
-        lines += [f"Precision at the suggested cut, .5: {precision}, and the others to be right."]
+    count, lines = int(run.judged.sum()), rate(run)
     if count < len(run.index):
         lines += [f"{len(run.index) - count:,} more were never judged, and are not shown."]
     shown = f"the {MAX_ROWS:,} most suspicious of {count:,}" if count > MAX_ROWS else f"all {count:,}"
     return [
         *lines,
-        f"Rows shown: {shown}, with at most {MAX_TEXT:,} characters of each text. Leave-one-out log-odds are "
-        "what the other examples alone say of a label: below 0, that another one is more likely.",
+        f"Rows shown: {shown}, with at most {MAX_TEXT:,} characters of each text. They come in the order of "
+        "their leave-one-out log-odds (in judged.parquet), which is that of the probabilities and tells equal"
+        " ones apart.",
     ]
 
 
@@ -93,17 +79,16 @@ def histogram(p_correct: np.ndarray) -> str:
 
 
 def table(run: Run, data: Dataset, rows: np.ndarray) -> dict[str, Any]:
-    """The names of the texts, and of every row the index, the probability, the log-odds and the texts."""
+    """The names of the texts, and of every row the index, the probability and the texts."""
     places = run.suspicious[:MAX_ROWS]
     texts = [whole_text(example, data.features, MAX_TEXT) for example in data.select(rows[places])]
     columns = list(dict.fromkeys(name for text in texts for name in text))
     columns.sort(key=lambda name: name != "prompt")  # which not every row may have
     # an index is text, because it has 64 bits, which a number in JavaScript has not
     indices = map(str, run.index[places].tolist())
-    numbers = zip(indices, run.p_correct[places].tolist(), run.log_odds[places].tolist(), strict=True)
     found = [
-        [*row, *(_capped(text.get(name)) for name in columns)]
-        for row, text in zip(numbers, texts, strict=True)
+        [index, p, *(_capped(text.get(name)) for name in columns)]
+        for index, p, text in zip(indices, run.p_correct[places].tolist(), texts, strict=True)
     ]
     return {"columns": columns, "rows": found}
 

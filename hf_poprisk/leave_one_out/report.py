@@ -1,15 +1,14 @@
-"""The printed report, and the figure: how many labels are mislabeled, and which ones."""
+"""The printed report: how many labels are mislabeled, and which ones."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hf_poprisk.leave_one_out.data import TRUTH, example_text
 from hf_poprisk.leave_one_out.table import Run
-from hf_poprisk.user_errors import folder_beside, need
+from hf_poprisk.user_errors import need
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -53,8 +52,9 @@ def rate(run: Run) -> list[str]:
     known = f"{fit.rate:.1%}, 95% interval {fit.low:.1%} to {fit.high:.1%}"
     lines = [f"Noise rate: {known}."]
     if run.doubt is not None:
-        lines = [f"Noise rate: open ({known}). Do not filter by it: {run.doubt}."]
-    lines += [f"Labels below .5: {below.sum()} of {len(below)} ({below.mean():.1%})."]
+        lines = [f"Noise rate: open ({known}). Look at the rows, but do not filter by it: {run.doubt}."]
+    share = f"{below.sum():,} of {len(below):,} ({below.mean():.1%})"
+    lines += [f"Labels right with a probability below .5: {share}."]
     if below.any():
         lines += [f"Precision at that cut: {1 - p_correct[below].mean():.0%} expected to be mislabeled."]
     return lines
@@ -72,39 +72,3 @@ def _truth(run: Run, flips: np.ndarray) -> list[str]:
     precision, recall = (f(mislabeled, below, zero_division=0) for f in (precision_score, recall_score))
     auroc = roc_auc_score(mislabeled, -run.log_odds[run.judged])
     return [f"{line} Below .5: precision {precision:.1%}, recall {recall:.1%}; AUROC {auroc:.3f}."]
-
-
-def plot(run: Run, path: Path, flips: np.ndarray | None = None) -> None:
-    """A histogram of ``p_correct`` over the judged examples, as PNG.
-
-    Args:
-        path: of the file, which appears whole or not at all.
-        flips: the labels known to be mislabeled, [n] bool; their part is outlined.
-    """
-    fit = run.fit
-    need("matplotlib", "--plot")
-    from matplotlib.figure import Figure
-
-    p_correct = run.p_correct[run.judged]
-    edges = np.linspace(0, 1, 21).tolist()  # no bar is of both sides of .5
-    below = p_correct < 0.5
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axis = figure.subplots()
-    axis.hist(
-        [p_correct[below], p_correct[~below]],
-        edges,
-        stacked=True,
-        color=["#f2b38a", "#9dbbdc"],
-        edgecolor="white",
-        label=[f"below .5 ({below.sum()})", f"others ({(~below).sum()})"],
-    )
-    if flips is not None:
-        mislabeled = flips[run.judged]
-        label = f"known to be mislabeled ({mislabeled.sum()})"
-        axis.hist(p_correct[mislabeled], edges, histtype="step", color="black", label=label)
-    axis.set(xlabel="probability that the label is correct", ylabel="labels", xlim=(0, 1))
-    axis.set_title(f"Estimated noise rate {fit.rate:.0%} (95% interval {fit.low:.0%} to {fit.high:.0%})")
-    axis.legend(frameon=False)
-    with folder_beside(path) as folder:
-        figure.savefig(folder / "figure.png", dpi=130)
-        (folder / "figure.png").replace(path)

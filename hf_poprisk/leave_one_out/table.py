@@ -18,7 +18,6 @@ from hf_poprisk.user_errors import UserError, need, one_line
 
 TABLE_NAME = "judged.parquet"
 RULE = 4  # of scores and estimates; raise it with either: a run cannot go on with others
-_EARLIER_NAME = "label_noise.json"  # of versions that wrote two files
 _COLUMNS = ("index", "p_correct", "visits", "log_odds", "weight")
 _STATE = b"hf_poprisk"  # in the metadata of the file: one file is of one moment
 
@@ -115,11 +114,6 @@ class ExampleTable:
             column[rows] = torch.from_numpy(saved[name].copy()).to(column)
 
 
-def is_judged(folder: str | Path) -> bool:
-    """Whether a run of this version, or of an earlier one, left its scores there."""
-    return any(Path(folder, name).is_file() for name in (TABLE_NAME, _EARLIER_NAME))
-
-
 def read_table(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The columns, [n] each, and the state that ``ExampleTable.save`` left in a folder.
 
@@ -127,13 +121,7 @@ def read_table(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         UserError: the file is not there, damaged, of something else, or of an earlier version.
     """
     path = folder / TABLE_NAME
-    earlier = UserError(
-        f"{folder} was judged by an earlier version, whose scores are by another rule: judge the labels "
-        "again, or go on from it with poprisk_label_noise=off."
-    )
     if not path.is_file():
-        if (folder / _EARLIER_NAME).is_file():
-            raise earlier
         raise UserError(f"{folder} holds no {TABLE_NAME}: give the output folder of a judged run.")
     need("pyarrow", "reading the table")
     import pyarrow as pa
@@ -147,13 +135,13 @@ def read_table(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         raise UserError(f"{path} is not the table of a judged run.")
     state = json.loads(table.schema.metadata[_STATE])
     if state.get("rule", RULE) != RULE:
-        raise earlier
-    if any(table.column_names.count(name) != 1 for name in _COLUMNS):
+        raise UserError(
+            f"{folder} was judged by an earlier version, whose scores are by another rule: judge the labels "
+            "again, or go on from it with poprisk_label_noise=off."
+        )
+    if not {*_COLUMNS} <= {*table.column_names}:
         raise UserError(f"{path} is not the table of a judged run.")
-    columns = {name: table[name].to_numpy() for name in _COLUMNS}
-    if len(np.unique(columns["index"])) != len(table):
-        raise UserError(f"{path} has an index more than once.")
-    return columns, state
+    return {name: table[name].to_numpy() for name in _COLUMNS}, state
 
 
 @dataclass(frozen=True)
@@ -203,8 +191,6 @@ def load_run(folder: str | Path) -> Run:
     judged = columns["visits"] > 0
     if not judged.any() or not state.get("fit"):
         raise UserError(f"{folder / TABLE_NAME} holds no example that was judged.")
-    if not np.isfinite(columns["log_odds"][judged]).all():
-        raise UserError(f"{folder / TABLE_NAME} holds log-odds that are not finite.")
     return Run(
         folder=folder,
         preferences=state["preferences"],

@@ -136,10 +136,16 @@ class LabelNoise:
             logs |= {"leap_predicted": self.leap.predicted, "leap_reached": self.leap.reached}
         return {f"poprisk/{name}": value for name, value in logs.items()}
 
-    def found(self) -> str:
-        """One clause on the labels; there is a fit."""
+    def found(self, model_step: int | None = None) -> str:
+        """One clause on the labels; there is a fit.
+
+        Args:
+            model_step: which step the model is of: an earlier one where the best one was loaded at the end.
+        """
         fit = self.fit
         weights = f", weights since step {self.step}" if self.weighted else ", nothing is weighted"
+        if self.weighted and model_step is not None and 0 < model_step <= self.step:
+            weights = f", weights since step {self.step}, but this model is of step {model_step}"
         weights *= self.mode == "weight"
         return (
             f"poprisk_label_noise={self.mode}: estimated noise rate {fit.rate:.3f} ({fit.low:.3f} to "

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
-from models import SILENT, preferences, trl_trainer_of
+from datasets import ClassLabel, Dataset
+from models import SILENT, WORDS, preferences, text, trl_trainer_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import TrainerCallback
@@ -16,6 +16,7 @@ from hf_poprisk import PopRiskTrainer, PopRiskTrainingArguments
 
 QUIET: dict[str, Any] = {**SILENT, "poprisk_gate": "none"}
 LABELS = 3
+KNOWN, OTHER = sorted(set(WORDS))[::2], sorted(set(WORDS))[1::2]
 
 
 class Classifier(nn.Module):
@@ -66,6 +67,49 @@ def planted(count: int = 61) -> tuple[Dataset, np.ndarray]:
     prompts = preferences(count)["prompt"][:]
     chosen, rejected = ([f" {row[side]}" for row in rows] for side in (0, 1))
     return Dataset.from_dict({"prompt": prompts, "chosen": chosen, "rejected": rejected}), flips
+
+
+def learnable(count: int = 60, wrong: float = 0.2) -> Dataset:
+    """Chosen is mostly of one half of the words, rejected of the other; some pairs are flipped."""
+    rng = np.random.default_rng(0)
+
+    def completion(usual: list[str], others: list[str]) -> str:
+        return "".join(" " + rng.choice(usual if rng.random() < 0.9 else others) for _ in range(6))
+
+    pairs = [[completion(KNOWN, OTHER), completion(OTHER, KNOWN)] for _ in range(count)]
+    flipped = rng.permutation(count) < wrong * count
+    sides = [pair[::-1] if flip else pair for pair, flip in zip(pairs, flipped, strict=True)]
+    return Dataset.from_dict(
+        {
+            "prompt": [text(i, 3) for i in range(count)],
+            "chosen": [side[0] for side in sides],
+            "rejected": [side[1] for side in sides],
+            "is_flipped": flipped,
+        }
+    )
+
+
+def conversations(count: int = 60) -> Dataset:
+    def talk(row: dict[str, str], side: str) -> list[dict[str, str]]:
+        said = (("user", row["prompt"]), ("assistant", row[side]))
+        return [{"role": role, "content": content} for role, content in said]
+
+    rows = learnable(count)
+    return Dataset.from_dict({side: [talk(row, side) for row in rows] for side in ("chosen", "rejected")})
+
+
+def labelled(count: int = 60) -> Dataset:
+    """Texts of four lengths, mostly of a third of the words; some labels are of another class."""
+    rng, words = np.random.default_rng(0), sorted(set(WORDS))
+    true = np.arange(count) % 3
+    flipped = rng.permutation(count) < 0.2 * count
+    labels = np.where(flipped, (true + rng.integers(1, 3, count)) % 3, true)
+    texts = [
+        " ".join(rng.choice(words[c::3] if rng.random() < 0.9 else words) for _ in range(8 + 3 * (i % 4)))
+        for i, c in enumerate(true)
+    ]
+    rows = Dataset.from_dict({"text": texts, "label": labels, "is_flipped": flipped, "margin": labels / 2})
+    return rows.cast_column("label", ClassLabel(names=["north", "south", "west"]))
 
 
 def weights(trainer: Any) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""``hf-poprisk audit``: its options, the printed report and the figure."""
+"""``hf-poprisk audit``: its options, the printed report, and filtered and weighted copies of the data."""
 
 import re
 import subprocess
@@ -7,12 +7,44 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
+from datasets import Dataset, load_dataset
 
 from hf_poprisk.__main__ import main
-from hf_poprisk.leave_one_out import NoiseFit
-from leave_one_out.judged import CHANCE, FIT, WRONG, N, command, log_odds, posterior, refused, save_run
+from hf_poprisk.leave_one_out import INDEX, NoiseFit
+from hf_poprisk.leave_one_out.audit import WRITES
+from hf_poprisk.leave_one_out.index import take_sample
+from leave_one_out.helpers import learnable
+from leave_one_out.judged import (
+    CHANCE,
+    FIT,
+    WRONG,
+    N,
+    command,
+    log_odds,
+    pairs,
+    posterior,
+    refused,
+    save_run,
+)
+
+OPEN = replace(FIT, high=0.44)
+
+
+def p_correct() -> np.ndarray:
+    return np.array([posterior(float(z)) for z in log_odds()])
+
+
+def written(capsys: Any, run: Path, data: Path, kind: str, to: Path) -> tuple[str, Dataset]:
+    out = command(capsys, run, "--dataset", data, "--write", kind, "--to", to)
+    # the source is as it was, and nothing lies about
+    assert not list(data.glob("cache*")) and not list(to.parent.glob(".*"))
+    return out, load_dataset(str(to), split="train")
+
+
+# -- options ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -24,7 +56,6 @@ from leave_one_out.judged import CHANCE, FIT, WRONG, N, command, log_odds, poste
         (["--force"], "--force has no effect without --write."),
         (["--split", "train"], "--split has no effect without --dataset."),
         (["--config_name", "x"], "--config_name has no effect without --dataset."),
-        (["--plot", "figure.pdf"], "--plot figure.pdf must end in .png."),
         (["--page", "page.html"], "--page needs --dataset."),
         (["--page", "page.txt", "--dataset", "x"], "--page page.txt must end in .html."),
     ],
@@ -48,27 +79,25 @@ def test_targets_are_refused_before_any_work(tmp_path: Path, saved: Path, capsys
     assert file.read_text() == "mine" and (folder / "mine").is_file()
 
 
-@pytest.mark.parametrize("wrong", [["--writ", "filtered"], ["--write", "shuffled"], ["--shown", "5"], []])
+@pytest.mark.parametrize("wrong", [["--writ", "filtered"], ["--write", "shuffled"], []])
 def test_argparse_refuses(run: Path, capsys: Any, wrong: list[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["audit", str(run), *wrong] if wrong else [])
     assert stopped.value.code == 2 and "error:" in capsys.readouterr().err
 
 
-def test_missing_packages(
-    run: Path, saved: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+def test_missing_packages_and_an_interruption(
+    run: Path, saved: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for package in ("sklearn", "matplotlib", "datasets", "pyarrow"):
+    for package in ("sklearn", "datasets", "pyarrow"):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, package, None)
-            sentence = refused(capsys, run, "--dataset", saved, "--plot", tmp_path / "figure.png")
+            sentence = refused(capsys, run, "--dataset", saved)
             assert f"needs {package}: pip install 'hf_poprisk[recipes]'." in sentence
-    for package in ("matplotlib", "datasets", "sklearn"):
+    for package in ("datasets", "sklearn"):
         monkeypatch.setitem(sys.modules, package, None)
     assert "most suspicious" in command(capsys, run)  # which needs none of these
 
-
-def test_interrupted(run: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*args: Any) -> None:
         raise KeyboardInterrupt
 
@@ -85,15 +114,6 @@ def test_as_a_module(tmp_path: Path) -> None:
     assert done.stderr == f"hf-poprisk audit: error: {tmp_path / 'nowhere'} is not a folder.\n"
 
 
-def test_help_names_every_option(capsys: Any) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(["audit", "--help"])
-    out = capsys.readouterr().out
-    assert stopped.value.code == 0
-    for option in ("--dataset", "--split", "--config_name", "--plot", "--page", "--write", "--to", "--force"):
-        assert re.search(rf"^  {option}.*\n? *\w", out, re.M)
-
-
 # -- the report ---------------------------------------------------------------------------------------------
 
 
@@ -101,8 +121,11 @@ def test_help_names_every_option(capsys: Any) -> None:
     ("fit", "says"),
     [
         (FIT, "Noise rate: 25.0%, 95% interval 15.0% to 33.0%."),
-        (CHANCE, "Do not filter by it: the model's gradients predict labels hardly better than by chance: "),
-        (replace(FIT, high=0.44), "by it: the pairs leave the noise rate open (0.150 to 0.440): more pairs"),
+        (
+            CHANCE,
+            "but do not filter by it: the model's gradients predict labels hardly better than by chance: ",
+        ),
+        (OPEN, "by it: the pairs leave the noise rate open (0.150 to 0.440): more pairs"),
     ],
 )
 def test_pairs_that_tell_little_are_named(tmp_path: Path, capsys: Any, fit: NoiseFit, says: str) -> None:
@@ -111,28 +134,25 @@ def test_pairs_that_tell_little_are_named(tmp_path: Path, capsys: Any, fit: Nois
 
 
 def test_report_without_data(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = command(capsys, run)
-    p_correct = np.array([posterior(float(z)) for z in log_odds()])
-    below, worst = p_correct < 0.5, np.argsort(log_odds())[:10]
-    assert out.splitlines() == [
+    below, worst = p_correct() < 0.5, np.argsort(log_odds())[:10]
+    assert command(capsys, run).splitlines() == [
         f"{run}: 60 preference pairs",
         "Noise rate: 25.0%, 95% interval 15.0% to 33.0%.",
-        f"Labels below .5: {below.sum()} of 60 ({below.mean():.1%}).",
-        f"Precision at that cut: {1 - p_correct[below].mean():.0%} expected to be mislabeled.",
+        f"Labels right with a probability below .5: {below.sum()} of 60 ({below.mean():.1%}).",
+        f"Precision at that cut: {1 - p_correct()[below].mean():.0%} expected to be mislabeled.",
         "",
         "The most suspicious:",
-        *(f"  {i}, correct with probability {p_correct[i]:.3f}" for i in worst),
+        *(f"  {i}, correct with probability {p_correct()[i]:.3f}" for i in worst),
     ]
 
 
 def test_report_with_truth(tmp_path: Path, saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = command(capsys, save_run(tmp_path / "run", never=(0, 1)), "--dataset", saved)
     seen = np.arange(N) > 1
-    below = np.array([posterior(float(z)) < 0.5 for z in log_odds()]) & seen
+    below = (p_correct() < 0.5) & seen
     hits = (below & WRONG).sum()
     precision, recall = hits / below.sum(), hits / (WRONG & seen).sum()
-    above = log_odds()[seen & ~WRONG][:, None], log_odds()[seen & WRONG]
-    auroc = (above[0] > above[1]).mean()
+    auroc = (log_odds()[seen & ~WRONG][:, None] > log_odds()[seen & WRONG]).mean()
     assert 0 < recall < 1 and auroc < 1  # the example has something to miss
     assert "58 preference pairs (2 more were never judged)" in out
     assert (
@@ -144,27 +164,113 @@ def test_report_with_truth(tmp_path: Path, saved: Path, capsys: pytest.CaptureFi
     assert all(f"{name} {worst}\n" in out for name in ("prompt: prompt", "chosen: good", "rejected: bad"))
 
 
-def test_figure(run: Path, saved: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from matplotlib.figure import Figure
+# -- copies -------------------------------------------------------------------------------------------------
 
-    path, figures, save = tmp_path / "deep" / "figure.png", [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k)))
-    command(capsys, run, "--dataset", saved, "--plot", path)
-    assert path.read_bytes().startswith(b"\x89PNG") and [p.name for p in path.parent.iterdir()] == [path.name]
-    axis = figures[0].axes[0]
-    below = sum(posterior(float(z)) < 0.5 for z in log_odds())
-    first, others = ([bar for bar in bars if bar.get_height()] for bars in axis.containers[:2])
-    assert sum(bar.get_height() for bar in first) == below
-    assert sum(bar.get_height() for bar in others) == N - below
-    assert max(bar.get_x() for bar in first) < 0.5 - 1e-9 <= min(bar.get_x() for bar in others)
-    names = {text.get_text() for text in axis.get_legend().get_texts()}
-    assert {f"below .5 ({below})", "known to be mislabeled (15)"} <= names
 
-    def full(self: Figure, path: Path, **kwargs: Any) -> None:
+def test_filtered(run: Path, saved: Path, tmp_path: Path, capsys: Any) -> None:
+    out, data = written(capsys, run, saved, "filtered", tmp_path / "new" / "to")
+    kept = np.flatnonzero(p_correct() >= 0.5).tolist()
+    assert data["prompt"][:] == [f"prompt {i}" for i in kept] and data["example_index"][:] == kept
+    assert data.remove_columns("example_index").features == pairs().features
+    assert 0 < len(kept) < N and f"({N - len(kept)} of 60 rows dropped)" in out
+
+
+def test_weighted_rows_are_found_by_their_index(tmp_path: Path, saved: Path, capsys: Any) -> None:
+    """A row that was not judged, or is not in the run, is right with a probability of one minus the rate."""
+    run = save_run(tmp_path / "run", never=(2,))
+    (tmp_path / "to").mkdir()  # empty: allowed
+    _, data = written(capsys, run, saved, "weighted", tmp_path / "to")
+    expected = p_correct()
+    expected[2] = 0.75
+    np.testing.assert_allclose(data["label_weight"][:], expected, rtol=1e-6)
+    assert data.features["label_weight"].dtype == "float32"
+    assert data.remove_columns(["label_weight", INDEX])[:] == pairs()[:]
+    assert data[INDEX][:] == list(range(N))
+    ids = np.arange(N)[::-1].copy() * 3
+    run = save_run(tmp_path / "moved", ids=ids)
+    order = np.random.default_rng(2).permutation(N)
+    more = pairs().add_column(INDEX, ids + 1).select([0])
+    data = datasets.concatenate_datasets([pairs().add_column(INDEX, ids).select(order), more])
+    data.save_to_disk(tmp_path / "data")
+    _, data = written(capsys, run, tmp_path / "data", "weighted", tmp_path / "again")
+    np.testing.assert_allclose(data["label_weight"][:], [*p_correct()[order], 0.75], rtol=1e-6)
+
+
+def test_what_cannot_be_written(run: Path, saved: Path, tmp_path: Path, capsys: Any) -> None:
+    def sentence(kind: str, run: Path = run, data: Path = saved) -> str:
+        found = refused(capsys, run, "--dataset", data, "--write", kind, "--to", tmp_path / "to")
+        assert not (tmp_path / "to").exists()
+        return found
+
+    hopeless = save_run(tmp_path / "hopeless", np.full(N, -9.0))
+    assert "would drop every row" in sentence("filtered", hopeless)
+    ambiguous = save_run(tmp_path / "ambiguous", preferences=False, fit=replace(FIT, log_likelihood=-0.65))
+    assert re.search("means little: .*, so the ambiguous look wrong", sentence("weighted", ambiguous))
+    tokens = Dataset.from_dict({"input_ids": [[i] for i in range(N)], "labels": [0] * N})
+    other = save_run(tmp_path / "other", sample=take_sample(tokens, np.arange(N)))
+    assert "was trained on (input_ids, labels): nothing tells" in sentence("filtered", other)
+    pairs().add_column("label_weight", [0] * N).save_to_disk(tmp_path / "weighted")
+    says = sentence("weighted", data=tmp_path / "weighted")
+    assert "adds a column label_weight, which the data have already" in says
+
+
+@pytest.mark.parametrize("kind", WRITES)
+def test_nothing_is_left_half_written(
+    run: Path, saved: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    def full(self: Dataset, path: Path) -> None:
         path.write_text("half")
         raise OSError(28, "No space left on device")
 
-    path.write_text("before")
-    monkeypatch.setattr(Figure, "savefig", full)
-    assert "No space left" in refused(capsys, run, "--plot", path)
-    assert path.read_text() == "before" and [p.name for p in path.parent.iterdir()] == [path.name]
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(Dataset, "to_parquet", full)
+    sentence = refused(capsys, run, "--dataset", saved, "--write", kind, "--to", tmp_path / "to")
+    assert "No space left on device" in sentence
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("kind", WRITES)
+@pytest.mark.parametrize(
+    ("fit", "says"),
+    [
+        (
+            replace(FIT, low=0.009, high=0.2),
+            "interval that includes zero (0.9% to 20.0%): there may be no mislabeled",
+        ),
+        (CHANCE, "follow an estimate that means little: the model's gradients predict labels h"),
+        (OPEN, "that means little: the pairs leave the noise rate open"),
+        (replace(FIT, low=0.011, high=0.2), None),
+    ],
+)
+def test_copies_by_an_estimate_that_says_little_take_force(
+    fit: NoiseFit, says: str | None, kind: str, saved: Path, tmp_path: Path, capsys: Any
+) -> None:
+    judged, copy = save_run(tmp_path / "run", fit=fit), tmp_path / "copy"
+    argv = (judged, "--dataset", saved, "--write", kind, "--to", copy)
+    if says is not None:
+        sentence = refused(capsys, *argv)
+        assert says in sentence and sentence.endswith("; --force writes it all the same.")
+        assert not copy.exists()
+    command(capsys, *argv, *["--force"] * (says is not None))
+    assert (copy / "train.parquet").is_file()
+
+
+@pytest.mark.parametrize("kind", WRITES)
+def test_judged_audited_and_trained_on(kind: str, llama_dir: Path, tmp_path: Path, capsys: Any) -> None:
+    """By the three commands, one after the other."""
+    data, judged, copy = (tmp_path / name for name in ("pairs.parquet", "judged", "copy"))
+    learnable().to_parquet(data)
+    command(capsys, llama_dir, data, "--output_dir", judged, name="judge")
+    command(capsys, judged, "--dataset", data, "--write", kind, "--to", copy, "--force")
+    options = {
+        "model_name_or_path": llama_dir,
+        "dataset_name": copy,
+        "output_dir": tmp_path / "out",
+        "max_steps": 1,
+        "use_cpu": True,
+        "report_to": "none",
+    }
+    if kind == "weighted":
+        options["poprisk_weight_column"] = "label_weight"
+    command(capsys, *(f"--{name}={value}" for name, value in options.items()), name="dpo")
+    assert (tmp_path / "out" / "model.safetensors").is_file()

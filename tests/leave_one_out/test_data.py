@@ -1,5 +1,6 @@
 """The training data of a run: found, checked, and as text."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,33 +11,33 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from hf_poprisk.leave_one_out import INDEX
-from hf_poprisk.leave_one_out.data import example_text, find_rows, known_flips
+from hf_poprisk.leave_one_out.data import example_text, find_rows, known_flips, load_data, whole_text
 from hf_poprisk.leave_one_out.index import take_sample
 from hf_poprisk.leave_one_out.table import load_run
 from hf_poprisk.user_errors import UserError, shorten
+from leave_one_out.helpers import learnable
 from leave_one_out.judged import WRONG, N, command, log_odds, message, pairs, refused, save_run
 
 
-def test_folder_of_parquet_files_and_its_splits(run: Path, tmp_path: Path, capsys: Any) -> None:
-    folder = tmp_path / "files"
-    folder.mkdir()
-    pairs(flips=False).to_parquet(folder / "train.parquet")
-    pairs(flips=False).select(range(9)).to_parquet(folder / "test.parquet")
-    worst = int(np.argmin(log_odds()))
-    out = command(capsys, run, "--dataset", folder)
-    assert f"good {worst}" in out and "is_flipped" not in out
-    assert "the data have 9 rows" in refused(capsys, run, "--dataset", folder, "--split", "test")
-    assert "nowhere" in refused(capsys, run, "--dataset", folder, "--split", "nowhere")
-    assert "other" in refused(capsys, run, "--dataset", folder, "--config_name", "other")
-
-
-def test_saved_splits(run: Path, tmp_path: Path, capsys: Any) -> None:
-    splits = {"train": pairs().select(range(9)), "kept": pairs()}
-    DatasetDict(splits).save_to_disk(tmp_path / "dict")
-    assert "AUROC" in command(capsys, run, "--dataset", tmp_path / "dict", "--split", "kept")
-    assert "the data have 9 rows" in refused(capsys, run, "--dataset", tmp_path / "dict")
-    sentence = refused(capsys, run, "--dataset", tmp_path / "dict", "--split", "test")
-    assert "has no split test: it has train, kept." in sentence
+def test_splits_of_folders(run: Path, tmp_path: Path, capsys: Any) -> None:
+    """Of data files, and of ``save_to_disk``."""
+    files, saved = tmp_path / "files", tmp_path / "dict"
+    files.mkdir()
+    few, plain = pairs().select(range(9)), pairs(flips=False)
+    plain.to_parquet(files / "train.parquet")
+    few.to_parquet(files / "test.parquet")
+    DatasetDict({"train": few, "kept": pairs()}).save_to_disk(saved)
+    out = command(capsys, run, "--dataset", files)
+    assert f"good {int(np.argmin(log_odds()))}" in out and "is_flipped" not in out
+    assert "AUROC" in command(capsys, run, "--dataset", saved, "--split", "kept")
+    for options, says in (
+        ([files, "--split", "test"], "the data have 9 rows"),
+        ([files, "--split", "nowhere"], "nowhere"),
+        ([files, "--config_name", "other"], "other"),
+        ([saved], "the data have 9 rows"),
+        ([saved, "--split", "test"], "has no split test: it has train, kept."),
+    ):
+        assert says in refused(capsys, run, "--dataset", *options)
 
 
 def test_examples_are_found_by_their_index(tmp_path: Path, capsys: Any) -> None:
@@ -77,21 +78,45 @@ def test_data_of_another_run_are_refused(run: Path, tmp_path: Path, capsys: Any)
     assert "AUROC" not in command(capsys, run, "--dataset", tmp_path / "integers")  # is no truth
 
 
-def test_unreadable_data_are_refused(run: Path, saved: Path, tmp_path: Path, capsys: Any) -> None:
-    file = tmp_path / "rows.parquet"
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl", "json", "csv"])
+def test_single_files(suffix: str, tmp_path: Path) -> None:
+    path, rows = tmp_path / f"pairs.{suffix}", learnable()
+    {"parquet": rows.to_parquet, "csv": rows.to_csv}.get(suffix, rows.to_json)(path)
+    if suffix == "json":
+        path.write_text(json.dumps(rows.to_list()))
+    assert load_data(str(path)).to_dict() == rows.to_dict()
+    assert load_data(str(path), "train[:7]").to_dict() == rows.select(range(7)).to_dict()
+
+
+def test_unreadable_data_are_refused(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def sentence(name: Any, split: str | None = None, config: str | None = None) -> str:
+        with pytest.raises(UserError) as caught:
+            load_data(str(name), split, config)
+        return str(caught.value)
+
+    file, broken = tmp_path / "rows.parquet", tmp_path / "broken"
     pairs().to_parquet(file)
-    for wrong in (tmp_path / "nowhere", "./nowhere", "a/b/c"):
-        assert refused(capsys, run, "--dataset", wrong) == f"--dataset {wrong} is not a folder."
-    broken = tmp_path / "broken"
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "broken.jsonl").write_text('{"chosen": ')
     broken.mkdir()
-    assert "broken cannot be read" in refused(capsys, run, "--dataset", broken)
+    for wrong in (tmp_path / "nowhere", "./nowhere", "a/b/c"):
+        assert sentence(wrong) == f"--dataset {wrong} is not a folder."
+    assert sentence("typo.jsonl") == "--dataset typo.jsonl is not there."
+    assert ".parquet, .jsonl, .json, .csv" in sentence(tmp_path / "notes.txt")
+    assert "--dataset typo is no folder here, and cannot be read" in sentence("typo")
+    assert "is a single file" in sentence(file, config="x")
+    assert "cannot be read" in sentence(file, "test")
+    for unreadable in (tmp_path / "broken.jsonl", broken):
+        assert f"{unreadable.name} cannot be read" in sentence(unreadable)
     (broken / "train.parquet").write_bytes(file.read_bytes()[:200])
-    assert "broken cannot be read" in refused(capsys, run, "--dataset", broken)
-    for option in ("--split", "--config_name"):
-        assert f"{option} has no effect" in refused(capsys, run, "--dataset", saved, option, "train")
+    assert "broken cannot be read" in sentence(broken)
+    assert "--split has no effect" in sentence(saved, "train")
+    assert "--config_name has no effect" in sentence(saved, config="train")
     next(saved.glob("*.arrow")).write_bytes(b"no table")
-    assert "data cannot be read" in refused(capsys, run, "--dataset", saved)
-    assert "typo is no folder here, and cannot be read" in refused(capsys, run, "--dataset", "typo")
+    assert "data cannot be read" in sentence(saved)
+    stream = pairs().to_iterable_dataset()
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: stream)
+    assert "is no table of examples but a stream" in sentence("user/stream")
 
 
 def test_rows_in_another_order_are_refused(tmp_path: Path, saved: Path, capsys: Any) -> None:
@@ -131,26 +156,25 @@ def test_data_from_before_the_labels_were_altered_are_refused(tmp_path: Path) ->
 
 
 def test_conversations_are_shown_by_their_content() -> None:
-    question, good, bad = (
-        message("user", "Why?"),
-        message("assistant", "Because."),
-        message("assistant", "No."),
-    )
+    question, good = message("user", "Why?"), message("assistant", "Because.")
+    bad, parts = message("assistant", "No."), [{"type": "image"}, {"type": "text", "text": "Look"}]
     expected = {"prompt": "Why?", "chosen": "Because.", "rejected": "No."}
     whole = {"chosen": [question, good], "rejected": [question, bad]}
-    assert example_text(whole, {}) == expected
-    assert example_text({"prompt": "Why?", **whole}, {}) == expected
     apart = {"prompt": [question], "chosen": [good], "rejected": [bad]}
-    assert example_text(apart, {}) == expected
-    parts = [{"type": "image"}, {"type": "text", "text": "Look"}]
+    for example in (whole, {"prompt": "Why?", **whole}, apart):
+        assert example_text(example, {}) == expected
     shown = example_text({"prompt": [message("user", parts)], "chosen": [good], "rejected": [good]}, {})
     assert shown == {"prompt": "image / Look", "chosen": "Because.", "rejected": "Because."}
+    conversation = {"chosen": [message("user", "a\nb")], "rejected": None, "prompt": None}
+    assert whole_text(conversation, {}, 2000) == {"chosen": "a\nb", "rejected": None}
 
 
 def test_a_long_common_beginning_does_not_hide_the_difference() -> None:
     start = "word " * 100
-    shown = example_text({"chosen": start + "goodness", "rejected": start + "gold"}, {})
-    assert shown["chosen"] == "… goodness" and shown["rejected"] == "… gold"
+    example = {"chosen": start + "good", "rejected": start + "gold"}
+    assert whole_text(example, {}, 2000) == example
+    assert whole_text(example, {}, 900) == {"prompt": start, "chosen": "… good", "rejected": "… gold"}
+    shown = example_text(example, {})
     assert shown["prompt"].startswith("word word") and len(shown["prompt"]) <= 160
     same = example_text({"chosen": start, "rejected": start}, {})
     assert same["chosen"] == same["rejected"] != "… "

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from models import tiny_model
+from peft import LoraConfig
 from scipy.special import expit
 
 from hf_poprisk import load_record
@@ -132,6 +134,8 @@ def test_a_resumed_run_does_not_leap_again(llama_dir: Path, tmp_path: Path) -> N
 def test_a_leap_that_was_interrupted_is_made_by_the_next_call(
     llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And is in the record of what is saved, in place of another model's."""
+    prefer("DPO", llama_dir, tmp_path, planted()[0], poprisk_gate="hard").save_model()
     trainer = prefer("DPO", llama_dir, tmp_path, planted()[0], poprisk_leap=0.5, **SETTINGS)
     before = weights(trainer)
     with monkeypatch.context() as patch:  # once the weights are moved
@@ -141,13 +145,6 @@ def test_a_leap_that_was_interrupted_is_made_by_the_next_call(
     assert same(weights(trainer), before)
     trainer.train()
     assert trainer._label_noise.leapt and not same(weights(trainer), before)
-
-
-def test_a_leap_is_in_the_record_of_what_it_saves(llama_dir: Path, tmp_path: Path) -> None:
-    run = partial(prefer, "DPO", llama_dir, tmp_path, planted()[0])
-    run(poprisk_gate="hard").save_model()
-    trainer = run(poprisk_leap=0.5, **SETTINGS)
-    trainer.train()
     trainer.save_model()
     config = load_record(tmp_path).config
     assert (config["gate"], config["leap"], config["steps"]) == ("none", 0.5, 0)
@@ -171,13 +168,11 @@ def test_a_model_that_does_not_follow_stays_as_it_was(
 def test_labels_that_are_not_predicted_are_not_followed(
     llama_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    data, _ = planted()
-    rng = np.random.default_rng(1).random(len(data)) < 0.5
-    swapped = [
-        (r, c) if flip else (c, r) for flip, c, r in zip(rng, data["chosen"], data["rejected"], strict=True)
-    ]
-    data = data.remove_columns(["chosen", "rejected"])
-    data = data.add_column("chosen", [c for c, _ in swapped]).add_column("rejected", [r for _, r in swapped])
+    rng, rows = np.random.default_rng(1), planted()[0].to_list()
+    for row in rows:
+        if rng.random() < 0.5:
+            row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+    data = Dataset.from_list(rows)
     trainer = prefer("DPO", llama_dir, tmp_path, data, poprisk_leap=0.5, **SETTINGS)
     before = weights(trainer)
     trainer.train()
@@ -185,8 +180,6 @@ def test_labels_that_are_not_predicted_are_not_followed(
 
 
 def test_what_cannot_leap_is_refused(llama_dir: Path, tmp_path: Path) -> None:
-    from peft import LoraConfig
-
     with pytest.raises(ValueError, match="poprisk_leap is for preference pairs"):
         classify(tmp_path, examples(), poprisk_label_noise="weight", poprisk_leap=1.0)
     for kind, kept in (("DPO", None), ("DPO", ["lm_head"]), ("Reward", None)):

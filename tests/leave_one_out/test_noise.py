@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -79,23 +80,22 @@ def test_no_scale_of_the_log_odds_is_too_small_or_too_large(size: float) -> None
     assert fit_noise(np.full(3, 1e-38, np.float32)).open_ended
 
 
-def test_without_a_sign_every_rate_is_as_likely() -> None:
-    fit = fit_noise(np.zeros(100))
-    assert [fit.low, fit.rate, fit.high] == pytest.approx([0.025 * MAX_RATE, MAX_RATE / 2, 0.975 * MAX_RATE])
-    assert fit.open_ended
-
-
-def test_at_a_rate_of_zero_every_label_is_right() -> None:
-    fit = NoiseFit(0.0, 0.0, 0.1, 1000.0, 2, -0.1, 100)
-    assert fit.p_correct(torch.tensor([-300.0, 0.0, 5.0])).tolist() == [1.0] * 3
-
-
 def test_p_correct_is_bayes_rule() -> None:
     fit = fit_noise(drawn(2000, 0.3, 4)[0], 4)
     zeta = torch.tensor([-30.0, -2.0, 0.0, 3.0, 500.0], dtype=torch.float64)
     q = torch.sigmoid(fit.tau * (zeta + math.log(3)) - math.log(3))
     right, wrong = (1 - fit.rate) * q, fit.rate * (1 - q) / 3
     torch.testing.assert_close(fit.p_correct(zeta), right / (right + wrong))
+
+
+def test_the_ends_of_the_range() -> None:
+    """Without a sign every rate is as likely; at a rate of zero every label is right."""
+    fit = fit_noise(np.zeros(100))
+    assert [fit.low, fit.rate, fit.high] == pytest.approx([0.025 * MAX_RATE, MAX_RATE / 2, 0.975 * MAX_RATE])
+    assert fit.open_ended
+    fit = NoiseFit(0.0, 0.0, 0.1, 1000.0, 2, -0.1, 100)
+    assert fit.p_correct(torch.tensor([-300.0, 0.0, 5.0])).tolist() == [1.0] * 3
+    assert replace(fit, log_likelihood=0.0).explained == 1.0
 
 
 def test_where_no_label_is_contradicted_the_rate_is_next_to_nothing() -> None:
@@ -124,8 +124,6 @@ def test_what_is_explained_is_none_at_chance_and_all_where_every_label_is_sure()
         assert guessed.explained < 0.1 and competent(sure, "examples") and not competent(guessed, "pairs")
         by_luck = replace(sure, num_examples=2 if classes == 2 else 1)
         assert not competent(replace(by_luck, log_likelihood=-math.log(classes) + 0.5), "pairs")
-    nobody = NoiseFit(0.0, 0.0, 0.1, 1.0, 2, 0.0, 100)
-    assert nobody.explained == 1.0
 
 
 def test_where_tau_ends_at_its_limit_there_is_an_interval() -> None:
@@ -145,27 +143,15 @@ OPEN = "the pairs leave the noise rate open"
     ("fit", "copies", "what", "says"),
     [
         (CLOSED, 0, "pairs", None),
-        (
-            replace(CLOSED, log_likelihood=-math.log(2)),
-            0,
-            "pairs",
-            f"{PREDICTED} hardly better",
-        ),
+        (replace(CLOSED, log_likelihood=-math.log(2)), 0, "pairs", f"{PREDICTED} hardly better"),
         (replace(CLOSED, low=0.2, high=0.435), 0, "pairs", f"{OPEN} (0.200 to 0.435): more pairs may tell"),
         (replace(CLOSED, low=0.05, high=0.4), 0, "pairs", f"{OPEN} (0.050 to 0.400): more pairs may tell"),
         (replace(CLOSED, log_likelihood=-0.6), 0, "pairs", None),  # a seventh of what can be known
-        (
-            replace(CLOSED, log_likelihood=-0.6),
-            0,
-            "examples",
-            f"{PREDICTED} too badly, so the am",
-        ),
+        (replace(CLOSED, log_likelihood=-0.6), 0, "examples", f"{PREDICTED} too badly, so the am"),
         (OF_CLASSES, 0, "examples", None),
         (OF_CLASSES, 5, "examples", "5 examples are copies of others, which confirm their labels"),
     ],
 )
-def test_an_estimate_that_means_little_is_doubted(
-    fit: NoiseFit, copies: int, what: str, says: str | None
-) -> None:
+def test_an_estimate_that_means_little_is_doubted(fit: NoiseFit, copies: int, what: str, says: Any) -> None:
     found = doubt(fit, copies, what)
     assert found is None if says is None else found.startswith(says)

@@ -12,10 +12,11 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
 from hf_poprisk.leave_one_out import page
-from hf_poprisk.leave_one_out.data import find_rows, whole_text
+from hf_poprisk.leave_one_out.data import find_rows
 from hf_poprisk.leave_one_out.page import write_page
+from hf_poprisk.leave_one_out.report import rate
 from hf_poprisk.leave_one_out.table import load_run
-from leave_one_out.judged import FIT, N, command, log_odds, message, pairs, posterior, refused, save_run
+from leave_one_out.judged import FIT, N, command, log_odds, pairs, posterior, refused, save_run
 
 HOSTILE = [
     "</script><img src=x onerror=alert(1)>",
@@ -52,7 +53,7 @@ class Page(HTMLParser):
             self.texts.setdefault(tag, []).append(data)
 
     def column(self, name: str) -> list[str | None]:
-        return [row[3 + self.columns.index(name)] for row in self.rows]
+        return [row[2 + self.columns.index(name)] for row in self.rows]
 
 
 def written(folder: Path, data: Dataset) -> Page:
@@ -75,7 +76,6 @@ def test_it_holds_the_run_and_the_texts_of_pairs(tmp_path: Path, capsys: Any) ->
     np.testing.assert_allclose(
         [row[1] for row in found.rows], [posterior(float(log_odds()[i])) for i in order], 1e-5
     )
-    assert [row[2] for row in found.rows] == log_odds()[order].tolist()
     assert found.columns == ["prompt", "chosen", "rejected"]
     for name, text in (("prompt", "prompt"), ("chosen", "good"), ("rejected", "bad")):
         assert found.column(name) == [f"{text} {ids[i] - 100}" for i in order]
@@ -86,13 +86,8 @@ def test_the_headline_and_the_histogram(tmp_path: Path) -> None:
     found = written(tmp_path, pairs())
     p = np.array([posterior(float(z)) for i, z in enumerate(log_odds()) if i not in (3, 4)])
     below = p < 0.5
-    rate, labels, precision, never, shown = found.paragraphs
-    assert (
-        rate.startswith("Noise rate: about 25.0% ")
-        and "between 15.0% and 33.0% with a probability of 95%." in rate
-    )
-    assert labels.startswith(f"Labels below .5: {below.sum()} of 58 ({below.mean():.1%})")
-    assert f"cut, .5: {1 - p[below].mean():.0%} of these" in precision
+    *lines, never, shown = found.paragraphs
+    assert lines == rate(load_run(tmp_path / "run")) and len(lines) == 3
     assert never.startswith("2 more were never judged") and "all 58, with" in shown
     bars = [attrs for tag, attrs in found.elements if tag == "rect"]
     counts = [int(re.search(r": (\d+) labels", text)[1]) for text in found.texts["title"][1:]]
@@ -102,14 +97,9 @@ def test_the_headline_and_the_histogram(tmp_path: Path) -> None:
     )
     heights = np.array([float(bar["height"]) for bar in bars])
     np.testing.assert_allclose(heights, 100 * np.array(counts) / max(counts), atol=0.01)
-
-
-def test_an_estimate_that_means_little_is_named(tmp_path: Path) -> None:
     save_run(tmp_path / "run", fit=replace(FIT, high=0.44))
     found = written(tmp_path, pairs())
-    assert found.paragraphs[0].startswith("Noise rate: open. ")
-    assert "leave the noise rate open (0.150 to 0.440)" in found.paragraphs[0]
-    assert "about 25" not in found.source
+    assert found.paragraphs[0].startswith("Noise rate: open (25.0%, 95% interval 15.0% to 44.0%). Look at ")
 
 
 @pytest.mark.parametrize("pairs_of_texts", [True, False])
@@ -162,23 +152,10 @@ def test_rows_and_texts_are_capped(tmp_path: Path) -> None:
     assert [int(row[0]) for row in found.rows] == list(range(2000))
     assert found.column("text")[:4] == ["x" * 1999, "x" * 2000, "x" * 1999 + "…", "text 3"]
     assert "the 2,000 most suspicious of 2,005, with at most 2,000 characters" in found.paragraphs[-1]
-
-
-def test_pairs_that_begin_alike_differ_within_the_cap() -> None:
-    start = "word " * 100
-    example = {"chosen": start + "good", "rejected": start + "bad"}
-    assert whole_text(example, {}, 2000) == example
-    assert whole_text(example, {}, 900) == {"prompt": start, "chosen": "… good", "rejected": "… bad"}
-    conversation = {"chosen": [message("user", "a\nb")], "rejected": None, "prompt": None}
-    assert whole_text(conversation, {}, 2000) == {"chosen": "a\nb", "rejected": None}
-
-
-def test_prompts_come_first_where_some_rows_have_none(tmp_path: Path) -> None:
     save_run(tmp_path / "run")
-    worst = int(np.argmin(log_odds()))
-    prompts = [None if i == worst else f"prompt {i}" for i in range(N)]
+    prompts = [None if i == np.argmin(log_odds()) else f"prompt {i}" for i in range(N)]
     found = written(tmp_path, pairs().remove_columns("prompt").add_column("prompt", prompts))
-    assert found.columns == ["prompt", "chosen", "rejected"]
+    assert found.columns == ["prompt", "chosen", "rejected"]  # which not every row has
     assert found.column("prompt")[0] is None and None not in found.column("prompt")[1:]
 
 
@@ -218,14 +195,3 @@ def test_nothing_is_left_half_written(
         path.write_text("before")
         assert "No space left" in refused(capsys, *options)
     assert path.read_text() == "before" and list(path.parent.iterdir()) == [path]
-
-
-def test_together_with_the_other_outputs(run: Path, saved: Path, tmp_path: Path, capsys: Any) -> None:
-    figure, html, copy = tmp_path / "figure.png", tmp_path / "Page.HTML", tmp_path / "copy"
-    options = ("--plot", figure, "--page", html, "--write", "filtered", "--to", copy)
-    out = command(capsys, run, "--dataset", saved, *options)
-    assert figure.is_file() and copy.is_dir() and len(Page(html).rows) == N
-    assert out.index("figure: ") < out.index("page: ") < out.index("filtered data: ")
-    assert sorted(path.name for path in saved.iterdir()) == sorted(
-        ["data-00000-of-00001.arrow", "dataset_info.json", "state.json"]
-    )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Trainer
 
-from hf_poprisk import PopRiskMixin, PopRiskTrainer, PopRiskTrainingArguments
+from hf_poprisk import PopRiskTrainer, PopRiskTrainingArguments
 from hf_poprisk.leave_one_out import INDEX, LabelNoise, mixin
 from hf_poprisk.leave_one_out.index import IndexCollator, first_difference, take_sample, with_index
 from hf_poprisk.leave_one_out.table import read_table
@@ -26,6 +26,7 @@ from leave_one_out.helpers import (
     classify,
     examples,
     first_gradients,
+    learnable,
     planted,
     prefer,
     same,
@@ -33,6 +34,7 @@ from leave_one_out.helpers import (
 )
 
 N = 61
+ONE_BY_ONE = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "poprisk_gate": "hard"}
 
 
 def lora(**options: Any) -> LoraConfig:
@@ -45,33 +47,6 @@ def judged(trainer: Any) -> LabelNoise:
 
 
 # -- weights ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("gate", "size", "unit"),
-    [*((gate, size, "example") for gate in ("none", "hard") for size in (4, 1)), ("hard", 2, "group")],
-)
-def test_weights_of_classes_act_from_the_first_step(gate: str, size: int, unit: str, tmp_path: Path) -> None:
-    """Gradients of the first step, against one backward per example."""
-    options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size, "max_steps": 1}
-    options |= {"max_grad_norm": 0.0, "poprisk_gate": gate, "train_sampling_strategy": "sequential"}
-    options |= {"poprisk_estimator": unit}
-    data = examples(240, wrong=0.2)[46:] + examples(240, wrong=0.2)[:46]  # both kinds come first
-    trainer = classify(tmp_path, data, poprisk_label_noise="weight", **options)
-    got, start = first_gradients(trainer), weights(trainer)
-    trainer.train()
-    judge = trainer._label_noise
-
-    trainer.model.load_state_dict(start)
-    trainer.model.zero_grad()
-    for row, w in zip(data[:4], judge.table.weight, strict=False):
-        (w * F.cross_entropy(trainer.model.net(row["x"][None]), row["labels"][None]) / 4).backward()
-    for name, p in trainer.model.named_parameters():
-        torch.testing.assert_close(got[name], p.grad, rtol=1e-4, atol=1e-6)
-    weight, log = judge.table.weight, trainer.state.log_history[0]
-    assert weight[:4].max() - weight[:4].min() > 0.5
-    assert log["poprisk/weight_mean"] == pytest.approx(weight.mean().item(), rel=1e-5)
-    assert log["poprisk/noise_rate"] == judge.fit.rate
 
 
 def test_weights_of_examples_that_batch_norm_joins(tmp_path: Path) -> None:
@@ -92,73 +67,67 @@ def test_weights_of_examples_that_batch_norm_joins(tmp_path: Path) -> None:
         torch.testing.assert_close(got[name], p.grad, rtol=1e-4, atol=1e-6)
 
 
-def pair_log_odds(kind: str, model: nn.Module, batch: dict[str, Tensor], i: int) -> Tensor:
-    """Of the i-th pair, each of its rows alone and without padding."""
-    size, values = len(batch["input_ids"]) // 2, []
-    for row in (i, i + size):
-        kept = batch["attention_mask"][row].bool()
-        ids = batch["input_ids"][row, kept]
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        *(
+            (kind, {"poprisk_gate": gate})
+            for kind in ("classes", "DPO", "Reward")
+            for gate in ("none", "hard")
+        ),
+        *((kind, ONE_BY_ONE) for kind in ("classes", "DPO", "Reward")),
+        ("DPO", {"loss_type": "hinge"}),  # no function of the log-odds of a label
+    ],
+)
+def test_judged_weights_are_those_of_a_column(
+    kind: str, options: dict[str, Any], llama_dir: Path, tmp_path: Path
+) -> None:
+    """From the first step on; what a column of weights does stands in ``test_sample_weights.py``."""
+    settings = {"max_steps": 1, "max_grad_norm": 0.0, "optim": "poprisk_adamw", **options}
+    settings["train_sampling_strategy"] = "sequential"
+    judge, found, logs, column = None, [], [], {}
+    for by in ({"poprisk_label_noise": "weight"}, {"poprisk_weight_column": "w"}):
+        if kind == "classes":  # both kinds of labels come first
+            rows = [{name: x.tolist() for name, x in row.items()} for row in examples(240, wrong=0.2)]
+            data = Dataset.from_list(rows[46:] + rows[:46])
+        else:
+            data = planted()[0]
+        data = data if judge is None else data.add_column("w", judge.table.weight.numpy())
+        trainer = classify(tmp_path, data, **by, **settings) if kind == "classes" else None
+        trainer = trainer or prefer(kind, llama_dir, tmp_path, data, **by, **settings)
+        found.append(first_gradients(trainer))
+        trainer.train()
+        judge = judge or trainer._label_noise
+        logs.append(trainer.state.log_history[0])
+        if not column:
+            column, _ = read_table(tmp_path)
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], rtol=1e-5, atol=1e-7)
+    weight = judge.table.weight
+    assert judge.weighted and weight[:4].max() - weight[:4].min() > 0.02
+    assert logs[0]["loss"] == pytest.approx(logs[1]["loss"], rel=1e-5)
+    assert logs[0]["poprisk/weight_mean"] == pytest.approx(weight.mean().item(), rel=1e-5)
+    assert logs[0]["poprisk/noise_rate"] == judge.fit.rate
+    p = column["p_correct"]
+    np.testing.assert_allclose(column["weight"], (2 * p - 1).clip(0) if kind == "classes" else p, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["DPO", "Reward"])
+def test_log_odds_of_a_pair_are_those_of_its_rows_alone(kind: str, llama_dir: Path, tmp_path: Path) -> None:
+    """Without padding."""
+    trainer = prefer(kind, llama_dir, tmp_path)
+    model, batch = trainer.model.eval(), next(iter(trainer.get_train_dataloader()))
+    got, values = trainer.label_log_odds(model, batch), []
+    for row, mask in enumerate(batch["attention_mask"].bool()):
+        ids = batch["input_ids"][row, mask]
         logits = model(input_ids=ids[None]).logits[0]
         if kind == "Reward":
             values.append(logits[0])
-            continue
-        log_p = logits.log_softmax(-1)[:-1].gather(1, ids[1:, None])[:, 0]
-        values.append(log_p[batch["completion_mask"][row, kept][1:].bool()].sum())
-    return values[0] - values[1]
-
-
-def pair_loss(kind: str, options: dict[str, Any], log_odds: Tensor) -> Tensor:
-    """Of a pair, whose model is its own reference."""
-    z = log_odds if kind == "Reward" else 0.1 * (log_odds - log_odds.detach())
-    return (1 - z).relu() if options.get("loss_type") == "hinge" else -F.logsigmoid(z)
-
-
-@pytest.mark.parametrize(
-    ("kind", "gate", "size", "options"),
-    [
-        *((kind, "none", size, {}) for kind in ("DPO", "Reward") for size in (4, 1)),
-        *((kind, "hard", 4, {}) for kind in ("DPO", "Reward")),
-        *((kind, "hard", 2, {"poprisk_estimator": "group"}) for kind in ("DPO", "Reward")),
-        ("DPO", "none", 4, {"loss_type": "hinge"}),  # no function of the log-odds of a label
-    ],
-)
-def test_weights_of_pairs_act_from_the_first_step(
-    kind: str, gate: str, size: int, options: dict[str, Any], llama_dir: Path, tmp_path: Path
-) -> None:
-    settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size, **options}
-    settings |= {"max_steps": 1, "max_grad_norm": 0.0, "poprisk_gate": gate, "optim": "poprisk_adamw"}
-    trainer = prefer(kind, llama_dir, tmp_path, planted()[0], poprisk_label_noise="weight", **settings)
-    batches: list[Any] = []
-    take = trainer._take_index
-    trainer._take_index = lambda inputs: (batches.append(take(dict(inputs))), take(inputs))[1]
-    got = first_gradients(trainer)
-    judge = judged(trainer)
-    batches.clear()  # of the judging
-    start = weights(trainer)
-    trainer.train()
-
-    trainer.model.load_state_dict(start)
-    trainer.model.zero_grad()
-    w, losses = [], []
-    for batch, index in batches:
-        judged_by = trainer.label_log_odds(trainer.model, batch)
-        for i, row in enumerate(judge.table.rows(index)):
-            log_odds = pair_log_odds(kind, trainer.model, batch, i)
-            assert judged_by[i].item() == pytest.approx(log_odds.item(), abs=1e-4)
-            w.append(judge.table.weight[row])
-            losses.append(pair_loss(kind, options, log_odds))
-            (w[-1] * losses[-1] / 4).backward()
-    for name, p in trainer.model.named_parameters():
-        torch.testing.assert_close(got[name], p.grad, rtol=1e-4, atol=1e-4 * float(p.grad.abs().max()))
-    assert len(w) == 4 and max(w) - min(w) > 0.02
-    log = trainer.state.log_history[0]
-    assert log["loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
-    assert log["poprisk/weight_mean"] == pytest.approx(judge.table.weight.mean().item(), rel=1e-5)
-    assert log["poprisk/noise_rate"] == judge.fit.rate and judge.weighted
-    columns, state = read_table(tmp_path)
-    np.testing.assert_allclose(columns["p_correct"], columns["weight"], rtol=1e-5)
-    assert columns["visits"].tolist() == [1] * N and state["doubt"] == judge.doubt
-    assert {"prompt", "chosen", "rejected"} <= set(state["sample"]["0"])  # before they are tokens
+        else:
+            log_p = logits.log_softmax(-1)[:-1].gather(1, ids[1:, None])[:, 0]
+            values.append(log_p[batch["completion_mask"][row, mask][1:].bool()].sum())
+    chosen, rejected = torch.stack(values).chunk(2)
+    torch.testing.assert_close(got, chosen - rejected, rtol=1e-4, atol=1e-4)
 
 
 def test_wrong_classes_are_found(tmp_path: Path) -> None:
@@ -188,10 +157,30 @@ def test_swapped_pairs_are_found(
     assert weight[flips].max() < 0.3 < 0.9 < weight[~flips].min()
     assert judge.fit.low < flips.mean() < judge.fit.high
     assert judge.doubt.endswith("judge the data without them")  # the prompts repeat
-    assert f"; {flips.sum()} of 120 labels are below .5." in caplog.text
+    assert f"; {flips.sum()} of 120 labels are right with a probability below .5." in caplog.text
     assert f"weights since step 0; `hf-poprisk audit {tmp_path}`" in caplog.text
     trainer.create_model_card()
     assert f"{judge.found()}.\n" in ModelCard.load(tmp_path / "README.md").text
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_pairs_of_one_prompt_that_share_a_completion(together: bool, llama_dir: Path, tmp_path: Path) -> None:
+    """A quarter is flipped: single pairs are found, all those of a prompt confirm each other."""
+    rng, rows = np.random.default_rng(0), learnable(400, wrong=0)
+    flips = np.repeat(rng.permutation(20) < 5, 20) if together else rng.permutation(400) < 100
+    pairs = []
+    for i, row in enumerate(rows):
+        bad, good = row["rejected"], rows[i - i % 20]["chosen"]
+        pairs.append({"prompt": f"prompt {i // 20}", "chosen": good, "rejected": bad})
+        if flips[i]:
+            pairs[i] |= {"chosen": bad, "rejected": good}
+    trainer = prefer("DPO", llama_dir, tmp_path, Dataset.from_list(pairs), poprisk_label_noise="audit")
+    found = trainer.judge_labels()
+    if together:
+        assert found.fit.high < 0.05 and (found.p_correct < 0.5).sum() == 0
+    else:
+        assert found.fit.rate == pytest.approx(0.25, abs=0.03)
+        assert ((found.p_correct < 0.5) == flips).mean() > 0.95
 
 
 def test_labels_that_are_not_predicted_are_not_followed(tmp_path: Path) -> None:
@@ -220,23 +209,11 @@ def test_an_ignored_label_leaves_the_others_alone(gate: str, tmp_path: Path) -> 
 # -- audit --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("gate", ["none", "hard"])
-def test_an_audit_of_classes_changes_nothing(gate: str, tmp_path: Path) -> None:
-    """Bit for bit."""
-    seen = []
-    for mode in ("off", "audit"):
-        options = {"poprisk_label_noise": mode, "poprisk_gate": gate, "num_train_epochs": 1}
-        trainer = classify(tmp_path, examples(240, wrong=0.2), optim="poprisk_adamw", **options)
-        trainer.train()
-        seen.append(weights(trainer))
-    assert same(*seen) and trainer._label_noise.table.weight.min() < 0.1  # that it would have given
-    log = trainer.state.log_history[0]
-    assert "poprisk/noise_rate" in log and "poprisk/weight_mean" not in log
-
-
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
+        ("classes", {"poprisk_gate": "none"}),
+        ("classes", {"poprisk_gate": "hard"}),
         ("DPO", {"poprisk_gate": "hard"}),
         ("DPO", {"loss_type": ["ipo"]}),
         ("DPO", {"loss_type": ["sigmoid", "sft"]}),
@@ -246,21 +223,26 @@ def test_an_audit_of_classes_changes_nothing(gate: str, tmp_path: Path) -> None:
         ("DPO", {"peft_config": lora(lora_dropout=0.3), "disable_dropout": False}),
         ("Reward", {"center_rewards_coefficient": 0.1}),
     ],
-    ids=["gate", "ipo", "sft", "weighting", "sync", "js", "dropout", "centred"],
+    ids=["classes", "gated classes", "gate", "ipo", "sft", "weighting", "sync", "js", "dropout", "centred"],
 )
-def test_an_audit_of_pairs_changes_nothing(
+def test_an_audit_changes_nothing(
     kind: str, options: dict[str, Any], llama_dir: Path, tmp_path: Path
 ) -> None:
     """Bit for bit, in a random order, whatever the loss is."""
     seen = []
     for mode in ("off", "audit"):
         settings = {"poprisk_label_noise": mode, "max_steps": 4, "optim": "poprisk_adamw", **options}
-        trainer = prefer(kind, llama_dir, tmp_path, preferences(N), **settings)
+        if kind == "classes":
+            trainer = classify(tmp_path, examples(240, wrong=0.2), **settings)
+        else:
+            trainer = prefer(kind, llama_dir, tmp_path, preferences(N), **settings)
         trainer.train()
         seen.append((weights(trainer), trainer.state.log_history))
     assert same(seen[0][0], seen[1][0]) and trainer._label_noise.table.judged.all()
     plain, audit = ([e["loss"] for e in log if "loss" in e] for _, log in seen)
     assert plain == audit and "poprisk/noise_rate" in seen[1][1][0]
+    assert "poprisk/weight_mean" not in seen[1][1][0]
+    assert kind != "classes" or trainer._label_noise.table.weight.min() < 0.1  # that it would have given
 
 
 @pytest.mark.parametrize("kind", ["classes", "pairs"])
@@ -359,18 +341,6 @@ class OwnLoss(PopRiskTrainer):
         return F.cross_entropy(model(inputs["x"])["logits"], inputs["labels"])
 
 
-class TupleLoss(Trainer):
-    loss_is_scaled_for_ga = False
-
-    def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Tensor:
-        x, labels = inputs
-        return F.cross_entropy(model(x)["logits"], labels)
-
-
-class OfTuples(PopRiskMixin, TupleLoss):
-    pass
-
-
 class Convolved(Classifier):
     """With a layer whose examples go one by one."""
 
@@ -382,59 +352,28 @@ class Convolved(Classifier):
         return super().forward(x + self.conv(x[:, None])[:, 0], labels)
 
 
-def stacked(rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    x, labels = zip(*rows, strict=True)
-    return torch.stack(x), torch.stack(labels)
-
-
-def named(rows: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    return dict(zip(("x", "labels"), stacked(rows), strict=True))
-
-
 def run(
-    tmp_path: Path,
-    mode: str,
-    trainer: type[Any] = PopRiskTrainer,
-    data: Any = None,
-    collator: Any = None,
-    model: type[nn.Module] = Classifier,
-    size: int = 4,
+    tmp_path: Path, mode: str, kind: Any = PopRiskTrainer, model: Any = Classifier, size: int = 4
 ) -> list[Tensor]:
     """The scores, and the weights at the end of three epochs."""
     options = {**QUIET, "per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size}
     options |= {"num_train_epochs": 3, "learning_rate": 1e-2, "poprisk_label_noise": mode}
     args = PopRiskTrainingArguments(str(tmp_path), **options)
-    data = examples(60, wrong=0.25) if data is None else data
-    ran = trainer(model(), args=args, train_dataset=data, data_collator=collator)
-    ran.train()
-    table = ran._label_noise.table
-    assert table.judged.all() and len(table) == len(data) and table.log_odds.isfinite().all()
-    return [table.log_odds, table.weight, *(p.detach().clone() for p in ran.model.parameters())]
-
-
-def assert_same(got: list[Tensor], expected: list[Tensor]) -> None:
-    for ours, theirs in zip(got, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    trainer = kind(model(), args=args, train_dataset=examples(60, wrong=0.25))
+    trainer.train()
+    table = trainer._label_noise.table
+    assert table.judged.all() and table.log_odds.isfinite().all()
+    return [table.log_odds, table.weight, *weights(trainer).values()]
 
 
 @pytest.mark.parametrize("mode", ["audit", "weight"])
-def test_whoever_computes_the_loss_and_whatever_the_items_are(mode: str, tmp_path: Path) -> None:
-    tuples = [(row["x"], row["labels"]) for row in examples(60, wrong=0.25)]
-    expected = run(tmp_path, mode)
-    assert_same(run(tmp_path, mode, OwnLoss), expected)
-    assert_same(run(tmp_path, mode, PopRiskTrainer, tuples, named), expected)
-    assert_same(run(tmp_path, mode, OfTuples, tuples, stacked), expected)
-
-
-@pytest.mark.parametrize("mode", ["audit", "weight"])
-@pytest.mark.parametrize(
-    ("model", "trainer"), [(Classifier, PopRiskTrainer), (Convolved, PopRiskTrainer), (Convolved, OwnLoss)]
-)
-def test_one_by_one_the_scores_are_those_of_single_examples(
-    model: type[nn.Module], trainer: type[Any], mode: str, tmp_path: Path
-) -> None:
-    """The labels are read off the loss of the whole micro-batch, and not off those of its examples."""
-    assert_same(run(tmp_path, mode, trainer, model=model), run(tmp_path, mode, trainer, model=model, size=1))
+@pytest.mark.parametrize("model", [Classifier, Convolved])
+def test_whoever_computes_the_loss(model: type[nn.Module], mode: str, tmp_path: Path) -> None:
+    """One by one, too, where the labels are read off the loss of the whole micro-batch."""
+    expected = run(tmp_path, mode, model=model, size=1)
+    for trainer in (PopRiskTrainer, OwnLoss):
+        for got, wanted in zip(run(tmp_path, mode, trainer, model), expected, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
 
 
 # -- which example is which ---------------------------------------------------------------------------------
@@ -452,8 +391,13 @@ def test_an_index_of_the_users_is_kept() -> None:
     assert listed[1] == {"a": 2, INDEX: 1} and len(listed) == 2
     with pytest.raises(ValueError, match="must hold integers"):
         with_index(Dataset.from_dict({INDEX: ["a", "b"]}))
-    with pytest.raises(ValueError, match="finds no example_index in the training examples"):
-        IndexCollator(list)([{"a": 1}])
+    for examples_of, message in (
+        (lambda: IndexCollator(list)([{"a": 1}]), "finds no example_index in the training examples"),
+        (lambda: IndexCollator(list)([{"a": 1, INDEX: 0}]), "in a batch that is a list: let the collator"),
+        (lambda: with_index([(1, 2)])[0][0], "in an example that is a tuple: give examples that are dicts"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            examples_of()
 
 
 def test_a_sample_knows_rows_in_another_order() -> None:
@@ -521,25 +465,11 @@ def test_a_loss_of_something_else_is_refused_before_a_step(loss: Any, says: str,
     assert same(before, weights(trainer)) and not hasattr(Trainer, "_label_noise")
 
 
-def test_a_loss_that_weights_do_not_reach_is_refused(tmp_path: Path) -> None:
-    class Penalised(Classifier):
-        def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-            found = super().forward(x, labels)
-            return found | {"loss": found["loss"] + self.net[0].weight.square().sum()}
-
-    says = (
-        r"poprisk_label_noise=weight cannot weight the examples of this loss \(the loss reaches net.0.weight"
-    )
-    with pytest.raises(ValueError, match=f"^{says} .*, or set poprisk_label_noise=off"):
-        classify(tmp_path, examples(), Penalised(), poprisk_label_noise="weight").train()
-    classify(tmp_path, examples(), Penalised(), poprisk_label_noise="audit", max_steps=1).train()
+def test_settings_are_refused_with_a_way_out(tmp_path: Path) -> None:
     model = Classifier()
     model.compile()
     with pytest.raises(ValueError, match=r"model.compile\(\) hides: .* or set poprisk_label_noise=off"):
         classify(tmp_path, examples(), model, poprisk_label_noise="weight").train()
-
-
-def test_settings_are_refused_with_a_way_out(tmp_path: Path) -> None:
     trainer = classify(tmp_path, None, poprisk_label_noise="weight")
     trainer.train_dataset = examples()  # which comes too late
     with pytest.raises(ValueError, match="was set without a training set"):
@@ -553,29 +483,12 @@ def test_settings_are_refused_with_a_way_out(tmp_path: Path) -> None:
         trainer.train()
 
 
-def identical() -> Dataset:
-    return Dataset.from_dict({name: [preferences(1)[name][0]] * N for name in preferences(1).column_names})
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (preferences(49), "^49 examples are too few to judge labels by: it takes 50 or more\\.$"),
-        (identical(), "^all examples have the same gradients, so none says anything about another's"),
-        (None, "not finite: the model gives NaN or inf\\.$"),
-    ],
-    ids=["few", "identical", "nan"],
-)
-def test_pairs_that_say_nothing_are_refused(
-    data: Dataset | None, message: str, llama_dir: Path, tmp_path: Path
-) -> None:
-    pairs = preferences(N) if data is None else data
-    trainer = prefer("DPO", llama_dir, tmp_path, pairs, poprisk_label_noise="audit")
-    if data is None:
-        with torch.no_grad():
-            next(trainer.model.parameters())[0] = torch.nan
-            trainer.model.lm_head.weight[3] = torch.nan
-    with pytest.raises(ValueError, match=message):
+def test_a_model_that_gives_nan_is_refused(llama_dir: Path, tmp_path: Path) -> None:
+    trainer = prefer("DPO", llama_dir, tmp_path, poprisk_label_noise="audit")
+    with torch.no_grad():
+        next(trainer.model.parameters())[0] = torch.nan
+        trainer.model.lm_head.weight[3] = torch.nan
+    with pytest.raises(ValueError, match="not finite: the model gives NaN or inf\\.$"):
         trainer.train()
     assert trainer.state.global_step == 0
 
