@@ -238,7 +238,7 @@ class PopRiskMixin(
             if 0 < size % together <= together - micro_batch:
                 raise ValueError(
                     f"{size} training examples do not divide over {world} processes × {micro_batch} examples, "
-                    "and the processes that have one more batch would wait for the others for ever: set "
+                    "and the processes with one more batch would wait for the others for ever: set "
                     "even_batches=true in accelerator_config, or dataloader_drop_last=True."
                 )
         elif size < together * self.args.gradient_accumulation_steps and size % together:

@@ -18,6 +18,7 @@ from hf_poprisk.per_example.basis import Sides
 from hf_poprisk.per_example.window import ExampleWindow
 
 N = 4
+ALL_ROWS = Rows(N, N)
 KINDS = ("llama", "qwen2", "qwen3", "mistral", "gemma3", "gpt2", "bert")
 ADAPTERS = ("full", "lora", "dora", "modules_to_save")
 
@@ -195,7 +196,7 @@ class Uses(nn.Module):
 
 
 def batched(
-    model: nn.Module, loss: Callable[[], Tensor], layout: Layout = Rows(N, N)
+    model: nn.Module, loss: Callable[[], Tensor], layout: Layout = ALL_ROWS
 ) -> tuple[Capture, dict[str, tuple[Tensor, Tensor]]]:
     """G and Q after one backward of several examples."""
     params = trainable(model)
@@ -337,7 +338,7 @@ def test_arguments_by_name_and_a_forward_replaced_later() -> None:
     layer, norm, x = nn.Linear(6, 6), nn.LayerNorm(6), torch.randn(N, 3, 6)
     model = nn.ModuleList([layer, norm])
     layers, window = BatchedGradients(model, model.parameters()), ExampleWindow(model.parameters())
-    with window.batch(layers, Rows(N, N)):
+    with window.batch(layers, ALL_ROWS):
         norm(input=layer(input=x)).square().sum().backward()
     assert window.squares.so_far()[layer.weight].any()
     window.reset()
@@ -345,7 +346,7 @@ def test_arguments_by_name_and_a_forward_replaced_later() -> None:
     layer.forward = lambda x: x
     with (
         pytest.raises(RuntimeError, match="forward of Linear was replaced"),
-        window.batch(layers, Rows(N, N)),
+        window.batch(layers, ALL_ROWS),
     ):
         pass
     assert layer.forward(3) == 3  # and it is not lost
