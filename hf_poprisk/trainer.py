@@ -237,7 +237,7 @@ class PopRiskMixin(
         if not self.args.accelerator_config.even_batches:  # no copies, and perhaps ranks with nothing
             if 0 < size % together <= together - micro_batch:
                 raise ValueError(
-                    f"{size} training examples do not divide over {world} processes × {micro_batch} examples, "
+                    f"{size} training examples do not divide over {world} processes × {micro_batch}, "
                     "and the processes with one more batch would wait for the others for ever: set "
                     "even_batches=true in accelerator_config, or dataloader_drop_last=True."
                 )
