@@ -29,7 +29,8 @@ def decide(grad: Tensor, sq_sum: Tensor, num_examples: int, gate: str) -> Tensor
         gate: ``hard`` or ``soft``.
 
     Returns:
-        [4] float32, the sums of ``GateStatistics.add``: Σ q, the number of elements with Q > 0, ΣG², ΣQ.
+        [4] float32, the sums of ``GateStatistics.add``: Σ q over the elements with Q > 0, their number,
+        ΣG², ΣQ.
     """
     if not grad.numel():  # a rank without a part of it
         return torch.zeros(4, device=grad.device)
@@ -43,10 +44,10 @@ def decide(grad: Tensor, sq_sum: Tensor, num_examples: int, gate: str) -> Tensor
     sums = []
     for g, s in pieces:
         g = g.to(s.dtype)
-        live, noise = torch.gt(s, 0, out=torch.empty_like(s)).sum(), s.sum()
+        live, noise = torch.gt(s, 0, out=torch.empty_like(s)), s.sum()
         energy = torch.dot(g.reshape(-1), g.reshape(-1))
         openness(g, s, num_examples, gate, out=s)
-        sums += [s.sum(), live, energy, noise]
+        sums += [torch.dot(s.reshape(-1), live.reshape(-1)), live.sum(), energy, noise]
     return torch.stack(sums).view(-1, 4).sum(0).float()
 
 

@@ -84,8 +84,9 @@ class StreamingPopRiskAdamW(PopRiskAdamW):
         noise = self._track_noise(param, grad - exp_avg)
         signal = (torch.lerp(exp_avg, grad, 1 - beta1) / (1 - beta1**t)).square_()
         q = streaming_openness(signal, noise, self._alpha(beta1), self.gate)
-        live = torch.count_nonzero(noise)
-        self._sums[param] = torch.stack([x.float() for x in (q.sum(), live, live * 0, live * 0)])
+        live = noise > 0
+        opened, count = q.mul(live).sum().float(), live.sum().float()
+        self._sums[param] = torch.stack([opened, count, count * 0, count * 0])
         return q
 
     def _track_noise(self, param: Tensor, surprise: Tensor) -> Tensor:

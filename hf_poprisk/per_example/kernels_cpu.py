@@ -50,7 +50,7 @@ def decide(grad: Tensor, sq_sum: Tensor, num_examples: int, soft: bool) -> Tenso
     """Write q over Q, element by element; see ``gate.openness``.
 
     Returns:
-        [4] float32: Σ q, the number of elements with Q > 0, ΣG², ΣQ.
+        [4] float32: Σ q over the elements with Q > 0, their number, ΣG², ΣQ.
     """
     scale = np.float32(num_examples / (num_examples - 1))
     sums = _shared(_loops().decide, (grad, sq_sum), scale, soft)
@@ -158,7 +158,8 @@ def _decide(grad, sq_sum, low, high, scale, soft):
         opened = live = energy = noise = _ZERO
         for k in range(g.size):
             g2 = g[k] * g[k]
-            live += _ONE if s[k] > _ZERO else _ZERO
+            is_live = _ONE if s[k] > _ZERO else _ZERO
+            live += is_live
             energy += g2
             noise += s[k]
             if soft:  # comparisons with NaN are false: it closes
@@ -166,7 +167,7 @@ def _decide(grad, sq_sum, low, high, scale, soft):
                 q = _ONE if shrunk >= _ONE else (shrunk if shrunk > _ZERO else _ZERO)
             else:
                 q = _ONE if g2 > s[k] else _ZERO
-            opened += q
+            opened += q * is_live
             s[k] = q
         all_opened += opened
         all_live += live

@@ -92,7 +92,7 @@ def decide(grad: Tensor, sq_sum: Tensor, num_examples: int, soft: bool) -> Tenso
     """Write q over Q, element by element; see ``gate.openness``.
 
     Returns:
-        [4] float32: Σ q, the number of elements with Q > 0, ΣG², ΣQ.
+        [4] float32: Σ q over the elements with Q > 0, their number, ΣG², ΣQ.
     """
     programs = triton.cdiv(grad.numel(), _ELEMENTS)
     sums = torch.empty(programs, 4, device=grad.device)
@@ -182,7 +182,7 @@ if triton is not None:
         if SOFT:
             q = tl.where(q > 0, tl.minimum(scale * (energy - s) / energy, 1.0), 0.0)
         tl.store(sq_sum + k, q, mask=k < numel)
-        tl.store(sums + program * 4, tl.sum(q))
+        tl.store(sums + program * 4, tl.sum(tl.where(s > 0, q, 0.0)))
         tl.store(sums + program * 4 + 1, tl.sum(tl.where(s > 0, 1.0, 0.0)))
         tl.store(sums + program * 4 + 2, tl.sum(energy))
         tl.store(sums + program * 4 + 3, tl.sum(s))

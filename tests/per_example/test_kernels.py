@@ -15,6 +15,7 @@ from test_layers import N, assert_same, batch, captured, textbook
 
 from hf_poprisk import PopRiskAdamW
 from hf_poprisk.gate import openness
+from hf_poprisk.gated_adamw import decide
 from hf_poprisk.per_example import capture as capturing
 from hf_poprisk.per_example import kernels_cpu, kernels_gpu, products
 
@@ -41,9 +42,14 @@ def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def test_decide(kernels: Any, gate: str, shape: tuple[int, ...], threads: int) -> None:
     h = torch.randn(4, *shape)
     h[1:] *= torch.rand(shape) < 0.5  # half is of one example only: G² = Q stays closed
-    grad, square = h.sum(0), h.square().sum(0)
+    seen = torch.rand(shape) < 0.8
+    grad = torch.where(seen, h.sum(0), 1.0)  # the rest is of a penalty on the weights: open, but not counted
+    square = h.square().sum(0) * seen
     expected = openness(grad, square, 4, gate)
-    exact = torch.stack([x.double().sum() for x in (expected, square > 0, grad.double().square(), square)])
+    counted = (expected * seen, square > 0, grad.double().square(), square)
+    exact = torch.stack([x.double().sum() for x in counted])
+    plain = decide(grad.double(), square.double(), 4, gate)
+    torch.testing.assert_close(plain.double(), exact, rtol=1e-6, atol=0)
     sums = kernels.decide(grad, square, 4, gate == "soft")
     if gate == "hard":
         assert torch.equal(square, expected)
