@@ -104,7 +104,8 @@ class GatedOptimizer(ExampleBlocks):
 
     def _writes_nothing(self) -> bool:
         """A step of zeros at lr = 0, by which torch.distributed.checkpoint makes the state."""
-        if any(float(group["lr"]) for group in self.param_groups):
+        rates = [group.get("lr") for group in self.param_groups]  # some optimizers find their own
+        if any(lr is None or float(lr) for lr in rates):
             return False
         return not any(bool(local(p.grad).any()) for p in self._all_parameters() if p.grad is not None)
 

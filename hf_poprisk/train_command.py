@@ -233,7 +233,9 @@ def _check_columns(kind: str, config: Any, split: str, data: Any) -> None:
         return
     if not len(data):
         raise UserError(f"the {split} split has no rows.")
-    for column in {*fit, *({"prompt"} & {*names})} - {"label"}:
+    for column in dict.fromkeys([*fit, *({"prompt"} & {*names})]):
+        if column == "label":  # the trainer's
+            continue
         for row, value in enumerate(data[column]):
             if not isinstance(value, str | list):
                 raise UserError(
