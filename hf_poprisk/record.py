@@ -181,6 +181,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], other_data: bool 
             **before,
         }  # some are older
         pairs |= {f"poprisk_{name}": (old[name], now[name]) for name in _SETTINGS}
+        pairs["optim"] = before["optim"], now["optim"]  # whose state it goes on from
         pairs |= {f"{name} (which is gone)": (old.get(name, value), value) for name, value in _GONE.items()}
         if "ema" not in (before["estimator"], now["estimator"]):
             pairs[f"{now['unit']}s per step"] = before["units_per_step"], now["units_per_step"]

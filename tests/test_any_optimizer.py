@@ -205,6 +205,8 @@ def test_a_stock_optim_with_a_gate(optim: str, tmp_path: Path, caplog: pytest.Lo
     assert load_record(tmp_path / "checkpoint-5").statistics["parameters"]
     with pytest.raises(ValueError, match="poprisk_gate from 'hard' to 'soft'"):
         build(poprisk_gate="soft", poprisk_exclude=["norm"]).train(str(tmp_path / "checkpoint-5"))
+    with pytest.raises(ValueError, match=f"would change optim from '{optim}' to 'sgd': set it back"):
+        build(**{**gate, "optim": "sgd"}).train(str(tmp_path / "checkpoint-5"))
 
 
 def test_a_gate_around_an_optimizer_that_is_handed_over(tmp_path: Path) -> None:
@@ -222,3 +224,37 @@ def test_a_gate_around_an_optimizer_that_is_handed_over(tmp_path: Path) -> None:
     trainer.optimizer = PopRiskGate(SGD(trainer.model.parameters()))
     with pytest.raises(ValueError, match="the PopRiskGate handed .* gate='hard', but poprisk_gate='none'"):
         trainer.train()
+
+
+def test_several_examples_in_a_backward_are_those_of_one_by_one(tmp_path: Path) -> None:
+    ends = []
+    for micro_batch in (1, 4):
+        options = {**layout(micro_batch, 4), "max_steps": 3, "learning_rate": 0.1, "optim": "sgd"}
+        trainer = trainer_of(tmp_path, rows(12), tiny_model(), **options, poprisk_gate="soft")
+        trainer.train()
+        ends.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+    start = torch.cat([p.detach().flatten() for p in tiny_model().parameters()])
+    assert (ends[0] - ends[1]).norm() < 1e-3 * (ends[0] - start).norm() > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "gate", "around"),
+    [
+        ({"optim": "sgd"}, "none", None),
+        ({"optim": "sgd", "poprisk_gate": "none"}, "none", None),
+        ({"optim": "sgd", "poprisk_gate": "soft"}, "soft", "SGD"),
+        ({"poprisk_gate": "none"}, "none", None),
+        ({}, "hard", None),
+    ],
+)
+def test_the_record_says_whether_there_was_a_gate(
+    options: dict[str, Any], gate: str, around: str | None, tmp_path: Path
+) -> None:
+    trainer = trainer_of(tmp_path, rows(4), tiny_model(), **layout(1, 4), max_steps=1, **options)
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card()
+    config, card = load_record(tmp_path).config, (tmp_path / "README.md").read_text()
+    assert (config["gate"], config["gated"], config["around"]) == (gate, gate != "none", around)
+    assert ("and the gate off (" in card) == (gate == "none")
+    assert (f"{around or 'AdamW'}'s update is written only as far as" in card) == (gate != "none")
