@@ -51,9 +51,7 @@ class PopRiskMixin(
     """Stands before a ``Trainer`` class in the bases and gates its optimizer.
 
     ``optim="poprisk_adamw"`` in the arguments turns it on. With any other optimizer the trainer is the stock
-    one, unless ``poprisk_gate`` is given: then the gate is put around it. Logs ``poprisk/fraction_open``,
-    ``poprisk/fraction_open_null``, ``poprisk/examples`` (or
-    ``groups``) and ``poprisk/margin``.
+    one, unless ``poprisk_gate`` is given: then the gate is put around it. It logs ``poprisk/…``: see README.
 
     Raises (on construction with a training set, and in ``train``):
         TypeError: ``args`` of a stock class, or of one that is made for another trainer.
