@@ -23,9 +23,10 @@ class PopRiskGate(GatedOptimizer):
     """Any ``torch.optim.Optimizer`` whose write the gate multiplies: ``p ← p_old + q·(p_step − p_old)``.
 
     The inner optimizer sees the ordinary gradient, and its state is what it would be without a gate. What
-    its step changes is the write, decoupled weight decay included. Groups, state, ``state_dict`` and
-    schedulers are the inner one's. The blocks are those of ``PopRiskAdamW``, which needs less memory: here a
-    step holds one more copy of the gated parameters.
+    its step changes is the write. That includes decoupled weight decay: a weight decays only as far as its
+    gate is open, where ``PopRiskAdamW`` decays every weight. Groups, state, ``state_dict`` and schedulers are
+    the inner one's. The blocks are those of ``PopRiskAdamW``, which needs less memory: here a step holds one
+    more copy of the gated parameters.
 
     Args:
         inner: the optimizer. It must follow from gradients alone: one whose state holds weights would go
@@ -121,6 +122,8 @@ def _try_out(inner: Optimizer) -> None:
         ValueError: it keeps weights, trains others than it evaluates, or takes no step on its own.
     """
     name, way_out = type(inner).__name__, "use another optimizer, or gate='none'"
+    if held := [type(x).__name__ for x in vars(inner).values() if isinstance(x, Optimizer)]:
+        raise ValueError(f"{name} steps {held[0]}: put PopRiskGate around that one, before {name} is made.")
     if callable(getattr(inner, "train", None)) and callable(getattr(inner, "eval", None)):
         raise ValueError(f"{name} evaluates other weights than it trains, averages of them: {way_out}.")
     twin = object.__new__(type(inner))  # shares all but the weights and the state
@@ -133,9 +136,9 @@ def _try_out(inner: Optimizer) -> None:
         weight, grad = torch.randn(2, 8, 8, generator=generator).to(like.device, like.dtype)
         probes.append(torch.nn.Parameter(weight + 100))
         probes[-1].grad = grad
-    twin.state = defaultdict(dict)
-    twin.param_groups = [{**g, "params": [p]} for g, p in zip(inner.param_groups, probes, strict=True)]
     try:
+        twin.state = defaultdict(dict)
+        twin.param_groups = [{**g, "params": [p]} for g, p in zip(inner.param_groups, probes, strict=True)]
         with torch.random.fork_rng(devices=[]):
             type(inner).step(twin)
     except Exception as error:  # whatever an optimizer raises that wants a closure, or a model

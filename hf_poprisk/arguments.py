@@ -69,6 +69,13 @@ class PopRiskArgumentsMixin:
             "layer's per-example gradients, measured once, before the first step."
         },
     )
+    poprisk_kahan: bool = field(
+        default=False,
+        metadata={
+            "help": "For weights of bfloat16 or float16: remember what their rounding loses, in one more "
+            "buffer, and add it to the next write. Without it a write below a weight's resolution is lost."
+        },
+    )
     poprisk_risk: bool = field(
         default=False,
         metadata={
@@ -174,6 +181,7 @@ class PopRiskArgumentsMixin:
             "estimator": self.poprisk_estimator,
             "ema_alpha": self.poprisk_ema_alpha,
             "basis": self.poprisk_basis,
+            "kahan": self.poprisk_kahan,
         }
 
     @property

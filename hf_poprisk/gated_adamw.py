@@ -105,6 +105,26 @@ def gated_adamw(group: dict[str, Any], row: Row, q: Tensor) -> None:
         take_back(param, unwritten, q)
 
 
+def compensated_adamw(group: dict[str, Any], row: Row, q: Tensor | None, lost: Tensor) -> None:
+    """AdamW in float32 on weights of low precision; what their rounding loses is added back the next time.
+
+    Args:
+        group, row, q: as for ``gated_adamw``; q is None for no gate.
+        lost: by the roundings so far, of the weights' shape and dtype; overwritten.
+    """
+    *kept, step = (row[1], *row[2:4], row[0], row[4])
+    grad, exp_avg, exp_avg_sq, exact = (x.float() for x in kept)
+    exact += lost
+    wide: Row = (exact, grad, exp_avg, exp_avg_sq, step)
+    if q is None:
+        plain_adamw(group, [wide])
+    else:
+        gated_adamw(group, wide, q)
+    for x, rounded in zip((exp_avg, exp_avg_sq, exact), kept[1:], strict=True):
+        rounded.copy_(x)
+    lost.copy_(exact.sub_(row[0]))
+
+
 def adamw_in_basis(group: dict[str, Any], row: Row, q: Tensor | None, sides: Sides) -> None:
     """AdamW in a basis, with its write multiplied by q there: weight decay is the same in every basis.
 

@@ -14,7 +14,14 @@ from torch.distributed.tensor import DTensor
 from hf_poprisk.blocks import ExampleBlocks
 from hf_poprisk.finite import all_finite, none_finite, why_none_is
 from hf_poprisk.gate import null_openness
-from hf_poprisk.gated_adamw import Row, adamw_in_basis, decide, gated_adamw, plain_adamw
+from hf_poprisk.gated_adamw import (
+    Row,
+    adamw_in_basis,
+    compensated_adamw,
+    decide,
+    gated_adamw,
+    plain_adamw,
+)
 from hf_poprisk.logs import GateStatistics
 from hf_poprisk.options import NOTHING_TO_TRAIN, check_options
 from hf_poprisk.per_example.fsdp2 import local
@@ -23,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 _UNDERFLOW = 1e-30  # below this ΣG² says nothing: the squares of such gradients underflow in float32
 _UNSUPPORTED = ("amsgrad", "maximize", "differentiable")  # of what AdamW's groups may ask for
-_KEPT = "gate estimator ema_alpha basis keep_written _ungated _names".split()  # in copies
+_KEPT = "gate estimator ema_alpha basis kahan keep_written _ungated _names".split()  # in copies
 
 
 class GatedOptimizer(ExampleBlocks):
@@ -37,6 +44,7 @@ class GatedOptimizer(ExampleBlocks):
     # of PopRiskAdamW alone
     ema_alpha: float | None = None
     basis = "coordinate"
+    kahan = False
     keep_written = False
     watch: Callable[[Mapping[Tensor, Tensor], int], None] | None = None
     _said_single = False
@@ -104,7 +112,8 @@ class GatedOptimizer(ExampleBlocks):
 
     def _writes_nothing(self) -> bool:
         """A step of zeros at lr = 0, by which torch.distributed.checkpoint makes the state."""
-        if any(float(group["lr"]) for group in self.param_groups):
+        rates = [group.get("lr") for group in self.param_groups]  # some optimizers find their own
+        if any(lr is None or float(lr) for lr in rates):
             return False
         return not any(bool(local(p.grad).any()) for p in self._all_parameters() if p.grad is not None)
 
@@ -198,6 +207,8 @@ class PopRiskAdamW(GatedOptimizer, torch.optim.AdamW):
         ema_alpha: threshold of ``ema``; default ``(1−β₁)/(1+β₁)``. The published 1 closes almost everything.
         basis: ``coordinate``, or ``eigen``: the moments and the gate are in an eigenbasis of each layer's
             gradients, which ``set_bases`` must be given: ``hf_poprisk.eigen``.
+        kahan: for weights of bfloat16 or float16: remember what their rounding loses, in one more buffer, and
+            add it to the next write. Without it a write below the resolution of a weight is lost.
 
     Attributes:
         keep_written: if set to True, a gated step leaves its q in ``state[p]["written"]``, for ``risk.py``.
@@ -236,9 +247,11 @@ class PopRiskAdamW(GatedOptimizer, torch.optim.AdamW):
         ungated: Iterable[Tensor] = (),
         ema_alpha: float | None = None,
         basis: str = "coordinate",
+        kahan: bool = False,
     ) -> None:
-        check_options(gate=gate, estimator=estimator, ema_alpha=ema_alpha, basis=basis)
+        check_options(gate=gate, estimator=estimator, ema_alpha=ema_alpha, basis=basis, kahan=kahan)
         self.gate, self.estimator, self.ema_alpha, self.basis = gate, estimator, ema_alpha, basis
+        self.kahan = kahan
         self.statistics, self._ungated = GateStatistics(), set(ungated)
         self._names: dict[Tensor, str] = {}
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad)
@@ -263,6 +276,9 @@ class PopRiskAdamW(GatedOptimizer, torch.optim.AdamW):
                     self.state[row[0]]["written"] = q.clone()
                 if row[0] in bases:
                     adamw_in_basis(group, row, q, bases[row[0]])
+                elif self.kahan:
+                    self.state[row[0]].setdefault("lost", torch.zeros_like(row[0]))
+                    compensated_adamw(group, tuple(map(local, row)), q, local(self.state[row[0]]["lost"]))  # type: ignore[arg-type]
                 elif q is None:
                     plain.append(row)
                 else:
@@ -295,7 +311,14 @@ class PopRiskAdamW(GatedOptimizer, torch.optim.AdamW):
         for name in ("lr", "eps", "weight_decay"):  # torch takes inf
             if not math.isfinite(float(value := self.param_groups[-1][name])):
                 raise ValueError(f"{name} must be finite; got {value}.")
-        if any(isinstance(p, DTensor) for p in self.param_groups[-1]["params"]):
+        params = self.param_groups[-1]["params"]
+        others = (p.dtype for p in params if p.dtype not in (torch.bfloat16, torch.float16))
+        if self.kahan and (dtype := next(others, None)):
+            raise ValueError(
+                f"kahan=True is for weights of bfloat16 or float16, and one is {dtype}: leave it off, or "
+                "train all in bfloat16."
+            )
+        if any(isinstance(p, DTensor) for p in params):
             if self.gate != "none" and self.estimator == "ema":
                 raise NotImplementedError(
                     "estimator='ema' cannot serve sharded parameters (FSDP2, tensor parallelism): set "

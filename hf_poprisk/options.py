@@ -38,6 +38,7 @@ ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
         "a number > 0",
     ),
     "basis": (lambda v: v in BASES, f"one of {', '.join(BASES)}"),
+    "kahan": (lambda v: type(v) is bool, "true or false"),
     "exclude": (
         lambda v: v is None or isinstance(v, list) and all(map(_is_pattern, v)),
         "a list of regular expressions",
@@ -70,6 +71,11 @@ def check_options(prefix: str = "", **options: Any) -> None:
         raise ValueError(
             f"{prefix}ema_alpha has no effect with {prefix}estimator={options['estimator']!r}: remove it or "
             f"set {prefix}estimator='ema'."
+        )
+    if options["basis"] == "eigen" and options.get("kahan"):
+        raise ValueError(
+            f"{prefix}kahan=True does not go with {prefix}basis='eigen', whose writes are rotated: set "
+            f"{prefix}basis='coordinate', or leave {prefix}kahan off."
         )
     if options["basis"] == "eigen" and options["estimator"] == "ema":
         raise ValueError(

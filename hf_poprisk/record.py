@@ -28,7 +28,7 @@ STATISTICS_NAME = "poprisk_statistics.json"
 SCHEMA_VERSION = 1
 SOURCE = "arXiv:2605.01172"
 _PACKAGES = ("hf_poprisk", "torch", "transformers", "accelerate", "trl", "peft", "datasets")
-_SETTINGS = "gate estimator ema_alpha exclude label_noise judge_after_epochs leap".split()
+_SETTINGS = "gate estimator ema_alpha kahan exclude label_noise judge_after_epochs leap".split()
 # Settings that are gone, with the value that means what the code does now.
 _GONE = {"reduction": "element", "gate_weight_decay": False, "warmup_steps": 0}
 
@@ -121,7 +121,7 @@ def make_config(
         "schema_version": SCHEMA_VERSION,
         "source": SOURCE,  # where the method comes from
         "optim": str(getattr(args.optim, "value", args.optim)),  # a stock one in a run without the gate
-        **args.gate_options(),  # gate, estimator, ema_alpha, basis
+        **args.gate_options(),  # gate, estimator, ema_alpha, basis, kahan
         "gated": args.gated,
         "around": around,
         "exclude": list(args.poprisk_exclude or ()),
@@ -173,8 +173,15 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], other_data: bool 
     gated = now["optim"] == OPTIM or now["gated"]
     pairs = {"poprisk_basis": (before.get("basis", "coordinate"), now["basis"])}  # of any optimizer's moments
     if gated and (before["optim"] == OPTIM or before.get("gated")):
-        old = {"label_noise": "off", "judge_after_epochs": 0, "leap": 0.0, **before}  # some are older
+        old = {
+            "kahan": False,
+            "label_noise": "off",
+            "judge_after_epochs": 0,
+            "leap": 0.0,
+            **before,
+        }  # some are older
         pairs |= {f"poprisk_{name}": (old[name], now[name]) for name in _SETTINGS}
+        pairs["optim"] = before["optim"], now["optim"]  # whose state it goes on from
         pairs |= {f"{name} (which is gone)": (old.get(name, value), value) for name, value in _GONE.items()}
         if "ema" not in (before["estimator"], now["estimator"]):
             pairs[f"{now['unit']}s per step"] = before["units_per_step"], now["units_per_step"]

@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import importlib.util
+import inspect
 import logging
 import os
 import sys
-import textwrap
-import types
-import typing
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hf_poprisk.checkpoints import checkpoint_to_resume
+from hf_poprisk.command_line import parse
 from hf_poprisk.leave_one_out.data import load_data
-from hf_poprisk.refusals import always
 from hf_poprisk.user_errors import UserError, is_refusal, need, no_empty_folder, one_line
 
-if TYPE_CHECKING:
-    from trl import TrlParser
-
 logger = logging.getLogger(__name__)
-USAGE = "%(prog)s [--config FILE.yaml] [--option value ...]"
 # command → how the names of its trainer and config begin, and what it trains on
 COMMANDS = {
     "dpo": ("DPO", "preference pairs"),
@@ -37,6 +28,9 @@ COMMANDS = {
     "kto": ("KTO", "completions that are good or bad"),
     "grpo": ("GRPO", "prompts and a reward"),
     "rloo": ("RLOO", "prompts and a reward"),
+    "orpo": ("ORPO", "preference pairs, without a reference model"),
+    "cpo": ("CPO", "preference pairs, without a reference model; SimPO too"),
+    "tpo": ("TPO", "preference pairs with a reference text"),
 }
 _PAIRS = ("chosen rejected", "chosen_ids rejected_ids")
 # the columns that a trainer can do with, any line of them
@@ -44,17 +38,12 @@ _COLUMNS = {
     "DPO": _PAIRS,
     "Reward": _PAIRS,
     "KTO": ("completion label", "completion_ids label", *_PAIRS),
+    "ORPO": _PAIRS[:1],
+    "CPO": _PAIRS[:1],
+    "TPO": ("chosen rejected reference",),
     "GRPO": ("prompt",),
     "RLOO": ("prompt",),
     "SFT": ("messages", "conversations", "prompt completion", "input_ids"),  # and dataset_text_field
-}
-# What --help shows of the three hundred options, with those of the script and ours.
-_HELP = {
-    "model": "model_name_or_path dtype",
-    "training": "output_dir learning_rate num_train_epochs max_steps per_device_train_batch_size "
-    "gradient_accumulation_steps max_length num_generations max_completion_length loss_type beta optim seed "
-    "bf16 use_cpu resume_from_checkpoint",
-    "adapters": "use_peft lora_r lora_alpha lora_target_modules load_in_4bit",
 }
 
 
@@ -82,7 +71,8 @@ def train(args: argparse.Namespace) -> None:
     import hf_poprisk
 
     kind = COMMANDS[args.command][0]
-    script = importlib.import_module(f"trl.scripts.{args.command}")
+    name = f"trl.scripts.{args.command}"  # those of trl.experimental have none
+    script = importlib.import_module(name) if importlib.util.find_spec(name) else None
     options = getattr(script, f"{kind}ScriptArguments", trl.ScriptArguments)
     config_class = getattr(hf_poprisk, f"PopRisk{kind}Config")
     types_ = (options, config_class, trl.ModelConfig, trl.DatasetMixtureConfig)
@@ -158,12 +148,18 @@ def _build(kind: str, script: Any, config: Any, model: Any, mixture: Any) -> Any
         "dtype": model.dtype,
         **(config.model_init_kwargs or {}),
     }
-    return getattr(hf_poprisk, f"PopRisk{kind}Trainer")(
+    trainer, quantization = getattr(hf_poprisk, f"PopRisk{kind}Trainer"), trl.get_quantization_config(model)
+    if "quantization_config" in inspect.signature(trainer).parameters:
+        more["quantization_config"] = quantization
+    elif quantization is not None:
+        raise UserError(f"load_in_4bit and load_in_8bit do not go with {kind}: leave them out.")
+    else:
+        config.model_init_kwargs["device_map"] = None  # trl.experimental's would split a model
+    return trainer(
         model.model_name_or_path,
         args=config,
         train_dataset=data[0],
         eval_dataset=data[1] if evaluates else None,
-        quantization_config=trl.get_quantization_config(model),
         peft_config=trl.get_peft_config(model),
         **more,
     )
@@ -233,115 +229,11 @@ def _check_columns(kind: str, config: Any, split: str, data: Any) -> None:
         return
     if not len(data):
         raise UserError(f"the {split} split has no rows.")
-    for column in {*fit, *({"prompt"} & {*names})} - {"label"}:
+    for column in dict.fromkeys([*fit, *({"prompt"} & {*names})]):
+        if column == "label":  # the trainer's
+            continue
         for row, value in enumerate(data[column]):
             if not isinstance(value, str | list):
                 raise UserError(
                     f"{column} of row {row} of the {split} split is {value!r}, where text or a list belongs."
                 )
-
-
-def parse(parser: TrlParser, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
-    """The dataclasses of a parser, from ``--config FILE.yaml`` and the command line, which wins.
-
-    The second one holds the training arguments. ``--help`` shows the options that matter most, ``--help_all``
-    all of them.
-
-    Raises:
-        UserError: a bad key or value, in one sentence; nothing was loaded.
-    """
-    import yaml
-
-    # TRL switches checkpointing on through its old name and asks for it by that.
-    warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
-    parser.usage = USAGE
-    _hide_refused(parser)
-    argv = list(sys.argv[1:] if argv is None else argv)
-    # TRL's parser reads the file only if its name is a word of its own
-    argv = [
-        word for part in argv for word in (part.split("=", 1) if part.startswith("--config=") else [part])
-    ]
-    if argv.count("--config") > 1:
-        raise UserError("--config was given twice: put all options in one file.")
-    if "--help_all" in argv:
-        print(parser.format_help())
-        parser.exit()
-    parser.format_help = lambda: _short_help(parser)  # type: ignore[method-assign]
-    if argv[-1:] == ["--config"]:
-        raise UserError("--config needs a YAML file.")
-    try:
-        *parsed, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
-        if unknown:
-            raise UserError(_unknown(parser, unknown))
-        for group in parsed:
-            check_types(group)
-        parsed[1].check_training()
-    except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
-        raise UserError(" ".join(str(error).split())) from error
-    return tuple(parsed)
-
-
-def _unknown(parser: TrlParser, words: Sequence[str]) -> str:
-    name = next((word for word in words if word.startswith("--")), words[0]).partition("=")[0]
-    known = [option for action in parser._actions for option in action.option_strings]
-    near = difflib.get_close_matches(name, [*known, "--config"], 1)
-    return f"{name} is no option" + (
-        f": did you mean {near[0]}?" if near else "; --help_all shows every one."
-    )
-
-
-def _hide_refused(parser: TrlParser) -> None:
-    """Leave out of the help what this trainer never takes."""
-    config = parser.dataclass_types[1]
-    options = {
-        "_label_rules": "label_noise judge_after_epochs leap",
-        "_weight_rules": "weight_column",
-        "_basis_rules": "basis",
-    }
-    hidden = " ".join(
-        names for rules, names in options.items() if any(r.found is always for r in getattr(config, rules))
-    )
-    for action in parser._actions:
-        if action.dest.removeprefix("poprisk_") in hidden.split():
-            action.help = argparse.SUPPRESS
-
-
-def _short_help(parser: TrlParser) -> str:
-    actions = {a.dest: a for a in parser._actions if a.help != argparse.SUPPRESS}
-    data = [field.name for field in fields(parser.dataclass_types[0])]
-    ours = [name for name in actions if name.startswith("poprisk_")]
-    lines = [f"usage: {USAGE % {'prog': parser.prog}}", ""]
-    for title, names in {"data": " ".join(data), **_HELP, "population risk": " ".join(ours)}.items():
-        lines.append(f"{title}:")
-        for action in (actions[name] for name in names.split() if name in actions):
-            default = "" if action.default is None else f" [{action.default}]"
-            text = " ".join((action.help or "").replace("%%", "%").split())
-            lines += [f"  --{action.dest}{default}", textwrap.indent(textwrap.fill(text, 94), " " * 6)]
-        lines.append("")
-    return "\n".join([*lines, "--help_all shows every option; each may be a key of the YAML file.", ""])
-
-
-def check_types(group: Any) -> None:
-    """YAML has types of its own, and the parser lets those pass that are not text.
-
-    Raises:
-        UserError: a plain field with a value of another type.
-    """
-    for name, hint in typing.get_type_hints(type(group)).items():
-        union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-        kinds = set(typing.get_args(hint)) if union else {hint}
-        value = getattr(group, name, None)
-        if name == "fsdp":  # of which transformers itself makes a bool
-            continue
-        if value is None:
-            continue
-        if any(typing.get_origin(kind) is list for kind in kinds) and not isinstance(
-            value, list | str | dict
-        ):
-            raise UserError(f"{name} must be a list; got {value!r}.")
-        if not kinds <= {int, float, bool, str, type(None)}:
-            continue
-        is_text, is_whole = isinstance(value, str) and str in kinds, type(value) is int and float in kinds
-        if not (type(value) in kinds or is_text or is_whole):
-            expected = " or ".join(sorted(kind.__name__ for kind in kinds - {type(None)}))
-            raise UserError(f"{name} must be {expected}; got {value!r}.")

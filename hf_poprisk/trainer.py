@@ -51,9 +51,7 @@ class PopRiskMixin(
     """Stands before a ``Trainer`` class in the bases and gates its optimizer.
 
     ``optim="poprisk_adamw"`` in the arguments turns it on. With any other optimizer the trainer is the stock
-    one, unless ``poprisk_gate`` is given: then the gate is put around it. Logs ``poprisk/fraction_open``,
-    ``poprisk/fraction_open_null``, ``poprisk/examples`` (or
-    ``groups``) and ``poprisk/margin``.
+    one, unless ``poprisk_gate`` is given: then the gate is put around it. It logs ``poprisk/…``: see README.
 
     Raises (on construction with a training set, and in ``train``):
         TypeError: ``args`` of a stock class, or of one that is made for another trainer.
@@ -203,11 +201,15 @@ class PopRiskMixin(
                 f"optim={name}: plain {name}, no population-risk gate; set optim={OPTIM} for it, or "
                 f"poprisk_gate=hard for one around {name}."
             )
-        result = super().train(*args, **kwargs)  # type: ignore[misc]
+        nothing = "no step was made: the stream ended before one was full, so check what it gives."
+        try:
+            result = super().train(*args, **kwargs)  # type: ignore[misc]
+        except ValueError as error:
+            if "Batch does not contain any data" in str(error):  # accelerate's, of the first one
+                raise ValueError(nothing) from error
+            raise
         if self.state.global_step == 0 and not has_length(self.train_dataset):
-            raise ValueError(
-                "no step was made: the stream ended before one was full, so check what it gives."
-            )
+            raise ValueError(nothing)
         return result
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
@@ -282,7 +284,7 @@ class PopRiskMixin(
 
 def _unwrap(optimizer: Any) -> Any:
     """The optimizer inside accelerate's wrapper."""
-    while hasattr(optimizer, "optimizer"):
+    while not isinstance(optimizer, GatedOptimizer) and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
 

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import reference
 import torch
+from accelerate import Accelerator
 from models import layout, rows, tiny_model, trainer_of
+from pytorch_optimizer import MADGRAD, SOAP, Lion, Lookahead, ScheduleFreeAdamW
 from test_checkpoints import OPTIONS, assert_same, resume
 from test_optimizer import NAN, draw_examples, groups, parameters, run_examples, step
 from torch import nn
@@ -26,6 +28,8 @@ OPTIMIZERS: dict[str, Make] = {
     "adafactor": partial(Adafactor, lr=0.01),
     "rmsprop": partial(RMSprop, lr=0.01),
     "muon": lambda params: Muon(params[:1], lr=0.01),
+    "lion": partial(Lion, lr=0.01, weight_decay=0.1),
+    "soap": partial(SOAP, lr=0.01),
 }
 
 
@@ -79,7 +83,9 @@ def test_the_write_is_gated_and_the_state_is_not(name: str) -> None:
     params = parameters()
     gated = PopRiskGate(OPTIMIZERS[name](params))
     for seed in range(4):
-        twins, twin = copy.deepcopy((params, gated.inner))
+        twins, state, its_groups = copy.deepcopy((params, gated.state, gated.param_groups))
+        twin = object.__new__(type(gated.inner))  # copies of some optimizers lack attributes
+        vars(twin).update(vars(gated.inner), state=state, param_groups=its_groups)
         examples = feed(params, seed)
         run_examples(gated, params, examples)
         for p, w in zip(params, twins, strict=True):
@@ -141,29 +147,14 @@ def test_schedulers_groups_copies_and_checkpoints_are_the_inner_ones() -> None:
     assert any(extra is p for p in gated.gated_parameters)
 
 
-class Averaging(SGD):
-    """As the schedule-free ones."""
-
-    def train(self) -> None: ...
-
-    def eval(self) -> None: ...
-
-
-class Slow(SGD):
-    """Keeps weights in its state, as Lookahead does."""
-
-    def step(self, closure: Any = None) -> None:
-        for p in self.param_groups[0]["params"]:
-            self.state[p].setdefault("slow", p.detach().clone())
-        super().step(closure)
-
-
 @pytest.mark.parametrize(
     ("make", "error", "said"),
     [
         (lambda ps: ASGD(ps), ValueError, r"the state of ASGD holds weights \(ax\): use another"),
-        (lambda ps: Slow(ps, lr=0.1), ValueError, r"the state of Slow holds weights \(slow\)"),
-        (lambda ps: Averaging(ps), ValueError, "Averaging evaluates other weights than it trains"),
+        (lambda ps: MADGRAD(ps), ValueError, r"the state of MADGRAD holds weights \(x0\)"),
+        (lambda ps: ScheduleFreeAdamW(ps), ValueError, "evaluates other weights than it trains"),
+        (lambda ps: Lookahead(SGD(ps)), ValueError, "Lookahead steps SGD: put PopRiskGate around that one"),
+        (lambda ps: Accelerator(cpu=True).prepare(SGD(ps)), ValueError, "AcceleratedOptimizer steps SGD"),
         (lambda ps: LBFGS(ps), ValueError, r"LBFGS takes no step on its own \(.*closure"),
         (lambda ps: PopRiskAdamW(ps), TypeError, "an optimizer without a gate; got PopRiskAdamW"),
         (lambda ps: ps, TypeError, "got list"),
@@ -214,6 +205,8 @@ def test_a_stock_optim_with_a_gate(optim: str, tmp_path: Path, caplog: pytest.Lo
     assert load_record(tmp_path / "checkpoint-5").statistics["parameters"]
     with pytest.raises(ValueError, match="poprisk_gate from 'hard' to 'soft'"):
         build(poprisk_gate="soft", poprisk_exclude=["norm"]).train(str(tmp_path / "checkpoint-5"))
+    with pytest.raises(ValueError, match=f"would change optim from '{optim}' to 'sgd': set it back"):
+        build(**{**gate, "optim": "sgd"}).train(str(tmp_path / "checkpoint-5"))
 
 
 def test_a_gate_around_an_optimizer_that_is_handed_over(tmp_path: Path) -> None:
@@ -231,3 +224,37 @@ def test_a_gate_around_an_optimizer_that_is_handed_over(tmp_path: Path) -> None:
     trainer.optimizer = PopRiskGate(SGD(trainer.model.parameters()))
     with pytest.raises(ValueError, match="the PopRiskGate handed .* gate='hard', but poprisk_gate='none'"):
         trainer.train()
+
+
+def test_several_examples_in_a_backward_are_those_of_one_by_one(tmp_path: Path) -> None:
+    ends = []
+    for micro_batch in (1, 4):
+        options = {**layout(micro_batch, 4), "max_steps": 3, "learning_rate": 0.1, "optim": "sgd"}
+        trainer = trainer_of(tmp_path, rows(12), tiny_model(), **options, poprisk_gate="soft")
+        trainer.train()
+        ends.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+    start = torch.cat([p.detach().flatten() for p in tiny_model().parameters()])
+    assert (ends[0] - ends[1]).norm() < 1e-3 * (ends[0] - start).norm() > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "gate", "around"),
+    [
+        ({"optim": "sgd"}, "none", None),
+        ({"optim": "sgd", "poprisk_gate": "none"}, "none", None),
+        ({"optim": "sgd", "poprisk_gate": "soft"}, "soft", "SGD"),
+        ({"poprisk_gate": "none"}, "none", None),
+        ({}, "hard", None),
+    ],
+)
+def test_the_record_says_whether_there_was_a_gate(
+    options: dict[str, Any], gate: str, around: str | None, tmp_path: Path
+) -> None:
+    trainer = trainer_of(tmp_path, rows(4), tiny_model(), **layout(1, 4), max_steps=1, **options)
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card()
+    config, card = load_record(tmp_path).config, (tmp_path / "README.md").read_text()
+    assert (config["gate"], config["gated"], config["around"]) == (gate, gate != "none", around)
+    assert ("and the gate off (" in card) == (gate == "none")
+    assert (f"{around or 'AdamW'}'s update is written only as far as" in card) == (gate != "none")

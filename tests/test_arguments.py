@@ -305,6 +305,7 @@ BAD: dict[str, list[Any]] = {
     "leap": [-1.0, 1e-6, float("inf"), float("nan"), True, "far"],
     "ema_alpha": [0.0, -0.5, float("nan"), True, "0.5"],
     "basis": ["Eigen", None],
+    "kahan": [1, "true", None],
     "exclude": [["embed", 3], ["first("]],
     "label_noise": ["open"],
     "judge_after_epochs": [-1, 0.5, True, "1"],

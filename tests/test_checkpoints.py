@@ -217,7 +217,7 @@ def test_a_record_of_version_0_1(gone: str, value: Any, run: Path) -> None:
     with pytest.raises(ResumeError, match=f"would change {gone} .which is gone. from") as caught:
         resume(causal(run))
     one_sentence(caught.value)
-    edit_record(run / "checkpoint-3", **old)
+    edit_record(run / "checkpoint-3", **old, warmup_steps=0)
     resume(causal(run))
 
 
@@ -486,3 +486,19 @@ def test_with_weights_alone_damage_is_still_damage(tmp_path: Path) -> None:
         assert damage(tmp_path / f"checkpoint-{step}", weights_only=True).endswith(said)
     with pytest.raises(ResumeError, match="holds no complete checkpoint"):
         resume(causal(tmp_path, **options))
+
+
+def test_kahan_in_a_trainer(tmp_path: Path) -> None:
+    """It is in the record, resumes bit for bit, and a run without it is another one."""
+
+    def build(**options: Any) -> Any:
+        model = tiny_model().to(torch.bfloat16)
+        return trainer_of(tmp_path, rows(10), model, **{**OPTIONS, "poprisk_kahan": True, **options})
+
+    whole = build()
+    whole.train()
+    assert_same(whole, resume(build(), tmp_path / "checkpoint-2"))
+    assert load_record(tmp_path / "checkpoint-5").config["kahan"] is True
+    assert any(state["lost"].any() for state in whole._poprisk_optimizer().state.values())
+    with pytest.raises(ResumeError, match="would change poprisk_kahan from True to False"):
+        resume(build(poprisk_kahan=False), tmp_path / "checkpoint-2")

@@ -330,7 +330,7 @@ def test_what_has_no_basis_is_refused(
         trainer = classify(tmp_path, examples(), **EIGEN)
         trainer.args.fsdp = "full_shard"
         trainer.train()
-    with pytest.raises(ValueError, match="DeepSpeed is not supported .* poprisk_basis=coordinate"):
+    with pytest.raises(ValueError, match="deepspeed is not supported .* poprisk_basis=coordinate"):
         trainer = classify(tmp_path, examples(), **EIGEN)
         trainer.is_deepspeed_enabled = True
         trainer.train()

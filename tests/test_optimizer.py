@@ -475,3 +475,65 @@ def test_names_are_in_messages_and_records() -> None:
     assert optimizer.describe(params[2]) == "mlp.up"
     optimizer.name_parameters([("other", params[0])])
     assert optimizer.names[params[0]] == "other" and optimizer.names[params[1]] == "norm.bias"
+
+
+def regression(dtype: torch.dtype, steps: int = 600, **options: Any) -> tuple[float, PopRiskAdamW]:
+    """The loss of a regression whose writes are below the resolution of bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+    x, true = torch.randn(512, 16, generator=generator), torch.randn(16, generator=generator)
+    w = nn.Parameter((true + 0.1 * torch.randn(16, generator=generator).sign()).to(dtype))
+    optimizer = PopRiskAdamW([w], lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0, **options)
+    for _ in range(steps):
+        for i in torch.randint(512, (4,), generator=generator).tolist():
+            with optimizer.example():
+                ((x[i].to(dtype) * (w - true.to(dtype))).sum() ** 2 / 4).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return float(((x @ (w.detach().float() - true)) ** 2).mean()), optimizer
+
+
+@pytest.mark.parametrize("gate", ["hard", "none"])
+def test_kahan_keeps_what_rounding_loses(gate: str) -> None:
+    start = regression(torch.float32, 0)[0]
+    exact = regression(torch.float32, gate=gate)[0]
+    assert exact < 0.75 * start
+    assert regression(torch.bfloat16, gate=gate)[0] > 0.95 * start  # it stalls
+    for dtype in (torch.bfloat16, torch.float16):
+        loss, optimizer = regression(dtype, gate=gate, kahan=True)
+        assert loss == pytest.approx(exact, abs=0.05 * start)
+        (state,) = optimizer.state.values()
+        assert {x.dtype for n, x in state.items() if n != "step"} == {dtype}
+
+
+def test_kahan_goes_on_from_a_checkpoint_and_into_copies() -> None:
+    params = [nn.Parameter(p.detach().to(torch.bfloat16)) for p in parameters()]
+    optimizer = PopRiskAdamW(params, lr=1e-4, kahan=True)
+    step(optimizer, params, draw_examples(params, b=4, seed=0))
+    twins, twin = copy.deepcopy((params, optimizer))
+    fresh = [nn.Parameter(p.detach().clone()) for p in params]
+    other = PopRiskAdamW(fresh, lr=1e-4, kahan=True)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    ends = []
+    for one in (optimizer, twin, other):
+        held = one.param_groups[0]["params"]
+        for seed in range(1, 9):
+            step(one, held, draw_examples(held, b=4, seed=seed))
+        ends.append([*held, *(one.state[p]["lost"] for p in held)])
+    for end in ends[1:]:
+        assert all(map(torch.equal, ends[0], end))
+    assert any(x.any() for x in ends[0][len(params) :])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"kahan": True},
+            "^kahan=True is for weights of bfloat16 or float16, and one is torch.float32: leave",
+        ),
+        ({"kahan": True, "basis": "eigen"}, "^kahan=True does not go with basis='eigen', whose writes"),
+    ],
+)
+def test_kahan_is_refused_where_it_does_nothing(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        PopRiskAdamW(parameters(), **options)
