@@ -28,7 +28,7 @@ from losses import SEQ2SEQ_DATA, FirstGradient, first_step, gap
 from models import layout, preferences, rows, sequences, some_bases, trainer_of, trl_trainer_of
 from sharded_trainers import LORA, PACKED, packed
 from test_checkpoints import assert_same
-from test_stock_gradient_trl import SEQ2SEQ, LastTokens, behind_the_mixins
+from test_stock_gradient_trl import LastTokens, behind_the_mixins
 from test_trainer import Record
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -135,7 +135,7 @@ def beside_stock(kind: str, model_dir: str, folder: Path) -> dict[str, float]:
     ours = tuple(getattr(hf_poprisk, f"PopRisk{kind}{what}", None) for what in ("Trainer", "Config"))
     stock = {**preference.STOCK, **online.STOCK, "Seq2Seq": (LastTokens, Seq2SeqTrainingArguments)}[kind]
     if kind == "Seq2Seq":
-        ours, model = behind_the_mixins(*stock), SEQ2SEQ["bart"]()
+        ours, model = behind_the_mixins(*stock), LOSSES["token mean: bart"].model()
         data = [{**row, "labels": row["input_ids"].roll(1)} for row in SEQ2SEQ_DATA]
     elif kind in online.STOCK:
         options = {**online.RUN, "reward_funcs": online.reward}
