@@ -163,7 +163,7 @@ class OneByOne:
         return bool(entangled)
 
     def _entangled(self, flat: bool = False) -> list[nn.Module]:
-        """The modules of the cut with an output that belongs to no example, and a slope (zero counts if ``flat``)."""
+        """The modules of the cut with a slope, or ``flat`` one, at an output that belongs to no example."""
         return [
             module
             for call in self._calls

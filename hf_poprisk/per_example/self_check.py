@@ -146,9 +146,7 @@ class SelfCheck:
             if layers is not None and verdict.not_together is None:
                 verdict.not_together = self._squares_differ(together, alone)
             if verdict.not_one_by_one is None and self._keeps_state:
-                verdict.not_one_by_one = (
-                    "the model keeps state in its forward, which examples alone would change"
-                )
+                verdict.not_one_by_one = "the model keeps state in its forward, which examples alone change"
         doubt = verdict.not_one_by_one if layers is None else verdict.not_together
         if self._over_shards([[float(doubt is not None)]])[0][0] and not verdict.no_gradient:
             with mode(self._model, training=True):
