@@ -153,19 +153,25 @@ class OneByOne:
         Returns:
             Whether there was such a module.
         """
-        entangled = self._entangled()
+        slots = [slot for call in self._calls for of_module in call.slots for slot in of_module]
+        # of a loss without a gradient where it would have one is all there is to see
+        flat = not any(slot.slope is not None and bool(slot.slope.any()) for slot in slots)
+        entangled = self._entangled(flat)
         if entangled:
             kept = [module for module in self._cut if module not in entangled]
             self._cut = list(dict.fromkeys([*kept, *self._parts(entangled)]))
         return bool(entangled)
 
-    def _entangled(self) -> list[nn.Module]:
-        """The modules of the cut with an output that belongs to no example, and a slope there."""
+    def _entangled(self, flat: bool = False) -> list[nn.Module]:
+        """The modules of the cut with a slope, or ``flat`` one, at an output that belongs to no example."""
         return [
             module
             for call in self._calls
             for module, slots in zip(call.modules, call.slots, strict=True)
-            if any(slot.axis is None and slot.slope is not None and bool(slot.slope.any()) for slot in slots)
+            if any(
+                slot.axis is None and slot.slope is not None and (flat or bool(slot.slope.any()))
+                for slot in slots
+            )
         ]
 
     def _parts(self, modules: list[nn.Module]) -> list[nn.Module]:

@@ -45,6 +45,7 @@ _EXACT = _Tolerance(gradient=1e-3, square=1e-2, floor=1e-3, loss=1e-4, rounding=
 _LOW_PRECISION = _Tolerance(gradient=0.1, square=0.3, floor=0.01, loss=2e-2, rounding=2**-7)
 # Of a term that belongs to no example: it is computed from the same weights in the same way.
 _SAME = 1e-2
+_ELSEWHERE = "another rank's loss"
 _Gradients = dict[Tensor, Tensor]
 
 
@@ -66,7 +67,7 @@ class Verdict:
         if not found or not all(verdict.finite for verdict in ranks):
             return None
         together, one_by_one = (
-            next(filter(None, (getattr(verdict, path) for verdict in found)), None)
+            min((why for v in found if (why := getattr(v, path))), key=_ELSEWHERE.__eq__, default=None)
             for path in ("not_together", "not_one_by_one")
         )
         shared, unreached = zip(*((v.shared, v.unreached) for v in found), strict=True)
@@ -145,9 +146,7 @@ class SelfCheck:
             if layers is not None and verdict.not_together is None:
                 verdict.not_together = self._squares_differ(together, alone)
             if verdict.not_one_by_one is None and self._keeps_state:
-                verdict.not_one_by_one = (
-                    "the model keeps state in its forward, which examples alone would change"
-                )
+                verdict.not_one_by_one = "the model keeps state in its forward, which examples alone change"
         doubt = verdict.not_one_by_one if layers is None else verdict.not_together
         if self._over_shards([[float(doubt is not None)]])[0][0] and not verdict.no_gradient:
             with mode(self._model, training=True):
@@ -277,7 +276,7 @@ class SelfCheck:
         wrong = abs(loss - stock) > self._tolerance.loss * max(abs(stock), 1e-3)
         *rows, (anywhere, *_) = self._over_shards([*rows, [float(wrong), 0.0, 0.0]])
         if anywhere:
-            return f"the loss would be {loss:.4g} and not {stock:.4g}" if wrong else "another rank's loss"
+            return f"the loss would be {loss:.4g} and not {stock:.4g}" if wrong else _ELSEWHERE
         size = sum(size for _, size, _ in rows)
         if not size and not self._verdict.no_gradient:
             return "dropout aside there is no gradient to compare with"

@@ -12,7 +12,7 @@ shards, and the whole squares of a group only as long as FSDP2 keeps its whole g
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -166,9 +166,11 @@ class ShardedWindow(ExampleWindow):
         self.params = sharded
         self._shards: dict[Tensor, Tensor] = {}  # sharded parameter → this rank's part of Q, on all ranks
 
-    def batch(self, layers: BatchedGradients, layout: Layout) -> AbstractContextManager[Capture]:
-        self._unfreeze()
-        return super().batch(layers, layout)
+    @contextmanager
+    def batch(self, layers: BatchedGradients, layout: Layout) -> Iterator[Capture]:
+        self._unfreeze()  # before the forward, and not only for the backward
+        with super().batch(layers, layout) as capture:
+            yield capture
 
     def _unfreeze(self) -> None:
         """PEFT freezes adapters for a reference pass, which FSDP2 passes on to what it gathers in it.

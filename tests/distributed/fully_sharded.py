@@ -184,7 +184,7 @@ def run(layout: Layout) -> dict[str, Any]:
         found["windows"].append(entry)
         if step == 0:
             optimizer.zero_grad()
-    before = {name: p.full_tensor() for name, p in named.items()}
+    before = {name: p.full_tensor().clone() for name, p in named.items()}
     found["norm"] = torch.nn.utils.clip_grad_norm_(named.values(), 1e9).full_tensor()
     optimizer.step()
     found["steps"] = {name: (before[name], p.full_tensor()) for name, p in named.items()}

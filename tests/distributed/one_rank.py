@@ -3,7 +3,6 @@
 Imported once, before the ranks are forked from it. Not a test module.
 """
 
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from fully_sharded import join
 from losses import OwnLoss
 from models import layout, trainer_of
 from per_example.test_factors import random_factors, run_of
 from per_example.test_self_check import Classifier, Labelled, rows
-from sharded_trainers import FSDP, accelerate_shards
+from sharded_trainers import WRAPPED, accelerate_shards
 from torch import Tensor
 from transformers import default_data_collator
 
@@ -93,10 +93,9 @@ def run(folder: Path, model: Any, trainer: Any = PopRiskTrainer, wrong: bool = F
 
 
 def sharded(folder: Path, trainer: Any = PopRiskTrainer, **options: Any) -> Any:
+    options |= {"fsdp": True, "fsdp_config": dict(WRAPPED), **layout(2, 2)}
     with accelerate_shards():
-        built = trainer_of(
-            folder, None, None, (trainer, PopRiskTrainingArguments), **FSDP, **layout(2, 2), **options
-        )
+        built = trainer_of(folder, None, None, (trainer, PopRiskTrainingArguments), **options)
         try:
             built.train()
         except ValueError as error:
@@ -138,12 +137,9 @@ CASES: dict[str, Callable[[Path], Any]] = {
 }
 
 
-def main(rank: int, world: int, port: int, folder: Path, name: str) -> None:
+def main(rank: int, world: int, port: int, folder: Path) -> None:
     """In a process of its own."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
-    torch.save(CASES[name](folder), folder / f"{name}-{rank}.pt")
+    join(rank, world, port)
+    torch.save({name: case(folder / name) for name, case in CASES.items()}, folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

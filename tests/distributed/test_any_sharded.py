@@ -44,7 +44,7 @@ def main(rank: int, world: int, port: int, folder: Path) -> None:
 
 
 def test_the_step_is_that_of_one_process(tmp_path: Path) -> None:
-    launch("test_any_sharded", main, 2, tmp_path)
+    launch(main, 2, tmp_path)
     expected, before = trained(tiny_model(), 0, 1), list(tiny_model().parameters())
     different = moved = 0
     for ours, theirs, start in zip(torch.load(tmp_path / "weights.pt"), expected, before, strict=True):

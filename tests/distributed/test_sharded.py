@@ -19,7 +19,7 @@ CASES = [(world, name) for world, layouts in LAYOUTS.items() for name in layouts
 def start(main: Callable[..., None], world: int, *args: Any) -> list[Any]:
     """Processes of ``main(rank, world, port, *args)``, forked from one that has imported all."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sharded_trainers"])
+    context.set_forkserver_preload(["worker", "one_rank"])
     with pytest.MonkeyPatch.context() as patch, socket.socket() as free:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # or it would find nothing, and say nothing
         multiprocessing.forkserver.ensure_running()
@@ -130,13 +130,14 @@ def test_the_step_is_adamws_where_the_gate_is_open(world: int, name: str, found:
     for key, (before, after) in seen["steps"].items():
         grad, *squares_and_q = seen["windows"][1][key]
         is_open = squares_and_q[1].bool() if squares_and_q else torch.ones_like(before, dtype=torch.bool)
+        grad, rtol = grad.float(), 1e-2 if "bf16" in name else 1e-5
         stock = before - 1e-3 * grad / (grad.abs() + 1e-8)  # the first one: m is G, and v its square
-        torch.testing.assert_close(after[is_open], stock[is_open].to(after.dtype), rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(after[is_open].float(), stock[is_open], rtol=rtol, atol=1e-8)
         assert torch.equal(after[~is_open], before[~is_open]), key
         norm += float(grad.double().square().sum())
         if squares_and_q:
             opened, live = opened + int(is_open.sum()), live + int((squares_and_q[0] > 0).sum())
-    assert float(seen["norm"]) == pytest.approx(norm**0.5, rel=1e-2 if "bf16" in name else 1e-5)
+    assert float(seen["norm"]) == pytest.approx(norm**0.5, rel=rtol)
     assert seen["statistics"]["poprisk/fraction_open"] == pytest.approx(opened / live, rel=1e-6)
     assert seen["statistics"]["poprisk/examples"] == B
 
@@ -150,7 +151,7 @@ def test_the_gate_costs_one_reduction_of_the_squares(name: str, found: dict[int,
     assert sent["all_gather_single"] == plain["all_gather_single"]
     tensors = len(found[2][name]["expected"])
     # before the first step whether any gradient is finite; b; four sums of each tensor
-    assert sent["all_reduce"] == [*plain["all_reduce"], 4, 8, 16 * tensors]
+    assert "all_reduce" not in plain and sent["all_reduce"] == [4, 8, 16 * tensors]
 
 
 def test_the_loop_of_the_guide_runs(found: dict[int, Any]) -> None:

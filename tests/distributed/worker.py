@@ -1,11 +1,9 @@
-"""What every launched process runs: all trainers over the same examples, and DDP's corner cases.
+"""What each rank of ``test_layout.py`` does: all trainers over the same examples, and DDP's corner cases.
 
-    accelerate launch … worker.py OUT.pt MODEL_DIR
-
-Rank 0 saves what it saw. Not a test module: ``test_layout.py`` launches it and compares.
+Imported once, before the ranks are forked from it. Rank 0 saves what it saw. Not a test module.
 """
 
-import sys
+import os
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from functools import partial
@@ -13,22 +11,20 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import conftest  # noqa: F401
 import pytest
 import reference
 import test_online_trainers as online
 import test_preference_trainers as preference
 import torch
 import torch.distributed as dist
+from fully_sharded import join
 from leave_one_out.helpers import Classifier, examples, planted
 from losses import KINDS as LOSSES
 from losses import SEQ2SEQ_DATA, FirstGradient, first_step, gap
 from models import layout, preferences, rows, sequences, some_bases, trainer_of, trl_trainer_of
 from sharded_trainers import LORA, PACKED, packed
 from test_checkpoints import assert_same
-from test_stock_gradient_trl import SEQ2SEQ, LastTokens, behind_the_mixins
+from test_stock_gradient_trl import LastTokens, behind_the_mixins
 from test_trainer import Record
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -66,6 +62,7 @@ CASES = [(kind, *layout) for kind in KINDS for layout in LAYOUTS] + [("Trainer",
 
 def build(kind: str, model_dir: str, world: int, micro_batch: int, **changes: Any) -> Any:
     """A trainer whose step t sees examples 16 t … 16 t + 15 in any layout."""
+    torch.manual_seed(0)  # of an adapter
     folder, what = changes.pop("output_dir", "unused"), kind.split("-")[0]
     per_rank = B // world * (2 if kind == "DPO-later" else 1)
     options = {**layout(micro_batch, per_rank), "max_steps": 2, **OPTIONS.get(kind, {}), **changes}
@@ -135,7 +132,7 @@ def beside_stock(kind: str, model_dir: str, folder: Path) -> dict[str, float]:
     ours = tuple(getattr(hf_poprisk, f"PopRisk{kind}{what}", None) for what in ("Trainer", "Config"))
     stock = {**preference.STOCK, **online.STOCK, "Seq2Seq": (LastTokens, Seq2SeqTrainingArguments)}[kind]
     if kind == "Seq2Seq":
-        ours, model = behind_the_mixins(*stock), SEQ2SEQ["bart"]()
+        ours, model = behind_the_mixins(*stock), LOSSES["token mean: bart"].model()
         data = [{**row, "labels": row["input_ids"].roll(1)} for row in SEQ2SEQ_DATA]
     elif kind in online.STOCK:
         options = {**online.RUN, "reward_funcs": online.reward}
@@ -157,11 +154,12 @@ def beside_stock(kind: str, model_dir: str, folder: Path) -> dict[str, float]:
         owners = [(torch.arange(2) + 2 * k).repeat(rows_of_one) for k in range(2)]
     parts = reference.parts_of_the_loss(trainer, batches, owners, 1.0 if kind == "GRPO" else 0.5)
     world, far, loop = dist.get_world_size(), 0.0, {}
+    largest = max(float(q.max()) for _, q in window.values())  # rounding is all there is to some
     for name, (_, q) in window.items():
         loop[name], squares = reference.grad_and_square_sums(parts, name)
         for x in (loop[name], squares):
             dist.all_reduce(x)
-        far = max(far, float((q - squares / world**2).abs().max() / q.abs().max()))
+        far = max(far, float((q - squares / world**2).abs().max() / (q.max() + 1e-6 * largest)))
     gradient = {name: g for name, (g, _) in window.items()}
     loop = {name: g / world for name, g in loop.items()}
     return {"b": b, "stock": gap(gradient, grab.gradient), "loop": gap(gradient, loop), "squares": far}
@@ -240,31 +238,30 @@ def branches(bucket_view: bool) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    out, model_dir = sys.argv[1:]
-    # the first config starts the process group; without it there is no world to ask for
-    world = hf_poprisk.PopRiskTrainingArguments("unused", use_cpu=True).world_size
-    saved: dict[str, Any] = {"world": world}
-    micro_batches = [(kind, n) for kind, ranks, n in CASES if ranks == world]
-    alone = [(kind, 1) for kind in KINDS] if world == 1 else []
-    saved["kinds"] = {(kind, n): run(kind, model_dir, world, n) for kind, n in alone + micro_batches}
-    saved["later"] = run("DPO-later", model_dir, world, 4)
-    saved["eigen"] = run("DPO-eigen", model_dir, world, 4)
-    if world > 1:
-        saved["branches"] = [branches(view) for view in (False, True)]
-        folder = Path(out).parent
-        saved["beside"] = {kind: beside_stock(kind, model_dir, folder / "beside") for kind in BESIDE}
-        saved["packing"] = uneven_packing(model_dir, folder / "packing")
-        column = partial(build, "DPO-column", model_dir, world, 4, max_steps=1)
-        saved["column"], _ = away_without_gate(column)
-        saved["stock"] = {name: away_from_stock(name, folder / "stock") for name in STOCK}
-        saved["resume"] = {k: resumed_is_uninterrupted(k, model_dir, folder, world) for k in RESUMED}
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        torch.save(saved, out)
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+def alone(model_dir: Path) -> dict[str, Any]:
+    """In one process."""
+    model = str(model_dir)
+    kinds = [(kind, 1) for kind in KINDS] + [(kind, n) for kind, ranks, n in CASES if ranks == 1]
+    return {
+        "kinds": {(kind, n): run(kind, model, 1, n) for kind, n in kinds},
+        **{name: run(f"DPO-{name}", model, 1, 4) for name in ("later", "eigen")},
+    }
 
 
-if __name__ == "__main__":
-    main()
+def main(rank: int, world: int, port: int, folder: Path, model_dir: Path) -> None:
+    """In a process of its own."""
+    os.chdir(folder)
+    join(rank, world, port)
+    model, kinds = str(model_dir), [(kind, n) for kind, ranks, n in CASES if ranks == world]
+    saved: dict[str, Any] = {"kinds": {(kind, n): run(kind, model, world, n) for kind, n in kinds}}
+    saved |= {name: run(f"DPO-{name}", model, world, 4) for name in ("later", "eigen")}
+    saved["branches"] = [branches(view) for view in (False, True)]
+    saved["beside"] = {kind: beside_stock(kind, model, folder / "beside") for kind in BESIDE}
+    saved["packing"] = uneven_packing(model, folder / "packing")
+    saved["column"], _ = away_without_gate(partial(build, "DPO-column", model, world, 4, max_steps=1))
+    saved["stock"] = {name: away_from_stock(name, folder / "stock") for name in STOCK}
+    saved["resume"] = {kind: resumed_is_uninterrupted(kind, model, folder, world) for kind in RESUMED}
+    if rank == 0:
+        torch.save(saved, folder / "two.pt")
+    dist.barrier()
+    dist.destroy_process_group()
