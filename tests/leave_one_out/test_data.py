@@ -23,7 +23,8 @@ def test_splits_of_folders(run: Path, tmp_path: Path, capsys: Any) -> None:
     """Of data files, and of ``save_to_disk``."""
     files, saved = tmp_path / "files", tmp_path / "dict"
     files.mkdir()
-    few, plain = pairs().select(range(9)), pairs(flips=False)
+    plain = pairs(flips=False)
+    few = plain.select(range(9))
     plain.to_parquet(files / "train.parquet")
     few.to_parquet(files / "test.parquet")
     DatasetDict({"train": few, "kept": pairs()}).save_to_disk(saved)

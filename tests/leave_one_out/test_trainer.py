@@ -478,8 +478,8 @@ def test_settings_are_refused_with_a_way_out(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="or set poprisk_gate=none, poprisk_label_noise=off"):
         PopRiskTrainingArguments(str(tmp_path), **quiet).check_training()
     trainer = classify(tmp_path, examples(), poprisk_label_noise="weight")
-    trainer.is_fsdp_enabled = True
-    with pytest.raises(ValueError, match="FSDP is not supported .* poprisk_label_noise=off"):
+    trainer.is_deepspeed_enabled = True
+    with pytest.raises(ValueError, match="deepspeed is not supported .* poprisk_label_noise=off"):
         trainer.train()
 
 
