@@ -46,7 +46,8 @@ def add_command(commands: Any) -> None:
         "--write",
         choices=WRITES,
         help="write a copy of the data: without the rows whose label is right with a probability below .5; "
-        "with what a row counts by it as label_weight, for poprisk_weight_column; or with those pairs reversed",
+        "with what a row counts by it as label_weight, for poprisk_weight_column; or with those pairs "
+        "reversed",
     )
     parser.add_argument(
         "--to", type=Path, metavar="FOLDER", help="where --write writes, a data set in Parquet"

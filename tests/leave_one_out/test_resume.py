@@ -134,8 +134,7 @@ def test_an_earlier_model_is_not_said_to_be_weighted(llama_dir: Path, tmp_path: 
     trainer = build("classes", llama_dir, tmp_path, **options)
     trainer.train()
     assert trainer.state.best_global_step == 8 and trainer._label_noise.weighted
-    trainer.create_model_card()
-    card = (tmp_path / "README.md").read_text()
+    card = trainer._card_section(trainer._record())
     assert ", weights since step 8, but this model is of step 8.\n" in card
 
 

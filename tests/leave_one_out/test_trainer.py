@@ -432,6 +432,19 @@ def test_an_index_of_the_models_own_is_left_to_it_without_label_noise(tmp_path: 
     assert trainer.state.global_step == 2
 
 
+def test_a_loss_may_take_its_labels_out_of_the_batch(tmp_path: Path) -> None:
+    class Own(PopRiskTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+            labels = inputs.pop("labels")
+            return F.cross_entropy(model(**inputs)["logits"], labels)
+
+    usual, own = (classify(tmp_path, examples(), poprisk_label_noise="weight") for _ in range(2))
+    own.__class__ = Own
+    for trainer in (usual, own):
+        trainer.train()
+    assert own._label_noise.fit == usual._label_noise.fit and same(weights(usual), weights(own))
+
+
 # -- refusals -----------------------------------------------------------------------------------------------
 
 
