@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -137,8 +138,11 @@ def judge(args: argparse.Namespace) -> None:
 
         repo = make_repository(args.push_to_hub)
     out = Path(os.path.abspath(args.output_dir))
-    with folder_beside(out) as temporary, _no_cache():
-        noise, said, chunks = _judged(new_trainer, temporary / "trainer", out)
+    with folder_beside(out):
+        pass  # it can be written to, which is asked before labels are judged
+    with TemporaryDirectory() as folder, _no_cache():  # beside OUT a killed command would leave it behind
+        noise, said, chunks = _judged(new_trainer, Path(folder), out)
+    with folder_beside(out) as temporary:
         (temporary / "judged").mkdir()
         noise.save(temporary / "judged")
         run = replace(load_run(temporary / "judged"), folder=args.output_dir)
