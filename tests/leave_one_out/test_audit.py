@@ -132,6 +132,7 @@ def test_as_a_module(tmp_path: Path) -> None:
 def test_pairs_that_tell_little_are_named(tmp_path: Path, capsys: Any, fit: NoiseFit, says: str) -> None:
     out = command(capsys, save_run(tmp_path / "run", fit=fit))
     assert says in out and ("Noise rate: open" in out) == (fit is not FIT)
+    assert ("Precision at that cut" in out) == (fit is FIT)
 
 
 def test_report_without_data(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
