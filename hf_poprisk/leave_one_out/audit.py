@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 WRITES = ("filtered", "weighted", "reflipped")
 _ADDED = {"weighted": "label_weight", "reflipped": "reflipped"}  # columns of the copies
+_NOTHING = "nothing tells whether the rows and labels of these are the same"
 
 
 def add_command(commands: Any) -> None:
@@ -72,6 +73,8 @@ def audit(args: argparse.Namespace) -> None:
         data = load_data(args.dataset, args.split, args.config_name)
         rows = find_rows(data, run)
         flips = known_flips(data, rows)
+        if others := _unknown(run, data):
+            done += [f"The data have no column of those that the run was trained on ({others}): {_NOTHING}."]
         if len(data) > len(rows):
             done += [f"{len(data) - len(rows)} rows of the data are not in the run."]
     if args.write:
@@ -124,7 +127,6 @@ def check_target(folder: Path, option: str, data: str, but: str | None = None) -
 def _check_write(run: Run, data: Dataset, p_correct: np.ndarray, kind: str, force: bool) -> None:
     """Refuse what ``_write`` cannot do, or should not."""
     fit, forced, columns = run.fit, "--force writes it all the same", set(data.column_names)
-    sampled = {column for row in run.sample.values() for column in row}
     pairs = run.preferences and {"chosen", "rejected"} <= columns
     for wrong, sentence in (
         (
@@ -137,9 +139,8 @@ def _check_write(run: Run, data: Dataset, p_correct: np.ndarray, kind: str, forc
             f"mislabeled label at all; {forced}",
         ),
         (
-            sampled and not sampled & columns,
-            f"needs data with a column of those that the run was trained on ({', '.join(sorted(sampled))}): "
-            "nothing tells whether the labels of these are the same",
+            others := _unknown(run, data),
+            f"needs data with a column of those that the run was trained on ({others}): {_NOTHING}",
         ),
         # an empty data set cannot be loaded
         (kind == "filtered" and (p_correct < 0.5).all(), "would drop every row: use weighted"),
@@ -152,6 +153,12 @@ def _check_write(run: Run, data: Dataset, p_correct: np.ndarray, kind: str, forc
     ):
         if wrong:
             raise UserError(f"--write {kind} {sentence}.")
+
+
+def _unknown(run: Run, data: Dataset) -> str:
+    """The columns that the run was trained on, if the data have none of them to know the rows by."""
+    sampled = {column for row in run.sample.values() for column in row}
+    return "" if sampled & set(data.column_names) else ", ".join(sorted(sampled))
 
 
 def _write(run: Run, data: Dataset, p_correct: np.ndarray, kind: str, folder: Path) -> int:

@@ -242,6 +242,8 @@ def test_what_cannot_be_written(run: Path, saved: Path, tmp_path: Path, capsys: 
     tokens = Dataset.from_dict({"input_ids": [[i] for i in range(N)], "labels": [0] * N})
     other = save_run(tmp_path / "other", sample=take_sample(tokens, np.arange(N)))
     assert "was trained on (input_ids, labels): nothing tells" in sentence("filtered", other)
+    assert "was trained on (input_ids, labels): nothing tells" in command(capsys, other, "--dataset", saved)
+    assert "nothing tells" not in command(capsys, run, "--dataset", saved)
     classes = save_run(tmp_path / "classes", preferences=False)
     assert "reflipped is for preference pairs" in sentence("reflipped", classes)
     pairs(scores=False).remove_columns("rejected").save_to_disk(tmp_path / "half")
