@@ -9,7 +9,8 @@ weights.py    what is kept of it, the weights, and when an estimate means little
 table.py      ``judged.parquet``: a row per example, and what a resumed run needs
 index.py      which example is which, in a batch and from run to run
 mixin.py      its place in the trainers
-judge_command.py  ``hf-poprisk judge``: labels judged without training; judge_inputs.py
+judge_command.py  ``hf-poprisk judge``: labels judged without training; judge_inputs.py, publish.py, and
+              chunks.py, by which a killed one goes on
 audit.py      ``hf-poprisk audit``: the report and copies of the data; data.py, report.py, page.py
 """
 

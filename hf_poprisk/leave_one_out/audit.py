@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_poprisk.leave_one_out.data import find_rows, known_flips, load_data
+from hf_poprisk.leave_one_out.data import TRUTH, find_rows, known_flips, load_data
 from hf_poprisk.leave_one_out.index import INDEX
 from hf_poprisk.leave_one_out.page import write_page
 from hf_poprisk.leave_one_out.report import report
@@ -26,8 +26,9 @@ from hf_poprisk.user_errors import UserError, folder_beside
 if TYPE_CHECKING:
     from datasets import Dataset
 
-WRITES = ("filtered", "weighted")
-WEIGHT = "label_weight"  # the column of the weighted copy
+WRITES = ("filtered", "weighted", "reflipped")
+_ADDED = {"weighted": "label_weight", "reflipped": "reflipped"}  # columns of the copies
+_NOTHING = "nothing tells whether the rows and labels of these are the same"
 
 
 def add_command(commands: Any) -> None:
@@ -46,7 +47,8 @@ def add_command(commands: Any) -> None:
         "--write",
         choices=WRITES,
         help="write a copy of the data: without the rows whose label is right with a probability below .5; "
-        "or with what a row counts by it as label_weight, for poprisk_weight_column",
+        "with what a row counts by it as label_weight, for poprisk_weight_column; or with those pairs "
+        "reversed",
     )
     parser.add_argument(
         "--to", type=Path, metavar="FOLDER", help="where --write writes, a data set in Parquet"
@@ -71,6 +73,8 @@ def audit(args: argparse.Namespace) -> None:
         data = load_data(args.dataset, args.split, args.config_name)
         rows = find_rows(data, run)
         flips = known_flips(data, rows)
+        if others := _unknown(run, data):
+            done += [f"The data have no column of those that the run was trained on ({others}): {_NOTHING}."]
         if len(data) > len(rows):
             done += [f"{len(data) - len(rows)} rows of the data are not in the run."]
     if args.write:
@@ -83,7 +87,7 @@ def audit(args: argparse.Namespace) -> None:
         done += [f"page: {args.page}"]
     if args.write:
         count = _write(run, data, p_correct, args.write, args.to)
-        verb = "dropped" if args.write == "filtered" else "below .5"
+        verb = {"filtered": "dropped", "weighted": "below .5", "reflipped": "reversed"}[args.write]
         done += [f"{args.write} data: {args.to} ({count} of {len(data)} rows {verb})"]
     print(*lines, *done, sep="\n")
 
@@ -105,11 +109,16 @@ def _check_options(args: argparse.Namespace) -> None:
         check_target(args.to, "--to", args.dataset)
 
 
-def check_target(folder: Path, option: str, data: str) -> None:
-    """Refuse to write where something is, or into the data; option: that names the folder."""
+def check_target(folder: Path, option: str, data: str, but: str | None = None) -> None:
+    """Refuse to write where something is, or into the data.
+
+    Args:
+        option: that names the folder.
+        but: how the names of what may be there begin.
+    """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{option} {folder} is a file: give a folder.")
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and any(but is None or not path.name.startswith(but) for path in folder.iterdir()):
         raise UserError(f"{option} {folder} is not empty: give another folder.")
     if Path(data).resolve() in folder.resolve().parents:
         raise UserError(f"{option} {folder} lies inside the data, {data}: give another folder.")
@@ -118,7 +127,7 @@ def check_target(folder: Path, option: str, data: str) -> None:
 def _check_write(run: Run, data: Dataset, p_correct: np.ndarray, kind: str, force: bool) -> None:
     """Refuse what ``_write`` cannot do, or should not."""
     fit, forced, columns = run.fit, "--force writes it all the same", set(data.column_names)
-    sampled = {column for row in run.sample.values() for column in row}
+    pairs = run.preferences and {"chosen", "rejected"} <= columns
     for wrong, sentence in (
         (
             run.doubt is not None and not force,
@@ -130,26 +139,35 @@ def _check_write(run: Run, data: Dataset, p_correct: np.ndarray, kind: str, forc
             f"mislabeled label at all; {forced}",
         ),
         (
-            sampled and not sampled & columns,
-            f"needs data with a column of those that the run was trained on ({', '.join(sorted(sampled))}): "
-            "nothing tells whether the labels of these are the same",
+            others := _unknown(run, data),
+            f"needs data with a column of those that the run was trained on ({others}): {_NOTHING}",
         ),
         # an empty data set cannot be loaded
         (kind == "filtered" and (p_correct < 0.5).all(), "would drop every row: use weighted"),
+        (kind == "reflipped" and not pairs, "is for preference pairs, with columns chosen and rejected"),
         (
-            kind == "weighted" and WEIGHT in columns,
-            f"adds a column {WEIGHT}, which the data have already",
+            kind == "reflipped" and "margin" in columns,
+            "cannot turn the column margin round: remove it from the data",
         ),
+        (_ADDED.get(kind) in columns, f"adds a column {_ADDED.get(kind)}, which the data have already"),
     ):
         if wrong:
             raise UserError(f"--write {kind} {sentence}.")
+
+
+def _unknown(run: Run, data: Dataset) -> str:
+    """The columns that the run was trained on, if the data have none of them to know the rows by."""
+    sampled = {column for row in run.sample.values() for column in row}
+    return "" if sampled & set(data.column_names) else ", ".join(sorted(sampled))
 
 
 def _write(run: Run, data: Dataset, p_correct: np.ndarray, kind: str, folder: Path) -> int:
     """Write a copy that ``load_dataset(folder)`` reads; the folder appears whole or not at all.
 
     ``filtered`` is without the rows whose label is more likely mislabeled than clean; ``weighted`` has what
-    ``poprisk_label_noise=weight`` weights a row by, in a float32 column ``label_weight``. Both keep the rows'
+    ``poprisk_label_noise=weight`` weights a row by, in a float32 column ``label_weight``; ``reflipped`` has
+    those pairs reversed, scores included, and says so in a bool column ``reflipped`` (a bool ``is_flipped``
+    goes on telling which pairs are the wrong way round, so it changes with them). All keep the rows'
     ``example_index``.
 
     Returns:
@@ -161,9 +179,40 @@ def _write(run: Run, data: Dataset, p_correct: np.ndarray, kind: str, folder: Pa
     with folder_beside(target) as temporary:
         if kind == "filtered":
             data = data.select(np.flatnonzero(~mislabeled))
+        elif kind == "weighted":
+            data = data.add_column(_ADDED[kind], sample_weights(p_correct, run.preferences))
         else:
-            data = data.add_column(WEIGHT, sample_weights(p_correct, run.preferences))
+            data = _reflipped(data, mislabeled, temporary / "swapped.arrow")
         (temporary / "data").mkdir()
         data.to_parquet(temporary / "data" / "train.parquet")
         (temporary / "data").replace(target)
     return int(mislabeled.sum())
+
+
+def _reflipped(data: Dataset, mislabeled: np.ndarray, cache: Path) -> Dataset:
+    from datasets import Features, Value
+
+    names = set(data.column_names)  # chosen, score_chosen, chosen_rating, …
+    pairs = [
+        (name, other) for name in names if (other := name.replace("chosen", "rejected")) in names - {name}
+    ]
+    known = TRUTH in data.column_names and getattr(data.features[TRUTH], "dtype", "") == "bool"
+
+    def swap(row: dict[str, Any], index: int) -> dict[str, Any]:
+        swapped: dict[str, Any] = {"reflipped": bool(mislabeled[index])}
+        if mislabeled[index]:
+            for one, other in pairs:
+                swapped |= {one: row[other], other: row[one]}
+            if known and row[TRUTH] is not None:
+                swapped[TRUTH] = not row[TRUTH]
+        return swapped
+
+    return data.map(
+        swap,
+        with_indices=True,
+        features=Features({**data.features, "reflipped": Value("bool")}),
+        # the cache would lie beside the data, in somebody's folder
+        cache_file_name=str(cache),
+        load_from_cache_file=False,
+        desc="Reversing pairs",
+    )

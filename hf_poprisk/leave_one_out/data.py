@@ -81,6 +81,8 @@ def _loader(name: str, path: Path, option: str) -> str | None:
         raise UserError(f"{option} {name} is not a file of a kind that is read: {', '.join(_LOADERS)}.")
     if loader is not None and not path.is_file():
         raise UserError(f"{option} {name} is not there.")
+    if loader is not None and not path.stat().st_size:
+        raise UserError(f"{option} {name} is empty.")
     # such a path, which the Hub client would take for a repository, is a folder mistyped
     if loader is None and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise UserError(f"{option} {name} is not a folder.")

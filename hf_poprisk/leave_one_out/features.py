@@ -6,9 +6,11 @@ other, and which one the held-out likelihood says beforehand (``judgement.py``).
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from hf_poprisk.leave_one_out.chunks import Chunks
 from hf_poprisk.per_example.basis import Features, LayerBasis, measure_bases
 from hf_poprisk.per_example.factors import LinearFactors, linear_layers
 from hf_poprisk.per_example.undisturbed import mode, undisturbed
@@ -27,6 +30,7 @@ _MAX_FEATURES = 1 << 17  # k: what the buckets share is noise in the inner produ
 _FEWEST_FEATURES = 1 << 12
 _MAX_NUMBERS = 1 << 28  # n · k, a gigabyte
 _NUM_FOR_BASES = 256  # examples that the bases are measured on
+_CHUNK = 32  # micro-batches
 
 
 class LabelFeatures(NamedTuple):
@@ -51,6 +55,7 @@ def label_features(
     k: int = _MAX_FEATURES,
     classifier: bool = False,
     labels: Callable[[], Tensor] | None = None,
+    chunks: Chunks | None = None,
 ) -> LabelFeatures:
     """Features of the gradients of the labels' log-odds, over all linear layers, in eval mode.
 
@@ -63,6 +68,7 @@ def label_features(
         k: features of each part.
         classifier: the last linear layer is the head.
         labels: the labels of the micro-batch that log_odds was given last, [N].
+        chunks: keeps what is finished, and has what an earlier call with the same arguments has finished.
 
     Raises:
         ValueError: a model without linear layers, or whose layers do not see the examples as rows; or
@@ -83,13 +89,15 @@ def label_features(
         """An example's gradient must be in its own rows: z of the first one has none in the others'."""
         factors = LinearFactors(model, layers, _of_the_first)
         with factors.forward():
-            z = log_odds(model, batch)
+            z = log_odds(model, copy.copy(batch))  # a loss may take its labels out
         if len(z) > 1:
             factors.backward(z * (torch.arange(len(z), device=z.device) == 0), rows_per_example)
 
-    def run(see: Any, count: int | None, done: Callable[[int], None] = lambda _: None) -> None:
+    def run(see: Any, count: int | None, done: Callable[[int], None] = lambda _: None, skip: int = 0) -> None:
         nonlocal checked
-        for batch in batches(count):
+        for i, batch in enumerate(batches(count)):
+            if i < skip:
+                continue
             if not checked:
                 check(batch)
                 checked = True
@@ -100,7 +108,16 @@ def label_features(
             done(len(z))
 
     with undisturbed(model, model.parameters()), mode(model, False), torch.enable_grad():
-        bases = measure_bases(lambda see: run(see, _NUM_FOR_BASES))
+        kept = None if chunks is None else chunks.load("bases")
+        if kept is None:
+            bases = measure_bases(lambda see: run(see, _NUM_FOR_BASES))
+            if chunks is not None:
+                chunks.save("bases", {f"{f}/{n}": getattr(b, f) for n, b in bases.items() for f in _OF_BASIS})
+        else:
+            names = sorted(key.removeprefix("left/") for key in kept if key.startswith("left/"))
+            device = next(model.parameters()).device
+            bases = {n: LayerBasis(*(kept[f"{f}/{n}"].to(device) for f in _OF_BASIS)) for n in names}
+            checked = True
         get_head = getattr(model, "get_output_embeddings", None)
         output = get_head() if get_head is not None else None
         of_head = set() if output is None else set(output.modules())  # several where an adapter wraps it
@@ -111,22 +128,40 @@ def label_features(
         )
         of_parts = [part for part in (head, below) if part]
         parts = [Features(part, k) for part in of_parts]
-        found: list[list[np.ndarray]] = [[] for _ in parts]
-        observed: list[Tensor] = []
+        finished: list[dict[str, Tensor]] = []
+        while chunks is not None and (kept := chunks.load(f"{len(finished):05}")) is not None:
+            finished.append(kept)
+        unfinished: list[dict[str, Tensor]] = []  # micro-batches
 
         def see(name: str, a: Tensor, d: Tensor) -> None:
             for part in parts:
                 part.see(name, a, d)
 
         def done(num_examples: int) -> None:
-            for of_batches, part in zip(found, parts, strict=True):
-                of_batches.append(part.take(num_examples).cpu().numpy())
-            if labels is not None:
-                observed.append(labels())
+            found = {f"part{i}": part.take(num_examples).cpu() for i, part in enumerate(parts)}
+            unfinished.append(found if labels is None else found | {"labels": labels()})
+            if len(unfinished) == _CHUNK:
+                finish()
 
-        run(see, None, done)
-    joined = [np.concatenate(found.pop(0)) for _ in parts]  # of the largest things there are, no two copies
-    return LabelFeatures(joined, of_parts, torch.cat(observed) if observed else None)
+        def finish() -> None:
+            chunk = {key: torch.cat([found[key] for found in unfinished]) for key in unfinished[0]}
+            unfinished.clear()
+            if chunks is not None:
+                chunks.save(f"{len(finished):05}", chunk)
+            finished.append(chunk)
+
+        run(see, None, done, skip=_CHUNK * len(finished))
+        if unfinished:
+            finish()
+
+    def whole(key: str) -> Tensor:
+        return torch.cat([chunk.pop(key) for chunk in finished])
+
+    found = [whole(f"part{i}").numpy() for i in range(len(parts))]
+    return LabelFeatures(found, of_parts, None if labels is None else whole("labels"))
+
+
+_OF_BASIS = [field.name for field in fields(LayerBasis)]
 
 
 def _of_the_first(name: str, a: Tensor, d: Tensor) -> None:

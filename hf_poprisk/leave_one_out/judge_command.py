@@ -4,25 +4,31 @@ DATASET is a Hub name, a folder, or a .parquet, .jsonl, .json or .csv file. It h
 columns chosen and rejected, and prompt if it is apart from them; or classes, in the columns text and label,
 an integer. MODEL is a Hub name or a folder: for pairs a causal language model, with --reward a reward model;
 for classes a text classifier, or any other text model, which gets a new head. OUT will hold judged.parquet,
-which hf-poprisk audit reads, and report.html, a page to look through the suspicious rows. If the data have a
-bool column is_flipped that tells which labels are mislabeled, the scores are compared with it.
+which hf-poprisk audit reads, and report.html, a page to look through the suspicious rows. A command that was
+killed goes on from what OUT holds of it when it is given again. If the data have a bool column is_flipped
+that tells which labels are mislabeled, the scores are compared with it.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from hf_poprisk.leave_one_out.audit import check_target
+from hf_poprisk.leave_one_out.chunks import UNFINISHED, Chunks
 from hf_poprisk.leave_one_out.data import TRUTH, find_rows, known_flips, load_data
 from hf_poprisk.leave_one_out.judge_inputs import (
     CLASS_COLUMNS,
@@ -41,12 +47,13 @@ from hf_poprisk.leave_one_out.judge_inputs import (
 )
 from hf_poprisk.leave_one_out.page import write_page
 from hf_poprisk.leave_one_out.report import report
-from hf_poprisk.leave_one_out.table import TABLE_NAME, load_run
+from hf_poprisk.leave_one_out.table import RULE, TABLE_NAME, load_run
 from hf_poprisk.user_errors import UserError, folder_beside, need
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+logger = logging.getLogger(__name__)
 PAGE_NAME = "report.html"
 
 
@@ -83,6 +90,11 @@ def add_command(commands: Any) -> None:
         default=8,
         metavar="N",
         help="pairs or texts at a time (default: 8)",
+    )
+    parser.add_argument(
+        "--push_to_hub",
+        metavar="REPO",
+        help="push OUT, which holds texts of the data, as a data set; a new repository is private",
     )
     parser.set_defaults(execute=judge)
 
@@ -121,17 +133,28 @@ def judge(args: argparse.Namespace) -> None:
         new_trainer = partial(_class_trainer, args, _columns(data, CLASS_COLUMNS), tokenizer, options)
     if known_flips(data, np.arange(len(data))) is not None:
         need("sklearn", f"a data set with the column {TRUTH}")
+    if args.push_to_hub:
+        from hf_poprisk.leave_one_out.publish import make_repository, push
+
+        repo = make_repository(args.push_to_hub)
     out = Path(os.path.abspath(args.output_dir))
-    with folder_beside(out) as temporary, _no_cache():
-        noise, said = _judged(new_trainer, temporary / "trainer")
+    with folder_beside(out):
+        pass  # it can be written to, which is asked before labels are judged
+    with TemporaryDirectory() as folder, _no_cache():  # beside OUT a killed command would leave it behind
+        noise, said, chunks = _judged(new_trainer, Path(folder), out)
+    with folder_beside(out) as temporary:
         (temporary / "judged").mkdir()
         noise.save(temporary / "judged")
         run = replace(load_run(temporary / "judged"), folder=args.output_dir)
         rows = find_rows(data, run)
         write_page(temporary / "judged" / PAGE_NAME, run, data, rows)
+        chunks.remove()
         (temporary / "judged").replace(out)
-    done = [f"judged labels: {args.output_dir / TABLE_NAME}", f"page: {args.output_dir / PAGE_NAME}"]
+    files = [args.output_dir / TABLE_NAME, args.output_dir / PAGE_NAME]
+    done = [f"judged labels: {files[0]}", f"page: {files[1]}"]
     print(*report(run, data, rows, known_flips(data, rows)), "", *said, *done, sep="\n")
+    if args.push_to_hub:
+        print(f"pushed: {push(repo, run, files, args.dataset, args.model)}")
 
 
 def _check_options(args: argparse.Namespace) -> None:
@@ -141,7 +164,7 @@ def _check_options(args: argparse.Namespace) -> None:
             f"--output_dir {out} holds labels that were judged: hf-poprisk audit {out} shows them; to judge "
             "anew, give another folder or remove this one."
         )
-    check_target(out, "--output_dir", args.dataset)
+    check_target(out, "--output_dir", args.dataset, but=UNFINISHED)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("judge runs in one process: start it without a launcher.")
     if torch.cuda.device_count() > 1:
@@ -150,15 +173,27 @@ def _check_options(args: argparse.Namespace) -> None:
         need(package, "judge")
 
 
-def _judged(new_trainer: Callable[[Path], tuple[Any, list[str]]], folder: Path) -> tuple[Any, list[str]]:
+def _judged(
+    new_trainer: Callable[[Path], tuple[Any, list[str]]], folder: Path, out: Path
+) -> tuple[Any, list[str], Chunks]:
     """What a trainer finds before its first step, its ``LabelNoise``, and what to say of the model.
 
     Args:
         new_trainer: output folder → the trainer, and that.
+        out: where chunks are kept until they are removed, which a refusal does.
     """
     try:
         trainer, said = new_trainer(folder)
-        trainer.judge_labels()
+        trainer._chunks = chunks = Chunks(out, _fingerprint(trainer))
+        if chunks.found:
+            logger.warning(f"judge goes on from what {out} holds of it.")
+        elif chunks.others:
+            logger.warning(f"{out} held chunks of another model, other data or options: judge starts anew.")
+        try:
+            trainer.judge_labels()
+        except (ValueError, torch.OutOfMemoryError):
+            chunks.remove()
+            raise
     except torch.OutOfMemoryError as error:
         raise UserError(
             "the device has too little memory: lower --per_device_train_batch_size or --max_length, or set "
@@ -166,7 +201,23 @@ def _judged(new_trainer: Callable[[Path], tuple[Any, list[str]]], folder: Path) 
         ) from error
     except ValueError as error:
         raise UserError(" ".join(str(error).split())) from error
-    return trainer._label_noise, said
+    return trainer._label_noise, said, chunks
+
+
+def _fingerprint(trainer: Any) -> str:
+    """Of the weights, the tokens and labels, and what else the features depend on."""
+    args, model = trainer.args, trainer.model
+    versions = (RULE, torch.__version__, str(args.device))
+    cut = [getattr(args, name, None) for name in ("max_length", "truncation_mode")]  # by the collator
+    sizes = [args.per_device_train_batch_size, *cut]
+    what = [*versions, *sizes, type(model).__name__, model.config.to_json_string()]
+    digest = hashlib.sha256(repr(what).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    for rows in trainer.train_dataset.with_format(None).iter(1000):
+        digest.update(json.dumps(rows).encode())
+    return digest.hexdigest()[:16]
 
 
 def _common(args: argparse.Namespace) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from hf_poprisk.leave_one_out.chunks import Chunks
 from hf_poprisk.leave_one_out.features import ClassLogits, label_features, num_features, spread
 from hf_poprisk.leave_one_out.index import IndexCollator, IndexMixin, Sample
 from hf_poprisk.leave_one_out.judgement import Judgement, judge_classes, judge_pairs
@@ -35,6 +36,7 @@ class LabelNoiseMixin(IndexMixin):
     label_log_odds: Callable[[torch.nn.Module, Any], Tensor] | None = None
     _label_noise: LabelNoise | None = None
     _passes: Passes | None = None  # of the last judgement, until it is followed
+    _chunks: Chunks | None = None  # of one process, for a judgement that may be killed
 
     def _start_label_noise(self, ids: np.ndarray, sample: Sample) -> None:
         """After the trainer is built; ids as ``with_index`` gave them."""
@@ -66,6 +68,7 @@ class LabelNoiseMixin(IndexMixin):
             k,
             classifier=classifier,
             labels=(lambda: passes.labels) if classifier else None,
+            chunks=self._chunks,
         )
         every = (passes.index, *([labels] if classifier else []), *parts)
         ids, *columns = (self._of_all_ranks(x).numpy() for x in every)

@@ -55,7 +55,7 @@ def rate(run: Run) -> list[str]:
         lines = [f"Noise rate: open ({known}). Look at the rows, but do not filter by it: {run.doubt}."]
     share = f"{below.sum():,} of {len(below):,} ({below.mean():.1%})"
     lines += [f"Labels right with a probability below .5: {share}."]
-    if below.any():
+    if below.any() and run.doubt is None:  # which rests on the rate
         lines += [f"Precision at that cut: {1 - p_correct[below].mean():.0%} expected to be mislabeled."]
     return lines
 

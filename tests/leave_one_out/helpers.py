@@ -49,8 +49,10 @@ def classify(tmp_path: Path, data: Any, model: nn.Module | None = None, **option
         **QUIET,
         **options,
     }
+    of_eval = settings.pop("eval_dataset", None)
     args = PopRiskTrainingArguments(str(tmp_path), **settings)
-    return PopRiskTrainer(Classifier() if model is None else model, args=args, train_dataset=data)
+    model = Classifier() if model is None else model
+    return PopRiskTrainer(model, args=args, train_dataset=data, eval_dataset=of_eval)
 
 
 def prefer(kind: str, folder: str | Path, tmp_path: Path, data: Any = None, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""``hf-poprisk audit``: its options, the printed report, and filtered and weighted copies of the data."""
+"""``hf-poprisk audit``: its options, the printed report, and copies of the data."""
 
 import re
 import subprocess
@@ -24,6 +24,7 @@ from leave_one_out.judged import (
     N,
     command,
     log_odds,
+    message,
     pairs,
     posterior,
     refused,
@@ -131,6 +132,7 @@ def test_as_a_module(tmp_path: Path) -> None:
 def test_pairs_that_tell_little_are_named(tmp_path: Path, capsys: Any, fit: NoiseFit, says: str) -> None:
     out = command(capsys, save_run(tmp_path / "run", fit=fit))
     assert says in out and ("Noise rate: open" in out) == (fit is not FIT)
+    assert ("Precision at that cut" in out) == (fit is FIT)
 
 
 def test_report_without_data(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -196,6 +198,37 @@ def test_weighted_rows_are_found_by_their_index(tmp_path: Path, saved: Path, cap
     np.testing.assert_allclose(data["label_weight"][:], [*p_correct()[order], 0.75], rtol=1e-6)
 
 
+@pytest.mark.parametrize("scores", [True, False])
+def test_reflipped(run: Path, tmp_path: Path, capsys: Any, scores: bool) -> None:
+    pairs(scores=scores).save_to_disk(tmp_path / "data")
+    out, data = written(capsys, run, tmp_path / "data", "reflipped", tmp_path / "to")
+    swapped = [posterior(float(z)) < 0.5 for z in log_odds()]
+    assert data["reflipped"][:] == swapped and data.features["reflipped"].dtype == "bool"
+    assert f"({sum(swapped)} of 60 rows reversed)" in out
+    for i, row in enumerate(data):
+        good, bad = (("rejected", "chosen") if swapped[i] else ("chosen", "rejected"))[:2]
+        assert (row[good], row[bad], row["prompt"]) == (f"good {i}", f"bad {i}", f"prompt {i}")
+        if scores:
+            assert (row[f"score_{good}"], row[f"score_{bad}"]) == (i, -i)
+        assert row["is_flipped"] == (WRONG[i] != swapped[i])  # the wrong way round now
+    assert ("score_chosen" in data.column_names) == scores
+
+
+def test_reflipped_conversations(run: Path, tmp_path: Path, capsys: Any) -> None:
+    chosen = [[message("user", f"q {i}"), message("assistant", f"good {i}")] for i in range(N)]
+    rejected = [[message("user", f"q {i}"), message("assistant", f"bad {i}")] for i in range(N)]
+    models = {"chosen_model": ["a"] * N, "rejected_model": ["b"] * N, "chosen_by": ["c"] * N}
+    source = Dataset.from_dict({"chosen": chosen, "rejected": rejected, **models})
+    source.with_format("torch", columns=["chosen_by"]).save_to_disk(tmp_path / "data")
+    _, data = written(capsys, run, tmp_path / "data", "reflipped", tmp_path / "to")
+    worst, best = int(np.argmin(log_odds())), int(np.argmax(log_odds()))
+    assert data[worst]["chosen"] == rejected[worst] and data[worst]["rejected"] == chosen[worst]
+    assert data[best]["chosen"] == chosen[best]
+    assert [data[worst][f"{name}_model"] for name in ("chosen", "rejected")] == ["b", "a"]
+    assert data[worst]["chosen_by"] == "c"
+    assert data.remove_columns(["reflipped", INDEX]).features == source.features
+
+
 def test_what_cannot_be_written(run: Path, saved: Path, tmp_path: Path, capsys: Any) -> None:
     def sentence(kind: str, run: Path = run, data: Path = saved) -> str:
         found = refused(capsys, run, "--dataset", data, "--write", kind, "--to", tmp_path / "to")
@@ -209,9 +242,19 @@ def test_what_cannot_be_written(run: Path, saved: Path, tmp_path: Path, capsys: 
     tokens = Dataset.from_dict({"input_ids": [[i] for i in range(N)], "labels": [0] * N})
     other = save_run(tmp_path / "other", sample=take_sample(tokens, np.arange(N)))
     assert "was trained on (input_ids, labels): nothing tells" in sentence("filtered", other)
-    pairs().add_column("label_weight", [0] * N).save_to_disk(tmp_path / "weighted")
-    says = sentence("weighted", data=tmp_path / "weighted")
-    assert "adds a column label_weight, which the data have already" in says
+    assert "was trained on (input_ids, labels): nothing tells" in command(capsys, other, "--dataset", saved)
+    assert "nothing tells" not in command(capsys, run, "--dataset", saved)
+    classes = save_run(tmp_path / "classes", preferences=False)
+    assert "reflipped is for preference pairs" in sentence("reflipped", classes)
+    pairs(scores=False).remove_columns("rejected").save_to_disk(tmp_path / "half")
+    assert "with columns chosen and rejected" in sentence("reflipped", data=tmp_path / "half")
+    for kind, column, says in (
+        ("weighted", "label_weight", "adds a column label_weight, which the data have already"),
+        ("reflipped", "reflipped", "adds a column reflipped, which the data have already"),
+        ("reflipped", "margin", "cannot turn the column margin round"),
+    ):
+        pairs().add_column(column, [0] * N).save_to_disk(tmp_path / column)
+        assert says in sentence(kind, data=tmp_path / column)
 
 
 @pytest.mark.parametrize("kind", WRITES)

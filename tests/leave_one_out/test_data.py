@@ -23,7 +23,8 @@ def test_splits_of_folders(run: Path, tmp_path: Path, capsys: Any) -> None:
     """Of data files, and of ``save_to_disk``."""
     files, saved = tmp_path / "files", tmp_path / "dict"
     files.mkdir()
-    few, plain = pairs().select(range(9)), pairs(flips=False)
+    plain = pairs(flips=False)
+    few = plain.select(range(9))
     plain.to_parquet(files / "train.parquet")
     few.to_parquet(files / "test.parquet")
     DatasetDict({"train": few, "kept": pairs()}).save_to_disk(saved)
@@ -98,12 +99,14 @@ def test_unreadable_data_are_refused(saved: Path, tmp_path: Path, monkeypatch: p
     pairs().to_parquet(file)
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "broken.jsonl").write_text('{"chosen": ')
+    (tmp_path / "empty.jsonl").write_text("")
     broken.mkdir()
     for wrong in (tmp_path / "nowhere", "./nowhere", "a/b/c"):
         assert sentence(wrong) == f"--dataset {wrong} is not a folder."
     assert sentence("typo.jsonl") == "--dataset typo.jsonl is not there."
     assert ".parquet, .jsonl, .json, .csv" in sentence(tmp_path / "notes.txt")
     assert "--dataset typo is no folder here, and cannot be read" in sentence("typo")
+    assert sentence(tmp_path / "empty.jsonl").endswith("empty.jsonl is empty.")
     assert "is a single file" in sentence(file, config="x")
     assert "cannot be read" in sentence(file, "test")
     for unreadable in (tmp_path / "broken.jsonl", broken):

@@ -14,7 +14,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from datasets import ClassLabel, Dataset, load_dataset
+from fake_hub import FakeHub
 from models import adapted, save_tiny_model, text, tiny_model, tiny_tokenizer
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -29,7 +31,7 @@ from transformers import (
 
 from hf_poprisk import PopRiskTrainer, PopRiskTrainingArguments
 from hf_poprisk.__main__ import main
-from hf_poprisk.leave_one_out import INDEX, judge_command, mixin
+from hf_poprisk.leave_one_out import INDEX, features, judge_command, mixin
 from hf_poprisk.leave_one_out.table import read_table
 from leave_one_out.helpers import QUIET, conversations, labelled, learnable, prefer
 from leave_one_out.judged import command as audit
@@ -467,10 +469,12 @@ def test_models_are_refused(
         (judge_command, "write_page", KeyboardInterrupt, 130),
     ],
 )
-def test_a_run_that_ends_early_leaves_nothing(
+def test_a_run_that_ends_early_leaves_nothing_but_its_chunks(
     where: Any, name: str, error: Any, code: int, tiny: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
 ) -> None:
     def stop(*args: Any, **kwargs: Any) -> None:
+        if where is mixin:  # of the long part a kill leaves nothing beside OUT
+            assert sorted(tmp_path.rglob("*")) == before
         raise error
 
     learnable().save_to_disk(str(tmp_path / "data"))
@@ -480,7 +484,105 @@ def test_a_run_that_ends_early_leaves_nothing(
     with pytest.raises(SystemExit) as stopped:
         main(["judge", *argv])
     assert stopped.value.code == code and capsys.readouterr().out == ""
-    assert sorted(tmp_path.rglob("*")) == before and datasets.is_caching_enabled()
+    left = {path.relative_to(tmp_path).parts[0] for path in {*tmp_path.rglob("*")} - {*before}}
+    assert left == (set() if where is mixin else {"out"}) and datasets.is_caching_enabled()
+    assert all(path.name.startswith("unfinished-") for path in (tmp_path / "out").glob("*"))
+
+
+@pytest.mark.parametrize("kind", ["pairs", "classes"])
+def test_a_killed_run_goes_on(
+    kind: str,
+    tiny: Path,
+    data: Path,
+    texts: Path,
+    tmp_path: Path,
+    out: Path,
+    capsys: Any,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The same numbers, bit for bit, for fewer passes."""
+    monkeypatch.setattr(features, "_CHUNK", 2)
+    backward, calls, fatal = features.LinearFactors.backward, 0, 0
+
+    def counted(*args: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == fatal:
+            raise KeyboardInterrupt
+        backward(*args)
+
+    monkeypatch.setattr(features.LinearFactors, "backward", counted)
+    argv = [tiny / "llama", data] if kind == "pairs" else [tiny / "bert", texts]
+
+    def killed() -> Path:
+        nonlocal calls, fatal
+        calls, fatal = 0, 1 + 2 * 8 + 6  # a check, the bases, five micro-batches
+        with pytest.raises(SystemExit):
+            main(["judge", *map(str, argv), "--output_dir", str(out)])
+        calls, fatal = 0, 0
+        [folder] = out.iterdir()
+        assert sorted(path.name for path in folder.iterdir()) == ["00000", "00001", "bases"]
+        return folder
+
+    def scores(folder: Path, *options: Any) -> list[list[float]]:
+        run(capsys, *argv, "--output_dir", folder, *options)
+        assert sorted(file.name for file in folder.iterdir()) == ["judged.parquet", "report.html"]
+        return [table(folder)[name].tolist() for name in ("index", "log_odds", "p_correct")]
+
+    whole = scores(tmp_path / "whole")
+    assert calls == 1 + 3 * 8
+    chunk = killed() / "00002"
+    chunk.write_bytes((chunk.parent / "00001").read_bytes()[:-100])  # no chunk
+    assert scores(out) == whole and calls == 4
+    assert f"judge goes on from what {out} holds of it." in caplog.text
+    shutil.rmtree(out)
+    caplog.clear()
+    killed()
+    smaller = ["--per_device_train_batch_size", 4]
+    assert scores(out, *smaller) == scores(tmp_path / "smaller", *smaller)
+    assert f"{out} held chunks of another model, other data or options: judge starts anew." in caplog.text
+
+
+def test_a_refusal_leaves_no_chunks(
+    tiny: Path, data: Path, out: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no(parts: Any) -> None:
+        assert list(out.iterdir())
+        raise ValueError("nothing to tell.")
+
+    monkeypatch.setattr(mixin, "judge_pairs", no)
+    assert refused(capsys, tiny / "llama", data, "--output_dir", out) == "nothing to tell."
+    assert not out.exists()
+
+
+def test_judged_labels_are_pushed_as_a_data_set(tiny: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
+    hub = FakeHub()
+    argv = [tiny / "llama", data, "--push_to_hub"]
+    with hub.running(tmp_path):
+        printed = run(capsys, *argv, "pairs-judged", "--output_dir", tmp_path / "out")
+        repo = hub.repos["alice/pairs-judged"]
+        assert (repo.private, repo.type) == (True, "dataset") and not repo.exposed
+        files = repo.commits[-1].files
+        assert printed.splitlines()[-1].startswith("pushed: ") and repo.commits[-1].oid in printed
+        for name in ("judged.parquet", "report.html"):
+            assert files.pop(name) == (tmp_path / "out" / name).read_bytes()
+        card = files.pop("README.md").decode()
+        assert not files and "# Labels of pairs.parquet, judged by llama\n" in card
+        assert "\nNoise rate: " in card and str(tmp_path) not in card
+        assert yaml.safe_load(card.split("---")[1])["tags"] == ["poprisk", "label-noise"]
+        # before anything is judged
+        says = refused(capsys, *argv, "bob/judged", "--output_dir", tmp_path / "no")
+        assert says.startswith("--push_to_hub bob/judged cannot be made or written to (403 Forbidden")
+        says = refused(capsys, *argv, "not a name", "--output_dir", tmp_path / "no")
+        assert says.startswith("--push_to_hub not a name cannot be made")
+        assert not (tmp_path / "no").exists()
+        hub.faults["upload"] = 500  # after it
+        with pytest.raises(SystemExit):
+            run(capsys, *argv, "pairs-judged", "--output_dir", tmp_path / "late")
+        out, err = capsys.readouterr()
+    assert "Noise rate: " in out and "failed (" in err and "late is complete: hf upload alice/" in err
+    assert (tmp_path / "late" / "report.html").is_file()
 
 
 def test_trl_is_imported_by_the_command_alone(tmp_path: Path) -> None:

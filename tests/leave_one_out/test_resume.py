@@ -129,13 +129,12 @@ def test_an_audit_may_be_at_the_end(way: str, llama_dir: Path, tmp_path: Path) -
 
 def test_an_earlier_model_is_not_said_to_be_weighted(llama_dir: Path, tmp_path: Path) -> None:
     """The best one of the run, which was loaded at the end, is of before the weights."""
-    options = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
-    trainer = build("classes", llama_dir, tmp_path, **options, greater_is_better=True)
-    trainer.eval_dataset = examples(seed=3)
+    options: dict[str, Any] = {"eval_strategy": "epoch", "save_strategy": "epoch"}
+    options |= {"eval_dataset": examples(seed=3), "load_best_model_at_end": True, "greater_is_better": True}
+    trainer = build("classes", llama_dir, tmp_path, **options)
     trainer.train()
     assert trainer.state.best_global_step == 8 and trainer._label_noise.weighted
-    trainer.create_model_card()
-    card = (tmp_path / "README.md").read_text()
+    card = trainer._card_section(trainer._record())
     assert ", weights since step 8, but this model is of step 8.\n" in card
 
 
@@ -231,7 +230,7 @@ def test_resuming_with_rows_in_another_order_is_refused(tmp_path: Path) -> None:
 
 def test_a_checkpoint_without_scores_is_refused(tmp_path: Path) -> None:
     options = {"save_strategy": "epoch", "num_train_epochs": 2}
-    classify(tmp_path, examples(), optim="adamw_torch", poprisk_gate="hard", **options).train()
+    classify(tmp_path, examples(), optim="adamw_torch", **options).train()
     judged = classify(tmp_path, examples(), poprisk_label_noise="audit", **options)
     with pytest.raises(ValueError, match="holds no judged.parquet: its examples were trained on without"):
         judged.train(resume_from_checkpoint=str(tmp_path / "checkpoint-15"))

@@ -432,6 +432,19 @@ def test_an_index_of_the_models_own_is_left_to_it_without_label_noise(tmp_path: 
     assert trainer.state.global_step == 2
 
 
+def test_a_loss_may_take_its_labels_out_of_the_batch(tmp_path: Path) -> None:
+    class Own(PopRiskTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+            labels = inputs.pop("labels")
+            return F.cross_entropy(model(**inputs)["logits"], labels)
+
+    usual, own = (classify(tmp_path, examples(), poprisk_label_noise="weight") for _ in range(2))
+    own.__class__ = Own
+    for trainer in (usual, own):
+        trainer.train()
+    assert own._label_noise.fit == usual._label_noise.fit and same(weights(usual), weights(own))
+
+
 # -- refusals -----------------------------------------------------------------------------------------------
 
 
@@ -478,8 +491,8 @@ def test_settings_are_refused_with_a_way_out(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="or set poprisk_gate=none, poprisk_label_noise=off"):
         PopRiskTrainingArguments(str(tmp_path), **quiet).check_training()
     trainer = classify(tmp_path, examples(), poprisk_label_noise="weight")
-    trainer.is_fsdp_enabled = True
-    with pytest.raises(ValueError, match="FSDP is not supported .* poprisk_label_noise=off"):
+    trainer.is_deepspeed_enabled = True
+    with pytest.raises(ValueError, match="deepspeed is not supported .* poprisk_label_noise=off"):
         trainer.train()
 
 
