@@ -125,7 +125,8 @@ def judged(mode: str, gate: str = "none", **more: Any) -> dict[str, Any]:
 RIVALS = (rivals.lion, rivals.muon, rivals.soap)
 
 # early: by this score of a split of the training data, whose labels are as noisy; risk: early too, by the
-# population gain; weights: in place of the judge's; optimizer: in place of AdamW
+# population gain; weights: in place of the judge's; optimizer: in place of AdamW; legs: leaps, each judged
+# where the last one ended, with scores in the columns of epochs
 ARMS: dict[str, dict[str, Any]] = {
     "adamw": GATES["adamw"],
     "adamw-early": {"poprisk_gate": "none", "early": "accuracy"},
@@ -151,6 +152,7 @@ PAIR_ARMS = {
     "basis+weight": judged("weight", poprisk_basis="eigen"),
     **{f"basis+{gate}": GATES[gate] | {"poprisk_basis": "eigen"} for gate in ("hard", "soft", "random-mask")},
     "leap": judged("weight", poprisk_leap=1.0, epochs=0),  # the learning rate does nothing
+    "leap-3": judged("weight", poprisk_leap=1.0, epochs=0, legs=3),
     **{make.__name__: {"poprisk_gate": "none", "optimizer": make} for make in RIVALS},
     **{f"{make.__name__}+weight": judged("weight", optimizer=make) for make in (rivals.muon, rivals.soap)},
 }

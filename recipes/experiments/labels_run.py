@@ -117,6 +117,11 @@ def run_cell(cell: Cell, prepare: Callable[[Cell, str], Setup], epochs: int = 0)
         if cell.get("poprisk_risk"):
             trainer.add_callback(PopRiskEarlyStoppingCallback())
         trainer.train()
+        for leg in range(cell.get("legs", 0)):  # the first of them is made
+            if leg:
+                trainer._label_noise.forget()
+                trainer._judge_and_leap()
+            curves.on_epoch_end(trainer.args, trainer.state, trainer.control)
     curve, epoch = curves.scores, -1
     if by := cell.get("early"):  # the first of the best
         sign = -1 if by == "loss" else 1
