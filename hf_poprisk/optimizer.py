@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -46,7 +46,6 @@ class GatedOptimizer(ExampleBlocks):
     basis = "coordinate"
     kahan = False
     keep_written = False
-    watch: Callable[[Mapping[Tensor, Tensor], int], None] | None = None
     _said_single = False
     # of the window: copies start without
     _skip_step = False
@@ -80,8 +79,6 @@ class GatedOptimizer(ExampleBlocks):
                 logger.warning("a step with a single example is plain AdamW's; this is said once.")
                 self._said_single = True
             return
-        if self.watch is not None:
-            self.watch(sq_sums, num_examples)
         sums = [
             self.decide(window.squares.rotated(p, local(p.grad)), q, num_examples) for p, q in sq_sums.items()
         ]
@@ -212,7 +209,6 @@ class PopRiskAdamW(GatedOptimizer, torch.optim.AdamW):
 
     Attributes:
         keep_written: if set to True, a gated step leaves its q in ``state[p]["written"]``, for ``risk.py``.
-        watch: called with Q of each parameter and b when a window closes, before q takes the place of Q.
 
     Raises:
         ValueError: a bad value, an option that would have no effect, or no parameter left to train or gate.

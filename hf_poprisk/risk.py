@@ -3,12 +3,11 @@
 To first order, the step made at time t − 1 lowers the loss of any batch with gradient G by
 ``lr · Σ_k q_k P_k m̂_k G_k``, P = 1/(√v̂ + ε) being Adam's preconditioner and q what the gate let through (1
 without one). Put the *next* batch's gradient there, which had no part in m̂ or q, and the average over batches
-estimates how much one step lowers the population loss; put that gradient in the place of m̂ too, and as Adam
-would into v̂, and it is the empirical loss. Once the first vanishes and the second does not, the model
-memorises. Source: arXiv:2605.01172, section on training on population risk; the next-batch form is ours.
-
-The memorised share is the other side of one step: of what it gains on its own batch, the part that neither
-the other examples of the batch nor the batches before it confirm.
+estimates how much one step lowers the population loss; put the gradient of the step's own batch there, and it
+is the empirical loss. What the first lacks of the second is the memorised share: the part of a step's gain on
+its own batch that no other batch confirms. Source: arXiv:2605.01172, section on training on population risk;
+the next-batch form is ours. (From the batch's own G and Q the share comes out right for plain AdamW, which
+forms no Q, and too small for a gated step, whose gate was chosen by that batch.)
 
 Both are held out from steps, not from the weights: an example seen in an earlier epoch is not fresh.
 And gains are first order, the first at the end of its step: where steps are so large that they overshoot (a
@@ -20,14 +19,12 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.nn.functional import pad
 from transformers import TrainerCallback
 
 from hf_poprisk.eigen import LEFT, RIGHT
@@ -37,15 +34,16 @@ from hf_poprisk.record import write_json
 logger = logging.getLogger(__name__)
 
 POPULATION, EMPIRICAL, SPREAD = "poprisk/gain_population", "poprisk/gain_empirical", "poprisk/gain_spread"
-TOTAL, RATIO, SHARE = "poprisk/gain_total", "poprisk/gain_ratio", "poprisk/memorised_share"
+TOTAL, SHARE = "poprisk/gain_total", "poprisk/memorised_share"
 GAINS_NAME = "poprisk_gains.json"  # in a checkpoint
 
 
 @torch.no_grad()
 def gains(optimizer: torch.optim.Optimizer, scale: float = 1.0, clip: Tensor | float = 1.0) -> Tensor | None:
-    """What the last step is worth on the gradients at hand, and what they promise for themselves.
+    """What the last step is worth on the gradients at hand, and what the coming step is.
 
-    Call it between the backward and the step, with gradients that are reduced over ranks and not clipped.
+    Call it when the gate is decided and before the step, with gradients that are reduced over ranks and not
+    clipped.
 
     Args:
         optimizer: of the Adam family. A ``PopRiskAdamW`` with a gate needs ``keep_written=True``.
@@ -53,9 +51,10 @@ def gains(optimizer: torch.optim.Optimizer, scale: float = 1.0, clip: Tensor | f
         clip: what the coming step will multiply them by, c ≤ 1; see ``clip_factor``.
 
     Returns:
-        [2] float32, in units of the loss per step: ``lr Σ q P m̂ G`` (population) and ``lr Σ q P c G²``
-        (empirical), with m̂ and q of the last step, P of the last and the coming one, and the lr of the
-        coming one; None before the first.
+        [2] float32, in units of the loss per step: ``lr Σ q P m̂ G`` with m̂, q and P of the last step
+        (population), and with those of the coming one, which has seen this G (empirical); with the lr of the
+        coming one; None before the first. With ``estimator="ema"`` both have q of the last step, and the
+        second is too small.
 
     Raises:
         ValueError: an optimizer without Adam's moments, or a gate whose q is not kept.
@@ -66,6 +65,7 @@ def gains(optimizer: torch.optim.Optimizer, scale: float = 1.0, clip: Tensor | f
     if any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"]):
         raise NotImplementedError("the gains of sharded parameters are not computed: train with DDP.")
     total, clip = None, torch.as_tensor(clip)
+    openness = getattr(optimizer, "_openness", None) or {}
     for p, group in _with_gradient(optimizer):
         if not (state := optimizer.state.get(p)):
             continue
@@ -76,58 +76,17 @@ def gains(optimizer: torch.optim.Optimizer, scale: float = 1.0, clip: Tensor | f
         # in the basis of the moments
         sides = state.get(LEFT), state.get(RIGHT)
         grad, square = rotated(sides, p.grad.float() / scale), state["exp_avg_sq"].float()
-        written = grad * state["written"] if "written" in state else grad
-        last = square.sqrt().div_((1 - beta2**step).sqrt()).add_(group["eps"])
-        signal = (written * state["exp_avg"] / last).sum() / (1 - beta1**step)
-        # with v̂ of the last step a number that had no gradient so far would count by 1 / eps
-        grad = grad * clip.to(grad.device)
-        square = torch.addcmul(square * beta2, grad, grad, value=1 - beta2)
-        coming = square.sqrt_().div_((1 - beta2 ** (step + 1)).sqrt()).add_(group["eps"])
-        both = float(group["lr"]) * torch.stack([signal, (written * grad / coming).sum()]).float()
+        written, coming_q = state.get("written", 1.0), openness.get(p, state.get("written", 1.0))
+        root = square.sqrt().div_((1 - beta2**step).sqrt()).add_(group["eps"])
+        moment = state["exp_avg"].float()
+        last = (written * grad * moment / root).sum() / (1 - beta1**step)
+        clipped = grad * clip.to(grad.device)
+        moment = torch.lerp(moment, clipped, 1 - beta1)
+        square = torch.addcmul(square * beta2, clipped, clipped, value=1 - beta2)
+        root = square.sqrt_().div_((1 - beta2 ** (step + 1)).sqrt()).add_(group["eps"])
+        coming = (coming_q * grad * moment / root).sum() / (1 - beta1 ** (step + 1))
+        both = float(group["lr"]) * torch.stack([last, coming]).float()
         total = both if total is None else total + both.to(total.device)
-    return total
-
-
-@torch.no_grad()
-def own_gains(
-    optimizer: torch.optim.Optimizer, sq_sums: Mapping[Tensor, Tensor], num_examples: int, scale: float = 1.0
-) -> Tensor | None:
-    """What AdamW's coming step gains on its own batch, and how much of it no other example confirms.
-
-    Its write is −lr P m̂ with m̂ = (β₁ m + (1 − β₁) G)/(1 − β₁ᵗ). So lr Σ P m̂ G has a part in which the
-    batches before confirm this one, m G, and one in which it confirms itself, G² = b/(b − 1) (G² − Q) + V:
-    the first of the two is what the examples confirm of each other, without bias; V = (bQ − G²)/(b − 1),
-    the variance of G, is memorised.
-
-    P is AdamW's with Q in the place of G² in v̂. Of noise alone both are equal on average, but G² is large
-    where noise happens to add up, and the examples would seem to contradict each other. The gate's q is
-    left out: it was chosen by this very batch, and what it lets through looks confirmed.
-
-    Args:
-        optimizer: a ``PopRiskAdamW`` whose gradients are reduced over ranks and not clipped.
-        sq_sums: parameter → Q.
-        num_examples: b, at least 2.
-        scale: as for ``gains``.
-
-    Returns:
-        [3] float32, in units of the loss per step: the gains by m, by G, and of that by V, which clipping
-        multiplies; None before the first step.
-    """
-    total, b = None, num_examples
-    for p, group in _with_gradient(optimizer):
-        state = optimizer.state.get(p)
-        if p not in sq_sums or not state:
-            continue
-        (beta1, beta2), t = group["betas"], torch.as_tensor(state["step"]).double() + 1
-        grad = rotated((state.get(LEFT), state.get(RIGHT)), p.grad.float() / scale)
-        noise = sq_sums[p].float() / scale**2
-        inverse = torch.add(noise * (1 - beta2), state["exp_avg_sq"], alpha=beta2)
-        inverse = inverse.div_(1 - beta2**t).sqrt_().add_(group["eps"]).reciprocal_()
-        carried, own = ((inverse * grad * x).sum() for x in (state["exp_avg"], grad))
-        own_noise = (b * (inverse * noise).sum() - own) / (b - 1)
-        parts = torch.stack([beta1 * carried, (1 - beta1) * own, (1 - beta1) * own_noise])
-        parts = (float(group["lr"]) / (1 - beta1**t) * parts).float()
-        total = parts if total is None else total + parts.to(total.device)
     return total
 
 
@@ -154,11 +113,10 @@ def no_moments(optimizer: torch.optim.Optimizer) -> ValueError:
 
 
 class RiskMeter:
-    """Collects ``gains`` and ``own_gains`` on the device and reads them once per logging interval."""
+    """Collects ``gains`` on the device and reads them once per logging interval."""
 
     def __init__(self) -> None:
-        self._own: Tensor | None = None  # of the step to come
-        self._seen: list[Tensor] = []  # [4]: gains; memorised, and gained on a step's own batch
+        self._seen: list[Tensor] = []  # [2] each
 
     def save(self, folder: str | Path) -> None:
         """What has been seen since the last log, for a run that goes on from a checkpoint."""
@@ -168,22 +126,15 @@ class RiskMeter:
         """Start over, or go on from where ``save`` was."""
         self._seen.clear()
         if folder is not None and Path(folder, GAINS_NAME).is_file():
-            for seen in json.loads(Path(folder, GAINS_NAME).read_text()):  # of 2 in earlier versions
-                self._seen.append(pad(torch.tensor(seen, device=device), (0, 4 - len(seen))))
-
-    def see_own(self, *args: Any) -> None:
-        """``own_gains``, kept until ``observe``: Q is gone by then."""
-        self._own = own_gains(*args)
+            seen = json.loads(Path(folder, GAINS_NAME).read_text())
+            self._seen += [torch.tensor(both, device=device) for both in seen]
 
     def observe(
         self, optimizer: torch.optim.Optimizer, scale: float = 1.0, max_norm: float | None = None
     ) -> None:
         """``gains`` of gradients that the coming step will clip to ``max_norm``."""
-        clip, (own, self._own) = clip_factor(optimizer, scale, max_norm), (self._own, None)
-        if (found := gains(optimizer, scale, clip)) is None:
-            return
-        carried, gained, noise = found.new_zeros(3) if own is None else own
-        self._seen.append(torch.cat([found, torch.stack([clip * noise, carried + clip * gained])]))
+        if (found := gains(optimizer, scale, clip_factor(optimizer, scale, max_norm))) is not None:
+            self._seen.append(found)
 
     def pop(self, history: list[dict[str, float]]) -> dict[str, float]:
         """The log entries since the last call; empty if there was no step to judge.
@@ -192,22 +143,20 @@ class RiskMeter:
             history: the logs so far, which hold the running sum (and come back with a checkpoint).
 
         ``gain_population`` and ``gain_empirical`` are means over the interval's batches, ``gain_spread`` the
-        standard error of the first (not for a single batch), ``gain_ratio`` the first over the second,
-        ``gain_total`` the sum of the first since the start. ``memorised_share`` is of the interval's steps
-        together; only with a gate, and where they gain anything on their own batches. Batches that are not
-        finite are left out.
+        standard error of the first (not for a single batch), ``memorised_share`` one minus the first over the
+        second (where steps gain anything on their own batches), ``gain_total`` the sum of the first since the
+        start. Batches that are not finite are left out.
         """
-        seen = torch.stack(self._seen).double().cpu() if self._seen else torch.zeros(0, 4)
+        seen = torch.stack(self._seen).double().cpu() if self._seen else torch.zeros(0, 2)
         self._seen.clear()
         seen = seen[seen.isfinite().all(1)]
         if not len(seen):
             return {}
-        population, empirical, memorised, gained = seen.mean(0).tolist()
+        population, empirical = seen.mean(0).tolist()
         before = next((entry[TOTAL] for entry in reversed(history) if TOTAL in entry), 0.0)
         logs = {POPULATION: population, EMPIRICAL: empirical, TOTAL: before + seen[:, 0].sum().item()}
-        logs[RATIO] = population / empirical if empirical else 0.0
-        if gained > 0:
-            logs[SHARE] = memorised / gained
+        if empirical > 0:
+            logs[SHARE] = 1 - population / empirical
         if len(seen) > 1:
             logs[SPREAD] = (seen[:, 0].std() / math.sqrt(len(seen))).item()
         return logs

@@ -163,7 +163,6 @@ class PopRiskMixin(
             raise no_moments(self.optimizer)
         if self._risk is not None and optimizer is not None:
             optimizer.keep_written = True
-            optimizer.watch = lambda *window: self._risk.see_own(optimizer, *window, self._loss_scale)
         if isinstance(optimizer, PopRiskGate) and optimizer.gate != "none":
             self._check_launch("PopRiskGate", "poprisk_gate=none")
         if optimizer is not None:

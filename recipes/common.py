@@ -60,14 +60,14 @@ class RecipeError(ValueError):
     """Something the user can put right, said in one sentence."""
 
 
-def load_splits(args: ScriptArguments) -> DatasetDict:
+def load_splits(args: ScriptArguments, revision: str | None = None) -> DatasetDict:
     """A data set by its Hub name, or a folder: of data files, or written by ``save_to_disk``."""
     require_path(args.dataset_name, "dataset_name")
     if args.dataset_streaming:
         raise RecipeError("dataset_streaming=true is not supported by the recipes: set it to false.")
     if Path(args.dataset_name, "dataset_dict.json").is_file():
         return load_from_disk(args.dataset_name)
-    return load_dataset(args.dataset_name, args.dataset_config)
+    return load_dataset(args.dataset_name, args.dataset_config, revision=revision)
 
 
 def require_path(name: str | None, option: str) -> None:

@@ -28,6 +28,9 @@ MAX_FLIPPED_EVAL = 512  # flipped training pairs scored at every evaluation
 class DPOScriptArguments(ScriptArguments):
     """Where the preferences come from, and how many of them to spoil."""
 
+    dataset_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of a data set from the Hub."}
+    )
     dataset_validation_split: str | None = field(
         default=None, metadata={"help": "A second held-out split, for choosing settings; '' for none."}
     )
@@ -46,7 +49,7 @@ def load(script_args: DPOScriptArguments) -> tuple[Dataset, dict[str, Dataset]]:
     Returns:
         The training split; ``test``, and ``validation`` where the recipe names one.
     """
-    data = common.load_splits(script_args)
+    data = common.load_splits(script_args, script_args.dataset_revision)
     train = common.split(data, script_args, "dataset_train_split")
     held_out = {"test": common.split(data, script_args, "dataset_test_split")}
     if script_args.dataset_validation_split:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -110,6 +111,69 @@ def test_dpo_from_yaml_to_results(task: str, tiny: Path, tmp_path: Path) -> None
     assert (tmp_path / "poprisk" / weights).is_file()
     compare.plot({arm: compare.load(tmp_path / arm)[1] for arm in ("adamw", "poprisk")}, tmp_path / "p.png")
     assert (tmp_path / "p.png").stat().st_size > 10_000
+
+
+def test_the_sources_experiment_from_its_command_to_its_table(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same script and settings on a random Qwen2 and pairs in UltraFeedback's form; what is done stays."""
+    save_tiny_model(tmp_path / "model", "qwen2", tied=True)
+    chat = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    (tmp_path / "model/chat_template.jinja").write_text(chat)
+    (tmp_path / "data").mkdir()
+    for split, rows in (("train", preferences(40)), ("test", preferences(4, 200))):
+        talks = [
+            {
+                **{
+                    name: [
+                        {"role": "user", "content": row["prompt"]},
+                        {"role": "assistant", "content": row[name]},
+                    ]
+                    for name in ("chosen", "rejected")
+                },
+                "score_chosen": 8.0,
+                "score_rejected": 5.0,
+            }
+            for row in rows
+        ]
+        Dataset.from_list(talks).to_parquet(tmp_path / f"data/{split}.parquet")
+    here = {"model_name_or_path": tmp_path / "model", "dataset_name": tmp_path / "data"}
+    here |= {"use_cpu": "true", "bf16": "false", "output_dir": tmp_path / "out"}
+    argv = ["arms.py", *(str(x) for name, value in here.items() for x in (f"--{name}", value))]
+    ran: list[str] = []
+
+    def in_this_process(command: list[str], **_: Any) -> subprocess.CompletedProcess:
+        script = Path(command[1])
+        ran.append(script.name)
+        with mock.patch.object(sys, "argv", command[1:]):
+            {"dpo.py": dpo, "compare.py": compare}[script.name].main()
+        return subprocess.CompletedProcess(command, 0)
+
+    def command() -> None:
+        with (
+            mock.patch.object(sys, "argv", argv),
+            mock.patch.object(subprocess, "run", in_this_process),
+        ):
+            runpy.run_path(str(ROOT / "recipes/qwen2.5-0.5b/arms.py"), run_name="__main__")
+
+    command()
+    assert ran == ["dpo.py"] * 3 + ["compare.py"]
+    printed = capsys.readouterr().out
+    settings = {}
+    for arm in ("adamw", "gate", "weights"):
+        content = json.loads((tmp_path / "out" / arm / "results.json").read_text())
+        assert content["results"]["steps"] == 2 and f"{arm} " in printed
+        assert content["settings"]["flip_fraction"] == 0.3 and content["settings"]["model_revision"]
+        settings[arm] = content["settings"]
+        gate = content["results"]["gate"]
+        assert ("fraction_open" in gate) == (arm == "gate") and ("noise_rate" in gate) == (arm == "weights")
+    own = {"optim", "poprisk_gate", "poprisk_label_noise", "output_dir", "logging_dir"}
+    shared = [{k: v for k, v in s.items() if k not in own} for s in settings.values()]
+    assert shared[0] == shared[1] == shared[2]
+    assert (tmp_path / "out/comparison.png").is_file()
+    (tmp_path / "out/gate/results.json").unlink()
+    command()
+    assert ran[4:] == ["dpo.py", "compare.py"]
 
 
 def test_a_run_prints_short_lines_and_no_bars(tiny: Path, tmp_path: Path) -> None:
