@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_poprisk import PopRiskAdamW
+from hf_poprisk.gate import openness
+from hf_poprisk.gated_adamw import decide
 from hf_poprisk.options import matching
 from hf_poprisk.per_example import BatchedGradients, Rows
 from hf_poprisk.streaming import EMA_DECAY, StreamingPopRiskAdamW
@@ -206,6 +208,17 @@ def test_a_group_is_whatever_one_block_holds_but_no_batch() -> None:
         grouped.batch(layers, Rows(2, 2))
     with PopRiskAdamW(twins, gate="none").batch(layers, Rows(2, 2)) as capture:
         assert capture is None
+
+
+@pytest.mark.parametrize("gate", ["hard", "soft"])
+def test_what_no_example_touches_is_not_counted(gate: str) -> None:
+    """A penalty opens its coordinates, and ten open ones of two are no share."""
+    grad, square = torch.ones(10, dtype=torch.float64), torch.zeros(10, dtype=torch.float64)
+    square[:2] = torch.tensor([0.5, 2.0])
+    expected = openness(grad, square, 3, gate)
+    sums = decide(grad, square, 3, gate)
+    assert torch.equal(square, expected) and expected[2:].eq(1).all()
+    assert sums.tolist() == pytest.approx([expected[:2].sum().item(), 2, 10, 2.5])
 
 
 def test_statistics_are_averages_over_live_coordinates() -> None:

@@ -151,7 +151,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         ("--model_name_or_path nowhere", "(model_name_or_path=nowhere, dataset_name="),
         ("--dataset_name nowhere", "--dataset_name nowhere is no folder here, and cannot be read"),
         ("--dataset_name nowhere.jsonl", "--dataset_name nowhere.jsonl is not there."),
-        ("--dataset_name {tmp}/empty.jsonl", "empty.jsonl cannot be read"),
+        ("--dataset_name {tmp}/empty.jsonl", "empty.jsonl is empty"),
         ("--dataset_name {tmp}/sft.jsonl", "DPO wants the columns chosen and rejected, or"),
         ("--dataset_name {tmp}/numbers.jsonl", "chosen of row 0 of the train split is 3, where text or"),
         ("--dataset_name {tmp}/holes.jsonl", "rejected of row 1 of the train split is None"),
