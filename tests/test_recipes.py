@@ -116,7 +116,7 @@ def test_dpo_from_yaml_to_results(task: str, tiny: Path, tmp_path: Path) -> None
 def test_the_sources_experiment_from_its_command_to_its_table(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The same script and settings on a random Qwen2 and pairs in UltraFeedback's form; what is done stays."""
+    """The same script and settings on a random Qwen2 and pairs of UltraFeedback's form."""
     save_tiny_model(tmp_path / "model", "qwen2", tied=True)
     chat = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     (tmp_path / "model/chat_template.jinja").write_text(chat)
