@@ -116,12 +116,12 @@ def test_dpo_from_yaml_to_results(task: str, tiny: Path, tmp_path: Path) -> None
 def test_the_sources_experiment_from_its_command_to_its_table(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The same script and settings on a random Qwen2 and pairs of UltraFeedback's form."""
+    """The same script and settings on a random Qwen2 and pairs in UltraFeedback's form."""
     save_tiny_model(tmp_path / "model", "qwen2", tied=True)
     chat = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     (tmp_path / "model/chat_template.jinja").write_text(chat)
     (tmp_path / "data").mkdir()
-    for split, rows in (("train", preferences(40)), ("test", preferences(4, 200))):
+    for split, rows in (("train", preferences(64)), ("test", preferences(4, 200))):
         talks = [
             {
                 **{
@@ -137,7 +137,7 @@ def test_the_sources_experiment_from_its_command_to_its_table(
             for row in rows
         ]
         Dataset.from_list(talks).to_parquet(tmp_path / f"data/{split}.parquet")
-    here = {"model_name_or_path": tmp_path / "model", "dataset_name": tmp_path / "data"}
+    here = {"model_name_or_path": tmp_path / "model", "dataset_name": tmp_path / "data", "logging_steps": 1}
     here |= {"use_cpu": "true", "bf16": "false", "output_dir": tmp_path / "out"}
     argv = ["arms.py", *(str(x) for name, value in here.items() for x in (f"--{name}", value))]
     ran: list[str] = []
