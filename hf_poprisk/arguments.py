@@ -72,7 +72,7 @@ class PopRiskArgumentsMixin:
     poprisk_kahan: bool = field(
         default=False,
         metadata={
-            "help": "For weights of bfloat16 or float16: remember what their rounding loses, in one more "
+            "help": "For weights of bfloat16: remember what their rounding loses, in one more "
             "buffer, and add it to the next write. Without it a write below a weight's resolution is lost."
         },
     )

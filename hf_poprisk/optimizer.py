@@ -204,7 +204,7 @@ class PopRiskAdamW(GatedOptimizer, torch.optim.AdamW):
         ema_alpha: threshold of ``ema``; default ``(1−β₁)/(1+β₁)``. The published 1 closes almost everything.
         basis: ``coordinate``, or ``eigen``: the moments and the gate are in an eigenbasis of each layer's
             gradients, which ``set_bases`` must be given: ``hf_poprisk.eigen``.
-        kahan: for weights of bfloat16 or float16: remember what their rounding loses, in one more buffer, and
+        kahan: for weights of bfloat16: remember what their rounding loses, in one more buffer, and
             add it to the next write. Without it a write below the resolution of a weight is lost.
 
     Attributes:
@@ -308,11 +308,16 @@ class PopRiskAdamW(GatedOptimizer, torch.optim.AdamW):
             if not math.isfinite(float(value := self.param_groups[-1][name])):
                 raise ValueError(f"{name} must be finite; got {value}.")
         params = self.param_groups[-1]["params"]
-        others = (p.dtype for p in params if p.dtype not in (torch.bfloat16, torch.float16))
+        if self.gate != "none" and any(p.dtype is torch.float16 for p in params):
+            raise ValueError(
+                "float16 cannot hold AdamW's second moments of small gradients: load them in bfloat16, "
+                "or in float32 (fp16=True computes in float16 all the same)."
+            )
+        others = (p.dtype for p in params if p.dtype is not torch.bfloat16)
         if self.kahan and (dtype := next(others, None)):
             raise ValueError(
-                f"kahan=True is for weights of bfloat16 or float16, and one is {dtype}: leave it off, or "
-                "train all in bfloat16."
+                f"kahan=True is for weights of bfloat16, and one is {dtype}: leave it off, or train all in "
+                "bfloat16."
             )
         if any(isinstance(p, DTensor) for p in params):
             if self.gate != "none" and self.estimator == "ema":

@@ -20,7 +20,7 @@ from test_layers import (
 )
 from torch import Tensor, nn
 
-from hf_poprisk import PopRiskAdamW
+from hf_poprisk import PopRiskAdamW, PopRiskGate
 from hf_poprisk.per_example import BatchedGradients, Rows
 from hf_poprisk.per_example import capture as capturing
 from hf_poprisk.per_example.window import ExampleWindow
@@ -164,7 +164,7 @@ def test_squares_that_underflow_were_seen(monkeypatch: pytest.MonkeyPatch) -> No
     """In float16 each example's gradient is zero, and the sum is not: no fault of any block."""
     monkeypatch.setattr(capturing, "_SMALL", 0)
     layer = nn.Linear(4, 4, bias=False).half()
-    optimizer = PopRiskAdamW(layer.named_parameters())
+    optimizer = PopRiskGate(torch.optim.SGD(layer.parameters(), lr=1e-3))
     layers = BatchedGradients(layer, optimizer.gated_parameters)
     x = torch.full((64, 1, 4), 1e-4, dtype=torch.float16)
     with optimizer.batch(layers, Rows(64, 64)):
