@@ -119,7 +119,9 @@ def build(family: str) -> PreTrainedModel:
         if family in getattr(auto, f"MODEL_FOR_{task}_MAPPING_NAMES"):
             name = getattr(auto, f"MODEL_FOR_{task}_MAPPING_NAMES")[family]
             kind = getattr(transformers, name if isinstance(name, str) else name[-1])
-            return kind._from_config(config, attn_implementation="eager").double().eval()
+            # the grouped products of experts know no float64
+            eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+            return kind._from_config(config, **eager).double().eval()
     raise ValueError("it has no model for any of the tasks")
 
 
