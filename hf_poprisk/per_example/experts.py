@@ -27,7 +27,7 @@ def stacked_experts(module: nn.Module) -> bool:
 
 
 def run_experts(module: Any, capture: Capture, *args: Any, **kwargs: Any) -> Any:
-    """The block on each example's tokens, with the parameters of the router, the experts and the shared one."""
+    """The block on each example's tokens, with the parameters of the router and of all experts."""
     forward = type(module).forward
     places = [(m, n, p) for m in module.modules() for n, p in m._parameters.items() if capture.wants(p)]
     params = dict.fromkeys(p for _, _, p in places)
@@ -58,10 +58,10 @@ def run_experts(module: Any, capture: Capture, *args: Any, **kwargs: Any) -> Any
 
 
 def _examples(x: Tensor, layout: Layout) -> Iterator[Tensor]:
-    """[rows, tokens, width] of each example."""
+    """[rows, tokens, width] of each example; contiguous, as blocks take views of it."""
     if isinstance(layout, Rows):
-        return (x[i :: layout.num_examples] for i in range(layout.num_examples))
-    return (x[:, span] for span in layout.spans())
+        return (x[i :: layout.num_examples].contiguous() for i in range(layout.num_examples))
+    return (x[:, span].contiguous() for span in layout.spans())
 
 
 def _together(parts: Any, layout: Layout) -> Tensor:

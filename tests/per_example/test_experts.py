@@ -89,6 +89,7 @@ def test_tokens_of_no_known_example_are_an_error(layout: Layout) -> None:
     block = tiny_experts(torch.float64).model.layers[0].mlp
     window = ExampleWindow(block.parameters())
     x = torch.ones(1, 5, 16, dtype=torch.float64)
-    with pytest.raises(RuntimeError, match="does not see the examples"):
-        with window.batch(BatchedGradients(block, block.parameters()), layout):
-            block(x).sum().backward()
+    layers = BatchedGradients(block, block.parameters())
+    error = pytest.raises(RuntimeError, match="does not see the examples")
+    with error, window.batch(layers, layout):
+        block(x).sum().backward()
