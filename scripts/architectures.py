@@ -78,6 +78,7 @@ KINDS = {
 }
 OTHER: dict[str, dict[str, Any]] = {  # where the sizes alone do not make a model
     "codegen": {"n_head": 4, "rotary_dim": 4},
+    "deepseek_v2": {"num_experts_per_tok": 2},
     "deepseek_v3": {"qk_rope_head_dim": 8, "head_dim": 8, "first_k_dense_replace": 0},
     "dbrx": {"attn_config": {"rope_theta": 10000.0}},
     "esm": {"pad_token_id": 1, "mask_token_id": 3},
@@ -119,7 +120,9 @@ def build(family: str) -> PreTrainedModel:
         if family in getattr(auto, f"MODEL_FOR_{task}_MAPPING_NAMES"):
             name = getattr(auto, f"MODEL_FOR_{task}_MAPPING_NAMES")[family]
             kind = getattr(transformers, name if isinstance(name, str) else name[-1])
-            return kind._from_config(config, attn_implementation="eager").double().eval()
+            # the grouped products of experts know no float64
+            eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+            return kind._from_config(config, **eager).double().eval()
     raise ValueError("it has no model for any of the tasks")
 
 

@@ -59,6 +59,8 @@ class _Calls(TorchFunctionMode):
             sizes = torch.Size(args[1] if isinstance(args[1], tuple | list) else args[1:])
             copies = self._copies(args[0], sizes[0], len(sizes))
             return None if copies is None else copies.expand(sizes)
+        if name == "reshape" and args[0].dim() == 1 and args[1:] == (1, -1, 1, 1):  # sinks: of each head
+            return self._of_heads(args[0])
         if name in _ELEMENTWISE and len(args) == 2 and not kwargs and isinstance(args[0], Tensor):
             return self._elementwise(func, *args)
         return None
@@ -108,6 +110,11 @@ class _Calls(TorchFunctionMode):
         if copies is None:
             return None
         return func(copies, other) if own is a else func(other, copies)
+
+    def _of_heads(self, param: Tensor) -> Tensor | None:
+        """What is to be expanded over the rows, [1, heads, 1, 1], as one copy per row."""
+        rows = isinstance(self._capture.layout, Rows)
+        return on_channels(self._capture.per_row(param, 2), 4) if rows else None
 
     def _copies(self, param: Tensor, rows: int, dims: int) -> Tensor | None:
         """One copy per row, with ``dims`` axes, where the parameter would be broadcast over the rows."""

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_poprisk.per_example.calls import run_calls
 from hf_poprisk.per_example.capture import Capture, Linear
+from hf_poprisk.per_example.experts import run_experts, stacked_experts
 from hf_poprisk.per_example.fsdp2 import gathered_modules, plain_copy, whole_parameters
 from hf_poprisk.per_example.positions import BIASES, run_bias
 
@@ -50,6 +51,8 @@ class BatchedGradients:
         for module in gathered_modules(model):
             own = {n: p for n, p in module.named_parameters(recurse=False) if p in self._params}
             run = _layer(module, own) if own else None
+            if stacked_experts(module) and "forward" not in vars(module):
+                run, own = run_experts, {n: p for n, p in module.named_parameters() if p in self._params}
             if run is not None:
                 owned.update(own.values())
                 self._runs.append((module, "forward", run))
