@@ -83,7 +83,7 @@ def test_the_gradient_is_the_stock_one(
     make = partial(trl_trainer_of, kind, str(experts[family]), tmp_path, **layout(size, 4), **options)
     ours, trainer = trained(make)
     stock, plain = trained(make, optim="adamw_torch")
-    assert trainer._layers is None  # one by one
+    assert (trainer._layers is None) == ("adapted" in name)  # these one by one
     assert gap(ours, stock) < TOLERANCE
     mine, theirs = (t.state.log_history[0] for t in (trainer, plain))
     assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)

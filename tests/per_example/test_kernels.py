@@ -102,7 +102,6 @@ def test_gated_adamw_is_the_textbook(kernels: Any, shape: tuple[int, ...], threa
     [
         pytest.param(kernels_cpu, torch.float32, marks=NUMBA),
         pytest.param(kernels_gpu, torch.float32, marks=TRITON),
-        pytest.param(kernels_gpu, torch.float16, marks=TRITON),
     ],
 )
 def test_steps_with_and_without(
