@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# From a fresh clone to a comparison on the embedded model: DPO on noisy preferences with AdamW, with the gate,
-# with judged labels at the same settings and in the eigenbasis, the control that every gate has to beat (AdamW
-# at a third of the learning rate), and the leap, which trains nothing. Run again, it reuses what is finished.
+# From a fresh clone to a comparison on the embedded model: DPO on noisy preferences with AdamW, with the gate
+# and with judged labels at the same settings, the control that every gate has to beat (AdamW at a third of the
+# learning rate), and the leap, which trains nothing. Run again, it reuses every part that is finished.
 source "$(dirname "$0")/environment.sh"
 export HF_HUB_OFFLINE=1
 
@@ -32,9 +32,8 @@ train adamw --optim adamw_torch
 train adamw-lr-third --optim adamw_torch --learning_rate 1e-4
 train hard-gate
 train weights $judged
-train basis-weights $judged --poprisk_basis eigen
 train leap $judged --poprisk_leap 1 --num_train_epochs 0
 
 hf-poprisk audit "$runs/leap" --dataset "$runs/leap/_training_data" --page outputs/quickstart/labels.html | sed -n 1,5p
 echo "page: outputs/quickstart/labels.html"
-python scripts/compare.py "$runs"/{adamw,adamw-lr-third,hard-gate,weights,basis-weights,leap} --plot outputs/quickstart/comparison.png
+python scripts/compare.py "$runs"/{adamw,adamw-lr-third,hard-gate,weights,leap} --plot outputs/quickstart/comparison.png
